@@ -1,0 +1,68 @@
+"""Every error a user can cause, as a type that says what was found, what was expected and what to do."""
+
+from __future__ import annotations
+
+
+class HarmoqError(Exception):
+    """Base of all errors raised on purpose by harmoq_ao.
+
+    Args:
+        what: One sentence naming the thing that went wrong.
+        found: What was actually there.
+        expected: What would have been accepted.
+        remedy: What the user can do now.
+    """
+
+    def __init__(self, what: str, *, found: object = None, expected: object = None, remedy: str | None = None) -> None:
+        self.what = what
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+        parts = [what.rstrip(".") + "."]
+        if found is not None:
+            parts.append(f"Found: {found}.")
+        if expected is not None:
+            parts.append(f"Expected: {expected}.")
+        if remedy is not None:
+            parts.append(f"What to do: {remedy.rstrip('.')}.")
+        super().__init__(" ".join(parts))
+
+
+class ConfigError(HarmoqError, ValueError):
+    """A configuration value is out of range, or a rule names no site."""
+
+
+class TraceError(HarmoqError):
+    """A module's forward could not be turned into an FX graph (raised under ``strict=True``)."""
+
+
+class CalibrationError(HarmoqError):
+    """Calibration data is missing or unusable, or a site was never reached."""
+
+
+class InputError(HarmoqError, ValueError):
+    """A tensor given to a model has the wrong shape, type or values (NaN, infinity)."""
+
+
+class ImageError(HarmoqError, ValueError):
+    """An image file or array cannot be used."""
+
+
+class DatasetError(HarmoqError, ValueError):
+    """A folder of images is missing, empty, or its pairs do not match."""
+
+
+class CheckpointError(HarmoqError, ValueError):
+    """A float checkpoint is corrupt, of an unknown architecture, or unsafe to load."""
+
+
+class SavedModelError(HarmoqError, ValueError):
+    """A saved quantized model is corrupt, incomplete, or does not fit its architecture."""
+
+
+class OutputError(HarmoqError, OSError):
+    """An output could not be written; whatever was there before is untouched."""
+
+
+class KernelError(HarmoqError, RuntimeError):
+    """A low-bit kernel was called with operands it does not take."""
