@@ -1,0 +1,368 @@
+"""Quantized contractions in plain torch integer arithmetic: the semantics that every other backend must equal.
+
+Three stages, each a function here: float to codes (`quantize_codes`), codes to integer accumulators
+(`linear_accumulate`, `matmul_accumulate`: exact, so every backend gives the same integers bit for bit), accumulators to
+float (`linear_epilogue`, `matmul_epilogue`: float32, equal up to rounding). `linear` and `matmul` chain the three.
+
+Algebra of a linear, with activation codes ``q`` (unsigned), weight codes ``w`` (signed, ``code - 2**(b-1)``), ``a`` and
+``l`` the step and lower bound of the activation, ``g_i`` and ``z_i`` the step and shift of weight row ``i``::
+
+    x~_j  = a q_j + l             W~_ij = g_i (w_ij + z_i)
+    y_i   = a g_i (sum_j q_j w_ij + z_i sum_j q_j) + l sum_j W~_ij + bias_i
+
+The first sum is the canonical accumulator; the last two terms are constant per row when ``l`` is static (`fold_bias`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.errors import InputError, KernelError
+
+INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 and s8 codes that int32 always holds
+INT32_MATMUL_LENGTH = (2**31 - 1) // (255 * 255)  # the same for two u8 operands
+_SHIFT_SNAP = 2.0**-12  # steps; float32 bounds put a mid-rise shift within about 2**-14 of one half
+_DEGENERATE_STEP = 2.0**-20  # relative to the bound's magnitude, so that x / step stays exact to a fraction of a code
+_SMALLEST_STEP = 2.0**-100
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Codes to values, ``value = step * code + lower``; scalars, or tensors that broadcast against the contraction.
+
+    Attributes:
+        step: Distance between neighbouring values, float32, positive: 0-d, or one per token `[..., 1]` (per column
+            `[..., 1, N]` for the right operand of a matmul).
+        lower: Value of code 0, float32, shaped like ``step``.
+        bits: Width of a code, 2 to 8.
+    """
+
+    step: Tensor
+    lower: Tensor
+    bits: int
+
+
+@dataclass(frozen=True)
+class LinearOperands:
+    """Everything a quantized linear needs besides its input.
+
+    Attributes:
+        weight: `[N, K]` int8 signed codes.
+        weight_scale: `[N]` float32 step of each row.
+        weight_shift: `[N]` float32 shift of each row, in steps (see `weight_shift`).
+        bias: `[N]` float32, or None.
+        act_bits: Width of an activation code, 2 to 8.
+        act: Static bounds of the activation (0-d), or None for one pair of bounds per token, taken from the token.
+        joint_scale: `[K]` float32 that divides the input channel by channel, or None for ones. The weight codes
+            already include it (they are codes of ``W * joint_scale``).
+    """
+
+    weight: Tensor
+    weight_scale: Tensor
+    weight_shift: Tensor
+    bias: Tensor | None
+    act_bits: int
+    act: Affine | None = None
+    joint_scale: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.weight.dim() != 2 or self.weight.dtype != torch.int8:
+            raise KernelError(
+                "The weight codes of a linear have the wrong type",
+                found=f"{self.weight.dtype} {tuple(self.weight.shape)}",
+                expected="torch.int8 [N, K]",
+            )
+        rows, columns = self.weight.shape
+        vectors = {"weight_scale": rows, "weight_shift": rows, "bias": rows, "joint_scale": columns}
+        for name, length in vectors.items():
+            value = getattr(self, name)
+            if value is not None and (value.shape != (length,) or value.dtype != torch.float32):
+                raise KernelError(
+                    f"{name} does not fit the weight codes",
+                    found=f"{value.dtype} {tuple(value.shape)}",
+                    expected=f"torch.float32 {(length,)}",
+                )
+        if self.act is not None and self.act.bits != self.act_bits:
+            raise KernelError("Two widths for one activation", found=(self.act.bits, self.act_bits), expected="one")
+
+
+# --- float to codes ---------------------------------------------------------------------------------------------------
+
+
+def quantize_codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """``clamp(round_half_even(x * reciprocal + offset), 0, 2**bits - 1)``, multiply and add each rounded to float32.
+
+    Infinities saturate to the end codes. NaN has no code: it is refused here (outside `torch.compile`, which cannot
+    branch on data; there the code of a NaN is unspecified).
+
+    Args:
+        x: Any shape, floating point.
+        reciprocal: ``1 / (joint_scale * step)``, float32, broadcasts against ``x``.
+        offset: ``-lower / step``, float32, broadcasts against ``x``.
+        bits: Width of a code, 2 to 8.
+
+    Returns:
+        uint8 codes, shape of ``x``.
+
+    Raises:
+        InputError: ``x``, or its product with the scales, holds a NaN.
+    """
+    position = x.float() * reciprocal
+    position = position + offset
+    if not torch.compiler.is_compiling() and bool(position.isnan().any()):
+        raise nan_error()
+    return position.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def nan_error() -> InputError:
+    """The error for an activation that cannot be quantized."""
+    return InputError(
+        "An activation to be quantized is not a number",
+        found="NaN",
+        expected="finite values",
+        remedy="check the input image, and run the float parts in bfloat16 or float32 (float16 overflows)",
+    )
+
+
+def static_qparams(act: Affine, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Reciprocal (`[K]` with a joint scale, else the shape of ``act.step``) and offset for `quantize_codes`."""
+    step = act.step if joint_scale is None else act.step * joint_scale
+    return step.reciprocal(), -act.lower / act.step
+
+
+def dynamic_qparams(x: Tensor, axis: int | tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
+    """Bounds from the data: ``(lower, step)``, float32, the reduced axes kept with length one.
+
+    A constant slice gets a step small against its magnitude: its code is 0 and its value is kept.
+
+    Args:
+        x: Any shape, floating point; already divided by the joint scale, if there is one.
+        axis: Axis or axes to take the minimum and maximum over.
+        bits: Width of a code, 2 to 8.
+    """
+    axes = (axis,) if isinstance(axis, int) else axis
+    # aminmax takes one axis and is slower than the two vectorised reductions
+    lower, upper = x.amin(axes, keepdim=True).float(), x.amax(axes, keepdim=True).float()
+    return lower, safe_step(lower, upper, bits)
+
+
+def safe_step(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
+    """``(upper - lower) / (2**bits - 1)``, never so small that ``lower / step`` loses the position of a code."""
+    smallest = torch.maximum(lower.abs(), upper.abs()).mul(_DEGENERATE_STEP).clamp_min(_SMALLEST_STEP)
+    # maximum, unlike clamp with a tensor, is sure to hand a NaN on
+    return torch.maximum((upper - lower) / ((1 << bits) - 1), smallest)
+
+
+def quantize_dynamic(x: Tensor, axis: int, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Affine]:
+    """Codes and bounds of ``x / joint_scale``, one pair of bounds per slice along ``axis``.
+
+    The division is a product with the float32 reciprocal of the scale, so that every backend does the same.
+    """
+    scaled = x.float() if joint_scale is None else x.float() * joint_scale.reciprocal()
+    lower, step = dynamic_qparams(scaled, axis, bits)
+    return quantize_codes(scaled, step.reciprocal(), -lower / step, bits), Affine(step, lower, bits)
+
+
+# --- codes to accumulators --------------------------------------------------------------------------------------------
+
+
+def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
+    """``sum_j qx[m, j] * qw[i, j]``, exact.
+
+    Args:
+        qx: `[..., K]` uint8 codes.
+        qw: `[N, K]` int8 codes.
+
+    Returns:
+        `[..., N]` int32; int64 where ``K > INT32_LINEAR_LENGTH`` and int32 could overflow.
+
+    Raises:
+        KernelError: Wrong dtypes or shapes.
+    """
+    check_linear(qx, qw)
+    dtype = torch.int32 if qw.shape[1] <= INT32_LINEAR_LENGTH else torch.int64
+    return _integer_matmul(qx.flatten(0, -2) if qx.dim() > 1 else qx.unsqueeze(0), qw.t(), dtype).reshape(
+        *qx.shape[:-1], qw.shape[0]
+    )
+
+
+def matmul_accumulate(qa: Tensor, qb: Tensor) -> Tensor:
+    """``sum_k qa[..., m, k] * qb[..., k, n]``, exact, batch axes broadcast.
+
+    Args:
+        qa: `[..., M, K]` uint8 codes.
+        qb: `[..., K, N]` uint8 codes.
+
+    Returns:
+        `[..., M, N]` int32; int64 where ``K > INT32_MATMUL_LENGTH`` and int32 could overflow.
+
+    Raises:
+        KernelError: Wrong dtypes or shapes.
+    """
+    check_matmul(qa, qb)
+    return _integer_matmul(qa, qb, matmul_dtype(qa.shape[-1]))
+
+
+def matmul_dtype(length: int) -> torch.dtype:
+    """Integer type of `matmul_accumulate` over ``length`` products."""
+    return torch.int32 if length <= INT32_MATMUL_LENGTH else torch.int64
+
+
+def _integer_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.device.type == "cpu":
+        return a.to(dtype) @ b.to(dtype)
+    # Accelerators have no integer matmul in torch; float64 is as exact: 255 * 255 * K stays below 2**53.
+    return (a.double() @ b.double()).to(dtype)
+
+
+def check_linear(qx: Tensor, qw: Tensor) -> None:
+    """Raise KernelError unless `[..., K]` uint8 meets `[N, K]` int8."""
+    fits = qx.dim() >= 1 and qw.dim() == 2 and qx.shape[-1] == qw.shape[1]
+    if qx.dtype != torch.uint8 or qw.dtype != torch.int8 or not fits:
+        raise KernelError(
+            "The operands of a quantized linear do not fit",
+            found=f"{qx.dtype} {tuple(qx.shape)} and {qw.dtype} {tuple(qw.shape)}",
+            expected="torch.uint8 [..., K] and torch.int8 [N, K]",
+        )
+
+
+def check_matmul(qa: Tensor, qb: Tensor) -> None:
+    """Raise KernelError unless `[..., M, K]` uint8 meets `[..., K, N]` uint8 with batch axes that broadcast."""
+    fits = qa.dim() >= 2 and qb.dim() >= 2 and qa.shape[-1] == qb.shape[-2] and _broadcasts(qa.shape, qb.shape)
+    if qa.dtype != torch.uint8 or qb.dtype != torch.uint8 or not fits:
+        raise KernelError(
+            "The operands of a quantized matmul do not fit",
+            found=f"{qa.dtype} {tuple(qa.shape)} and {qb.dtype} {tuple(qb.shape)}",
+            expected="torch.uint8 [..., M, K] and [..., K, N]",
+        )
+
+
+def _broadcasts(a: torch.Size, b: torch.Size) -> bool:
+    pairs = zip(reversed(a[:-2]), reversed(b[:-2]), strict=False)
+    return all(m == n or m == 1 or n == 1 for m, n in pairs)
+
+
+# --- accumulators to float --------------------------------------------------------------------------------------------
+
+
+def weight_shift(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
+    """Shift ``z`` of a weight row, so that its values are ``scale * (signed code + z)``.
+
+    One half for the mid-rise grid (``lower = -upper``), an integer where zero has its own code, any float otherwise.
+    Values within 2**-12 of a multiple of one half are rounding of ``lower / scale`` and become that multiple.
+
+    Args:
+        lower: `[N]` float lower bounds (value of code 0).
+        scale: `[N]` float steps.
+        bits: Width of a weight code.
+
+    Returns:
+        `[N]` float32.
+    """
+    exact = lower.double() / scale.double() + (1 << (bits - 1))
+    halves = (exact * 2).round() / 2
+    return torch.where((exact - halves).abs() <= _SHIFT_SNAP, halves, exact).float()
+
+
+def weight_total(qw: Tensor, weight_scale: Tensor, weight_shift: Tensor) -> Tensor:
+    """``sum_j W~_ij``, `[N]` float32: what one unit of the activation's lower bound adds to each output."""
+    codes = qw.sum(1, dtype=torch.int64).double()
+    return (weight_scale.double() * (codes + weight_shift.double() * qw.shape[1])).float()
+
+
+def fold_bias(total: Tensor, act_lower: Tensor, bias: Tensor | None) -> Tensor:
+    """``act_lower * total + bias``, float32: `[N]` for a static bound, `[..., N]` for bounds per token `[..., 1]`."""
+    folded = act_lower * total
+    return folded if bias is None else folded + bias
+
+
+def linear_epilogue(
+    acc: Tensor, row_sum: Tensor, act_step: Tensor, weight_scale: Tensor, weight_shift: Tensor, constant: Tensor
+) -> Tensor:
+    """``act_step * weight_scale * (acc + weight_shift * row_sum) + constant`` in float32.
+
+    Args:
+        acc: `[..., N]` integer accumulators of `linear_accumulate`.
+        row_sum: `[..., 1]` integer sums of the activation codes of each token.
+        act_step: 0-d, or `[..., 1]` per token.
+        weight_scale: `[N]`.
+        weight_shift: `[N]`.
+        constant: `[N]` or `[..., N]` from `fold_bias`.
+
+    Returns:
+        `[..., N]` float32.
+    """
+    contraction = acc.float() + weight_shift * row_sum.float()
+    return contraction * weight_scale * act_step + constant
+
+
+def matmul_epilogue(acc: Tensor, qa: Tensor, qb: Tensor, a: Affine, b: Affine) -> Tensor:
+    """``(a.step qa + a.lower) @ (b.step qb + b.lower)`` from the accumulators of the codes, in float32.
+
+    Args:
+        acc: `[..., M, N]` from `matmul_accumulate`.
+        qa: `[..., M, K]` uint8 codes of the left operand, for its row sums.
+        qb: `[..., K, N]` uint8 codes of the right operand, for its column sums.
+        a: Bounds of the left operand, 0-d or `[..., M, 1]`.
+        b: Bounds of the right operand, 0-d or `[..., 1, N]`.
+
+    Returns:
+        `[..., M, N]` float32.
+    """
+    rows = qa.sum(-1, keepdim=True, dtype=torch.int64).float()
+    columns = qb.sum(-2, keepdim=True, dtype=torch.int64).float()
+    left = rows * a.step + a.lower * qa.shape[-1]
+    return acc.float() * a.step * b.step + left * b.lower + columns * b.step * a.lower
+
+
+# --- whole contractions -----------------------------------------------------------------------------------------------
+
+
+def linear(x: Tensor, operands: LinearOperands) -> Tensor:
+    """Quantized ``F.linear``.
+
+    Args:
+        x: `[..., K]` floating point.
+        operands: Codes, scales and bounds.
+
+    Returns:
+        `[..., N]` in the dtype of ``x``.
+
+    Raises:
+        KernelError: ``x`` has another number of channels.
+        InputError: ``x`` holds a NaN.
+    """
+    check_input(x, operands)
+    if operands.act is None:
+        qx, act = quantize_dynamic(x, -1, operands.act_bits, operands.joint_scale)
+    else:
+        act = operands.act
+        qx = quantize_codes(x, *static_qparams(act, operands.joint_scale), act.bits)
+    total = weight_total(operands.weight, operands.weight_scale, operands.weight_shift)
+    y = linear_epilogue(
+        linear_accumulate(qx, operands.weight),
+        qx.sum(-1, keepdim=True, dtype=torch.int64),
+        act.step,
+        operands.weight_scale,
+        operands.weight_shift,
+        fold_bias(total, act.lower, operands.bias),
+    )
+    return y.to(x.dtype)
+
+
+def check_input(x: Tensor, operands: LinearOperands) -> None:
+    """Raise KernelError unless ``x`` is `[..., K]` floating point."""
+    if not x.is_floating_point() or x.dim() == 0 or x.shape[-1] != operands.weight.shape[1]:
+        raise KernelError(
+            "The input does not fit the quantized linear",
+            found=f"{x.dtype} {tuple(x.shape)}",
+            expected=f"floating point [..., {operands.weight.shape[1]}]",
+        )
+
+
+def matmul(qa: Tensor, qb: Tensor, a: Affine, b: Affine) -> Tensor:
+    """Product of two quantized activations, `[..., M, N]` float32; arguments as in `matmul_epilogue`."""
+    return matmul_epilogue(matmul_accumulate(qa, qb), qa, qb, a, b)
