@@ -1,0 +1,31 @@
+"""From a model to islands: FX graphs of only those modules whose own ``forward`` issues contractions.
+
+A super-resolution model stays its author's Python, with every image size and branch intact. A module that calls
+``matmul``, ``bmm``, ``einsum``, ``scaled_dot_product_attention`` or functional ``linear`` itself becomes an *island*:
+its ``forward`` is traced by :class:`~harmoq_ao.tracing.tracer.IslandTracer` into one FX graph per calling pattern, in
+which every contraction is a call to a site module.
+
+Reading order: ``contractions`` (what is looked for), ``proxies`` and ``namespaces`` (how Python is followed),
+``tracer`` (one forward to one graph), ``island`` (which graph to run), ``discovery`` (which modules to trace).
+"""
+
+from harmoq_ao.tracing.contractions import Contraction, einsum_form
+from harmoq_ao.tracing.discovery import Discovery, discover
+from harmoq_ao.tracing.island import IslandState, is_island, island_state, make_island
+from harmoq_ao.tracing.proxies import GuardFailed
+from harmoq_ao.tracing.tracer import IslandTracer, Variant, trace_island
+
+__all__ = [
+    "Contraction",
+    "Discovery",
+    "GuardFailed",
+    "IslandState",
+    "IslandTracer",
+    "Variant",
+    "discover",
+    "einsum_form",
+    "is_island",
+    "island_state",
+    "make_island",
+    "trace_island",
+]
