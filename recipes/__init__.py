@@ -1,0 +1,1 @@
+"""Runnable studies: the demonstration, the architecture coverage table, tables and figures."""
