@@ -52,56 +52,56 @@ class IslandState:
         return [v for group in self.variants.values() for v in group]
 
 
-class Island(nn.Module):
-    """Mixin that runs traced graphs; see :func:`make_island`."""
-
-    harmoq_original_class: type[nn.Module]
-
-    @property
-    def harmoq_self(self) -> nn.Module:
-        """The island itself, for opaque method calls in its graphs."""
-        return self
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        state = island_state(self)
-        if state.float_reason is not None:
-            return self.harmoq_original_class.forward(self, *args, **kwargs)
-        leaves, pattern, tree = dynamic_leaves(args, kwargs)
-        group = (tuple(pattern), tree)
-        key = (group, tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
-        variant = state.memo.get(key)
-        if variant is not None:
-            try:
-                return variant.run(self, *leaves)
-            except GuardFailed:  # a guard on values, not on sizes
-                del state.memo[key]
-        with _lock:
-            variant = _find_variant(self, state, group, leaves) or _new_variant(self, state, group, args, kwargs)
-        if variant is None:
-            return self.harmoq_original_class.forward(self, *args, **kwargs)
-        state.memo[key] = variant
-        if len(state.memo) > _MEMO_SIZE:
-            state.memo.popitem(last=False)
-        return variant.run(self, *leaves)
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Forward of an island: run the graph that fits this call, tracing one if none does."""
+    state: IslandState = island_state(self)
+    if state.float_reason is not None:
+        return original_class(self).forward(self, *args, **kwargs)
+    leaves, pattern, tree = dynamic_leaves(args, kwargs)
+    group = (tuple(pattern), tree)
+    key = (group, tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
+    variant = state.memo.get(key)
+    if variant is not None:
+        try:
+            return variant.run(self, *leaves)
+        except GuardFailed:  # a guard on values, not on sizes
+            del state.memo[key]
+    with _lock:
+        variant = _find_variant(self, state, group, leaves) or _new_variant(self, state, group, args, kwargs)
+    if variant is None:
+        return original_class(self).forward(self, *args, **kwargs)
+    state.memo[key] = variant
+    if len(state.memo) > _MEMO_SIZE:
+        state.memo.popitem(last=False)
+    return variant.run(self, *leaves)
 
 
-assert SELF == "harmoq_self"
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def make_island(module: nn.Module, state: IslandState) -> None:
-    """Turn a module into an island in place: its class becomes one derived from :class:`Island` and its own."""
+    """Turn a module into an island in place: its class becomes one derived from its own, with another forward."""
     cls = type(module)
-    if cls not in _classes:
-        _classes[cls] = type(f"{cls.__name__}Island", (Island, cls), {"harmoq_original_class": cls})
-        _classes[cls].__module__ = cls.__module__
+    if cls not in _classes:  # one base only: a mixin would change the object's layout, which forbids the exchange
+        members = {
+            "forward": _forward,
+            "harmoq_original_class": cls,
+            SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
+            "__module__": cls.__module__,
+        }
+        _classes[cls] = type(cls)(f"{cls.__name__}Island", (cls,), members)
     module.__class__ = _classes[cls]
     module.__dict__["_harmoq_island"] = state
 
 
 def is_island(module: nn.Module) -> bool:
     """Whether ``module`` was turned into an island."""
-    return isinstance(module, Island)
+    return "_harmoq_island" in module.__dict__
+
+
+def original_class(module: nn.Module) -> type[Any]:
+    """The author's class of a module, island or not."""
+    return getattr(type(module), "harmoq_original_class", type(module))
 
 
 def island_state(module: nn.Module) -> IslandState:
@@ -141,7 +141,7 @@ def _new_variant(
 
 
 def _verify(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    cls: type[nn.Module] = module.harmoq_original_class  # type: ignore[assignment]
+    cls = original_class(module)
     with torch.no_grad():
         original_args, original_kwargs = _copy_structure((args, kwargs))
         expected = cls.forward(module, *original_args, **original_kwargs)

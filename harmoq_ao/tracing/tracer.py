@@ -93,13 +93,18 @@ class ModuleHandle:
             elif package_of(static.__module__) == "torch" and not name.startswith("_"):
                 return getattr(module, name)
             return types.MethodType(static, self)
-        return self._tracer.attribute(getattr(module, name), f"{self._path}.{name}" if self._path else name)
+        path = f"{self._path}.{name}" if self._path else name
+        if path in self._tracer.assigned:
+            return self._tracer.assigned[path]
+        self._tracer.read.add(path)
+        return self._tracer.attribute(getattr(module, name), path)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        current = getattr(self._module, name, None)
-        if find_tracer(value) is None and not isinstance(value, torch.Tensor) and current == value:
-            return
-        raise TraceError(f"forward stores self.{name}", remedy="keep forward free of state, or leave this module float")
+        path = f"{self._path}.{name}" if self._path else name
+        if path in self._tracer.read:
+            raise TraceError(f"forward keeps state in self.{name}", remedy="leave this module float, by a rule")
+        self._tracer.create_proxy("call_function", setattr, (self, name, value), {})
+        self._tracer.assigned[path] = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._tracer.create_proxy("call_module", self._path, args, kwargs)
@@ -144,6 +149,8 @@ class IslandTracer(fx.Tracer):
         self.contractions = 0
         self._attributes: dict[str, Any] = {}
         self._occurrences: dict[tuple[str, int], int] = {}
+        self.read: set[str] = set()  # attributes that forward has read, and those it has assigned
+        self.assigned: dict[str, Any] = {}
         self._paths = {id(t): name for name, t in _named_tensors(root)}
         self._module_paths = {id(m): name for name, m in root.named_modules()}
 
