@@ -101,7 +101,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         "SwinIR/classical",
         "SwinIR:SwinIR",
         {**_SWIN, "upscale": 2, "upsampler": "pixelshuffle", "resi_connection": "3conv", "ape": True},
-        sizes=((16, 16), (11, 13)),
+        sizes=((16, 16), (13, 16), (11, 13)),
         notes="absolute position embedding: only images that pad to img_size",
     ),
     Architecture("SwinIR/real", "SwinIR:SwinIR", {**_SWIN, "upscale": 4, "upsampler": "nearest+conv"}),

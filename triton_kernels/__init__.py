@@ -1,0 +1,1 @@
+"""Low-bit kernels, one operation per file, each with its reference in plain torch beside it."""
