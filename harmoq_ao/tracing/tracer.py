@@ -219,8 +219,10 @@ class IslandTracer(fx.Tracer):
         """A library function met in the author's code: a node if a proxy or a model tensor is involved."""
         if function in _INLINED:
             return _INLINED[function](*args, **kwargs)
-        if find_tracer((args, kwargs)) is None and function not in FACTORIES:
-            return function(*args, **kwargs)
+        if find_tracer((args, kwargs)) is None:
+            constant_data = any(isinstance(a, np.ndarray) for a in args)
+            if function not in FACTORIES or constant_data:
+                return function(*args, **kwargs)
         return self.create_proxy("call_function", function, args, kwargs)
 
     def _evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
