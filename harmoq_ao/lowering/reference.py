@@ -21,12 +21,11 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.errors import InputError, KernelError
+from harmoq_ao.quantizer import step_size
 
 INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 and s8 codes that int32 always holds
 INT32_MATMUL_LENGTH = (2**31 - 1) // (255 * 255)  # the same for two u8 operands
 _SHIFT_SNAP = 2.0**-12  # steps; float32 bounds put a mid-rise shift within about 2**-14 of one half
-_DEGENERATE_STEP = 2.0**-20  # relative to the bound's magnitude, so that x / step stays exact to a fraction of a code
-_SMALLEST_STEP = 2.0**-100
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def static_qparams(act: Affine, joint_scale: Tensor | None = None) -> tuple[Tens
 def dynamic_qparams(x: Tensor, axis: int | tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
     """Bounds from the data: ``(lower, step)``, float32, the reduced axes kept with length one.
 
-    A constant slice gets a step small against its magnitude: its code is 0 and its value is kept.
+    A constant slice gets the quantizer's smallest step: its code is 0 and its value is kept.
 
     Args:
         x: Any shape, floating point; already divided by the joint scale, if there is one.
@@ -146,14 +145,7 @@ def dynamic_qparams(x: Tensor, axis: int | tuple[int, ...], bits: int) -> tuple[
     axes = (axis,) if isinstance(axis, int) else axis
     # aminmax takes one axis and is slower than the two vectorised reductions
     lower, upper = x.amin(axes, keepdim=True).float(), x.amax(axes, keepdim=True).float()
-    return lower, safe_step(lower, upper, bits)
-
-
-def safe_step(lower: Tensor, upper: Tensor, bits: int) -> Tensor:
-    """``(upper - lower) / (2**bits - 1)``, never so small that ``lower / step`` loses the position of a code."""
-    smallest = torch.maximum(lower.abs(), upper.abs()).mul(_DEGENERATE_STEP).clamp_min(_SMALLEST_STEP)
-    # maximum, unlike clamp with a tensor, is sure to hand a NaN on
-    return torch.maximum((upper - lower) / ((1 << bits) - 1), smallest)
+    return lower, step_size(lower, upper, bits)
 
 
 def quantize_dynamic(x: Tensor, axis: int, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Affine]:
