@@ -1,8 +1,8 @@
 """Small random-weight instances of every architecture of spandrel 0.4.2 that multiplies matrices outside convolutions.
 
-An entry is complete enough to exercise all code paths of its architecture (shifted and unshifted windows, every attention
-kind, every sampler that matters) and small enough to run in about a second on one core. The coverage table and the tests
-go through this list, so a new architecture is covered by adding one entry.
+An entry is complete enough to exercise all code paths of its architecture (shifted and unshifted windows, every
+attention kind, every sampler that matters) and small enough to run in about a second on one core. The coverage table
+and the tests go through this list, so a new architecture is covered by adding one entry.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Architecture:
         name: Architecture id of spandrel, with a variant after a slash where there are several.
         cls: `package:class` below `spandrel.architectures`.
         arguments: Keyword arguments of the constructor.
-        sizes: Image sizes `(height, width)` the float model takes: three, of which the last is no multiple of the attention
-            window, unless `multiple` or `notes` say that the original refuses such sizes.
+        sizes: Image sizes `(height, width)` the float model takes: three, of which the last is no multiple of the
+            attention window, unless `multiple` or `notes` say that the original refuses such sizes.
         channels: Channels of the input image.
         batches: Batch sizes the float model takes.
         multiple: Every side must be a multiple of this; 1 where the original pads by itself.
@@ -77,8 +77,8 @@ def forward(model: nn.Module, image: torch.Tensor, seed: int = 0) -> torch.Tenso
 def _perturb_constants(model: nn.Module) -> None:
     """Move parameters off their constant initial values.
 
-    Several architectures start residual scales, temperatures and norms at exactly 0 or 1: a branch multiplied by zero, or
-    a forgotten norm, would pass every comparison of outputs.
+    Several architectures start residual scales, temperatures and norms at exactly 0 or 1: a branch multiplied by zero,
+    or a forgotten norm, would pass every comparison of outputs.
     """
     for parameter in model.parameters():
         if parameter.is_floating_point() and parameter.numel() and bool((parameter == parameter.flatten()[0]).all()):
