@@ -77,6 +77,7 @@ class Contraction:
         args: Example values of the positional arguments, tensors included.
         kwargs: Example values of the keyword arguments.
         left_is_softmax: The left operand comes out of a softmax (an attention map).
+        depends_on_input: Whether any operand depends on the island's arguments; position-bias tables do not.
         weight: Path of the parameter that is the right operand of a ``linear``, if it is one.
         location: ``file:line`` for messages.
     """
@@ -86,6 +87,7 @@ class Contraction:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     left_is_softmax: bool
+    depends_on_input: bool
     weight: str | None
     location: str
 

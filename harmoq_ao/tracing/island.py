@@ -32,16 +32,22 @@ class IslandState:
     """What an island knows.
 
     Args:
+        qualname: Qualified name of the island in its model.
         site_factory: Gives the site of a contraction; see :class:`~harmoq_ao.tracing.tracer.IslandTracer`.
         quiet: Context in which graphs are tried and traced: no observer may count what it sees there, and the float
             function must be computed.
+        verify: Compare each new graph with the author's forward, bit for bit (pointless once sites are quantized).
+        finish: Last touch on each new graph, such as constant folding.
         strict: Raise :class:`TraceError` instead of leaving the module float.
         variants: Graphs by calling pattern.
         float_reason: Why the author's forward runs instead, if it does.
     """
 
+    qualname: str
     site_factory: SiteFactory
     quiet: Callable[[], AbstractContextManager[Any]] = nullcontext
+    verify: bool = True
+    finish: Callable[[nn.Module, Variant], Variant] | None = None
     strict: bool = False
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     float_reason: str | None = None
@@ -129,7 +135,10 @@ def _new_variant(
     try:
         with state.quiet():
             variant = trace_island(module, args, kwargs, state.site_factory)
-            _verify(module, variant, args, kwargs)
+            if state.verify:
+                _verify(module, variant, args, kwargs)
+            if state.finish is not None:
+                variant = state.finish(module, variant)
     except TraceError as error:
         if state.strict:
             raise

@@ -253,7 +253,14 @@ class IslandTracer(fx.Tracer):
         if op == "linear" and isinstance(args[1], ValueProxy) and args[1].node.op == "get_attr":
             weight = str(args[1].node.target)
         contraction = Contraction(
-            op, key, self.real(tuple(args)), self.real(dict(kwargs)), _comes_from_softmax(left, self.root), weight, location
+            op=op,
+            key=key,
+            args=self.real(tuple(args)),
+            kwargs=self.real(dict(kwargs)),
+            left_is_softmax=_comes_from_softmax(left, self.root),
+            depends_on_input=any(_depends_on_input(a.node) for a in args if isinstance(a, ValueProxy)),
+            weight=weight,
+            location=location,
         )
         self.contractions += 1
         with activate(None):
@@ -389,6 +396,19 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(isinstance(v, torch.Tensor) for v in value)
     return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _depends_on_input(node: fx.Node) -> bool:
+    """Whether a placeholder is among the ancestors of a node."""
+    todo, seen = [node], {node}
+    while todo:
+        current = todo.pop()
+        if current.op == "placeholder":
+            return True
+        fresh = [n for n in current.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        todo.extend(fresh)
+    return False
 
 
 def _comes_from_softmax(operand: Any, root: nn.Module) -> bool:

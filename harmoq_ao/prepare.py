@@ -1,0 +1,457 @@
+"""``prepare_harmoq``: a float model becomes one whose contractions are sites, observed and fake-quantized."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.config import HarmoqConfig, SiteSettings
+from harmoq_ao.data import check_image_tensor
+from harmoq_ao.errors import InputError, TraceError
+from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.modules.forms import MatmulForm
+from harmoq_ao.modules.prepared import (
+    PreparedAttention,
+    PreparedConv2d,
+    PreparedLinear,
+    PreparedMatmul,
+    PreparedSite,
+    quiet,
+)
+from harmoq_ao.observers import OBSERVERS
+from harmoq_ao.quantizer import QuantizerSpec
+from harmoq_ao.report import Report, prepared_report
+from harmoq_ao.sites import FloatSite, Role, Site
+from harmoq_ao.tracing import (
+    Contraction,
+    Discovery,
+    IslandState,
+    discover,
+    einsum_form,
+    is_island,
+    island_state,
+    make_island,
+)
+from harmoq_ao.tracing.contractions import SourceKey, contraction_macs
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLE_SIZE = (64, 64)
+_SECOND_SIZE = (48, 72)
+_MATMULS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
+
+
+class PreparedModel(nn.Module):
+    """A model with a site at every contraction; call it as the original.
+
+    Attributes:
+        model: The author's model, on whose modules the sites stand.
+        config: The configuration.
+        floats: Contractions that stay float, with the reason.
+        example_sizes: Image sizes it was prepared on.
+    """
+
+    def __init__(self, model: nn.Module, config: HarmoqConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.floats: list[FloatSite] = []
+        self.example_shapes: list[tuple[int, ...]] = []
+        self.order: list[str] = []
+        self.total_macs = 0
+
+    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on an image batch `[B, C, H, W]` in 0..1.
+
+        Raises:
+            InputError: Not an image batch, or not finite.
+        """
+        check_image_tensor(image)
+        return self.model(image, *args, **kwargs)
+
+    def sites(self) -> list[PreparedSite]:
+        """Site modules in execution order; sites met later, at other image sizes, come last."""
+        found = {m.site.path: m for m in self.model.modules() if isinstance(m, PreparedSite)}
+        known = [found.pop(path) for path in self.order if path in found]
+        return known + list(found.values())
+
+    def settings(self, site: Site) -> SiteSettings:
+        """Quantizers of a site under the configuration."""
+        return self.config.settings(site.name, site.kind)
+
+    def report(self) -> Report:
+        """One row per site: bits, bounds, joint scale, SQNR, and why a site stays float."""
+        return prepared_report(self)
+
+
+def prepare_harmoq(
+    model: nn.Module,
+    config: HarmoqConfig | None = None,
+    example_inputs: Tensor | Sequence[Tensor] | None = None,
+    *,
+    strict: bool = False,
+) -> PreparedModel:
+    """Put a site at every linear layer and every product of activations.
+
+    The given model is copied, not changed. With fake-quantization off (as it comes) the result equals it bit for bit,
+    at every image size.
+
+    Args:
+        model: Float model in evaluation mode semantics (``eval()`` is called on the copy), or a spandrel descriptor.
+        config: What to quantize; the default is W8A8 in the ``deploy`` profile.
+        example_inputs: One image batch `[B, C, H, W]`, or several of different sizes; random images by default. Two
+            sizes tell which lengths depend on the image.
+        strict: Raise where a module cannot be traced, instead of leaving it float.
+
+    Raises:
+        ConfigError: A rule matches no site.
+        TraceError: A module cannot be traced (``strict``), or the result would differ from the original.
+        InputError: The examples are not images, or the model does not take them.
+    """
+    config = config or HarmoqConfig()
+    copied = _float_copy(model)
+    examples = _examples(copied, example_inputs)
+    prepared = PreparedModel(copied, config)
+    prepared.example_shapes = [tuple(e.shape) for e in examples]
+    with torch.no_grad():
+        expected = [_run(copied, e) for e in examples]
+        found = discover(copied, (examples[0],))
+        fixed = _image_independent(copied, examples[0])
+        _make_islands(prepared, found, strict)
+        _swap_modules(prepared, found, fixed)
+        _measure(prepared, examples)
+        for example, output in zip(examples, expected, strict=True):
+            _check_equal(prepared, example, output)
+    names = [(m.site.name, m.site.kind) for m in prepared.sites()]
+    config.check_rules(names + [(f.name, f.kind) for f in prepared.floats])
+    for module in prepared.sites():
+        attach_quantizers(module, config)
+    return prepared
+
+
+def attach_quantizers(module: PreparedSite, config: HarmoqConfig) -> None:
+    """Give a site the observers and fake-quantizers its settings ask for, observing, with rounding off."""
+    site = module.site
+    settings = config.settings(site.name, site.kind)
+    site.reason = settings.reason
+    joint = wants_joint_scale(site, settings)
+    if site.kind == "matmul":
+        left = _quantizer(site, settings.act, config, -1, joint)
+        right = _quantizer(site, settings.weight, config, -2, joint)
+    else:
+        left = _quantizer(site, settings.act, config, 1 if site.kind == "conv2d" else -1, site.kind == "linear")
+        right = _weight_quantizer(site, settings.weight)
+    module.attach(left, right)
+
+
+def wants_joint_scale(site: Site, settings: SiteSettings) -> bool:
+    """Whether a vector joint scale is defined at a site: both operands quantized, contracted length fixed."""
+    if settings.joint_scale == "none" or not (settings.act.enabled and settings.weight.enabled):
+        return False
+    return site.kind == "linear" or (site.kind == "matmul" and site.role == "query-key" and site.shape[0] > 0)
+
+
+def _quantizer(
+    site: Site, spec: QuantizerSpec, config: HarmoqConfig, axis: int, channels: bool
+) -> HarmoqFakeQuantize | None:
+    if not spec.enabled:
+        return None
+    quantizer = HarmoqFakeQuantize(spec)
+    quantizer.site_name = site.name
+    quantizer.disable_fake_quant()
+    if channels or not spec.dynamic:  # dynamic bounds alone need no statistics
+        observer = OBSERVERS[config.observer](spec, contracted_axis=axis, track_channels=channels, seed=config.seed)
+        observer.site_name = site.name
+        quantizer.observer = observer
+    return quantizer
+
+
+def _weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | None:
+    if not spec.enabled:
+        return None
+    quantizer = HarmoqFakeQuantize(spec, (site.shape[0],) + (1,) * (len(site.shape) - 1))
+    quantizer.site_name = site.name
+    quantizer.disable_fake_quant()
+    return quantizer
+
+
+# --- the model and its examples ---------------------------------------------------------------------------------------
+
+
+def _float_copy(model: nn.Module) -> nn.Module:
+    inner = getattr(model, "model", None)
+    if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
+        model = inner  # a spandrel descriptor
+    if not isinstance(model, nn.Module):
+        raise InputError("prepare_harmoq takes a torch model", found=type(model).__name__, expected="torch.nn.Module")
+    if any(isinstance(m, PreparedSite) or is_island(m) for m in model.modules()):
+        raise InputError("This model is prepared already", remedy="prepare the float model it was made from")
+    return copy.deepcopy(model).eval()
+
+
+def _examples(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
+    if isinstance(given, Tensor):
+        return [_checked_example(given)]
+    if given is not None:
+        if not given:
+            raise InputError("example_inputs is empty", expected="at least one image batch [B, C, H, W]")
+        return [_checked_example(e) for e in given]
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    channels = 3 if first is None else _input_channels(model, first)
+    parameter = next(model.parameters(), torch.empty(0))
+    images = [_random_image(channels, size, parameter, seed) for seed, size in enumerate((_EXAMPLE_SIZE, _SECOND_SIZE))]
+    return images[: 2 if _accepts(model, images[1]) else 1]
+
+
+def _input_channels(model: nn.Module, first: nn.Conv2d) -> int:
+    declared = getattr(model, "hyperparameters", {}).get("in_chans")
+    return declared if isinstance(declared, int) else first.in_channels
+
+
+def _random_image(channels: int, size: tuple[int, int], like: Tensor, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(1, channels, *size, generator=generator).to(like.device, like.dtype)
+
+
+def _checked_example(example: Tensor) -> Tensor:
+    check_image_tensor(example)
+    return example
+
+
+def _accepts(model: nn.Module, image: Tensor) -> bool:
+    try:
+        with torch.no_grad():
+            model(image)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        logger.debug("the model does not take %s: %s", tuple(image.shape), error)
+        return False
+    return True
+
+
+def _run(model: nn.Module, image: Tensor) -> Any:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return model(image)
+    except Exception as error:
+        raise InputError(
+            "The float model does not run on the example",
+            found=f"{tuple(image.shape)} -> {type(error).__name__}: {error}",
+            remedy="pass example_inputs the model takes",
+        ) from error
+
+
+def _check_equal(prepared: PreparedModel, example: Tensor, expected: Any) -> None:
+    with quiet():
+        actual = _run(prepared.model, example)
+    first = expected[0] if isinstance(expected, (tuple, list)) else expected
+    second = actual[0] if isinstance(actual, (tuple, list)) else actual
+    if not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)):
+        raise TraceError("The prepared model differs from the original", remedy="report this architecture")
+
+
+# --- what does not depend on the image --------------------------------------------------------------------------------
+
+
+def _image_independent(model: nn.Module, example: Tensor) -> set[str]:
+    """Linear modules whose input is the same for two different images of one size (position-bias networks)."""
+    generator = torch.Generator().manual_seed(1)
+    other = torch.rand(example.shape, generator=generator).to(example)
+    first, second = (_input_prints(model, image) for image in (example, other))
+    return {name for name, seen in first.items() if second.get(name) == seen}
+
+
+def _input_prints(model: nn.Module, image: Tensor) -> dict[str, list[tuple[Any, ...]]]:
+    prints: dict[str, list[tuple[Any, ...]]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].detach().double()
+            prints.setdefault(name, []).append((tuple(x.shape), x.sum().item(), x.square().sum().item()))
+
+        return record
+
+    handles = [
+        m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)
+    ]
+    try:
+        _run(model, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return prints
+
+
+# --- sites ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class SiteFactory:
+    """Makes the site of each contraction met while tracing; the same place in the source is the same site.
+
+    Args:
+        config: For sites that are met only after preparation (another branch, at another image size).
+        floats: Contractions left alone, with the reason.
+        ready: Preparation is over; new sites get their quantizers at once.
+    """
+
+    config: HarmoqConfig
+    floats: list[FloatSite]
+    ready: bool = False
+    known: dict[tuple[str, SourceKey], str | None] = field(default_factory=dict)
+
+    def __call__(self, root: nn.Module, contraction: Contraction) -> str | None:
+        qualname = island_state(root).qualname
+        key = (qualname, contraction.key)
+        if key not in self.known:
+            self.known[key] = self._create(root, qualname, contraction)
+        return self.known[key]
+
+    def _create(self, root: nn.Module, qualname: str, contraction: Contraction) -> str | None:
+        index = sum(1 for (n, _), a in self.known.items() if n == qualname and (a or "").startswith(f"harmoq_{contraction.op}_"))
+        label = f"{contraction.op}_{index}"
+        reason = _unfit(contraction)
+        if reason is not None:
+            if contraction.op != "conv2d":
+                self.floats.append(FloatSite(f"{qualname}::{label}", "matmul", f"{reason} ({contraction.location})"))
+            return None
+        attribute = f"harmoq_{label}"
+        module = _site_module(root, qualname, label, contraction)
+        root.add_module(attribute, module)
+        for site in module.modules():
+            if isinstance(site, PreparedSite) and self.ready:
+                attach_quantizers(site, self.config)
+                logger.warning("%s was met only now, after preparation", site.site.name)
+        return attribute
+
+
+def _unfit(contraction: Contraction) -> str | None:
+    """Why a contraction cannot be a site, or None."""
+    if contraction.op == "conv2d":
+        return "a functional convolution"
+    if not contraction.depends_on_input:
+        return "does not depend on the image; folded to a constant at convert"
+    tensors = [a for a in contraction.args if isinstance(a, Tensor)]
+    if any(not t.is_floating_point() for t in tensors):
+        return "an operand is not floating point"
+    if contraction.op == "linear":
+        return None if contraction.weight is not None else "its weight is computed at run time"
+    if any(t.dim() < 2 for t in tensors[-2:]):
+        return "an operand is a vector"
+    if contraction.op == "einsum" and (len(tensors) != 2 or einsum_form(contraction.args[0]) is None):
+        return f"einsum {contraction.args[0]!r} is no batched product of two matrices"
+    if contraction.op == "sdpa":
+        unusual = [k for k in ("is_causal", "enable_gqa") if contraction.kwargs.get(k)]
+        unusual += ["is_causal"] if len(contraction.args) > 5 and contraction.args[5] else []
+        return f"scaled_dot_product_attention with {', '.join(unusual)}" if unusual else None
+    return None
+
+
+def _site_module(root: nn.Module, qualname: str, label: str, contraction: Contraction) -> nn.Module:
+    name, path = f"{qualname}::{label}", f"{qualname}.harmoq_{label}".lstrip(".")
+    if contraction.op == "linear":
+        owner, _, parameter = str(contraction.weight).rpartition(".")
+        weight = getattr(root.get_submodule(owner), parameter)
+        return PreparedLinear(Site(name, path, "linear", tuple(weight.shape), location=contraction.location), weight, None)
+    if contraction.op == "sdpa":
+        q, k = contraction.args[:2]
+        qk = Site(f"{name}.qk", f"{path}.qk", "matmul", (q.shape[-1],), "query-key", contraction.location)
+        av = Site(f"{name}.av", f"{path}.av", "matmul", (k.shape[-2],), "attention-value", contraction.location)
+        return PreparedAttention(
+            PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul"))
+        )
+    form = MatmulForm(contraction.op, contraction.args[0] if contraction.op == "einsum" else None)
+    role: Role = "attention-value" if contraction.left_is_softmax else "query-key"
+    left, _ = form.canonical(*(a for a in contraction.args if isinstance(a, Tensor)))
+    return PreparedMatmul(Site(name, path, "matmul", (left.shape[-1],), role, contraction.location), form)
+
+
+def _make_islands(prepared: PreparedModel, found: Discovery, strict: bool) -> None:
+    factory = SiteFactory(prepared.config, prepared.floats)
+    for qualname in found.islands:
+        module = prepared.model.get_submodule(qualname)
+        make_island(module, IslandState(qualname, factory, quiet=quiet, strict=strict))
+
+
+def _swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) -> None:
+    for name in found.calls:
+        module = prepared.model.get_submodule(name)
+        if type(module) is nn.Linear:
+            if name in fixed:
+                reason = "does not depend on the image; folded to a constant at convert"
+                prepared.floats.append(FloatSite(name, "linear", reason))
+                continue
+            site = Site(name, name, "linear", tuple(module.weight.shape))
+            replace_module(prepared.model, module, PreparedLinear(site, module.weight, module.bias))
+        elif isinstance(module, nn.Conv2d):
+            _swap_conv(prepared, name, module, found.macs.get(name, 0))
+
+
+def _swap_conv(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> None:
+    reason = prepared.config.settings(name, "conv2d").reason
+    if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
+        reason = f"padding {conv.padding_mode!r} / {conv.padding!r} has no integer form"
+    if reason is not None:
+        prepared.floats.append(FloatSite(name, "conv2d", reason, macs))
+        return
+    site = Site(name, name, "conv2d", tuple(conv.weight.shape))
+    replace_module(prepared.model, conv, PreparedConv2d(site, conv))
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put `new` wherever `old` is registered (modules may be shared)."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+
+
+def _measure(prepared: PreparedModel, examples: list[Tensor]) -> None:
+    """Trace every island, and learn execution order, multiply-accumulates and which lengths depend on the image."""
+    with quiet():
+        for example in examples:
+            _run(prepared.model, example)  # traces
+    with quiet(), _site_hooks(prepared, first=True):
+        _run(prepared.model, examples[0])
+    for example in examples[1:]:
+        with quiet(), _site_hooks(prepared, first=False):
+            _run(prepared.model, example)
+    for module in prepared.model.modules():
+        if is_island(module):
+            state = island_state(module)
+            assert isinstance(state.site_factory, SiteFactory)
+            state.site_factory.ready = True
+            if state.float_reason is not None:
+                prepared.floats.append(FloatSite(state.qualname, "module", state.float_reason))
+    prepared.total_macs = sum(m.site.macs for m in prepared.sites()) + sum(f.macs for f in prepared.floats)
+
+
+@contextmanager
+def _site_hooks(prepared: PreparedModel, first: bool) -> Iterator[None]:
+    def note(module: PreparedSite, inputs: tuple[Any, ...], output: Tensor) -> None:
+        site = module.site
+        if isinstance(module, PreparedMatmul):
+            left, right = module.form.canonical(*inputs)
+            if site.shape != (left.shape[-1],):
+                site.shape = (0,)
+            macs = left.numel() * right.shape[-1] * max(1, right[..., 0, 0].numel() // max(1, left[..., 0, 0].numel()))
+        else:
+            macs = contraction_macs("conv2d" if site.kind == "conv2d" else "linear", (inputs[0], module.weight), output)
+        if first:
+            site.macs += macs
+            if site.path not in prepared.order:
+                prepared.order.append(site.path)
+
+    handles = [m.register_forward_hook(note) for m in prepared.sites()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
