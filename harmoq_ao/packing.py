@@ -4,7 +4,7 @@ Layout. Codes are packed along the last axis, one independent little-endian bit 
 
 * code ``k`` of a row occupies bits ``k * b`` to ``k * b + b - 1`` of the row's stream, least significant bit first;
 * bit ``i`` of the stream is bit ``i % 8`` (0 = least significant) of byte ``i // 8``;
-* a row ends on a whole byte: ``packed_length(n, b) = ceil(n * b / 8)`` bytes, the unused high bits of the last one zero.
+* a row ends on a whole byte: ``packed_length(n, b) = ceil(n * b / 8)`` bytes, the unused high bits of the last zero.
 
 So 4-bit codes sit two to a byte with the even code in the low nibble, 2-bit codes four to a byte from the low bits up,
 8-bit codes are the bytes themselves, and at 3, 5, 6 and 7 bits a code may straddle two bytes. Eight codes always fill

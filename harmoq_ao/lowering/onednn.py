@@ -7,14 +7,14 @@ Three things decide the speed of a linear with few channels, and shape this file
 * Everything that is constant per output row rides in the contraction's own epilogue (scale and bias); a pass over the
   output afterwards is only made where the maths needs one (bounds per token, weight shifts that int8 cannot absorb).
 
-**Weight shifts.** Row values are ``scale * (code + z)``. Where ``2 * (code + z)`` or ``code + z`` is an int8 integer, as
-for mid-rise weights (``z = 1/2``) of up to 7 bits and for most integer zero points, the contraction runs on those
+**Weight shifts.** Row values are ``scale * (code + z)``. Where ``2 * (code + z)`` or ``code + z`` is an int8 integer,
+as for mid-rise weights (``z = 1/2``) of up to 7 bits and for zero points near the middle, the contraction runs on those
 *effective codes* with the scale divided accordingly, and its integers are ``factor * (acc + z * row_sum)`` of the
 canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on the plain codes and the term
 ``z * row_sum`` is added as an outer product. `linear_accumulate` gives the canonical accumulators either way.
 
-CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once; where it fails,
-or torch has no oneDNN, the same codes go through float32 kernels instead.
+CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once; where it
+fails, or torch has no oneDNN, the same codes go through float32 kernels instead.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
     rows, unit = qx.reshape(-1, qx.shape[-1]), torch.ones(len(qw))
     dtype = torch.int32 if qw.shape[1] <= reference.INT32_LINEAR_LENGTH else torch.int64
     acc = torch.zeros(len(rows), len(qw), dtype=dtype)
-    for x, w in zip(rows.split(_LINEAR_CHUNK, 1), qw.split(_LINEAR_CHUNK, 1), strict=True):
+    for x, w in zip(_split(rows, _LINEAR_CHUNK, 1), _split(qw, _LINEAR_CHUNK, 1), strict=True):
         acc += _qlinear(x.contiguous(), prepack(w), unit, None, torch.float32).to(dtype)
     return acc.reshape(*qx.shape[:-1], len(qw))
 
@@ -128,7 +128,7 @@ def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) 
     columns = qb.sum(-2, keepdim=True, dtype=torch.int64)
     acc = rows * half_b + columns * half_a - length * half_a * half_b
     chunk = min(_EXACT // (half_a * half_b), _chunk_length(qa, qb))
-    for a, b in zip(qa.split(chunk, -1), qb.split(chunk, -2), strict=True):
+    for a, b in zip(_split(qa, chunk, -1), _split(qb, chunk, -2), strict=True):
         acc += ((a.float() - half_a) @ (b.float() - half_b)).to(torch.int64)
     return acc.to(dtype)
 
@@ -244,10 +244,8 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
     reference.check_input(x, packed.operands)
     rows, width = x.detach().reshape(-1, x.shape[-1]), len(packed.total)
     dtype = x.dtype if x.dtype in (torch.float32, torch.bfloat16) else torch.float32
-    if rows.numel() == 0 or width == 0:
-        y = torch.empty(len(rows), width, dtype=dtype)
-        # no channels: nothing but the bias is left
-        y.copy_(torch.zeros(width) if packed.operands.bias is None else packed.operands.bias)
+    if len(rows) == 0:
+        y = torch.empty(0, width, dtype=dtype)
     elif packed.operands.act is None:
         y = _linear_per_token(rows, packed, dtype)
     elif packed.outer is None:
@@ -258,19 +256,30 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 
 
 def quantize(x: Tensor, packed: PackedLinear) -> Tensor:
-    """Activation codes of a linear with static bounds: `[M, K]` floating point to `[M, K]` uint8.
+    """Activation codes of a linear, `[M, K]` floating point to `[M, K]` uint8.
 
-    The same codes as `reference.quantize_codes`, bit for bit.
+    The same codes as `reference.quantize_codes` and `reference.quantize_dynamic`, bit for bit.
 
     Raises:
         InputError: ``x`` holds a NaN.
     """
     codes = torch.empty(x.shape, dtype=torch.uint8)
-    block = block_rows(len(x), x.shape[1])
-    positions = torch.empty(block, x.shape[1])
-    for values, target in zip(x.split(block), codes.split(block), strict=True):
-        _codes_of(values, packed, positions[: len(values)], target)
+    static = packed.operands.act is not None
+    width = x.shape[1] if static else _padded(x.shape[1])
+    block = block_rows(len(x), width)
+    positions = torch.empty(block, width)
+    for values, target in zip(_split(x, block), _split(codes, block), strict=True):
+        if static:
+            _codes_of(values, packed, positions[: len(values)], target)
+        else:
+            _token_codes(values, packed, positions[: len(values)])
+            target.copy_(positions[: len(values), : x.shape[1]])
     return codes
+
+
+def _split(tensor: Tensor, size: int, axis: int = 0) -> tuple[Tensor, ...]:
+    """Typed ``Tensor.split``; no pieces at all of an empty axis."""
+    return torch.split(tensor, size, axis) if tensor.shape[axis] else ()
 
 
 def _codes_of(values: Tensor, packed: PackedLinear, positions: Tensor, target: Tensor) -> None:
@@ -314,7 +323,7 @@ def _linear_with_outer(x: Tensor, packed: PackedLinear, outer: Tensor, dtype: to
     y = torch.empty(len(x), len(packed.total), dtype=dtype)
     block = block_rows(len(x), x.shape[1] + y.shape[1])
     positions, codes = torch.empty(block, x.shape[1]), torch.empty(block, x.shape[1], dtype=torch.uint8)
-    for values, target in zip(x.split(block), y.split(block), strict=True):
+    for values, target in zip(_split(x, block), _split(y, block), strict=True):
         n = len(values)
         _codes_of(values, packed, positions[:n], codes[:n])
         part = packed.contract(codes[:n], torch.float32)
@@ -328,7 +337,7 @@ def _linear_per_token(x: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Te
     width = _padded(x.shape[1])
     block = block_rows(len(x), width + y.shape[1])
     values, codes = torch.empty(block, width), torch.empty(block, width, dtype=torch.uint8)
-    for rows, target in zip(x.split(block), y.split(block), strict=True):
+    for rows, target in zip(_split(x, block), _split(y, block), strict=True):
         lower, step = _token_codes(rows, packed, values[: len(rows)])
         part = packed.contract(codes[: len(rows)].copy_(values[: len(rows)]), torch.float32)
         if packed.outer is not None:

@@ -68,11 +68,11 @@ class LinearOperands:
     joint_scale: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.weight.dim() != 2 or self.weight.dtype != torch.int8:
+        if self.weight.dim() != 2 or self.weight.dtype != torch.int8 or self.weight.numel() == 0:
             raise KernelError(
                 "The weight codes of a linear have the wrong type",
                 found=f"{self.weight.dtype} {tuple(self.weight.shape)}",
-                expected="torch.int8 [N, K]",
+                expected="torch.int8 [N, K], not empty",
             )
         rows, columns = self.weight.shape
         vectors = {"weight_scale": rows, "weight_shift": rows, "bias": rows, "joint_scale": columns}
