@@ -307,7 +307,7 @@ def trace_island(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
             with torch.no_grad(), traced_globals(cls, opaque):
                 _record(tracer, cls, args, kwargs)
             return Variant(
-                tracer.graph, _compile(tracer.graph, cls), tracer.contractions, tuple(name for _, name in opaque)
+                tracer.graph, compile_graph(tracer.graph, cls), tracer.contractions, tuple(name for _, name in opaque)
             )
         except Exception as error:  # whatever an author's Python raises on a proxy
             helper = _failing_helper(error, cls)
@@ -351,7 +351,7 @@ def _record(tracer: IslandTracer, cls: type, args: tuple[Any, ...], kwargs: dict
     tracer.graph.create_node("output", "output", (tracer.create_arg(output),), {})
 
 
-def _compile(graph: fx.Graph, cls: type) -> Callable[..., Any]:
+def compile_graph(graph: fx.Graph, cls: type) -> Callable[..., Any]:
     """Compile a graph into a function of the live module (visible to tracebacks through linecache)."""
     code = graph.python_code("self")
     filename = f"<island {cls.__name__} {next(_counter)}>"

@@ -1,0 +1,183 @@
+"""Constant folding: what an island computes from parameters alone is computed once.
+
+Position-bias tables (a small network on fixed coordinates, a gather, a permutation) do not depend on the image. In an
+island's graph every node without a placeholder among its ancestors is such a constant; the last ones before the rest of
+the graph become buffers. Outside of islands, a module whose input is the same for every image keeps its last result.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.tracing.island import is_island, island_state, original_class
+from harmoq_ao.tracing.proxies import check_guard
+from harmoq_ao.tracing.tracer import SELF, Variant, compile_graph
+
+_PREFIX = "harmoq_folded_"
+
+
+def fold_variant(module: nn.Module, variant: Variant) -> Variant:
+    """The same graph with its constant parts replaced by buffers of the island (not persistent: they are derived).
+
+    Args:
+        module: The island, with the parameters it will run with.
+        variant: One of its graphs; left as it is.
+    """
+    graph = fx.Graph()
+    output = graph.graph_copy(variant.graph, {})
+    graph.output(output)
+    constant = _constant_nodes(graph)
+    edges = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
+    edges = [n for n in edges if not any(_is_mutation(u, n) for u in n.users) and not _is_guard(n)]
+    if not edges:
+        return variant
+    values = _evaluate(module, graph, constant, edges)
+    for node in edges:
+        value = values[node]
+        if not isinstance(value, Tensor):
+            continue
+        name = _buffer(module, value)
+        with graph.inserting_before(node):
+            replacement = graph.create_node("get_attr", name)
+        node.replace_all_uses_with(replacement)
+    _drop_dead(graph)
+    return Variant(graph, compile_graph(graph, original_class(module)), variant.contractions, variant.opaque)
+
+
+def fold_islands(model: nn.Module) -> None:
+    """Fold every graph of every island of a converted model, and those still to be traced."""
+    for module in model.modules():
+        if is_island(module):
+            state = island_state(module)
+            state.variants = {k: [fold_variant(module, v) for v in group] for k, group in state.variants.items()}
+            state.memo.clear()
+            state.finish = fold_variant
+
+
+def remember(module: nn.Module) -> None:
+    """Let a module keep its last result and return it as long as its input is the same, tensor for tensor.
+
+    Its class is exchanged for one derived from its own, so that names of parameters stay.
+    """
+    cls = type(module)
+    if "harmoq_forward" in vars(cls):
+        return
+    if cls not in _remembering:
+        members = {"forward": _remembered_forward, "harmoq_forward": cls.forward, "__module__": cls.__module__}
+        _remembering[cls] = type(cls)(f"{cls.__name__}Remembered", (cls,), members)
+    module.__class__ = _remembering[cls]
+
+
+_remembering: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def _remembered_forward(self: nn.Module, input: Tensor) -> Any:
+    last = self.__dict__.get("_harmoq_last")
+    if last is None or not _same(last[0], input):
+        last = (input.detach().clone(), self.harmoq_forward(input))  # type: ignore[operator]
+        self.__dict__["_harmoq_last"] = last
+    return last[1]
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+
+
+def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes computed from parameters, buffers and Python constants alone, and from nothing that is written to."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op in ("placeholder", "output") or _is_guard(node) or node.target is setattr:
+            continue
+        if (node.op == "get_attr" and node.target == SELF) or _is_random(node):
+            continue
+        if node.op == "call_module" and str(node.target).rpartition(".")[2].startswith("harmoq_"):
+            continue  # a site
+        if all(n in constant for n in node.all_input_nodes):
+            constant.add(node)
+    for node in graph.nodes:  # a value somebody writes into is not constant, nor is anything made from it
+        written = next((a for a in node.args if isinstance(a, fx.Node)), None)
+        if written is not None and _is_mutation(node, written):
+            constant -= _family(written, constant)
+    return constant
+
+
+def _family(node: fx.Node, constant: set[fx.Node]) -> set[fx.Node]:
+    """A node with everything constant before and after it: views share memory in both directions."""
+    family, todo = {node}, [node]
+    while todo:
+        current = todo.pop()
+        for other in [*current.all_input_nodes, *current.users]:
+            if other not in family and other in constant:
+                family.add(other)
+                todo.append(other)
+    return family
+
+
+def _is_random(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(word in name for word in ("rand", "bernoulli", "multinomial", "normal_", "uniform_"))
+
+
+def _is_guard(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is check_guard
+
+
+def _is_mutation(node: fx.Node, operand: fx.Node) -> bool:
+    """Whether a node writes into its first argument `operand`."""
+    if not node.args or node.args[0] is not operand:
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    inplace_operator = name in {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
+    return inplace_operator or (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
+
+
+def _evaluate(module: nn.Module, graph: fx.Graph, constant: set[fx.Node], edges: list[fx.Node]) -> dict[fx.Node, Any]:
+    wanted = set(edges)
+    for node in reversed(list(graph.nodes)):
+        if node in wanted:
+            wanted.update(node.all_input_nodes)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for node in graph.nodes:
+            if node in wanted:
+                args = fx.node.map_arg(node.args, lambda n: values[n])
+                kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
+                values[node] = _run_node(module, node, args, kwargs)
+    return values
+
+
+def _run_node(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+    if node.op == "get_attr":
+        value: Any = module
+        for part in str(node.target).split("."):
+            value = getattr(value, part) if isinstance(value, nn.Module) else value[int(part)]
+        return value
+    if node.op == "call_function":
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    return module.get_submodule(str(node.target))(*args, **kwargs)
+
+
+def _buffer(module: nn.Module, value: Tensor) -> str:
+    """Name of a buffer of the island that holds `value`; equal tables of several graphs are kept once."""
+    value = value.detach()
+    count = 0
+    for name, buffer in module._buffers.items():
+        if name.startswith(_PREFIX):
+            count += 1
+            if buffer is not None and _same(buffer, value):
+                return name
+    module.register_buffer(f"{_PREFIX}{count}", value.clone(), persistent=False)
+    return f"{_PREFIX}{count}"
+
+
+def _drop_dead(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        kept = node.op in ("placeholder", "output") or _is_guard(node) or node.target is setattr
+        if not node.users and not kept and not (node.args and _is_mutation(node, node.args[0])):
+            graph.erase_node(node)
