@@ -12,7 +12,9 @@ import importlib.util
 import inspect
 import itertools
 import math
+import pickle
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -152,13 +154,15 @@ def _read_state(path: Path) -> object:
     try:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on odd pickles, which are refused below in clearer words
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # parsers of a corrupt file fail in every way there is
         raise _unreadable(path, error) from error
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    message = str(error) or type(error).__name__
+    message = str(error)
     code = re.search(r"GLOBAL (\S+)", message)
     if code is not None:
         return CheckpointError(
@@ -169,16 +173,25 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
         )
     if "TorchScript" in message:
         return CheckpointError(
-            f"The checkpoint {path} is a TorchScript program",
+            f"The checkpoint {path} is a program",
+            found="a TorchScript archive",
             expected="a state dict",
             remedy="load it with torch.jit.load where you trust it, and save its state_dict()",
         )
     return CheckpointError(
         f"The checkpoint {path} is damaged, or no checkpoint at all",
-        found=f"{path.stat().st_size} bytes that do not parse ({message.splitlines()[0][:200]})",
+        found=f"{path.stat().st_size} bytes that do not parse ({_parser_words(error)})",
         expected="a file written by torch.save or safetensors",
         remedy="download or copy it again",
     )
+
+
+def _parser_words(error: Exception) -> str:
+    """What a parser complained about, without torch's advice to switch its protection off."""
+    if isinstance(error, pickle.UnpicklingError):
+        words = re.search(r"WeightsUnpickler error: (.*)", str(error))
+        return words.group(1).strip()[:200] if words else "not the pickle format of torch.save"
+    return _first_lines(error)
 
 
 def _tensors_of(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -434,7 +447,7 @@ def _decode(value: object, name: str, depth: int = 0) -> Any:
         if isinstance(value, list):
             return [_decode(item, name, depth + 1) for item in value]
         if set(value) == {"tuple"} and isinstance(value["tuple"], list):
-            return tuple(_decode(value["tuple"], name, depth + 1))
+            return tuple(_decode(value["tuple"], name, depth))
         return {str(key): _decode(item, name, depth + 1) for key, item in value.items()}
     raise _malformed(
         f"holds an unusable hyperparameter {name}", found=repr(value)[:80], expected="numbers, strings, lists"
