@@ -6,7 +6,7 @@ ARGS   ?=
 
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-SOURCES := harmoq_ao recipes triton_kernels benchmarks tests
+SOURCES := $(wildcard harmoq_ao recipes triton_kernels benchmarks tests)
 # One thread per test worker: two workers with two threads each are slower than two with one.
 SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
