@@ -203,8 +203,12 @@ def image_size(path: PathLike) -> tuple[int, int]:
     _check_file(path)
     try:
         with _without_bomb_warning(), Image.open(path) as image:
-            width, height = image.size
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            if sideways and image.format == "TIFF":
+                # Whether the header's size is turned already depends on Pillow's version; the loaded one always is.
+                image.load()
+                sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            width, height = image.size
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
     return (width, height) if sideways else (height, width)
@@ -479,18 +483,21 @@ def _read_deep_colour(path: Path, rawmode: str) -> ImageRecord | None:
         return None
     with Image.open(path) as low:
         low.tile = [_with_rawmode(tile, swapped) for tile in low.tile]
+        low.load()
         low_bytes = np.asarray(low)
     if rawmode == "LA;16B":  # four bytes a pixel, which the swapped mode read as they are
         array = low_bytes.view(">u2").astype(np.uint16)
         return _finished(low, array, "LA;16")
     with Image.open(path) as high:
+        high.load()
         array = np.asarray(high).astype(np.uint16) << 8 | low_bytes
     return _finished(high, array, f"{high.mode};16")
 
 
 def _with_rawmode(tile: Any, rawmode: str) -> Any:
     arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
-    return (*tile[:3], arguments)
+    # A plain tuple up to Pillow 10, a named one since.
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)
 
 
 def _codes_to_write(image: torch.Tensor, like: ImageRecord | None, pillow_format: str, path: Path) -> Array:
