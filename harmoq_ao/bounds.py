@@ -11,7 +11,7 @@ The error is that of the actual quantizer, rounding included.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -153,7 +153,20 @@ def _condensed(values: Tensor, bins: int) -> tuple[Tensor, Tensor]:
 
 
 def _minimise(points: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor]:
-    """Best bounds per row: `points` `[n, p]`, `weights` `[n | 1, p]`, extremes `[n]`; returns `[n]`, `[n]`."""
+    """Best bounds per row: `points` `[n, p]`, `weights` `[n | 1, p]`, extremes `[n]`; returns `[n]`, `[n]`.
+
+    A float lower bound is also searched among those with an integer zero point: where many values are exactly zero
+    (masks, ReLU), the error is least when zero is a level, in a valley too narrow for a grid to meet by chance.
+    """
+    best = _search(points, weights, lo, hi, spec)
+    if spec.scheme is Scheme.ASYMMETRIC:
+        with_zero = _search(points, weights, lo, hi, replace(spec, scheme=Scheme.INTEGER_ZERO_POINT))
+        best = torch.where(with_zero[2] < best[2], with_zero, best)
+    return best[0], best[1]
+
+
+def _search(points: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, spec: QuantizerSpec) -> Tensor:
+    """Lower bounds, upper bounds and errors of the best candidates on the scheme of `spec`, `[3, n]`."""
     if spec.scheme is Scheme.SYMMETRIC:
         grid, pivot = ONE_SIDED, torch.zeros_like(hi)
         hi = torch.maximum(lo.abs(), hi.abs())
@@ -169,7 +182,8 @@ def _minimise(points: Tensor, weights: Tensor, lo: Tensor, hi: Tensor, spec: Qua
         half = grid.fine // 2
         ratio = ratio ** (1 / half)
         shares = ratio ** torch.arange(-half, half + 1, dtype=torch.float32, device=points.device)
-    return _candidates(best.lower[:, None], best.upper[:, None], (lo, hi, pivot), spec, squeeze=True)
+    lower, upper = _candidates(best.lower[:, None], best.upper[:, None], (lo, hi, pivot), spec)
+    return torch.stack((lower[:, 0], upper[:, 0], best.error))
 
 
 @dataclass
@@ -213,11 +227,10 @@ def _try_shares(
 
 
 def _candidates(
-    lower: Tensor, upper: Tensor, frame: tuple[Tensor, Tensor, Tensor], spec: QuantizerSpec, *, squeeze: bool = False
+    lower: Tensor, upper: Tensor, frame: tuple[Tensor, Tensor, Tensor], spec: QuantizerSpec
 ) -> tuple[Tensor, Tensor]:
     """Bounds `[n, c]` for shares `[n, c]`, on the scheme of `spec`. A share of one gives the extreme exactly."""
     lo, hi, pivot = (bound[:, None] for bound in frame)
     low = torch.where(lower < 1.0, pivot - lower * (pivot - lo), lo)
     high = torch.where(upper < 1.0, pivot + upper * (hi - pivot), hi)
-    low, high = snap_bounds(low, high, spec)
-    return (low[:, 0], high[:, 0]) if squeeze else (low, high)
+    return snap_bounds(low, high, spec)
