@@ -17,7 +17,7 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_islands, remember
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
-from harmoq_ao.prepare import PreparedModel, replace_module
+from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
 from harmoq_ao.report import Report, SiteRow, prepared_report, quantized_report
 from harmoq_ao.tracing import is_island, island_state
 
@@ -33,17 +33,24 @@ class QuantizedModel(nn.Module):
         config: The configuration it was made with.
         rows: One report row per contraction.
         example_shapes: Image shapes it was prepared on.
+        traits: Scale, size requirements and architecture.
         float_dtype: Type of the parts that stay float.
     """
 
     def __init__(
-        self, model: nn.Module, config: HarmoqConfig, rows: list[SiteRow], example_shapes: list[tuple[int, ...]]
+        self,
+        model: nn.Module,
+        config: HarmoqConfig,
+        rows: list[SiteRow],
+        example_shapes: list[tuple[int, ...]],
+        traits: ModelTraits,
     ) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.rows = rows
         self.example_shapes = example_shapes
+        self.traits = traits
         self.float_dtype = torch.float32
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -122,7 +129,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     round_float_state(model, prepared.config.storage_dtype)
     stored = _rounding(prepared.config.storage_dtype)
     replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored))
-    quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes).eval()
+    quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
     finalize(quantized)
     return quantized if float_dtype is torch.float32 else quantized.set_float_dtype(float_dtype)
 

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.data import check_image_tensor
-from harmoq_ao.errors import InputError, TraceError
+from harmoq_ao.errors import InputError, SavedModelError, TraceError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import (
@@ -40,12 +40,48 @@ from harmoq_ao.tracing import (
     make_island,
 )
 from harmoq_ao.tracing.contractions import SourceKey, contraction_macs
+from harmoq_ao.zoo import architecture_spec
 
 logger = logging.getLogger(__name__)
 
 _EXAMPLE_SIZE = (64, 64)
 _SECOND_SIZE = (48, 72)
 _MATMULS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
+
+
+@dataclass(frozen=True)
+class ModelTraits:
+    """What is known about a model's images and how to build it.
+
+    Args:
+        scale: Output pixels per input pixel along each side.
+        size_multiple: Sides of the input must be multiples of this (1: any size).
+        size_minimum: Sides of the input must be at least this.
+        architecture: Description from :func:`~harmoq_ao.zoo.architecture_spec`, or None where spandrel does not know it.
+    """
+
+    scale: int = 1
+    size_multiple: int = 1
+    size_minimum: int = 0
+    architecture: dict[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Any) -> ModelTraits:
+        """Inverse of :meth:`to_dict`.
+
+        Raises:
+            SavedModelError: Unknown or ill-typed entries.
+        """
+        numbers = ("scale", "size_multiple", "size_minimum")
+        valid = isinstance(data, dict) and set(data) == {*numbers, "architecture"}
+        valid = valid and all(type(data[n]) is int and 0 <= data[n] <= 1024 for n in numbers)
+        if not valid or not isinstance(data["architecture"], (dict, type(None))):
+            raise SavedModelError("The traits of a saved model are not valid", found=repr(data)[:200])
+        return cls(**data)
 
 
 class PreparedModel(nn.Module):
@@ -55,17 +91,19 @@ class PreparedModel(nn.Module):
         model: The author's model, on whose modules the sites stand.
         config: The configuration.
         floats: Contractions that stay float, with the reason.
-        example_sizes: Image sizes it was prepared on.
+        example_shapes: Shapes of the image batches it was prepared on.
+        traits: Scale, size requirements and architecture.
+        order: Paths of the sites in execution order.
     """
 
-    def __init__(self, model: nn.Module, config: HarmoqConfig) -> None:
+    def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.floats: list[FloatSite] = []
         self.example_shapes: list[tuple[int, ...]] = []
         self.order: list[str] = []
-        self.total_macs = 0
+        self.traits = traits
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model on an image batch `[B, C, H, W]` in 0..1.
@@ -104,7 +142,8 @@ def prepare_harmoq(
     at every image size.
 
     Args:
-        model: Float model in evaluation mode semantics (``eval()`` is called on the copy), or a spandrel descriptor.
+        model: Float model in evaluation mode semantics (``eval()`` is called on the copy), a
+            :class:`~harmoq_ao.zoo.LoadedModel`, or a spandrel descriptor.
         config: What to quantize; the default is W8A8 in the ``deploy`` profile.
         example_inputs: One image batch `[B, C, H, W]`, or several of different sizes; random images by default. Two
             sizes tell which lengths depend on the image.
@@ -118,10 +157,10 @@ def prepare_harmoq(
     config = config or HarmoqConfig()
     copied = _float_copy(model)
     examples = _examples(copied, example_inputs)
-    prepared = PreparedModel(copied, config)
-    prepared.example_shapes = [tuple(e.shape) for e in examples]
     with torch.no_grad():
         expected = [_run(copied, e) for e in examples]
+        prepared = PreparedModel(copied, config, _traits(model, copied, examples[0], expected[0]))
+        prepared.example_shapes = [tuple(e.shape) for e in examples]
         found = discover(copied, (examples[0],))
         fixed = _image_independent(copied, examples[0])
         _make_islands(prepared, found, strict)
@@ -194,6 +233,22 @@ def _float_copy(model: nn.Module) -> nn.Module:
     if any(isinstance(m, PreparedSite) or is_island(m) for m in model.modules()):
         raise InputError("This model is prepared already", remedy="prepare the float model it was made from")
     return copy.deepcopy(model).eval()
+
+
+def _traits(given: Any, model: nn.Module, example: Tensor, output: Any) -> ModelTraits:
+    """Traits of a loaded model as they come; of a bare module, what its output and its class tell."""
+    output = output[0] if isinstance(output, (tuple, list)) else output
+    try:
+        architecture = architecture_spec(model)
+    except SavedModelError:
+        architecture = None
+    scale = getattr(given, "scale", None)
+    return ModelTraits(
+        scale if isinstance(scale, int) else max(1, round(output.shape[-1] / example.shape[-1])),
+        getattr(given, "size_multiple", 1) if not isinstance(given, nn.Module) else 1,
+        getattr(given, "size_minimum", 0) if not isinstance(given, nn.Module) else 0,
+        architecture,
+    )
 
 
 def _examples(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
@@ -430,7 +485,6 @@ def _measure(prepared: PreparedModel, examples: list[Tensor]) -> None:
             state.site_factory.ready = True
             if state.float_reason is not None:
                 prepared.floats.append(FloatSite(state.qualname, "module", state.float_reason))
-    prepared.total_macs = sum(m.site.macs for m in prepared.sites()) + sum(f.macs for f in prepared.floats)
 
 
 @contextmanager

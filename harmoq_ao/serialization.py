@@ -1,0 +1,385 @@
+"""Saved models: a folder with ``config.json`` and one safetensors file. Never a pickle, never code.
+
+``config.json`` names the architecture, the configuration and the weights file, and carries the SHA-256 of both; a file
+with a changed or missing byte is refused. It is written last, by a rename, so that an interrupted save leaves the model
+that was there before. What the constructor of the architecture recomputes (masks, index tables) is not stored; each
+float tensor is stored in the smallest type that holds it exactly.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+import harmoq_ao
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.convert import QuantizedModel, finalize, replace_sites
+from harmoq_ao.errors import ConfigError, OutputError, SavedModelError
+from harmoq_ao.modules.prepared import PreparedSite
+from harmoq_ao.modules.quantized import QuantizedSite, empty_site
+from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_joint_scale
+from harmoq_ao.report import prepared_report
+from harmoq_ao.zoo import build_architecture
+
+FORMAT = "harmoq-ao"
+SCHEMA_VERSION = 1
+_CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 16 << 20
+_MAX_EXAMPLE_SIDE = 1024
+_REMEDY = "copy the folder again, or quantize the float model anew"
+
+
+def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
+    """Save a quantized model to a folder.
+
+    Args:
+        model: From :func:`~harmoq_ao.convert.convert_harmoq`.
+        path: Folder; created, or replaced if it holds a saved model.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OutputError: The folder cannot be written, or holds something else. A model saved there before is untouched.
+    """
+    if not isinstance(model, QuantizedModel):
+        raise SavedModelError(
+            "save_quantized takes a converted model", found=type(model).__name__, remedy="call convert_harmoq first"
+        )
+    folder = Path(path)
+    _check_target(folder)
+    weights = to_safetensors({k: _compact(v) for k, v in stored_tensors(model).items()})
+    digest = hashlib.sha256(weights).hexdigest()
+    config = _seal(_config_of(model, f"model-{digest[:12]}.safetensors", digest))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / config["weights"]["file"], weights)
+        write_atomically(folder / _CONFIG, _dump(config))
+        for old in folder.glob("model-*.safetensors"):
+            if old.name != config["weights"]["file"]:
+                old.unlink()
+    except OSError as error:
+        raise OutputError(
+            f"Cannot save to {folder}", found=error.strerror or str(error), remedy="free space or choose another folder"
+        ) from error
+    return folder
+
+
+def load_quantized(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
+    """Load a saved model.
+
+    Args:
+        path: Folder written by :func:`save_quantized`.
+        model: A float model of the same architecture, with any weights; needed where the architecture is not one that
+            spandrel builds.
+
+    Raises:
+        SavedModelError: Missing, truncated or changed files, another format, or tensors that do not fit.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    tensors = _read_tensors(folder, config["weights"])
+    try:
+        settings = HarmoqConfig.from_dict(config["quantization_config"])
+        skeleton = model if model is not None else _skeleton(config)
+        prepared = prepare_harmoq(skeleton, settings, _examples(config, skeleton))
+    except ConfigError as error:
+        raise SavedModelError(f"{folder / _CONFIG} holds a configuration that is not valid: {error}") from error
+    _apply_measurements(prepared, config)
+    quantized = _empty_model(prepared, tensors, config)
+    _fill(quantized, tensors, folder)
+    if config["float_dtype"] == "bfloat16":
+        return quantized.set_float_dtype(torch.bfloat16)
+    finalize(quantized)
+    return quantized
+
+
+def folder_bytes(path: str | Path) -> int:
+    """Bytes of all files of a saved model."""
+    return sum(f.stat().st_size for f in Path(path).rglob("*") if f.is_file())
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of a float model's parameters in float32; buffers do not count."""
+    return sum(p.numel() * 4 for p in model.parameters())
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file beside its target and rename it over; on any error the target is as it was.
+
+    Raises:
+        OSError: As the system reports it; the temporary file is gone.
+    """
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+# --- what is stored ---------------------------------------------------------------------------------------------------
+
+
+def stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
+    """The tensors of a saved model by name: those of the sites, and the float state the constructor does not make."""
+    state = model.model.state_dict(keep_vars=True)
+    skip = _recomputed(model, state)
+    kept: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in state.items():
+        if name in skip or tensor.device.type == "meta" or id(tensor) in seen:
+            continue
+        seen[id(tensor)] = name
+        kept[name] = tensor.detach().cpu()
+    return kept
+
+
+def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
+    """Names of buffers that a freshly constructed model has bit for bit."""
+    if model.traits.architecture is None:
+        return set()
+    fresh = dict(build_architecture(model.traits.architecture).named_buffers())
+    quantized = {f"{name}." for name, m in model.model.named_modules() if isinstance(m, QuantizedSite)}
+    skip = set()
+    for name, tensor in state.items():
+        if isinstance(tensor, nn.Parameter) or f"{name.rpartition('.')[0]}." in quantized:
+            continue
+        twin = fresh.get(name)
+        if twin is not None and twin.shape == tensor.shape and torch.equal(twin, tensor.detach().to("cpu", twin.dtype)):
+            skip.add(name)
+    return skip
+
+
+def _compact(tensor: Tensor) -> Tensor:
+    """The same values in the smallest type that holds them exactly."""
+    if tensor.dtype is torch.float32:
+        for dtype in (torch.float16, torch.bfloat16):
+            if torch.equal(tensor.to(dtype).float(), tensor):
+                return tensor.to(dtype).contiguous()
+    return tensor.contiguous()
+
+
+def _config_of(model: QuantizedModel, weights: str, digest: str) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "library_version": harmoq_ao.__version__,
+        "quantization_config": model.config.to_dict(),
+        "float_dtype": str(model.float_dtype).removeprefix("torch."),
+        "traits": model.traits.to_dict(),
+        "example_shapes": [list(shape) for shape in model.example_shapes],
+        "sqnr_db": {r.name: None if r.sqnr_db is None else round(r.sqnr_db, 2) for r in model.rows if r.quantized},
+        "weights": {"file": weights, "sha256": digest},
+    }
+
+
+def _seal(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "sha256": hashlib.sha256(_dump(config)).hexdigest()}
+
+
+def _dump(config: dict[str, Any]) -> bytes:
+    return json.dumps(config, separators=(",", ":"), sort_keys=True).encode()
+
+
+def _check_target(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"Cannot save to {folder}", found="a file", expected="a folder", remedy="choose another path")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).is_file():
+        raise OutputError(
+            f"{folder} holds something else than a saved model", expected="an empty folder or a saved model",
+            remedy="choose another folder",
+        )
+
+
+# --- reading what may come from anywhere ------------------------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / _CONFIG
+    if not path.is_file():
+        found = "a folder without config.json" if folder.is_dir() else "no such folder"
+        raise SavedModelError(f"{folder} is no saved model", found=found, expected="a folder written by save_quantized")
+    try:
+        data = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
+        config = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise SavedModelError(f"{path} cannot be read", found=str(error)[:200], remedy=_REMEDY) from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise SavedModelError(f"{path} is of another format", expected=f'"format": "{FORMAT}"')
+    if config.get("schema_version") != SCHEMA_VERSION:
+        raise SavedModelError(
+            f"{path} is of another version of the format", found=config.get("schema_version"), expected=SCHEMA_VERSION,
+            remedy="use the version of harmoq-ao that wrote it",
+        )
+    seal = config.pop("sha256", None)
+    if seal != hashlib.sha256(_dump(config)).hexdigest():
+        raise SavedModelError(f"{path} was changed after it was saved", found="another SHA-256", remedy=_REMEDY)
+    _check_fields(path, config)
+    return config
+
+
+def _check_fields(path: Path, config: dict[str, Any]) -> None:
+    kinds: dict[str, Callable[[Any], bool]] = {
+        "quantization_config": lambda v: isinstance(v, dict),
+        "float_dtype": lambda v: v in ("float32", "bfloat16"),
+        "traits": lambda v: isinstance(v, dict),
+        "example_shapes": _are_shapes,
+        "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or isinstance(x, (int, float)) for x in v.values()),
+        "weights": lambda v: isinstance(v, dict) and isinstance(v.get("file"), str) and isinstance(v.get("sha256"), str),
+    }
+    for name, valid in kinds.items():
+        if name not in config or not valid(config[name]):
+            raise SavedModelError(f"{path} has no valid {name!r}", found=repr(config.get(name))[:120], remedy=_REMEDY)
+
+
+def _are_shapes(value: Any) -> bool:
+    def fits(shape: Any) -> bool:
+        whole = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int for n in shape)
+        return whole and all(0 < n <= _MAX_EXAMPLE_SIDE for n in shape) and shape[0] <= 8 and shape[1] <= 64
+
+    return isinstance(value, list) and 1 <= len(value) <= 4 and all(fits(shape) for shape in value)
+
+
+def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
+    name = weights["file"]
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        raise SavedModelError(f"{folder} lacks its weights", found="no such file", expected=name, remedy=_REMEDY)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != weights["sha256"]:
+        raise SavedModelError(
+            f"{path} is damaged", found=f"{path.stat().st_size} bytes of another SHA-256", remedy=_REMEDY
+        )
+    try:
+        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise SavedModelError(f"{path} is no safetensors file", found=str(error)[:200], remedy=_REMEDY) from error
+
+
+def _skeleton(config: dict[str, Any]) -> nn.Module:
+    spec = config["traits"].get("architecture")
+    if spec is None:
+        raise SavedModelError(
+            "This model is of an architecture that spandrel does not build",
+            remedy="pass a float model of the same architecture: load_quantized(path, model=...)",
+        )
+    return build_architecture(spec)
+
+
+def _examples(config: dict[str, Any], skeleton: nn.Module) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    like = next(skeleton.parameters(), torch.empty(0))
+    return [torch.rand(shape, generator=generator).to(like) for shape in config["example_shapes"]]
+
+
+# --- from tensors to a model ------------------------------------------------------------------------------------------
+
+
+def _apply_measurements(prepared: PreparedModel, config: dict[str, Any]) -> None:
+    prepared.traits = ModelTraits.from_dict(config["traits"])
+    measured = config["sqnr_db"]
+    names = {m.site.name for m in prepared.sites() if m.quantizers()}
+    if names != set(measured):
+        odd = sorted(names ^ set(measured))
+        raise SavedModelError(
+            "The saved sites are not those of the architecture", found=f"{len(odd)} differ, such as {odd[0]}",
+            remedy="use the versions of spandrel and harmoq-ao that saved it",
+        )
+    for module in prepared.sites():
+        module.site.sqnr_db = measured.get(module.site.name)
+
+
+def _empty_model(prepared: PreparedModel, tensors: dict[str, Tensor], config: dict[str, Any]) -> QuantizedModel:
+    rows = prepared_report(prepared).rows
+
+    def make(module: PreparedSite) -> QuantizedSite:
+        settings = prepared.settings(module.site)
+        joint = f"{module.site.path}.joint_scale" in tensors and wants_joint_scale(module.site, settings)
+        return empty_site(module, settings, joint)
+
+    replace_sites(prepared.model, make)
+    quantized = QuantizedModel(prepared.model, prepared.config, rows, prepared.example_shapes, prepared.traits)
+    return quantized.eval()
+
+
+def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+    """Copy stored tensors into the model, checking names, shapes, types and values."""
+    state = quantized.model.state_dict(keep_vars=True)
+    expected = {n: t for n, t in state.items() if t.device.type != "meta"}
+    unknown = sorted(set(tensors) - set(expected))
+    required = set(stored_tensors(quantized)) if quantized.traits.architecture else set(expected)
+    missing = sorted(n for n in required - set(tensors) if not _aliased(expected, n, tensors))
+    missing = [n for n in missing if isinstance(expected[n], nn.Parameter) or _of_site(quantized, n)]
+    if unknown or missing:
+        found = f"unknown {unknown[0]}" if unknown else f"missing {missing[0]}"
+        raise SavedModelError(f"The tensors in {folder} do not fit the architecture", found=found, remedy=_REMEDY)
+    for name, tensor in tensors.items():
+        target = expected[name]
+        _check_tensor(name, tensor, target, _of_site(quantized, name))
+        with torch.no_grad():
+            target.copy_(tensor)
+    for row in quantized.rows:  # what the report derives from tensors
+        site = quantized.sites().get(row.name)
+        if site is not None:
+            row.bounds, row.joint_scale = _tensor_facts(site, row.bounds)
+
+
+def _aliased(expected: dict[str, Tensor], name: str, tensors: dict[str, Tensor]) -> bool:
+    return any(other in tensors for other, t in expected.items() if t is expected[name])
+
+
+def _of_site(quantized: QuantizedModel, name: str) -> bool:
+    return isinstance(quantized.model.get_submodule(name.rpartition(".")[0]), QuantizedSite)
+
+
+def _check_tensor(name: str, tensor: Tensor, target: Tensor, of_site: bool) -> None:
+    if tensor.shape != target.shape:
+        raise SavedModelError(
+            f"{name} has the wrong shape", found=tuple(tensor.shape), expected=tuple(target.shape), remedy=_REMEDY
+        )
+    if tensor.is_floating_point() != target.is_floating_point() or (
+        not tensor.is_floating_point() and tensor.dtype != target.dtype
+    ):
+        raise SavedModelError(f"{name} has the wrong type", found=tensor.dtype, expected=target.dtype, remedy=_REMEDY)
+    if isinstance(target, nn.Parameter) or of_site:
+        _check_values(name, tensor)
+
+
+def _check_values(name: str, tensor: Tensor) -> None:
+    if not tensor.is_floating_point():
+        return
+    if not bool(torch.isfinite(tensor).all()):
+        raise SavedModelError(f"{name} is not finite", found="NaN or infinity", remedy=_REMEDY)
+    kind = name.rpartition(".")[2]
+    positive = tensor if kind in ("weight_scale", "joint_scale") else tensor[:1] if kind.endswith("_bounds") else None
+    if positive is not None and not bool((positive > 0).all()):
+        raise SavedModelError(f"{name} must be positive", found=float(positive.min()), remedy=_REMEDY)
+
+
+def _tensor_facts(site: QuantizedSite, bounds: Any) -> tuple[Any, tuple[float, float] | None]:
+    stored = getattr(site, "act_bounds", getattr(site, "left_bounds", None))
+    if stored is not None and site.site.kind != "conv2d":
+        step, lower = (float(v) for v in stored)
+        bounds = (lower, lower + step * site.settings.act.qmax)
+    scale = getattr(site, "joint_scale", None)
+    return bounds, None if scale is None else (float(scale.min()), float(scale.max()))
+
+
+__all__ = ["float_bytes", "folder_bytes", "load_quantized", "save_quantized", "stored_tensors", "write_atomically"]
