@@ -171,15 +171,15 @@ def _solve_linear(module: PreparedLinear, settings: SiteSettings, minmax: bool) 
     module.site.sqnr_db = _linear_sqnr(module, weight, scale)
 
 
-def _linear_scale(weight: Tensor, observer: OperandObserver, settings: SiteSettings) -> Tensor | None:
+def _linear_scale(weight: Tensor, observer: OperandObserver, settings: SiteSettings) -> Tensor:
     ranges = observer.channel_range()
     if ranges is None:
-        return None
+        return torch.ones(weight.shape[1])
     range_x, range_w = ranges[1] - ranges[0], weight.amax(0) - weight.amin(0)
     if settings.joint_scale == "search":
         sample = observer.sample()
         chosen = search_exponent(sample, weight, settings.act, settings.weight, range_x=range_x, range_w=range_w)
-        return None if chosen.exponent is None else chosen.scale
+        return chosen.scale
     return joint_scale(range_x, range_w, settings.act.bits, settings.weight.bits)
 
 
@@ -209,7 +209,7 @@ def _solve_matmul(module: PreparedMatmul, settings: SiteSettings) -> None:
     left, right = _observer(module.left), _observer(module.right)
     scale = None
     if wants_joint_scale(module.site, settings) and left is not None and right is not None:
-        scale = _pair_scale(left, right, settings)
+        scale = _pair_scale(left, right, settings, module.site.shape[0])
     module.set_joint_scale(scale)
     _settle_activation(module.left, left, scale)
     _settle_activation(module.right, right, None if scale is None else 1.0 / scale)
@@ -221,10 +221,10 @@ def _solve_matmul(module: PreparedMatmul, settings: SiteSettings) -> None:
     module.site.sqnr_db = -10 * math.log10(max(sum(noise), 1e-30)) if noise else None
 
 
-def _pair_scale(left: OperandObserver, right: OperandObserver, settings: SiteSettings) -> Tensor | None:
+def _pair_scale(left: OperandObserver, right: OperandObserver, settings: SiteSettings, length: int) -> Tensor:
     ranges = left.channel_range(), right.channel_range()
     if ranges[0] is None or ranges[1] is None:
-        return None
+        return torch.ones(length)
     range_q, range_k = (hi - lo for lo, hi in ranges)
     return pair_scale(range_q, range_k, settings.act.bits, settings.weight.bits)
 

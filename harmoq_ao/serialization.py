@@ -2,8 +2,13 @@
 
 ``config.json`` names the architecture, the configuration and the weights file, and carries the SHA-256 of both; a file
 with a changed or missing byte is refused. It is written last, by a rename, so that an interrupted save leaves the model
-that was there before. What the constructor of the architecture recomputes (masks, index tables) is not stored; each
-float tensor is stored in the smallest type that holds it exactly.
+that was there before. What the constructor of the architecture recomputes (masks, index tables) is not stored.
+
+Layout of the weights file: packed codes and integer buffers stand under their own names. All float tensors, of which a
+transformer has many small ones, are flattened and concatenated in the order of their sorted names into one tensor per
+type, ``floats.float16``, ``floats.bfloat16`` and ``floats.float32``; each goes to the smallest type that holds it
+exactly. ``layout`` in the config has one letter for each name of the model's state, sorted: ``h``, ``b`` or ``f`` for
+those types, ``-`` for what is not there. (Named one by one, their header entries would cost more than a 2-bit weight.)
 """
 
 from __future__ import annotations
@@ -58,9 +63,11 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
         )
     folder = Path(path)
     _check_target(folder)
-    weights = to_safetensors({k: _compact(v) for k, v in stored_tensors(model).items()})
+    tensors, layout = _flattened(stored_tensors(model), _state(model))
+    weights = to_safetensors(tensors)
     digest = hashlib.sha256(weights).hexdigest()
-    config = _seal(_config_of(model, f"model-{digest[:12]}.safetensors", digest))
+    entry = {"file": f"model-{digest[:12]}.safetensors", "sha256": digest, "layout": layout}
+    config = _seal({**_config_of(model), "weights": entry})
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / config["weights"]["file"], weights)
@@ -96,8 +103,8 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Quantize
     except ConfigError as error:
         raise SavedModelError(f"{folder / _CONFIG} holds a configuration that is not valid: {error}") from error
     _apply_measurements(prepared, config)
-    quantized = _empty_model(prepared, tensors, config)
-    _fill(quantized, tensors, folder)
+    quantized = _empty_model(prepared)
+    _fill(quantized, _unflattened(tensors, config["weights"]["layout"], _state(quantized)), folder)
     if config["float_dtype"] == "bfloat16":
         return quantized.set_float_dtype(torch.bfloat16)
     finalize(quantized)
@@ -136,18 +143,73 @@ def write_atomically(path: Path, data: bytes) -> None:
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
+_FLOATS = {"h": torch.float16, "b": torch.bfloat16, "f": torch.float32}
+
+
+def _state(model: QuantizedModel) -> dict[str, Tensor]:
+    """Everything that could be stored, by sorted name: shared tensors once, released weights not at all."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in sorted(model.model.state_dict(keep_vars=True).items()):
+        if tensor.device.type != "meta" and id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor
+    return kept
+
+
 def stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
     """The tensors of a saved model by name: those of the sites, and the float state the constructor does not make."""
-    state = model.model.state_dict(keep_vars=True)
+    state = _state(model)
     skip = _recomputed(model, state)
-    kept: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
-    for name, tensor in state.items():
-        if name in skip or tensor.device.type == "meta" or id(tensor) in seen:
-            continue
-        seen[id(tensor)] = name
-        kept[name] = tensor.detach().cpu()
-    return kept
+    return {name: tensor.detach().cpu() for name, tensor in state.items() if name not in skip}
+
+
+def _flattened(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
+    """The file's tensors and the layout of its float ones."""
+    named = {name: t.contiguous() for name, t in tensors.items() if not t.is_floating_point()}
+    parts: dict[str, list[Tensor]] = {letter: [] for letter in _FLOATS}
+    layout = ""
+    for name in state:
+        tensor = tensors.get(name)
+        letter = "-" if tensor is None or name in named else _letter(tensor)
+        layout += letter
+        if letter != "-":
+            parts[letter].append(tensors[name].to(_FLOATS[letter]).flatten())
+    blobs = {_blob(letter): torch.cat(chunks) for letter, chunks in parts.items() if chunks}
+    return named | blobs, layout
+
+
+def _unflattened(file: dict[str, Tensor], layout: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of :func:`_flattened`, given the state of an empty model."""
+    blobs = {letter: file.pop(_blob(letter), torch.empty(0, dtype=dtype)) for letter, dtype in _FLOATS.items()}
+    needed = {letter: sum(t.numel() for t, at in zip(state.values(), layout, strict=False) if at == letter) for letter in _FLOATS}
+    fits = all(b.dtype == _FLOATS[k] and b.dim() == 1 and b.numel() == needed[k] for k, b in blobs.items())
+    if len(layout) != len(state) or not set(layout) <= {*_FLOATS, "-"} or not fits:
+        raise SavedModelError(
+            "The stored tensors are not those of the architecture",
+            found=f"{len(layout)} entries, {sum(b.numel() for b in blobs.values())} numbers",
+            expected=f"{len(state)} entries, {sum(needed.values())} numbers",
+            remedy="use the versions of spandrel and harmoq-ao that saved it",
+        )
+    tensors = dict(file)
+    at = dict.fromkeys(_FLOATS, 0)
+    for (name, target), letter in zip(state.items(), layout, strict=True):
+        if letter != "-":
+            tensors[name] = blobs[letter][at[letter] : at[letter] + target.numel()].reshape(target.shape)
+            at[letter] += target.numel()
+    return tensors
+
+
+def _blob(letter: str) -> str:
+    return f"floats.{str(_FLOATS[letter]).removeprefix('torch.')}"
+
+
+def _letter(tensor: Tensor) -> str:
+    """The smallest float type that holds the values exactly."""
+    for letter, dtype in _FLOATS.items():
+        if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
+            return letter
+    return "f"
 
 
 def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
@@ -166,16 +228,7 @@ def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
     return skip
 
 
-def _compact(tensor: Tensor) -> Tensor:
-    """The same values in the smallest type that holds them exactly."""
-    if tensor.dtype is torch.float32:
-        for dtype in (torch.float16, torch.bfloat16):
-            if torch.equal(tensor.to(dtype).float(), tensor):
-                return tensor.to(dtype).contiguous()
-    return tensor.contiguous()
-
-
-def _config_of(model: QuantizedModel, weights: str, digest: str) -> dict[str, Any]:
+def _config_of(model: QuantizedModel) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
@@ -185,7 +238,6 @@ def _config_of(model: QuantizedModel, weights: str, digest: str) -> dict[str, An
         "traits": model.traits.to_dict(),
         "example_shapes": [list(shape) for shape in model.example_shapes],
         "sqnr_db": {r.name: None if r.sqnr_db is None else round(r.sqnr_db, 2) for r in model.rows if r.quantized},
-        "weights": {"file": weights, "sha256": digest},
     }
 
 
@@ -241,7 +293,7 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
         "traits": lambda v: isinstance(v, dict),
         "example_shapes": _are_shapes,
         "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or isinstance(x, (int, float)) for x in v.values()),
-        "weights": lambda v: isinstance(v, dict) and isinstance(v.get("file"), str) and isinstance(v.get("sha256"), str),
+        "weights": lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in ("file", "sha256", "layout")),
     }
     for name, valid in kinds.items():
         if name not in config or not valid(config[name]):
@@ -306,13 +358,12 @@ def _apply_measurements(prepared: PreparedModel, config: dict[str, Any]) -> None
         module.site.sqnr_db = measured.get(module.site.name)
 
 
-def _empty_model(prepared: PreparedModel, tensors: dict[str, Tensor], config: dict[str, Any]) -> QuantizedModel:
+def _empty_model(prepared: PreparedModel) -> QuantizedModel:
     rows = prepared_report(prepared).rows
 
     def make(module: PreparedSite) -> QuantizedSite:
         settings = prepared.settings(module.site)
-        joint = f"{module.site.path}.joint_scale" in tensors and wants_joint_scale(module.site, settings)
-        return empty_site(module, settings, joint)
+        return empty_site(module, settings, wants_joint_scale(module.site, settings))
 
     replace_sites(prepared.model, make)
     quantized = QuantizedModel(prepared.model, prepared.config, rows, prepared.example_shapes, prepared.traits)
@@ -321,12 +372,10 @@ def _empty_model(prepared: PreparedModel, tensors: dict[str, Tensor], config: di
 
 def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor], folder: Path) -> None:
     """Copy stored tensors into the model, checking names, shapes, types and values."""
-    state = quantized.model.state_dict(keep_vars=True)
-    expected = {n: t for n, t in state.items() if t.device.type != "meta"}
+    expected = _state(quantized)
     unknown = sorted(set(tensors) - set(expected))
-    required = set(stored_tensors(quantized)) if quantized.traits.architecture else set(expected)
-    missing = sorted(n for n in required - set(tensors) if not _aliased(expected, n, tensors))
-    missing = [n for n in missing if isinstance(expected[n], nn.Parameter) or _of_site(quantized, n)]
+    needed = {n for n, t in expected.items() if isinstance(t, nn.Parameter) or _of_site(quantized, n)}
+    missing = sorted(needed - set(tensors))
     if unknown or missing:
         found = f"unknown {unknown[0]}" if unknown else f"missing {missing[0]}"
         raise SavedModelError(f"The tensors in {folder} do not fit the architecture", found=found, remedy=_REMEDY)
@@ -339,10 +388,6 @@ def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor], folder: Path) -
         site = quantized.sites().get(row.name)
         if site is not None:
             row.bounds, row.joint_scale = _tensor_facts(site, row.bounds)
-
-
-def _aliased(expected: dict[str, Tensor], name: str, tensors: dict[str, Tensor]) -> bool:
-    return any(other in tensors for other, t in expected.items() if t is expected[name])
 
 
 def _of_site(quantized: QuantizedModel, name: str) -> bool:

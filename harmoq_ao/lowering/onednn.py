@@ -29,6 +29,7 @@ from torch.nn import functional as F
 
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference
+from harmoq_ao.lowering.float_matmul import matmul_accumulate
 from harmoq_ao.lowering.reference import LinearOperands
 from harmoq_ao.quantizer import step_size
 
@@ -38,7 +39,6 @@ _BLOCK_BYTES = 1 << 21  # working set of one thread: larger spills the cache, sm
 _MIN_ROWS = 256  # below this the cost of calling operators shows
 _LANES = 64  # row reductions in torch are vectorised over whole groups of this many float32
 _PACK_ROWS = 4096  # input rows that oneDNN should choose its weight layout for
-_MATMUL_CHUNK_BYTES = 1 << 22  # float copies of codes made at a time in a long contraction
 
 
 @cache
@@ -99,44 +99,6 @@ def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
     for x, w in zip(_split(rows, _LINEAR_CHUNK, 1), _split(qw, _LINEAR_CHUNK, 1), strict=True):
         acc += _qlinear(x.contiguous(), prepack(w), unit, None, torch.float32).to(dtype)
     return acc.reshape(*qx.shape[:-1], len(qw))
-
-
-def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) -> Tensor:
-    """`reference.matmul_accumulate` by float32 matrix products of codes, bit for bit.
-
-    A float32 product of codes is exact while its sums stay below 2**24. Longer contractions use codes centred on zero,
-    which are worth a factor of four, in chunks that are exact and added as integers.
-
-    Args:
-        qa: `[..., M, K]` uint8 codes below ``2**bits_a``.
-        qb: `[..., K, N]` uint8 codes below ``2**bits_b``.
-        bits_a: Width of the left codes; fewer bits allow longer chunks.
-        bits_b: Width of the right codes.
-
-    Returns:
-        `[..., M, N]` int32, int64 for very long contractions.
-
-    Raises:
-        KernelError: Wrong dtypes or shapes.
-    """
-    reference.check_matmul(qa, qb)
-    length, dtype = qa.shape[-1], reference.matmul_dtype(qa.shape[-1])
-    if length * ((1 << bits_a) - 1) * ((1 << bits_b) - 1) <= _EXACT:
-        return (qa.float() @ qb.float()).to(dtype)
-    half_a, half_b = 1 << (bits_a - 1), 1 << (bits_b - 1)
-    rows = qa.sum(-1, keepdim=True, dtype=torch.int64)
-    columns = qb.sum(-2, keepdim=True, dtype=torch.int64)
-    acc = rows * half_b + columns * half_a - length * half_a * half_b
-    chunk = min(_EXACT // (half_a * half_b), _chunk_length(qa, qb))
-    for a, b in zip(_split(qa, chunk, -1), _split(qb, chunk, -2), strict=True):
-        acc += ((a.float() - half_a) @ (b.float() - half_b)).to(torch.int64)
-    return acc.to(dtype)
-
-
-def _chunk_length(qa: Tensor, qb: Tensor) -> int:
-    """Codes along the contraction whose float copies fit the cache."""
-    per_code = 4 * max(1, (qa.numel() + qb.numel()) // qa.shape[-1])
-    return max(_LANES, _MATMUL_CHUNK_BYTES // per_code)
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
@@ -378,3 +340,17 @@ def _addcmul(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.addcmul(base, left, right, out=out)
     else:
         out.copy_(torch.addcmul(base, left, right))
+
+
+__all__ = [
+    "PackedLinear",
+    "block_rows",
+    "effective_codes",
+    "is_available",
+    "linear",
+    "linear_accumulate",
+    "matmul_accumulate",
+    "pack_linear",
+    "prepack",
+    "quantize",
+]

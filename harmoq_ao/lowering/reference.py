@@ -88,6 +88,23 @@ class LinearOperands:
             raise KernelError("Two widths for one activation", found=(self.act.bits, self.act_bits), expected="one")
 
 
+@dataclass(frozen=True)
+class MatmulOperand:
+    """How one operand of a product of two activations is quantized.
+
+    Attributes:
+        bits: Width of a code, 2 to 8.
+        act: Static bounds (0-d), or None for bounds from the data: one pair per row of the left operand, per column of
+            the right one.
+        joint_scale: What divides the operand along the contracted axis, float32: `[K]` for the left operand, `[K, 1]`
+            (the reciprocal scale) for the right one; or None.
+    """
+
+    bits: int
+    act: Affine | None = None
+    joint_scale: Tensor | None = None
+
+
 # --- float to codes ---------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +173,17 @@ def quantize_dynamic(x: Tensor, axis: int, bits: int, joint_scale: Tensor | None
     scaled = x.float() if joint_scale is None else x.float() * joint_scale.reciprocal()
     lower, step = dynamic_qparams(scaled, axis, bits)
     return quantize_codes(scaled, step.reciprocal(), -lower / step, bits), Affine(step, lower, bits)
+
+
+def quantize_operand(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tensor, Affine]:
+    """uint8 codes of one operand of a matmul and their bounds; ``axis`` is the contracted one, -1 or -2.
+
+    Raises:
+        InputError: ``x`` holds a NaN.
+    """
+    if operand.act is None:
+        return quantize_dynamic(x, axis, operand.bits, operand.joint_scale)
+    return quantize_codes(x, *static_qparams(operand.act, operand.joint_scale), operand.bits), operand.act
 
 
 # --- codes to accumulators --------------------------------------------------------------------------------------------
@@ -358,3 +386,37 @@ def check_input(x: Tensor, operands: LinearOperands) -> None:
 def matmul(qa: Tensor, qb: Tensor, a: Affine, b: Affine) -> Tensor:
     """Product of two quantized activations, `[..., M, N]` float32; arguments as in `matmul_epilogue`."""
     return matmul_epilogue(matmul_accumulate(qa, qb), qa, qb, a, b)
+
+
+def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand) -> Tensor:
+    """Quantize both operands and multiply them.
+
+    Args:
+        left: `[..., M, K]` floating point.
+        right: `[..., K, N]` floating point.
+        a: Quantizer of the left operand.
+        b: Quantizer of the right operand.
+
+    Returns:
+        `[..., M, N]` in the dtype of ``left``.
+
+    Raises:
+        KernelError: The operands are not floating point or do not fit.
+        InputError: An operand holds a NaN.
+    """
+    check_float_matmul(left, right)
+    qa, act_a = quantize_operand(left, a, -1)
+    qb, act_b = quantize_operand(right, b, -2)
+    return matmul(qa, qb, act_a, act_b).to(left.dtype)
+
+
+def check_float_matmul(left: Tensor, right: Tensor) -> None:
+    """Raise KernelError unless `[..., M, K]` meets `[..., K, N]`, both floating point and not empty along K."""
+    fits = left.dim() >= 2 and right.dim() >= 2 and 0 < left.shape[-1] == right.shape[-2]
+    floating = left.is_floating_point() and right.is_floating_point()
+    if not (fits and floating and _broadcasts(left.shape, right.shape)):
+        raise KernelError(
+            "The inputs of a quantized matmul do not fit",
+            found=f"{left.dtype} {tuple(left.shape)} and {right.dtype} {tuple(right.shape)}",
+            expected="floating point [..., M, K] and [..., K, N]",
+        )
