@@ -116,39 +116,6 @@ def test_accumulators_of_any_shape_and_stride() -> None:
     assert onednn.linear_accumulate(qx[:0], qw).shape == (0, 5, 4, 7)
 
 
-@given(
-    seed=SEEDS,
-    batches=st.sampled_from([((), ()), ((3,), ()), ((), (2,)), ((2, 1), (3,)), ((2, 3), (2, 3)), ((0,), (1,))]),
-    m=st.integers(0, 9),
-    k=st.integers(0, 600),
-    n=st.integers(1, 9),
-    bits=st.tuples(BITS, BITS),
-)
-def test_matmul_accumulators_equal_the_reference(
-    seed: int, batches: tuple[tuple[int, ...], tuple[int, ...]], m: int, k: int, n: int, bits: tuple[int, int]
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    qa, qb = codes_of(generator, bits[0], *batches[0], m, k), codes_of(generator, bits[1], *batches[1], k, n)
-    expected = reference.matmul_accumulate(qa, qb)
-    for widths in (bits, (8, 8)):
-        found = onednn.matmul_accumulate(qa, qb, *widths)
-        assert found.dtype == expected.dtype
-        assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("k", [258, 259, 5000, 300000])
-def test_long_matmuls_are_exact(bits: int, k: int) -> None:
-    top = 2**bits - 1
-    generator = torch.Generator().manual_seed(k)
-    qa = codes_of(generator, bits, 3, k)
-    qa[0], qa[1] = top, 0  # both extremes of the centred codes
-    qb = qa.flip(0).t()
-    acc = onednn.matmul_accumulate(qa, qb, bits, bits)
-    assert torch.equal(acc, reference.matmul_accumulate(qa, qb))
-    assert acc[0, 2].item() == top * top * k
-
-
 # --- codes ------------------------------------------------------------------------------------------------------------
 
 
@@ -322,8 +289,7 @@ def test_infinity_saturates_static_bounds_and_is_refused_per_token() -> None:
     x[1, 2], x[2, 5] = float("inf"), float("-inf")
     static, dynamic = make_operands(11, 7, 4), make_operands(11, 7, 4, dynamic=True)
     assert_linear_is_right(x, static)
-    for call in (onednn.linear(x[:1], onednn.pack_linear(dynamic)),):
-        assert call.isfinite().all()
+    assert onednn.linear(x[:1], onednn.pack_linear(dynamic)).isfinite().all()
     with pytest.raises(InputError, match="not a number"):
         onednn.linear(x, onednn.pack_linear(dynamic))
     with pytest.raises(InputError, match="not a number"):
