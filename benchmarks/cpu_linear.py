@@ -54,13 +54,18 @@ class Row:
 
 
 def measure(contenders: dict[str, Callable[[], object]], rounds: int, refresh: Callable[[], None]) -> dict[str, list]:
-    """Milliseconds of every contender, one call each per round, ``refresh`` (new inputs) before each round."""
+    """Milliseconds of every contender, one call each per round, ``refresh`` (new inputs) before each round.
+
+    The order rotates from round to round: what runs after a neighbour that read the same input finds it in the cache.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
+    order = list(contenders)
     for round_ in range(rounds + 2):
         refresh()
-        for name, call in contenders.items():
+        order.append(order.pop(0))
+        for name in order:
             start = time.perf_counter()
-            call()
+            contenders[name]()
             if round_ >= 2:  # the first two warm up
                 times[name].append((time.perf_counter() - start) * 1e3)
     return times

@@ -90,6 +90,17 @@ def test_dynamic_bounds_hold_every_value_within_half_a_step(seed: int, bits: int
     assert error.max() <= 0.501
 
 
+@pytest.mark.parametrize("length", [2047, 2048, 5003])
+@pytest.mark.parametrize("axis", [-2, 1])
+def test_dynamic_bounds_of_a_long_strided_axis(length: int, axis: int) -> None:
+    x = torch.randn(2, length, 3, generator=torch.Generator().manual_seed(length))
+    x[0, -1, 0], x[1, 0, 1], x[1, length // 2, 2] = 9.0, -9.0, float("nan")  # at both ends and inside
+    lower, step = reference.dynamic_qparams(x, axis, 8)
+    assert torch.equal(lower.nan_to_num(7.0), x.amin(1, keepdim=True).nan_to_num(7.0))
+    assert torch.allclose(lower + 255 * step, x.amax(1, keepdim=True), equal_nan=True)
+    assert lower[1, 0, 2].isnan()
+
+
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.7, 1e-30, 4e5])
 def test_constant_tokens_keep_their_value(value: float) -> None:
     codes, affine = reference.quantize_dynamic(torch.full((3, 8), value), -1, 4)
