@@ -12,7 +12,8 @@ from torch import Tensor
 
 from harmoq_ao.bounds import search_channel_bounds
 from harmoq_ao.config import SiteSettings
-from harmoq_ao.errors import CalibrationError
+from harmoq_ao.data import check_image_tensor
+from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize import joint_scale, pair_scale, search_exponent
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite
@@ -22,6 +23,7 @@ from harmoq_ao.progress import track
 from harmoq_ao.quantizer import Scheme, dynamic_bounds_for, fake_quantize
 
 _REPORT_ROWS = 512  # rows of the sample that the reported SQNR is measured on
+_MAX_NESTING = 4  # containers around the image in what a loader yields
 
 
 def calibrate(
@@ -38,8 +40,8 @@ def calibrate(
     Args:
         prepared: From :func:`~harmoq_ao.prepare.prepare_harmoq`; changed in place.
         data: Low-resolution image batches `[B, C, H, W]` or images `[C, H, W]` in 0..1; of a tuple or a dictionary the
-            first tensor counts.
-        max_batches: Stop after this many.
+            first tensor counts. They are brought to the device and the float type of the model.
+        max_batches: Stop after this many; None takes all.
         show_progress: Show a progress bar; by default where standard error is a terminal.
 
     Returns:
@@ -47,15 +49,16 @@ def calibrate(
 
     Raises:
         CalibrationError: No data, or a site that no image reached.
-        InputError: A batch is no image, or not finite.
+        InputError: A batch is no image, not finite, or of another number of channels.
     """
+    _check_arguments(prepared, data, max_batches)
     disable_fake_quant(prepared)
     enable_observers(prepared)
-    device = next((p.device for p in prepared.parameters()), torch.device("cpu"))
+    like = next((p for p in prepared.parameters() if p.is_floating_point()), torch.empty(0))
     seen = 0
     with torch.no_grad():
         for batch in track(data, "Calibrating", total=max_batches, show=show_progress):
-            prepared(image_of(batch).to(device))
+            prepared(_checked_image(batch, prepared).to(like))
             seen += 1
             if max_batches is not None and seen >= max_batches:
                 break
@@ -68,17 +71,52 @@ def calibrate(
 
 def image_of(batch: Any) -> Tensor:
     """The image batch `[B, C, H, W]` in whatever a loader yields."""
-    if isinstance(batch, dict):
-        batch = next((v for v in batch.values() if isinstance(v, Tensor)), batch)
-    if isinstance(batch, (tuple, list)) and batch:
-        return image_of(batch[0])
-    if not isinstance(batch, Tensor):
+    image = _first_tensor(batch)
+    if image is None:
         raise CalibrationError(
             "Calibration data holds no tensor",
             found=type(batch).__name__,
             expected="an image batch [B, C, H, W] in 0..1, or a tuple or dictionary whose first tensor is one",
         )
-    return batch.unsqueeze(0) if batch.dim() == 3 else batch
+    return image.unsqueeze(0) if image.dim() == 3 else image
+
+
+def _first_tensor(batch: Any, depth: int = 0) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    entries = batch.values() if isinstance(batch, dict) else batch if isinstance(batch, (tuple, list)) else ()
+    if depth == _MAX_NESTING:
+        return None
+    return next((t for t in (_first_tensor(e, depth + 1) for e in entries) if t is not None), None)
+
+
+def _check_arguments(prepared: Any, data: Any, max_batches: int | None) -> None:
+    if not isinstance(prepared, PreparedModel):
+        raise CalibrationError(
+            "calibrate takes a prepared model",
+            found=type(prepared).__name__,
+            expected="the result of prepare_harmoq",
+            remedy="call prepare_harmoq first",
+        )
+    if not isinstance(data, Iterable) and not hasattr(data, "__getitem__"):
+        raise CalibrationError(
+            "Calibration data cannot be iterated over", found=type(data).__name__, expected="an iterable of images"
+        )
+    if max_batches is not None and (type(max_batches) is not int or max_batches < 1):
+        raise ConfigError("max_batches must be positive", found=repr(max_batches), expected="1 or more, or None")
+
+
+def _checked_image(batch: Any, prepared: PreparedModel) -> Tensor:
+    image = image_of(batch)
+    check_image_tensor(image)
+    channels = prepared.example_shapes[0][1]
+    if image.shape[1] != channels:
+        raise InputError(
+            "The calibration images have another number of channels than the model takes",
+            found=tuple(image.shape),
+            expected=f"[B, {channels}, H, W]",
+        )
+    return image
 
 
 def compute_qparams(prepared: PreparedModel, *, show_progress: bool | None = None) -> None:
@@ -168,7 +206,7 @@ def _solve_linear(module: PreparedLinear, settings: SiteSettings, minmax: bool) 
         if moment is not None and scale is not None:
             moment = moment / scale.square()
         _settle_weight(module.right, scaled, moment, minmax)
-    module.site.sqnr_db = _linear_sqnr(module, weight, scale)
+    module.site.sqnr_db = _rounded_db(_linear_sqnr(module, weight, scale))
 
 
 def _linear_scale(weight: Tensor, observer: OperandObserver, settings: SiteSettings) -> Tensor:
@@ -218,15 +256,15 @@ def _solve_matmul(module: PreparedMatmul, settings: SiteSettings) -> None:
         for q, s in ((module.left, scale), (module.right, None if scale is None else 1.0 / scale))
         if q is not None and q.observer is not None
     ]
-    module.site.sqnr_db = -10 * math.log10(max(sum(noise), 1e-30)) if noise else None
+    module.site.sqnr_db = _rounded_db(-10 * math.log10(max(sum(noise), 1e-30)) if noise else None)
 
 
 def _pair_scale(left: OperandObserver, right: OperandObserver, settings: SiteSettings, length: int) -> Tensor:
-    ranges = left.channel_range(), right.channel_range()
-    if ranges[0] is None or ranges[1] is None:
+    range_q, range_k = left.channel_range(), right.channel_range()
+    if range_q is None or range_k is None:
         return torch.ones(length)
-    range_q, range_k = (hi - lo for lo, hi in ranges)
-    return pair_scale(range_q, range_k, settings.act.bits, settings.weight.bits)
+    widths = range_q[1] - range_q[0], range_k[1] - range_k[0]
+    return pair_scale(*widths, settings.act.bits, settings.weight.bits)
 
 
 # --- what the report says ---------------------------------------------------------------------------------------------
@@ -267,3 +305,8 @@ def _rounded(quantizer: HarmoqFakeQuantize | None, x: Tensor, scale: Tensor | No
 def _ratio_db(signal: Tensor, approximation: Tensor) -> float:
     noise = float((signal - approximation).double().square().mean())
     return 10 * math.log10(max(float(signal.double().square().mean()), 1e-30) / max(noise, 1e-30))
+
+
+def _rounded_db(value: float | None) -> float | None:
+    """What the report says, and a saved model holds."""
+    return None if value is None else round(value, 2)

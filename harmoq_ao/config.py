@@ -99,7 +99,7 @@ class HarmoqConfig:
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
         storage_dtype: How parameters that stay in float are stored: ``auto`` is float16, or bfloat16 for a tensor that
             float16 cannot hold.
-        seed: Of the observers' random samples.
+        seed: Of the observers' random samples, not negative.
 
     Raises:
         ConfigError: A value is outside its set.
@@ -125,8 +125,8 @@ class HarmoqConfig:
         _check_choice("observer", self.observer, get_args(Observer))
         _check_choice("joint_scale", self.joint_scale, get_args(JointScale))
         _check_choice("storage_dtype", self.storage_dtype, get_args(StorageDtype))
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ConfigError("seed must be a whole number", found=repr(self.seed))
+        if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
+            raise ConfigError("seed must be a whole number", found=repr(self.seed)[:80], expected="0 to 2**63 - 1")
         object.__setattr__(self, "rules", _as_rules(self.rules))
 
     def settings(self, name: str, kind: str) -> SiteSettings:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from harmoq_ao.config import SiteSettings
@@ -12,6 +12,7 @@ from harmoq_ao.sites import Site
 
 if TYPE_CHECKING:
     from harmoq_ao.convert import QuantizedModel
+    from harmoq_ao.modules.quantized import QuantizedSite
     from harmoq_ao.prepare import PreparedModel
 
 
@@ -46,6 +47,11 @@ class SiteRow:
     reason: str | None = None
 
     @property
+    def depends_on_image(self) -> bool:
+        """Whether the image reaches its operands; position-bias networks are constants."""
+        return "does not depend on the image" not in (self.reason or "")
+
+    @property
     def quantized(self) -> bool:
         """Whether at least one operand is quantized."""
         return self.reason is None
@@ -66,7 +72,7 @@ class Report:
     @property
     def sites(self) -> list[SiteRow]:
         """Linears and attention products that depend on the image, quantized or not."""
-        return [r for r in self.rows if r.kind in ("linear", "matmul") and "does not depend on the image" not in (r.reason or "")]
+        return [r for r in self.rows if r.kind in ("linear", "matmul") and r.depends_on_image]
 
     @property
     def quantized(self) -> list[SiteRow]:
@@ -135,14 +141,28 @@ def prepared_report(prepared: PreparedModel) -> Report:
 
 
 def quantized_report(quantized: QuantizedModel) -> Report:
-    """Report of a converted model: rows of its preparation, with the kernel of each site."""
+    """Report of a converted model: rows of its preparation, with each site's kernel, bounds and joint scale."""
     rows = []
-    kernels = quantized.kernels()
+    sites = quantized.sites()
     for row in quantized.rows:
-        twin = SiteRow(**asdict(row))
-        twin.kernel = kernels.get(row.name)
-        rows.append(twin)
+        site = sites.get(row.name)
+        facts: dict[str, Any] = {} if site is None else _stored_facts(site)
+        rows.append(replace(row, **facts))
     return Report("quantized model", rows)
+
+
+def _stored_facts(site: QuantizedSite) -> dict[str, Any]:
+    """What the tensors of a site tell, so that a loaded model reports what the saved one did."""
+    facts: dict[str, Any] = {"kernel": site.kernel}
+    bounds = getattr(site, "act_bounds", getattr(site, "left_bounds", None))
+    if bounds is not None:
+        step, second = (float(v) for v in bounds)
+        lower = -second * step if site.site.kind == "conv2d" else second  # convolutions hold their zero point
+        facts["bounds"] = (lower, lower + step * site.settings.act.qmax)
+    scale = getattr(site, "joint_scale", None)
+    if scale is not None:
+        facts["joint_scale"] = (float(scale.min()), float(scale.max()))
+    return facts
 
 
 def float_rows(floats: Iterable[Any]) -> list[SiteRow]:

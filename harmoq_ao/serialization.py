@@ -15,14 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
+import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_safetensors
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
@@ -36,11 +39,16 @@ from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_
 from harmoq_ao.report import prepared_report
 from harmoq_ao.zoo import build_architecture
 
+logger = logging.getLogger(__name__)
+
 FORMAT = "harmoq-ao"
 SCHEMA_VERSION = 1
 _CONFIG = "config.json"
+_WEIGHTS = re.compile(r"model-[0-9a-f]{12}\.safetensors")
+_LEFTOVER = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")
 _MAX_CONFIG_BYTES = 16 << 20
-_MAX_EXAMPLE_SIDE = 1024
+_MAX_EXAMPLE_VALUES = 1 << 22  # of one example batch: a load runs the model on it
+_MAX_DB = 1e4
 _REMEDY = "copy the folder again, or quantize the float model anew"
 
 
@@ -56,30 +64,68 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
 
     Raises:
         OutputError: The folder cannot be written, or holds something else. A model saved there before is untouched.
+        SavedModelError: Not a converted model, or one prepared on examples too large to be run at every load.
     """
     if not isinstance(model, QuantizedModel):
         raise SavedModelError(
             "save_quantized takes a converted model", found=type(model).__name__, remedy="call convert_harmoq first"
         )
     folder = Path(path)
-    _check_target(folder)
+    if not _are_shapes([list(shape) for shape in model.example_shapes]):
+        raise SavedModelError(
+            "The model was prepared on examples that are too large to be run again at every load",
+            found=model.example_shapes,
+            expected=f"one to four batches of at most {_MAX_EXAMPLE_VALUES} values",
+            remedy="pass smaller example_inputs to prepare_harmoq; the images of calibration may be large",
+        )
     tensors, layout = _flattened(stored_tensors(model), _state(model))
     weights = to_safetensors(tensors)
     digest = hashlib.sha256(weights).hexdigest()
     entry = {"file": f"model-{digest[:12]}.safetensors", "sha256": digest, "layout": layout}
-    config = _seal({**_config_of(model), "weights": entry})
+    config = _dump(_seal({**_config_of(model), "weights": entry}))
     try:
+        _check_target(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / config["weights"]["file"], weights)
-        write_atomically(folder / _CONFIG, _dump(config))
-        for old in folder.glob("model-*.safetensors"):
-            if old.name != config["weights"]["file"]:
-                old.unlink()
-    except OSError as error:
+        _write_model(folder, entry["file"], weights, config)
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a path that no system takes
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise OutputError(
-            f"Cannot save to {folder}", found=error.strerror or str(error), remedy="free space or choose another folder"
+            f"Cannot save to {folder}", found=found, remedy="free space or choose another folder"
         ) from error
+    _remove_leftovers(folder, entry["file"])
     return folder
+
+
+def _write_model(folder: Path, name: str, weights: bytes, config: bytes) -> None:
+    """Weights, then the config that makes them the model of the folder; on any error the folder is as it was."""
+    fresh = not (folder / name).exists()
+    try:
+        write_atomically(folder / name, weights)
+        write_atomically(folder / _CONFIG, config)
+    except BaseException:
+        if fresh and not _is_current(folder, name):
+            (folder / name).unlink(missing_ok=True)
+        raise
+
+
+def _is_current(folder: Path, name: str) -> bool:
+    """Whether the config of the folder names these weights: an interrupt may come just after the rename."""
+    try:
+        return name.encode() in (folder / _CONFIG).read_bytes()
+    except OSError:
+        return False
+
+
+def _remove_leftovers(folder: Path, current: str) -> None:
+    """Remove the weights that were replaced, and what killed processes left. The new model is complete already."""
+    try:
+        for file in folder.iterdir():
+            if _LEFTOVER.fullmatch(file.name) and file.name != current:
+                file.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("could not tidy up %s: %s", folder, error)
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:
@@ -97,14 +143,29 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Quantize
     config = _read_config(folder)
     tensors = _read_tensors(folder, config["weights"])
     try:
-        settings = HarmoqConfig.from_dict(config["quantization_config"])
-        skeleton = model if model is not None else _skeleton(config)
-        prepared = prepare_harmoq(skeleton, settings, _examples(config, skeleton))
+        return _assembled(config, tensors, model)
+    except SavedModelError:
+        raise
     except ConfigError as error:
         raise SavedModelError(f"{folder / _CONFIG} holds a configuration that is not valid: {error}") from error
-    _apply_measurements(prepared, config)
+    except Exception as error:  # an author's model on hyperparameters, shapes and tensors that only look right
+        raise SavedModelError(
+            f"The model in {folder} does not fit its architecture",
+            found=f"{type(error).__name__}: {str(error)[:300]}",
+            remedy=_REMEDY if model is None else "pass a float model of the architecture that was saved",
+        ) from error
+
+
+def _assembled(config: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module | None) -> QuantizedModel:
+    """The model that a checked config and its tensors describe."""
+    settings = HarmoqConfig.from_dict(config["quantization_config"])
+    traits = ModelTraits.from_dict(config["traits"])
+    skeleton = _skeleton(traits) if model is None else model if isinstance(model, nn.Module) else _inner(model)
+    prepared = prepare_harmoq(skeleton, settings, _examples(config, skeleton))
+    prepared.traits = traits
+    _apply_measurements(prepared, config["sqnr_db"])
     quantized = _empty_model(prepared)
-    _fill(quantized, _unflattened(tensors, config["weights"]["layout"], _state(quantized)), folder)
+    _fill(quantized, _unflattened(tensors, config["weights"]["layout"], _state(quantized)))
     if config["float_dtype"] == "bfloat16":
         return quantized.set_float_dtype(torch.bfloat16)
     finalize(quantized)
@@ -166,12 +227,12 @@ def stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
 
 def _flattened(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
     """The file's tensors and the layout of its float ones."""
-    named = {name: t.contiguous() for name, t in tensors.items() if not t.is_floating_point()}
+    letters = {name: _letter(t) if t.is_floating_point() else "-" for name, t in tensors.items()}
+    named = {name: t.contiguous() for name, t in tensors.items() if letters[name] == "-"}
     parts: dict[str, list[Tensor]] = {letter: [] for letter in _FLOATS}
     layout = ""
     for name in state:
-        tensor = tensors.get(name)
-        letter = "-" if tensor is None or name in named else _letter(tensor)
+        letter = letters.get(name, "-")
         layout += letter
         if letter != "-":
             parts[letter].append(tensors[name].to(_FLOATS[letter]).flatten())
@@ -182,7 +243,10 @@ def _flattened(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[di
 def _unflattened(file: dict[str, Tensor], layout: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Inverse of :func:`_flattened`, given the state of an empty model."""
     blobs = {letter: file.pop(_blob(letter), torch.empty(0, dtype=dtype)) for letter, dtype in _FLOATS.items()}
-    needed = {letter: sum(t.numel() for t, at in zip(state.values(), layout, strict=False) if at == letter) for letter in _FLOATS}
+    needed = dict.fromkeys(_FLOATS, 0)
+    for tensor, letter in zip(state.values(), layout, strict=False):
+        if letter in needed:
+            needed[letter] += tensor.numel()
     fits = all(b.dtype == _FLOATS[k] and b.dim() == 1 and b.numel() == needed[k] for k, b in blobs.items())
     if len(layout) != len(state) or not set(layout) <= {*_FLOATS, "-"} or not fits:
         raise SavedModelError(
@@ -205,11 +269,11 @@ def _blob(letter: str) -> str:
 
 
 def _letter(tensor: Tensor) -> str:
-    """The smallest float type that holds the values exactly."""
+    """The smallest float type that holds the values exactly, or ``-`` where none does (float64)."""
     for letter, dtype in _FLOATS.items():
         if torch.equal(tensor.to(dtype).to(tensor.dtype), tensor):
             return letter
-    return "f"
+    return "-" if tensor.dtype == torch.float64 else "f"
 
 
 def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
@@ -252,11 +316,19 @@ def _dump(config: dict[str, Any]) -> bytes:
 def _check_target(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise OutputError(f"Cannot save to {folder}", found="a file", expected="a folder", remedy="choose another path")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / _CONFIG).is_file():
+    if folder.is_dir() and not _may_replace(folder):
         raise OutputError(
             f"{folder} holds something else than a saved model", expected="an empty folder or a saved model",
             remedy="choose another folder",
         )
+
+
+def _may_replace(folder: Path) -> bool:
+    """Whether a folder is empty, holds a saved model, or only what an interrupted save left."""
+    config = folder / _CONFIG
+    if config.is_file():  # other programs write files of this name, too
+        return f'"format":"{FORMAT}"'.encode() in config.read_bytes()
+    return all(_LEFTOVER.fullmatch(file.name) for file in folder.iterdir())
 
 
 # --- reading what may come from anywhere ------------------------------------------------------------------------------
@@ -264,12 +336,18 @@ def _check_target(folder: Path) -> None:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / _CONFIG
-    if not path.is_file():
-        found = "a folder without config.json" if folder.is_dir() else "no such folder"
-        raise SavedModelError(f"{folder} is no saved model", found=found, expected="a folder written by save_quantized")
     try:
-        data = path.read_bytes()[: _MAX_CONFIG_BYTES + 1]
-        config = json.loads(data)
+        if not path.is_file():
+            found = "a folder without config.json" if folder.is_dir() else "no such folder"
+            raise SavedModelError(
+                f"{folder} is no saved model", found=found, expected="a folder written by save_quantized"
+            )
+        if path.stat().st_size > _MAX_CONFIG_BYTES:
+            raise SavedModelError(f"{path} is too large", found=f"{path.stat().st_size} bytes", remedy=_REMEDY)
+        config = json.loads(path.read_bytes())
+        body = _dump({k: v for k, v in config.items() if k != "sha256"}) if isinstance(config, dict) else b""
+    except SavedModelError:
+        raise
     except (OSError, ValueError, RecursionError) as error:
         raise SavedModelError(f"{path} cannot be read", found=str(error)[:200], remedy=_REMEDY) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
@@ -279,11 +357,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{path} is of another version of the format", found=config.get("schema_version"), expected=SCHEMA_VERSION,
             remedy="use the version of harmoq-ao that wrote it",
         )
-    seal = config.pop("sha256", None)
-    if seal != hashlib.sha256(_dump(config)).hexdigest():
+    if config.pop("sha256", None) != hashlib.sha256(body).hexdigest():
         raise SavedModelError(f"{path} was changed after it was saved", found="another SHA-256", remedy=_REMEDY)
     _check_fields(path, config)
     return config
+
+
+_WEIGHTS_FIELDS = ("file", "sha256", "layout")
+
+
+def _is_db(value: Any) -> bool:
+    return type(value) in (int, float) and -_MAX_DB <= value <= _MAX_DB
 
 
 def _check_fields(path: Path, config: dict[str, Any]) -> None:
@@ -292,8 +376,8 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
         "float_dtype": lambda v: v in ("float32", "bfloat16"),
         "traits": lambda v: isinstance(v, dict),
         "example_shapes": _are_shapes,
-        "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or isinstance(x, (int, float)) for x in v.values()),
-        "weights": lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in ("file", "sha256", "layout")),
+        "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or _is_db(x) for x in v.values()),
+        "weights": lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in _WEIGHTS_FIELDS),
     }
     for name, valid in kinds.items():
         if name not in config or not valid(config[name]):
@@ -303,7 +387,7 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
 def _are_shapes(value: Any) -> bool:
     def fits(shape: Any) -> bool:
         whole = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int for n in shape)
-        return whole and all(0 < n <= _MAX_EXAMPLE_SIDE for n in shape) and shape[0] <= 8 and shape[1] <= 64
+        return whole and min(shape) > 0 and math.prod(shape) <= _MAX_EXAMPLE_VALUES
 
     return isinstance(value, list) and 1 <= len(value) <= 4 and all(fits(shape) for shape in value)
 
@@ -311,28 +395,40 @@ def _are_shapes(value: Any) -> bool:
 def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
     name = weights["file"]
     path = folder / name
-    if Path(name).name != name or not path.is_file():
-        raise SavedModelError(f"{folder} lacks its weights", found="no such file", expected=name, remedy=_REMEDY)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    if digest != weights["sha256"]:
+    if not _WEIGHTS.fullmatch(name):
         raise SavedModelError(
-            f"{path} is damaged", found=f"{path.stat().st_size} bytes of another SHA-256", remedy=_REMEDY
+            f"{folder} names its weights oddly", found=repr(name[:80]), expected="model-<12 digits>.safetensors"
         )
     try:
-        with safe_open(path, framework="pt") as file:  # type: ignore[no-untyped-call]
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+        data = path.read_bytes()
+    except OSError as error:
+        raise SavedModelError(
+            f"{folder} lacks its weights", found=error.strerror, expected=name, remedy=_REMEDY
+        ) from error
+    if hashlib.sha256(data).hexdigest() != weights["sha256"]:
+        raise SavedModelError(f"{path} is damaged", found=f"{len(data)} bytes of another SHA-256", remedy=_REMEDY)
+    try:
+        return from_safetensors(data)
+    except Exception as error:  # also types that this torch has not
         raise SavedModelError(f"{path} is no safetensors file", found=str(error)[:200], remedy=_REMEDY) from error
 
 
-def _skeleton(config: dict[str, Any]) -> nn.Module:
-    spec = config["traits"].get("architecture")
+def _skeleton(traits: ModelTraits) -> nn.Module:
+    spec = traits.architecture
     if spec is None:
         raise SavedModelError(
             "This model is of an architecture that spandrel does not build",
             remedy="pass a float model of the same architecture: load_quantized(path, model=...)",
         )
     return build_architecture(spec)
+
+
+def _inner(model: Any) -> nn.Module:
+    """The module of a loaded checkpoint."""
+    inner = getattr(model, "model", None)
+    if not isinstance(inner, nn.Module):
+        raise SavedModelError("model must be a float model", found=type(model).__name__, expected="torch.nn.Module")
+    return inner
 
 
 def _examples(config: dict[str, Any], skeleton: nn.Module) -> list[Tensor]:
@@ -344,9 +440,7 @@ def _examples(config: dict[str, Any], skeleton: nn.Module) -> list[Tensor]:
 # --- from tensors to a model ------------------------------------------------------------------------------------------
 
 
-def _apply_measurements(prepared: PreparedModel, config: dict[str, Any]) -> None:
-    prepared.traits = ModelTraits.from_dict(config["traits"])
-    measured = config["sqnr_db"]
+def _apply_measurements(prepared: PreparedModel, measured: dict[str, float | None]) -> None:
     names = {m.site.name for m in prepared.sites() if m.quantizers()}
     if names != set(measured):
         odd = sorted(names ^ set(measured))
@@ -370,7 +464,7 @@ def _empty_model(prepared: PreparedModel) -> QuantizedModel:
     return quantized.eval()
 
 
-def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor], folder: Path) -> None:
+def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor]) -> None:
     """Copy stored tensors into the model, checking names, shapes, types and values."""
     expected = _state(quantized)
     unknown = sorted(set(tensors) - set(expected))
@@ -378,16 +472,12 @@ def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor], folder: Path) -
     missing = sorted(needed - set(tensors))
     if unknown or missing:
         found = f"unknown {unknown[0]}" if unknown else f"missing {missing[0]}"
-        raise SavedModelError(f"The tensors in {folder} do not fit the architecture", found=found, remedy=_REMEDY)
+        raise SavedModelError("The stored tensors do not fit the architecture", found=found, remedy=_REMEDY)
     for name, tensor in tensors.items():
         target = expected[name]
         _check_tensor(name, tensor, target, _of_site(quantized, name))
         with torch.no_grad():
             target.copy_(tensor)
-    for row in quantized.rows:  # what the report derives from tensors
-        site = quantized.sites().get(row.name)
-        if site is not None:
-            row.bounds, row.joint_scale = _tensor_facts(site, row.bounds)
 
 
 def _of_site(quantized: QuantizedModel, name: str) -> bool:
@@ -416,15 +506,6 @@ def _check_values(name: str, tensor: Tensor) -> None:
     positive = tensor if kind in ("weight_scale", "joint_scale") else tensor[:1] if kind.endswith("_bounds") else None
     if positive is not None and not bool((positive > 0).all()):
         raise SavedModelError(f"{name} must be positive", found=float(positive.min()), remedy=_REMEDY)
-
-
-def _tensor_facts(site: QuantizedSite, bounds: Any) -> tuple[Any, tuple[float, float] | None]:
-    stored = getattr(site, "act_bounds", getattr(site, "left_bounds", None))
-    if stored is not None and site.site.kind != "conv2d":
-        step, lower = (float(v) for v in stored)
-        bounds = (lower, lower + step * site.settings.act.qmax)
-    scale = getattr(site, "joint_scale", None)
-    return bounds, None if scale is None else (float(scale.min()), float(scale.max()))
 
 
 __all__ = ["float_bytes", "folder_bytes", "load_quantized", "save_quantized", "stored_tensors", "write_atomically"]
