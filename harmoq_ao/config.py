@@ -108,7 +108,7 @@ class HarmoqConfig:
     weight_bits: int = 8
     act_bits: int = 8
     profile: Profile = "deploy"
-    rules: tuple[SiteRule, ...] = ()
+    rules: Sequence[SiteRule] = ()
     observer: Observer = "mse"
     joint_scale: JointScale = "hso"
     matmul_bits: int | None = None
