@@ -136,7 +136,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
 
 def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite]) -> None:
     """Put a quantized module at every prepared site with a quantizer, and release float weights nobody else reads."""
-    shared: list[nn.Parameter] = []
+    shared: list[Tensor] = []
     for module in [m for m in model.modules() if isinstance(m, PreparedSite)]:
         if not module.quantizers():
             continue
@@ -156,7 +156,9 @@ def finalize(quantized: QuantizedModel) -> None:
             state.verify = False
             state.quiet = nullcontext
     fold_islands(model)
-    fixed = {r.name for r in quantized.rows if r.kind == "linear" and "does not depend on the image" in (r.reason or "")}
+    fixed = {
+        r.name for r in quantized.rows if r.kind == "linear" and "does not depend on the image" in (r.reason or "")
+    }
     for module in _still_called(quantized, fixed):
         remember(module)
 
@@ -167,7 +169,7 @@ def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]
         return []
     called: set[str] = set()
     handles = [
-        module.register_forward_pre_hook(lambda m, i, name=name: called.add(name))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda m, i, name=name: called.add(name))
         for name, module in quantized.model.named_modules()
         if name in names
     ]
@@ -180,10 +182,10 @@ def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]
             handle.remove()
     found: dict[int, nn.Module] = {}
     for name in sorted(called):
-        parent = quantized.model.get_submodule(name.rpartition(".")[0])
-        linears = [n for n, m in parent.named_modules() if type(m) is nn.Linear]
-        whole = type(parent) is nn.Sequential and len(linears) == sum(n.startswith(name.rpartition(".")[0] + ".") for n in names)
-        module = parent if whole else quantized.model.get_submodule(name)
+        path = name.rpartition(".")[0]
+        parent = quantized.model.get_submodule(path)
+        linears = {f"{path}.{n}" for n, m in parent.named_modules() if type(m) is nn.Linear}
+        module = parent if type(parent) is nn.Sequential and linears <= names else quantized.model.get_submodule(name)
         found[id(module)] = module
     return list(found.values())
 
@@ -203,7 +205,7 @@ def _detached_copy(prepared: PreparedModel) -> nn.Module:
     return model
 
 
-def _release(model: nn.Module, weights: list[nn.Parameter]) -> None:
+def _release(model: nn.Module, weights: list[Tensor]) -> None:
     """Replace float weights that quantized functional calls shared with their owner by a shape without memory."""
     gone = {id(w) for w in weights}
     for module in list(model.modules()):
@@ -239,6 +241,3 @@ def storage_dtype(tensor: Tensor, storage: StorageDtype) -> torch.dtype:
         return dtype
     largest = float(tensor.detach().abs().max()) if tensor.numel() else 0.0
     return torch.float16 if largest <= _FLOAT16_MAX else torch.bfloat16
-
-
-

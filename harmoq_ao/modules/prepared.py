@@ -93,7 +93,7 @@ class PreparedLinear(nn.Linear, PreparedSite):
     Also stands for functional calls, where it shares the author's parameter and takes the bias as an argument.
     """
 
-    def __init__(self, site: Site, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+    def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.weight = weight
@@ -115,7 +115,8 @@ class PreparedConv2d(nn.Conv2d, PreparedSite):
 
     def __init__(self, site: Site, conv: nn.Conv2d) -> None:
         nn.Module.__init__(self)
-        self.__dict__.update({k: v for k, v in conv.__dict__.items() if k not in ("_parameters", "_buffers", "_modules")})
+        kept = (k for k in conv.__dict__ if k not in ("_parameters", "_buffers", "_modules"))
+        self.__dict__.update({k: conv.__dict__[k] for k in kept})
         self.weight = conv.weight
         self.bias = conv.bias
         self._init_site(site)

@@ -1,11 +1,12 @@
 """Quantized sites: packed integer codes, scales and bounds. No float weight is left behind a quantized weight.
 
-Each module holds tensors that do not depend on a device's kernels; what a kernel wants (unpacked, re-ordered, folded) is
-derived on first use and never stored.
+Each module holds tensors that do not depend on a device's kernels; what a kernel wants (unpacked, re-ordered, folded)
+is derived on first use and never stored.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ class QuantizedSite(nn.Module):
 
     site: Site
     settings: SiteSettings
+    joint_scale: Tensor | None
 
     def _init_site(self, site: Site, settings: SiteSettings) -> None:
         self.site = site
@@ -54,7 +56,7 @@ class QuantizedSite(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSite:
         self._derived.clear()
         before = {name: b.dtype for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, dtype in before.items():  # codes and scales follow the device, never the float type of the model
             buffer = self._buffers[name]
             if buffer is not None and buffer.dtype != dtype:
@@ -66,8 +68,6 @@ class QuantizedSite(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedSite:
-        import copy
-
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_derived"})
@@ -75,12 +75,70 @@ class QuantizedSite(nn.Module):
         return twin
 
 
-class QuantizedLinear(QuantizedSite):
+class WeightedSite(QuantizedSite):
+    """A quantized site with a weight, flattened to `[N, K]`.
+
+    Attributes:
+        codes: Packed weight codes, uint8 `[N, packed K]` (where weights are quantized).
+        weight_scale: Step of each row, float32 `[N]` (where weights are quantized).
+        weight: Float weight `[N, K]` (where they are not).
+        bias: float32 `[N]`, or None.
+        act_bounds: float32 `[2]`: step, and lower bound (zero point, for a convolution) of static activations.
+    """
+
+    codes: Tensor
+    weight_scale: Tensor
+    weight: nn.Parameter
+    bias: Tensor | None
+    act_bounds: Tensor | None
+
+    def _register_weight(self, rows: int, columns: int) -> None:
+        spec = self.settings.weight
+        self.columns = columns
+        if not spec.enabled:
+            self.weight = nn.Parameter(torch.zeros(rows, columns), requires_grad=False)
+            return
+        self.register_buffer("codes", torch.zeros(rows, packed_length(columns, spec.bits), dtype=torch.uint8))
+        self.register_buffer("weight_scale", torch.ones(rows))
+
+    def _fill_weight(self, weight: Tensor, prepared: PreparedSite, stored: Rounding) -> None:
+        """Codes of `weight` `[N, K]` (joint scale included) under the calibrated bounds; scales are rounded first."""
+        spec = self.settings.weight
+        if not spec.enabled or prepared.right is None:
+            self.weight.data.copy_(stored(weight))
+            return
+        lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in prepared.right.bounds())
+        scale = stored_step(step_size(lo, hi, spec.bits), stored)
+        lower = (_shift(spec) - (1 << (spec.bits - 1))) * scale
+        codes = quantize(weight, lower, lower + scale * spec.qmax, spec.bits)
+        self.codes.copy_(pack(codes, spec.bits))
+        self.weight_scale.copy_(scale.reshape(-1))
+
+    def weight_codes(self) -> Tensor:
+        """Signed weight codes `[N, K]` int8."""
+        bits = self.settings.weight.bits
+        return (unpack(self.codes, bits, self.columns).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+    def weight_shift(self) -> Tensor:
+        """Where the signed code 0 of each row lies, in steps, `[N]`."""
+        return torch.full_like(self.weight_scale, _shift(self.settings.weight))
+
+    def float_weight(self) -> Tensor:
+        """The weight the codes stand for, `[N, K]` float32; the float weight itself where it is not quantized."""
+        if not self.settings.weight.enabled:
+            return self.weight
+        return (self.weight_codes().float() + self.weight_shift()[:, None]) * self.weight_scale[:, None]
+
+    @property
+    def both_quantized(self) -> bool:
+        """Whether the contraction runs on integers."""
+        return self.settings.act.enabled and self.settings.weight.enabled
+
+
+class QuantizedLinear(WeightedSite):
     """``F.linear`` on integer codes.
 
-    Tensors (those that apply): ``codes`` uint8 `[N, packed K]`, ``weight_scale`` float32 `[N]`, ``bias`` float32 `[N]`,
-    ``joint_scale`` float32 `[K]`, ``act_bounds`` float32 `[2]` = step and lower bound of static activations, ``weight``
-    `[N, K]` only where weights stay in float.
+    ``joint_scale`` is float32 `[K]` or None; the weight codes already include it.
 
     Args:
         site: The site; its shape is ``(N, K)``.
@@ -93,7 +151,7 @@ class QuantizedLinear(QuantizedSite):
         super().__init__()
         self._init_site(site, settings)
         rows, columns = site.shape
-        _register_weight(self, rows, columns, settings.weight)
+        self._register_weight(rows, columns)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
         self.register_buffer("joint_scale", torch.ones(columns) if joint_scale else None)
         static = settings.act.enabled and not settings.act.dynamic
@@ -111,10 +169,10 @@ class QuantizedLinear(QuantizedSite):
         scale = None if prepared.joint_scale is None else stored(prepared.joint_scale.detach())
         self = cls(prepared.site, settings, prepared.bias is not None, scale is not None)
         weight = prepared.weight.detach().float()
-        _fill_weight(self, weight if scale is None else weight * scale, prepared, stored)
-        if prepared.bias is not None:
+        self._fill_weight(weight if scale is None else weight * scale, prepared, stored)
+        if self.bias is not None:
             self.bias.copy_(stored(prepared.bias.detach().float()))
-        if scale is not None:
+        if self.joint_scale is not None and scale is not None:
             self.joint_scale.copy_(scale)
         if self.act_bounds is not None and prepared.left is not None:
             self.act_bounds.copy_(torch.stack([v.reshape(()) for v in prepared.left.calculate_qparams()]))
@@ -123,7 +181,7 @@ class QuantizedLinear(QuantizedSite):
     @property
     def kernel(self) -> str:
         """``onednn u8s8``, ``reference integer`` or, where one operand is float, ``float``."""
-        if not (self.settings.act.enabled and self.settings.weight.enabled):
+        if not self.both_quantized:
             return "float (one operand quantized)"
         if self.use_reference or self.codes.device.type != "cpu":
             return "reference integer"
@@ -136,7 +194,7 @@ class QuantizedLinear(QuantizedSite):
             self._derived["operands"] = LinearOperands(
                 self.weight_codes(),
                 self.weight_scale,
-                _weight_shift(self),
+                self.weight_shift(),
                 self.bias,
                 self.settings.act.bits,
                 act,
@@ -145,12 +203,8 @@ class QuantizedLinear(QuantizedSite):
         operands: LinearOperands = self._derived["operands"]
         return operands
 
-    def weight_codes(self) -> Tensor:
-        """Signed weight codes `[N, K]` int8."""
-        return _signed_codes(self)
-
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self.settings.act.enabled or not self.settings.weight.enabled:
+        if not self.both_quantized:
             y = self._half_float(input)
         elif self.use_reference or input.device.type != "cpu":
             y = reference.linear(input, self.operands())
@@ -169,24 +223,20 @@ class QuantizedLinear(QuantizedSite):
         if self.settings.act.enabled:
             x = _round_trip(x, self._act(), self.settings.act, self.joint_scale)
         if "float_weight" not in self._derived:
-            self._derived["float_weight"] = _float_weight(self)
+            self._derived["float_weight"] = self.float_weight()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self._derived["float_weight"].to(x.dtype), bias)
 
 
-class QuantizedConv2d(QuantizedSite):
-    """Convolution on integer codes, exact, with zero padding as the code of zero.
-
-    Tensors as in :class:`QuantizedLinear`, with ``codes`` `[N, packed (C kh kw)]` and ``act_bounds`` = step and zero
-    point.
-    """
+class QuantizedConv2d(WeightedSite):
+    """Convolution on integer codes, exact, with zero padding as the code of zero."""
 
     def __init__(self, site: Site, settings: SiteSettings, bias: bool, geometry: dict[str, Any]) -> None:
         super().__init__()
         self._init_site(site, settings)
         self.geometry = geometry
         rows, columns = site.shape[0], int(torch.tensor(site.shape[1:]).prod())
-        _register_weight(self, rows, columns, settings.weight)
+        self._register_weight(rows, columns)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if settings.act.enabled else None)
 
@@ -194,8 +244,8 @@ class QuantizedConv2d(QuantizedSite):
     def from_prepared(cls, prepared: PreparedConv2d, settings: SiteSettings, stored: Rounding) -> QuantizedConv2d:
         """Quantize for good; arguments as in :meth:`QuantizedLinear.from_prepared`."""
         self = cls(prepared.site, settings, prepared.bias is not None, conv_geometry(prepared))
-        _fill_weight(self, prepared.weight.detach().float().flatten(1), prepared, stored)
-        if prepared.bias is not None:
+        self._fill_weight(prepared.weight.detach().float().flatten(1), prepared, stored)
+        if self.bias is not None and prepared.bias is not None:
             self.bias.copy_(stored(prepared.bias.detach().float()))
         if self.act_bounds is not None and prepared.left is not None:
             step, lower = (v.reshape(()) for v in prepared.left.calculate_qparams())
@@ -205,13 +255,12 @@ class QuantizedConv2d(QuantizedSite):
     @property
     def kernel(self) -> str:
         """``float32 on integer codes``, or ``float`` where one operand is float."""
-        both = self.settings.act.enabled and self.settings.weight.enabled
-        return "float32 on integer codes" if both else "float (one operand quantized)"
+        return "float32 on integer codes" if self.both_quantized else "float (one operand quantized)"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not (self.settings.act.enabled and self.settings.weight.enabled):
+        if self.act_bounds is None or not self.both_quantized:
             return self._half_float(input)
-        step, zero_point = self.act_bounds
+        step, zero_point = self.act_bounds.unbind()
         codes = reference.quantize_codes(input, 1.0 / step, zero_point, self.settings.act.bits)
         acc = self.accumulate(codes).to(torch.float32)
         y = acc * (self.weight_scale * step / 2)[:, None, None]
@@ -225,8 +274,9 @@ class QuantizedConv2d(QuantizedSite):
         Twice, because the shift of mid-rise weights is one half. Channels are taken in chunks whose float32 sums are
         exact (below 2**24).
         """
+        assert self.act_bounds is not None
         centred = codes.float() - self.act_bounds[1]
-        weight = 2 * (self.weight_codes().float() + _weight_shift(self)[:, None])
+        weight = 2 * (self.weight_codes().float() + self.weight_shift()[:, None])
         weight = weight.reshape(self.site.shape)
         patch = weight[0, 0].numel()
         chunk = max(1, (1 << 24) // (255 * 256 * patch))
@@ -234,18 +284,15 @@ class QuantizedConv2d(QuantizedSite):
         if groups > 1 or chunk >= weight.shape[1]:
             return _conv(centred, weight, self.geometry).to(torch.int32)
         parts = zip(centred.split(chunk, 1), weight.split(chunk, 1), strict=True)
-        return sum((_conv(x, w, self.geometry).to(torch.int32) for x, w in parts), start=torch.zeros((), dtype=torch.int32))
-
-    def weight_codes(self) -> Tensor:
-        """Signed weight codes `[N, C kh kw]` int8."""
-        return _signed_codes(self)
+        sums = [_conv(x, w, self.geometry).to(torch.int32) for x, w in parts]
+        return torch.stack(sums).sum(0, dtype=torch.int32)
 
     def _half_float(self, x: Tensor) -> Tensor:
-        if self.settings.act.enabled:
-            step, zero_point = self.act_bounds
+        if self.act_bounds is not None:
+            step, zero_point = self.act_bounds.unbind()
             x = _round_trip(x, Affine(step, -zero_point * step, self.settings.act.bits), self.settings.act, None)
         if "float_weight" not in self._derived:
-            self._derived["float_weight"] = _float_weight(self).reshape(self.site.shape)
+            self._derived["float_weight"] = self.float_weight().reshape(self.site.shape)
         y = _conv(x, self._derived["float_weight"].to(x.dtype), self.geometry)
         return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
 
@@ -263,6 +310,9 @@ class QuantizedMatmul(QuantizedSite):
         joint_scale: Whether a joint scale belongs to the site.
     """
 
+    left_bounds: Tensor | None
+    right_bounds: Tensor | None
+
     def __init__(self, site: Site, settings: SiteSettings, form: MatmulForm, joint_scale: bool) -> None:
         super().__init__()
         self._init_site(site, settings)
@@ -276,7 +326,7 @@ class QuantizedMatmul(QuantizedSite):
     def from_prepared(cls, prepared: PreparedMatmul, settings: SiteSettings, stored: Rounding) -> QuantizedMatmul:
         """Quantize for good; arguments as in :meth:`QuantizedLinear.from_prepared`."""
         self = cls(prepared.site, settings, prepared.form, prepared.joint_scale is not None)
-        if prepared.joint_scale is not None:
+        if prepared.joint_scale is not None and self.joint_scale is not None:
             self.joint_scale.copy_(stored(prepared.joint_scale.detach()))
         for bounds, quantizer in ((self.left_bounds, prepared.left), (self.right_bounds, prepared.right)):
             if bounds is not None and quantizer is not None:
@@ -347,29 +397,6 @@ def _conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def _register_weight(module: QuantizedSite, rows: int, columns: int, spec: QuantizerSpec) -> None:
-    if not spec.enabled:
-        module.register_parameter("weight", nn.Parameter(torch.zeros(rows, columns), requires_grad=False))
-        return
-    module.columns = columns
-    module.register_buffer("codes", torch.zeros(rows, packed_length(columns, spec.bits), dtype=torch.uint8))
-    module.register_buffer("weight_scale", torch.ones(rows))
-
-
-def _fill_weight(module: QuantizedSite, weight: Tensor, prepared: PreparedSite, stored: Rounding) -> None:
-    """Codes of `weight` `[N, K]` (already times the joint scale) under the calibrated bounds, scales rounded first."""
-    spec = module.settings.weight
-    if not spec.enabled or prepared.right is None:
-        module.weight.data.copy_(stored(weight))
-        return
-    lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in prepared.right.bounds())
-    scale = stored_step(step_size(lo, hi, spec.bits), stored)
-    lower = (_shift(spec) - (1 << (spec.bits - 1))) * scale
-    codes = quantize(weight, lower, lower + scale * spec.qmax, spec.bits)
-    module.codes.copy_(pack(codes, spec.bits))
-    module.weight_scale.copy_(scale.reshape(-1))
-
-
 def stored_step(step: Tensor, stored: Rounding) -> Tensor:
     """A step as it will be stored; one that would vanish in storage keeps its float32 value."""
     rounded = stored(step)
@@ -379,21 +406,6 @@ def stored_step(step: Tensor, stored: Rounding) -> Tensor:
 def _shift(spec: QuantizerSpec) -> float:
     """Where the signed code 0 lies, in steps: mid-rise weights sit half a step off zero."""
     return 0.5 if spec.scheme is Scheme.SYMMETRIC else 0.0
-
-
-def _weight_shift(module: QuantizedSite) -> Tensor:
-    return torch.full_like(module.weight_scale, _shift(module.settings.weight))
-
-
-def _signed_codes(module: QuantizedSite) -> Tensor:
-    bits = module.settings.weight.bits
-    return (unpack(module.codes, bits, module.columns).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
-
-
-def _float_weight(module: QuantizedSite) -> Tensor:
-    if not module.settings.weight.enabled:
-        return module.weight
-    return (module.weight_codes().float() + _weight_shift(module)[:, None]) * module.weight_scale[:, None]
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
