@@ -7,6 +7,7 @@ the graph become buffers. Outside of islands, a module whose input is the same f
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.tracing.island import is_island, island_state, original_class
 from harmoq_ao.tracing.proxies import check_guard
-from harmoq_ao.tracing.tracer import SELF, Variant, compile_graph
+from harmoq_ao.tracing.tracer import SELF, Variant, compile_graph, op_of_site
 
 _PREFIX = "harmoq_folded_"
 
@@ -31,7 +32,7 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
     graph.output(output)
     constant = _constant_nodes(graph)
     edges = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
-    edges = [n for n in edges if not any(_is_mutation(u, n) for u in n.users) and not _is_guard(n)]
+    edges = [n for n in edges if not any(u.op == "output" for u in n.users)]  # the caller may write into a result
     if not edges:
         return variant
     values = _evaluate(module, graph, constant, edges)
@@ -44,7 +45,7 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
             replacement = graph.create_node("get_attr", name)
         node.replace_all_uses_with(replacement)
     _drop_dead(graph)
-    return Variant(graph, compile_graph(graph, original_class(module)), variant.contractions, variant.opaque)
+    return replace(variant, graph=graph, run=compile_graph(graph, original_class(module)))
 
 
 def fold_islands(model: nn.Module) -> None:
@@ -75,11 +76,12 @@ _remembering: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _remembered_forward(self: nn.Module, input: Tensor) -> Any:
-    last = self.__dict__.get("_harmoq_last")
-    if last is None or not _same(last[0], input):
-        last = (input.detach().clone(), self.harmoq_forward(input))  # type: ignore[operator]
-        self.__dict__["_harmoq_last"] = last
-    return last[1]
+    last: tuple[Tensor, Tensor, int] | None = self.__dict__.get("_harmoq_last")
+    if last is not None and last[1]._version == last[2] and _same(last[0], input):  # nobody wrote into the result
+        return last[1]
+    result = self.harmoq_forward(input)  # type: ignore[operator]
+    self.__dict__["_harmoq_last"] = (input.detach().clone(), result, result._version)
+    return result
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -94,45 +96,41 @@ def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
             continue
         if (node.op == "get_attr" and node.target == SELF) or _is_random(node):
             continue
-        if node.op == "call_module" and str(node.target).rpartition(".")[2].startswith("harmoq_"):
-            continue  # a site
+        if node.op == "call_module" and op_of_site(node.target) is not None:
+            continue
         if all(n in constant for n in node.all_input_nodes):
             constant.add(node)
-    for node in graph.nodes:  # a value somebody writes into is not constant, nor is anything made from it
-        written = next((a for a in node.args if isinstance(a, fx.Node)), None)
-        if written is not None and _is_mutation(node, written):
-            constant -= _family(written, constant)
-    return constant
+    return constant - _written(graph, constant)
 
 
-def _family(node: fx.Node, constant: set[fx.Node]) -> set[fx.Node]:
-    """A node with everything constant before and after it: views share memory in both directions."""
-    family, todo = {node}, [node]
+def _written(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that share memory with one that is written to, and the constants made from them."""
+    shares: dict[fx.Node, set[fx.Node]] = {n: set() for n in graph.nodes}
+    spoiled: set[fx.Node] = set()
+    for node in graph.nodes:
+        operands = node.all_input_nodes
+        for index in node.meta.get("shares", ()):
+            shares[node].add(operands[index])
+            shares[operands[index]].add(node)
+        spoiled.update(operands[index] for index in node.meta.get("writes", ()))
+    todo = list(spoiled)
     while todo:
         current = todo.pop()
-        for other in [*current.all_input_nodes, *current.users]:
-            if other not in family and other in constant:
-                family.add(other)
-                todo.append(other)
-    return family
+        made = {u for u in current.users if u in constant}
+        for other in (shares[current] | made) - spoiled:
+            spoiled.add(other)
+            todo.append(other)
+    return spoiled
 
 
 def _is_random(node: fx.Node) -> bool:
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return any(word in name for word in ("rand", "bernoulli", "multinomial", "normal_", "uniform_"))
+    drawn = any(word in name for word in ("rand", "bernoulli", "multinomial", "normal", "uniform_"))
+    return bool(node.meta.get("random")) or drawn
 
 
 def _is_guard(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is check_guard
-
-
-def _is_mutation(node: fx.Node, operand: fx.Node) -> bool:
-    """Whether a node writes into its first argument `operand`."""
-    if not node.args or node.args[0] is not operand:
-        return False
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    inplace_operator = name in {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"}
-    return inplace_operator or (node.op == "call_method" and name.endswith("_") and not name.endswith("__"))
 
 
 def _evaluate(module: nn.Module, graph: fx.Graph, constant: set[fx.Node], edges: list[fx.Node]) -> dict[fx.Node, Any]:
@@ -179,5 +177,5 @@ def _buffer(module: nn.Module, value: Tensor) -> str:
 def _drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
         kept = node.op in ("placeholder", "output") or _is_guard(node) or node.target is setattr
-        if not node.users and not kept and not (node.args and _is_mutation(node, node.args[0])):
+        if not node.users and not kept and not node.meta.get("writes") and not node.meta.get("random"):
             graph.erase_node(node)

@@ -38,6 +38,7 @@ from harmoq_ao.tracing import (
     is_island,
     island_state,
     make_island,
+    same_values,
 )
 from harmoq_ao.tracing.contractions import SourceKey, contraction_macs
 from harmoq_ao.zoo import architecture_spec
@@ -161,11 +162,12 @@ def prepare_harmoq(
         expected = [_run(copied, e) for e in examples]
         prepared = PreparedModel(copied, config, _traits(model, copied, examples[0], expected[0]))
         prepared.example_shapes = [tuple(e.shape) for e in examples]
-        found = discover(copied, (examples[0],))
+        found = discover(copied, *((example,) for example in examples))
         fixed = _image_independent(copied, examples[0])
         _make_islands(prepared, found, strict)
         _swap_modules(prepared, found, fixed)
         _measure(prepared, examples)
+        _report_unreached(prepared, found)
         for example, output in zip(examples, expected, strict=True):
             _check_equal(prepared, example, output)
     names = [(m.site.name, m.site.kind) for m in prepared.sites()]
@@ -255,8 +257,12 @@ def _examples(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> list
     if isinstance(given, Tensor):
         return [_checked_example(given)]
     if given is not None:
-        if not given:
-            raise InputError("example_inputs is empty", expected="at least one image batch [B, C, H, W]")
+        if not isinstance(given, (list, tuple)) or not given:
+            raise InputError(
+                "example_inputs holds no image",
+                found="nothing" if isinstance(given, (list, tuple)) else type(given).__name__,
+                expected="one image batch [B, C, H, W], or a list of some",
+            )
         return [_checked_example(e) for e in given]
     first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
     channels = 3 if first is None else _input_channels(model, first)
@@ -306,9 +312,7 @@ def _run(model: nn.Module, image: Tensor) -> Any:
 def _check_equal(prepared: PreparedModel, example: Tensor, expected: Any) -> None:
     with quiet():
         actual = _run(prepared.model, example)
-    first = expected[0] if isinstance(expected, (tuple, list)) else expected
-    second = actual[0] if isinstance(actual, (tuple, list)) else actual
-    if not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)):
+    if not same_values(expected, actual):
         raise TraceError("The prepared model differs from the original", remedy="report this architecture")
 
 
@@ -361,6 +365,7 @@ class SiteFactory:
     floats: list[FloatSite]
     ready: bool = False
     known: dict[tuple[str, SourceKey], str | None] = field(default_factory=dict)
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __call__(self, root: nn.Module, contraction: Contraction) -> str | None:
         qualname = island_state(root).qualname
@@ -370,7 +375,8 @@ class SiteFactory:
         return self.known[key]
 
     def _create(self, root: nn.Module, qualname: str, contraction: Contraction) -> str | None:
-        index = sum(1 for (n, _), a in self.known.items() if n == qualname and (a or "").startswith(f"harmoq_{contraction.op}_"))
+        index = self.counts.get((qualname, contraction.op), 0)
+        self.counts[qualname, contraction.op] = index + 1
         label = f"{contraction.op}_{index}"
         reason = _unfit(contraction)
         if reason is not None:
@@ -449,6 +455,14 @@ def _swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) ->
             _swap_conv(prepared, name, module, found.macs.get(name, 0))
 
 
+def _report_unreached(prepared: PreparedModel, found: Discovery) -> None:
+    """List linear layers that no example image reached (experts, other branches); they stay float."""
+    used = {id(m.weight) for m in prepared.model.modules() if isinstance(m, PreparedLinear)}
+    for name, module in prepared.model.named_modules():
+        if type(module) is nn.Linear and name not in found.calls and id(module.weight) not in used:
+            prepared.floats.append(FloatSite(name, "linear", "no example image reached it"))
+
+
 def _swap_conv(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> None:
     reason = prepared.config.settings(name, "conv2d").reason
     if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
@@ -483,8 +497,23 @@ def _measure(prepared: PreparedModel, examples: list[Tensor]) -> None:
             state = island_state(module)
             assert isinstance(state.site_factory, SiteFactory)
             state.site_factory.ready = True
-            if state.float_reason is not None:
-                prepared.floats.append(FloatSite(state.qualname, "module", state.float_reason))
+            _report_floats(prepared, module, state)
+
+
+def _report_floats(prepared: PreparedModel, module: nn.Module, state: IslandState) -> None:
+    """List what tracing left in float, and take away sites that no graph calls (met before a trace failed)."""
+    if state.float_reason is not None:
+        prepared.floats.append(FloatSite(state.qualname, "module", state.float_reason))
+    for hidden in dict.fromkeys(h for v in state.all_variants() for h in v.hidden):
+        name, reason = f"{state.qualname}::{hidden.partition(': ')[0]}", f"{hidden}, inside a helper that cannot be traced"
+        prepared.floats.append(FloatSite(name, "matmul", reason))
+    called = {str(n.target) for v in state.all_variants() for n in v.graph.nodes if n.op == "call_module"}
+    factory = state.site_factory
+    assert isinstance(factory, SiteFactory)
+    for key, attribute in list(factory.known.items()):
+        if key[0] == state.qualname and attribute is not None and attribute not in called:
+            del module._modules[attribute]
+            del factory.known[key]
 
 
 @contextmanager

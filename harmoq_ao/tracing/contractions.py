@@ -111,6 +111,8 @@ class EinsumForm:
     def operands(self, a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Canonical operands ``[B, M, K]`` and ``[B, K, N]``."""
         sizes = self._sizes(a, b)
+        a = a.expand([sizes[c] for c in self.left])
+        b = b.expand([sizes[c] for c in self.right])
         left = a.permute([self.left.index(c) for c in self.batch + self.rows + self.contracted])
         right = b.permute([self.right.index(c) for c in self.batch + self.contracted + self.columns])
         batch, m, k, n = (self._product(sizes, g) for g in (self.batch, self.rows, self.contracted, self.columns))
@@ -124,7 +126,11 @@ class EinsumForm:
         return full.permute([labels.index(c) for c in self.output])
 
     def _sizes(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, int]:
-        return dict(zip(self.left, a.shape, strict=True)) | dict(zip(self.right, b.shape, strict=True))
+        """Size of each label; as in torch, one operand may have 1 where the other has more."""
+        sizes: dict[str, int] = {}
+        for label, size in (*zip(self.left, a.shape, strict=True), *zip(self.right, b.shape, strict=True)):
+            sizes[label] = max(size, sizes.get(label, 1)) if size else 0
+        return sizes
 
     @staticmethod
     def _product(sizes: dict[str, int], labels: str) -> int:

@@ -25,13 +25,11 @@ class Discovery:
         islands: Qualified names of modules that issue contractions other than convolutions themselves.
         calls: Linear and convolution modules in execution order, with the number of calls of each.
         macs: Multiply-accumulates by qualified name (for islands: their own calls).
-        opaque_attention: Modules that call fused attention nothing can look into, with the reason.
     """
 
     islands: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
-    other_macs: int = 0
 
 
 class _Recorder(TorchFunctionMode):
@@ -56,18 +54,23 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-def discover(model: nn.Module, args: tuple[Any, ...]) -> Discovery:
-    """Run ``model(*args)`` once and record who contracts what.
+def discover(model: nn.Module, *examples: tuple[Any, ...]) -> Discovery:
+    """Run the model on each example and record who contracts what; calls and multiply-accumulates are the first's.
 
     Args:
         model: The float model, in evaluation mode.
-        args: Example inputs.
+        examples: Positional arguments of the model, one tuple per run.
     """
-    found = Discovery()
-    stack: list[tuple[str, nn.Module]] = []
-    with _module_stack(model, stack, found), _Recorder(stack, found), torch.no_grad():
-        model(*args)
-    return found
+    total = Discovery()
+    for args in examples:
+        found = Discovery()
+        stack: list[tuple[str, nn.Module]] = []
+        with _module_stack(model, stack, found), _Recorder(stack, found), torch.no_grad():
+            model(*args)
+        total.islands += [name for name in found.islands if name not in total.islands]
+        total.calls = found.calls | total.calls
+        total.macs = found.macs | total.macs
+    return total
 
 
 @contextmanager

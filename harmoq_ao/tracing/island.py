@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,10 @@ from harmoq_ao.tracing.tracer import SELF, SiteFactory, Variant, dynamic_leaves,
 
 logger = logging.getLogger(__name__)
 _MEMO_SIZE = 256
+_MAX_VARIANTS = 16  # of one calling pattern; an island that meets more forgets the oldest
+_VERIFY_SEED = 20
+#: Beginnings of the names of buffers that belong to graphs.
+DERIVED = ("harmoq_constant_", "harmoq_folded_")
 _lock = threading.RLock()
 
 
@@ -64,22 +68,47 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if state.float_reason is not None:
         return original_class(self).forward(self, *args, **kwargs)
     leaves, pattern, tree = dynamic_leaves(args, kwargs)
-    group = (tuple(pattern), tree)
+    group = (self.training, tuple(pattern), tree)
     key = (group, tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
-    variant = state.memo.get(key)
-    if variant is not None:
+    known = state.memo.get(key)  # only a guess: the guards decide
+    if known is not None and known.restartable and known.fits(self):
         try:
-            return variant.run(self, *leaves)
-        except GuardFailed:  # a guard on values, not on sizes
-            del state.memo[key]
+            return known.run(self, *leaves)
+        except GuardFailed:  # a guard on values, not on sizes; observers may have counted the beginning of this call
+            pass
     with _lock:
-        variant = _find_variant(self, state, group, leaves) or _new_variant(self, state, group, args, kwargs)
-    if variant is None:
+        result = _try_variants(self, state, group, leaves)
+        if result is None and _new_variant(self, state, group, args, kwargs):
+            result = _try_variants(self, state, group, leaves)
+        if result is not None:
+            _remember(state, key, result.variant)
+    if result is None:
         return original_class(self).forward(self, *args, **kwargs)
+    return result.output if result.complete else result.variant.run(self, *leaves)
+
+
+def _remember(state: IslandState, key: Any, variant: Variant) -> None:
     state.memo[key] = variant
-    if len(state.memo) > _MEMO_SIZE:
+    while len(state.memo) > _MEMO_SIZE:
         state.memo.popitem(last=False)
-    return variant.run(self, *leaves)
+
+
+def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply`` of an island: graphs hold constants, and rounding those to another type is no use."""
+    before = [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]
+    result: nn.Module = original_class(self)._apply(self, fn, recurse)
+    if before != [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]:
+        forget(self)
+    return result
+
+
+def forget(module: nn.Module) -> None:
+    """Drop the graphs of an island and the constants that belong to them; they are traced again when needed."""
+    state = island_state(module)
+    state.variants.clear()
+    state.memo.clear()
+    for name in [n for n in module._buffers if n.startswith(DERIVED)]:
+        del module._buffers[name]
 
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
@@ -91,6 +120,7 @@ def make_island(module: nn.Module, state: IslandState) -> None:
     if cls not in _classes:  # one base only: a mixin would change the object's layout, which forbids the exchange
         members = {
             "forward": _forward,
+            "_apply": _apply,
             "harmoq_original_class": cls,
             SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
             "__module__": cls.__module__,
@@ -116,24 +146,42 @@ def island_state(module: nn.Module) -> IslandState:
     return state
 
 
-def _find_variant(module: nn.Module, state: IslandState, group: Any, leaves: list[Any]) -> Variant | None:
-    """A graph of the same calling pattern whose guards hold."""
+@dataclass
+class _Result:
+    """A graph whose guards held, with its output; ``complete`` if that output is the call's."""
+
+    variant: Variant
+    output: Any
+    complete: bool
+
+
+def _try_variants(module: nn.Module, state: IslandState, group: Any, leaves: list[Any]) -> _Result | None:
+    """The first graph of the same calling pattern whose guards hold.
+
+    A graph that writes before its last guard is tried on copies. Where a trial must be quiet (sites observe), it does
+    not count and the caller runs the graph again; elsewhere its output is the call's.
+    """
+    counts = state.quiet is nullcontext
     for variant in state.variants.get(group, []):
+        if not variant.fits(module):
+            continue
+        complete = counts and variant.restartable
+        random = nullcontext() if complete else _same_random(leaves)
         try:
-            with state.quiet(), torch.no_grad():
-                variant.run(module, *_copies(leaves))
+            with random, state.quiet(), nullcontext() if complete else torch.no_grad():
+                output = variant.run(module, *(leaves if complete else _copies(leaves)))
         except GuardFailed:
             continue
-        return variant
+        return _Result(variant, output if complete else None, complete)
     return None
 
 
 def _new_variant(
     module: nn.Module, state: IslandState, group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Variant | None:
-    """Trace the call, check the graph against the author's forward bit for bit, and keep it; None leaves it float."""
+) -> bool:
+    """Trace the call, check the graph against the author's forward bit for bit, and keep it; False leaves it float."""
     try:
-        with state.quiet():
+        with state.quiet(), _same_random((args, kwargs)):
             variant = trace_island(module, args, kwargs, state.site_factory)
             if state.verify:
                 _verify(module, variant, args, kwargs)
@@ -142,22 +190,41 @@ def _new_variant(
     except TraceError as error:
         if state.strict:
             raise
-        state.float_reason = str(error)
         logger.warning("%s stays float: %s", type(module).__name__, error)
-        return None
-    state.variants.setdefault(group, []).append(variant)
-    return variant
+        if not state.variants:  # else only calls like this one run as their author wrote them
+            state.float_reason = str(error)
+        return False
+    known = state.variants.setdefault(group, [])
+    known.append(variant)
+    if len(known) > _MAX_VARIANTS:
+        dropped = known.pop(0)
+        for key in [k for k, v in state.memo.items() if v is dropped]:
+            del state.memo[key]
+    return True
 
 
 def _verify(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Compare outputs, and arguments that were written to; from a random state that the trace did not start from."""
     cls = original_class(module)
+    original_args, original_kwargs = _copy_structure((args, kwargs))
+    leaves, _, _ = dynamic_leaves(args, kwargs)
+    copies = _copies(leaves)
+    torch.manual_seed(_VERIFY_SEED)
     with torch.no_grad():
-        original_args, original_kwargs = _copy_structure((args, kwargs))
         expected = cls.forward(module, *original_args, **original_kwargs)
-        leaves, _, _ = dynamic_leaves(args, kwargs)
-        actual = variant.run(module, *_copies(leaves))
-    if not _same(expected, actual):
+        torch.manual_seed(_VERIFY_SEED)
+        actual = variant.run(module, *copies)
+    written, _, _ = dynamic_leaves(original_args, original_kwargs)
+    if not same_values((expected, written), (actual, copies)):
         raise TraceError(f"the graph of {cls.__name__} differs from its forward", remedy="report this module")
+
+
+@contextmanager
+def _same_random(structure: Any) -> Iterator[None]:
+    """Within, random numbers may be drawn; afterwards the generators are where they were."""
+    tensors = [t for t in pytree.tree_leaves(structure) if isinstance(t, torch.Tensor) and t.device.type == "cuda"]
+    with torch.random.fork_rng(devices=sorted({t.device.index for t in tensors})):
+        yield
 
 
 def _copies(leaves: list[Any]) -> list[Any]:
@@ -169,17 +236,16 @@ def _copy_structure(structure: Any) -> Any:
     return pytree.tree_unflatten(_copies(leaves), tree)
 
 
-def _same(expected: Any, actual: Any) -> bool:
+def same_values(expected: Any, actual: Any) -> bool:
+    """Whether two nested results hold the same tensors and numbers, in the same structure; NaN equals NaN."""
     first, first_tree = pytree.tree_flatten(expected)
     second, second_tree = pytree.tree_flatten(actual)
-    if len(first) != len(second):
+    return first_tree == second_tree and all(_same_leaf(a, b) for a, b in zip(first, second, strict=True))
+
+
+def _same_leaf(a: Any, b: Any) -> bool:
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return type(a) is type(b) and bool(a is b or a == b or (a != a and b != b))
+    if a.dtype != b.dtype or a.shape != b.shape or a.device != b.device:
         return False
-    for a, b in zip(first, second, strict=True):
-        if isinstance(a, torch.Tensor) != isinstance(b, torch.Tensor):
-            return False
-        if isinstance(a, torch.Tensor):
-            if a.dtype != b.dtype or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
-                return False
-        elif a != b:
-            return False
-    return True
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())

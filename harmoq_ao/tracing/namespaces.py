@@ -14,6 +14,7 @@ import builtins
 import functools
 import importlib
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,27 +30,41 @@ if TYPE_CHECKING:
 #: Tensor factories are nodes even without a proxy among their arguments: a constant must follow the model's device.
 FACTORIES = frozenset(
     getattr(torch, name)
-    for name in ("arange", "empty", "eye", "full", "linspace", "ones", "rand", "randn", "tensor", "zeros")
+    for name in (
+        *("arange", "empty", "eye", "full", "linspace", "logspace", "ones", "tensor", "zeros"),
+        *("normal", "rand", "randint", "randn", "randperm"),
+    )
 )
 _PYTHON_BUILTINS = ("abs", "divmod", "float", "int", "isinstance", "max", "min", "pow", "round", "sum")
 
-#: The tracers at work, innermost last; None while example values are computed.
-_active: list[IslandTracer | None] = []
+
+class _Active(threading.local):
+    """The tracers at work in this thread, innermost last; None while example values are computed.
+
+    The author's globals are exchanged for every thread, but only the thread that traces has a tracer: to all others
+    the exchanged functions are the plain ones.
+    """
+
+    def __init__(self) -> None:
+        self.stack: list[IslandTracer | None] = []
+
+
+_active = _Active()
 
 
 def active_tracer() -> IslandTracer | None:
-    """The tracer whose forward is running now, or None."""
-    return _active[-1] if _active else None
+    """The tracer whose forward is running in this thread now, or None."""
+    return _active.stack[-1] if _active.stack else None
 
 
 @contextmanager
 def activate(tracer: IslandTracer | None) -> Iterator[None]:
-    """Make ``tracer`` the active one; None suspends tracing, so that real values can be computed."""
-    _active.append(tracer)
+    """Make ``tracer`` this thread's active one; None suspends tracing, so that real values can be computed."""
+    _active.stack.append(tracer)
     try:
         yield
     finally:
-        _active.pop()
+        _active.stack.pop()
 
 
 class TracedFunction:
@@ -61,6 +76,8 @@ class TracedFunction:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         tracer = active_tracer()
+        args = tuple(plain_type(a) for a in args)
+        kwargs = {name: plain_type(value) for name, value in kwargs.items()}
         if tracer is None:
             return self.function(*args, **kwargs)
         return tracer.call_function(self.function, args, kwargs)
@@ -79,6 +96,11 @@ class _TracedType:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.kind, name)
+
+
+def plain_type(value: Any) -> Any:
+    """``int`` for the stand-in of ``int`` (``dtype=int``), anything else as it is."""
+    return value.kind if isinstance(value, _TracedType) else value
 
 
 class TracedNamespace:
@@ -108,7 +130,11 @@ def _isinstance(instance: Any, kinds: Any) -> bool:
             return kind.kind
         return tuple(real(k) for k in kind) if isinstance(kind, tuple) else kind
 
-    return isinstance(instance.value if isinstance(instance, ValueProxy) else instance, real(kinds))
+    if isinstance(instance, ValueProxy):
+        if not isinstance(instance.value, torch.Tensor):
+            instance.tracer.guard(instance, "type")
+        return isinstance(instance.value, real(kinds))
+    return isinstance(instance, real(kinds))
 
 
 def _python_builtin(name: str) -> Any:

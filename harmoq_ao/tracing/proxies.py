@@ -16,8 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
+from harmoq_ao.errors import TraceError
+
 if TYPE_CHECKING:
     from harmoq_ao.tracing.tracer import IslandTracer
+
+#: What a proxy itself keeps; an author's assignment to anything else would be lost.
+_OWN_ATTRIBUTES = frozenset({"_node", "attr", "node", "root", "tracer", "value"})
 
 
 class GuardFailed(Exception):
@@ -31,13 +36,15 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "index": operator.index,
     "len": len,
+    "type": lambda value: type(value).__name__,
 }
 
 
 def check_guard(value: Any, question: str, expected: Any) -> None:
     """Run-time side of a guard: raise :class:`GuardFailed` unless the question's answer is still ``expected``."""
-    if QUESTIONS[question](value) != expected:
-        raise GuardFailed(f"{question}: traced with {expected!r}, now {QUESTIONS[question](value)!r}")
+    answer = QUESTIONS[question](value)
+    if answer != expected and not (answer != answer and expected != expected):  # NaN is the same answer as NaN
+        raise GuardFailed(f"{question}: traced with {expected!r}, now {answer!r}")
 
 
 class ValueProxy(fx.Proxy):
@@ -56,6 +63,11 @@ class ValueProxy(fx.Proxy):
         if name.startswith("__"):  # protocol look-ups (numpy, copy, pickle) must not become nodes
             raise AttributeError(name)
         return ValueAttribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in _OWN_ATTRIBUTES:
+            raise TraceError(f"forward assigns .{name} of a value", remedy="leave this module float, by a rule")
+        object.__setattr__(self, name, value)
 
     def __setitem__(self, key: Any, item: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, item), {})

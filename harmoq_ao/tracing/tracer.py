@@ -7,6 +7,7 @@ the live module, so that moved, swapped or deleted parameters are always the cur
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 import linecache
@@ -15,22 +16,30 @@ import operator
 import traceback
 import types
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from harmoq_ao.errors import TraceError
-from harmoq_ao.tracing.contractions import Contraction, SourceKey, contraction_op
+from harmoq_ao.tracing.contractions import (
+    CONTRACTION_FUNCTIONS,
+    Contraction,
+    SourceKey,
+    callable_name,
+    contraction_op,
+)
 from harmoq_ao.tracing.namespaces import (
     FACTORIES,
     activate,
     inlined,
     package_of,
+    plain_type,
     traced_globals,
 )
 from harmoq_ao.tracing.proxies import QUESTIONS, ValueAttribute, ValueProxy, check_guard, find_tracer
@@ -56,15 +65,42 @@ class Variant:
         run: Compiled graph, called with the live island and the dynamic leaves of its arguments.
         contractions: Number of contractions that became sites or were deliberately left as plain calls.
         opaque: Names of helpers that became one opaque node.
+        hidden: Contractions inside opaque nodes, as ``helper: operation``; they stay float.
+        reads: Plain attributes of the island that its forward read, with the values the graph was specialised to.
+        restartable: No guard comes after a write into a tensor, so that a run that ends in :class:`GuardFailed` has
+            left its arguments as they were.
     """
 
     graph: fx.Graph
     run: Callable[..., Any]
     contractions: int
-    opaque: tuple[str, ...]
+    opaque: tuple[str, ...] = ()
+    hidden: tuple[str, ...] = ()
+    reads: tuple[tuple[str, Any], ...] = ()
+    restartable: bool = True
+
+    def fits(self, module: nn.Module) -> bool:
+        """Whether the plain attributes of the live module are still those the graph was specialised to."""
+        return all(_unchanged(read_attribute(module, path), value) for path, value in self.reads)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
         return self  # immutable: the module is an argument of ``run``
+
+
+@dataclass(frozen=True, eq=False)
+class Unknown:
+    """An argument of a call that is compared by identity; held, so that its identity is not given to another object."""
+
+    value: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Unknown) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unknown:
+        return self
 
 
 class ModuleHandle:
@@ -151,6 +187,11 @@ class IslandTracer(fx.Tracer):
         self._occurrences: dict[tuple[str, int], int] = {}
         self.read: set[str] = set()  # attributes that forward has read, and those it has assigned
         self.assigned: dict[str, Any] = {}
+        self.hidden: list[str] = []
+        self.opaque: frozenset[Any] = frozenset()
+        self._plain: dict[str, Any] = {}  # plain attributes read, as they were
+        self._copied: dict[str, Any] = {}  # the copies of containers that forward got to see
+        self._own: set[int] | None = None
         self._paths = {id(t): name for name, t in _named_tensors(root)}
         self._module_paths = {id(m): name for name, m in root.named_modules()}
 
@@ -166,7 +207,29 @@ class IslandTracer(fx.Tracer):
             return ModuleHandle(self, value, self._module_paths.get(id(value), path))
         if isinstance(value, (list, tuple)) and any(isinstance(v, nn.Module) for v in value):
             return type(value)(self.attribute(v, self._module_paths.get(id(v), f"{path}.{i}")) for i, v in enumerate(value))
+        return self._plain_attribute(value, path)
+
+    def _plain_attribute(self, value: Any, path: str) -> Any:
+        """A plain value, which the graph is specialised to; of a container a copy, so that a write is noticed."""
+        if isinstance(value, (list, dict, set)):
+            if path not in self._copied:
+                self._plain[path] = copy.copy(value)
+                self._copied[path] = copy.copy(value)
+            return self._copied[path]
+        if not callable(value):
+            self._plain.setdefault(path, value)
         return value
+
+    def plain_reads(self) -> tuple[tuple[str, Any], ...]:
+        """Plain attributes that forward read.
+
+        Raises:
+            TraceError: forward wrote into one of them.
+        """
+        for path, seen in self._copied.items():
+            if not _unchanged(seen, self._plain[path]):
+                raise TraceError(f"forward keeps state in self.{path}", remedy="leave this module float, by a rule")
+        return tuple((path, value) for path, value in self._plain.items() if path not in self.assigned)
 
     def real(self, structure: Any) -> Any:
         """The example's values of a nested structure of proxies."""
@@ -182,7 +245,7 @@ class IslandTracer(fx.Tracer):
             return {self.real(k): self.real(v) for k, v in structure.items()}
         if isinstance(structure, slice):
             return slice(self.real(structure.start), self.real(structure.stop), self.real(structure.step))
-        return structure
+        return plain_type(structure)
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, ValueProxy):
@@ -193,6 +256,7 @@ class IslandTracer(fx.Tracer):
             return self._constant(a)
         if isinstance(a, np.generic):
             return a.item()
+        a = plain_type(a)
         return super().create_arg(a)
 
     def _constant(self, tensor: torch.Tensor) -> fx.Node:
@@ -202,6 +266,7 @@ class IslandTracer(fx.Tracer):
             self.root.register_buffer(path, tensor.detach().clone(), persistent=False)
             self._paths[id(tensor)] = path
             self._attributes[f"keep {path}"] = tensor
+            self._own = None
         return self.graph.create_node("get_attr", path)
 
     # -- nodes -------------------------------------------------------------------------------------------------
@@ -212,8 +277,49 @@ class IslandTracer(fx.Tracer):
         if op is not None:
             kind, target, args, kwargs = self._contraction(op, kind, target, args, kwargs)
         node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
+        self._refuse_state(node, args)
+        operands = _tensors((args, kwargs))
+        versions = [t.value._version for t in operands]
+        random = torch.get_rng_state()
         value = self._evaluate(kind, target, self.real(tuple(args)), self.real(dict(kwargs)))
-        return None if value is None else ValueProxy(node, self, value)
+        written = {t.node.name for t, before in zip(operands, versions, strict=True) if t.value._version != before}
+        if any(self._is_own(t.value) for t in operands if t.node.name in written):
+            raise TraceError("forward writes into its own parameters or buffers", found=str(node.target))
+        node.meta["writes"] = tuple(i for i, n in enumerate(node.all_input_nodes) if n.name in written)
+        storages = {t.untyped_storage().data_ptr() for t in _leaves(value) if t.numel()}
+        shared = {t.node.name for t in operands if t.value.untyped_storage().data_ptr() in storages}
+        node.meta["shares"] = tuple(i for i, n in enumerate(node.all_input_nodes) if n.name in shared)
+        node.meta["random"] = not torch.equal(random, torch.get_rng_state())
+        proxy = None if value is None else ValueProxy(node, self, value)
+        self._guard_type(node, kind, target, value)
+        return proxy
+
+    def _guard_type(self, node: fx.Node, kind: str, target: Any, value: Any) -> None:
+        """Guard what ``is None`` and ``isinstance`` saw, where it may differ in another call: after unknown code."""
+        unknown = (kind == "call_module" and op_of_site(target) is None) or target in self.opaque
+        if unknown or (value is None and target not in (operator.setitem, setattr)):
+            arguments = (node, "type", type(value).__name__)
+            self.graph.create_node("call_function", check_guard, arguments, {})
+
+    def _refuse_state(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """A write into what belongs to the module is state; found before it happens, where the name tells."""
+        if not args or not writes_by_name(node):
+            return
+        target = args[0]
+        if isinstance(target, ValueProxy) and isinstance(target.value, torch.Tensor):
+            own = self._is_own(target.value)
+        else:  # a container of the module, or a tensor that became its constant
+            own = isinstance(target, torch.Tensor) or (isinstance(target, ValueProxy) and target.node.op == "get_attr")
+        if own:
+            raise TraceError("forward writes into its own parameters or buffers", found=str(node.target))
+
+    def _is_own(self, value: torch.Tensor) -> bool:
+        """Whether a tensor shares memory with a parameter or buffer of the island."""
+        if value.numel() == 0 or value.device.type == "meta":
+            return False
+        if self._own is None:
+            self._own = {t.untyped_storage().data_ptr() for _, t in _named_tensors(self.root) if t.device.type != "meta"}
+        return value.untyped_storage().data_ptr() in self._own
 
     def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A library function met in the author's code: a node if a proxy or a model tensor is involved."""
@@ -227,6 +333,9 @@ class IslandTracer(fx.Tracer):
 
     def _evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with activate(None), torch.no_grad():
+            if kind == "call_function" and target in self.opaque:
+                with _Hidden(self.hidden, callable_name(target)):
+                    return target(*args, **kwargs)
             if kind == "call_function":
                 return target(*args, **kwargs)
             if kind == "call_method":
@@ -303,11 +412,18 @@ def trace_island(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
     opaque: list[tuple[dict[str, Any], str]] = []
     for _ in range(_MAX_RESTARTS):
         tracer = IslandTracer(root, site_factory)
+        tracer.opaque = frozenset(namespace[name] for namespace, name in opaque)
         try:
             with torch.no_grad(), traced_globals(cls, opaque):
                 _record(tracer, cls, args, kwargs)
             return Variant(
-                tracer.graph, compile_graph(tracer.graph, cls), tracer.contractions, tuple(name for _, name in opaque)
+                tracer.graph,
+                compile_graph(tracer.graph, cls),
+                tracer.contractions,
+                tuple(name for _, name in opaque),
+                tuple(dict.fromkeys(tracer.hidden)),
+                tracer.plain_reads(),
+                _is_restartable(tracer.graph),
             )
         except Exception as error:  # whatever an author's Python raises on a proxy
             helper = _failing_helper(error, cls)
@@ -330,8 +446,16 @@ def dynamic_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[
             dynamic.append(leaf)
             pattern.append(type(leaf))
         else:
-            pattern.append(leaf if isinstance(leaf, (str, bytes, bool, type(None))) else ("object", id(leaf)))
+            pattern.append((type(leaf), leaf) if isinstance(leaf, _BY_VALUE) else Unknown(leaf))
     return dynamic, pattern, tree
+
+
+#: Immutable arguments that a graph may be specialised to. Modules and callables count too, by identity.
+_BY_VALUE = (str, bytes, bool, complex, type(None), torch.Size, torch.dtype, torch.device, np.generic, range)
+
+
+def _specialisable(leaf: Any) -> bool:
+    return isinstance(leaf, (*_BY_VALUE, nn.Module, type)) or callable(leaf)
 
 
 def _record(tracer: IslandTracer, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -342,8 +466,10 @@ def _record(tracer: IslandTracer, cls: type, args: tuple[Any, ...], kwargs: dict
             node = tracer.graph.create_node("placeholder", f"leaf_{len([i for i in inputs if isinstance(i, ValueProxy)])}")
             value = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
             inputs.append(ValueProxy(node, tracer, value))
-        else:
+        elif _specialisable(leaf):
             inputs.append(leaf)
+        else:
+            raise TraceError("An argument may change without notice", found=f"a {type(leaf).__name__}")
     proxy_args, proxy_kwargs = pytree.tree_unflatten(inputs, tree)
     handle = ModuleHandle(tracer, tracer.root, "")
     with activate(tracer):
@@ -396,6 +522,93 @@ def _holds_tensor(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(isinstance(v, torch.Tensor) for v in value)
     return isinstance(value, dict) and any(isinstance(v, torch.Tensor) for v in value.values())
+
+
+def _leaves(value: Any) -> list[torch.Tensor]:
+    """Tensors that own memory in a nested value."""
+    return [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor) and t.device.type != "meta"]
+
+
+def _tensors(structure: Any) -> list[ValueProxy]:
+    """Proxies of tensors in nested arguments; attributes that were not read as values are none."""
+    found = []
+    for leaf in pytree.tree_leaves(structure):
+        is_tensor = isinstance(leaf, ValueProxy) and isinstance(leaf.value, torch.Tensor)
+        if is_tensor and leaf.value.device.type != "meta" and not leaf.value.is_inference():
+            found.append(leaf)
+    return found
+
+
+def read_attribute(module: nn.Module, path: str) -> Any:
+    """``module.<path>`` as it is now; a missing one is none of the values a graph can be specialised to."""
+    value: Any = module
+    for part in path.split("."):
+        try:
+            value = value[int(part)] if isinstance(value, (list, tuple)) else getattr(value, part)
+        except (AttributeError, IndexError, ValueError):
+            return _MISSING
+    return value
+
+
+_MISSING = object()
+
+
+def _unchanged(now: Any, before: Any) -> bool:
+    """Equality of plain values by content, of everything else by identity."""
+    if now is before:
+        return True
+    if type(now) is not type(before):
+        return False
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(before) and all(_unchanged(a, b) for a, b in zip(now, before, strict=True))
+    if isinstance(now, dict):
+        return list(now) == list(before) and all(_unchanged(now[k], before[k]) for k in now)
+    if isinstance(now, (int, float, *_BY_VALUE, set, slice)):
+        return bool(now == before or (now != now and before != before))
+    return False
+
+
+def _is_restartable(graph: fx.Graph) -> bool:
+    guards = [i for i, n in enumerate(graph.nodes) if n.target is check_guard]
+    writes = [i for i, n in enumerate(graph.nodes) if n.meta.get("writes")]
+    return not guards or not writes or writes[0] > guards[-1]
+
+
+def op_of_site(target: Any) -> str | None:
+    """Name of a site's attribute if a ``call_module`` target is one."""
+    name = str(target).rpartition(".")[2]
+    return name if name.startswith("harmoq_") else None
+
+
+def writes_by_name(node: fx.Node) -> bool:
+    """Whether the name of a node's target says that it writes into its first argument."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name in _INPLACE_OPERATORS or name in {f"__{n}__" for n in _INPLACE_OPERATORS}:
+        return True
+    if node.op == "call_method" and name in _CONTAINER_WRITES:
+        return True
+    if node.op == "call_module":
+        return False
+    return (name.endswith("_") and not name.endswith("__")) or bool(node.kwargs.get("inplace"))
+
+
+_INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"})
+_CONTAINER_WRITES = frozenset({"append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"})
+
+
+class _Hidden(TorchFunctionMode):
+    """Notes the contractions inside an opaque helper."""
+
+    def __init__(self, found: list[str], helper: str) -> None:
+        super().__init__()
+        self.found = found
+        self.helper = helper
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        op = CONTRACTION_FUNCTIONS.get(func)
+        if op is not None and op != "conv2d":
+            self.found.append(f"{self.helper}: {op}")
+        return func(*args, **(kwargs or {}))
 
 
 def _depends_on_input(node: fx.Node) -> bool:
