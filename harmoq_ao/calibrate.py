@@ -267,13 +267,18 @@ def _pair_scale(left: OperandObserver, right: OperandObserver, settings: SiteSet
     return pair_scale(*widths, settings.act.bits, settings.weight.bits)
 
 
+def _keeps_rows(observer: OperandObserver) -> bool:
+    """Whether the sample is of whole rows `[R, K]`; that of a histogram is of values."""
+    return observer.tracks_channels and observer.sample().dim() == 2
+
+
 # --- what the report says ---------------------------------------------------------------------------------------------
 
 
 def _linear_sqnr(module: PreparedLinear, weight: Tensor, scale: Tensor | None) -> float | None:
     """SQNR of ``W x`` over the sample, in dB; None without a sample of rows."""
     observer = _observer(module.left)
-    if observer is None or not observer.tracks_channels or not module.quantizers():
+    if observer is None or not _keeps_rows(observer) or not module.quantizers():
         return None
     x = observer.sample()[:_REPORT_ROWS].float()
     exact = x @ weight.T

@@ -93,7 +93,8 @@ class HarmoqConfig:
             published tables. ``deploy``: what is best and still runs in integer kernels: per-token dynamic bounds
             below 8 bits, static ones at 8, attention products in 16 or more bits.
         rules: Ordered :class:`SiteRule`; the last that matches a site wins.
-        observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``.
+        observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A histogram is of
+            all channels together: with it there are no joint scales.
         joint_scale: ``hso`` (closed form, per channel), ``search`` (exponent picked by output error) or ``none``.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
@@ -148,6 +149,7 @@ class HarmoqConfig:
                 reason = f"by rule: {rule.describe()}"
             dynamic = dynamic if rule.dynamic is None else rule.dynamic
             joint = joint if rule.joint_scale is None else rule.joint_scale
+        joint = "none" if self.observer == "histogram" else joint
         weight, act = self._specs(kind, weight_bits, act_bits, dynamic)
         quantized = weight.enabled or act.enabled
         return SiteSettings(weight, act, joint, None if quantized else reason)

@@ -74,7 +74,7 @@ class OnlyLinears(nn.Module):
         return result
 
 
-def images(count: int, size: tuple[int, int] = (16, 16), seed: int = 1, channels: int = 3) -> list[Tensor]:
+def images(count: int, size: tuple[int, int] = (16, 16), seed: int = 101, channels: int = 3) -> list[Tensor]:
     """Random image batches `[1, channels, H, W]`."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(1, channels, *size, generator=generator) for _ in range(count)]
