@@ -258,9 +258,7 @@ def evaluate_command(
     names = [u.name for u in upscalers] + (["bicubic"] if bicubic else [])
     if len(set(names)) < len(names):
         raise ConfigError("The model is compared with itself", found=names[0], expected="two different models")
-    callables: list[Callable[[torch.Tensor], torch.Tensor]] = [
-        partial(u, tile=tile, overlap=overlap) for u in upscalers
-    ]
+    callables: list[Model] = [partial(u, tile=tile, overlap=overlap) for u in upscalers]
     if bicubic:
         callables.append(partial(_bicubic, scale=factor))
     tables = {name: _evaluated(name, call, pairs, factor) for name, call in zip(names, callables, strict=True)}
