@@ -233,6 +233,10 @@ def _settle_weight(quantizer: HarmoqFakeQuantize, weight: Tensor, importance: Te
         lo = -hi
     else:  # weights are symmetric; a scheme with a zero level snaps the result
         lo, hi = search_channel_bounds(rows, replace(quantizer.spec, scheme=Scheme.SYMMETRIC), importance)
+    if quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT:  # signed codes store weights, so zero is the middle code
+        step = (hi - lo) / quantizer.spec.qmax
+        middle = quantizer.spec.levels // 2
+        lo, hi = -middle * step, (middle - 1) * step
     shape = (-1,) + (1,) * (weight.dim() - 1)
     quantizer.set_bounds(lo.reshape(shape), hi.reshape(shape))
 
