@@ -31,6 +31,8 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
     output = graph.graph_copy(variant.graph, {})
     graph.output(output)
     constant = _constant_nodes(graph)
+    for node in [n for n in graph.nodes if _is_guard(n) and n.args[0] in constant]:
+        graph.erase_node(node)  # it held when the constant was computed
     edges = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
     edges = [n for n in edges if not any(u.op == "output" for u in n.users)]  # the caller may write into a result
     if not edges:

@@ -58,7 +58,7 @@ class ModelTraits:
         scale: Output pixels per input pixel along each side.
         size_multiple: Sides of the input must be multiples of this (1: any size).
         size_minimum: Sides of the input must be at least this.
-        architecture: Description from :func:`~harmoq_ao.zoo.architecture_spec`, or None where spandrel does not know it.
+        architecture: Description from :func:`~harmoq_ao.zoo.architecture_spec`, or None if spandrel does not know it.
     """
 
     scale: int = 1
@@ -420,7 +420,8 @@ def _site_module(root: nn.Module, qualname: str, label: str, contraction: Contra
     if contraction.op == "linear":
         owner, _, parameter = str(contraction.weight).rpartition(".")
         weight = getattr(root.get_submodule(owner), parameter)
-        return PreparedLinear(Site(name, path, "linear", tuple(weight.shape), location=contraction.location), weight, None)
+        site = Site(name, path, "linear", tuple(weight.shape), location=contraction.location)
+        return PreparedLinear(site, weight, None)
     if contraction.op == "sdpa":
         q, k = contraction.args[:2]
         qk = Site(f"{name}.qk", f"{path}.qk", "matmul", (q.shape[-1],), "query-key", contraction.location)
@@ -505,8 +506,8 @@ def _report_floats(prepared: PreparedModel, module: nn.Module, state: IslandStat
     if state.float_reason is not None:
         prepared.floats.append(FloatSite(state.qualname, "module", state.float_reason))
     for hidden in dict.fromkeys(h for v in state.all_variants() for h in v.hidden):
-        name, reason = f"{state.qualname}::{hidden.partition(': ')[0]}", f"{hidden}, inside a helper that cannot be traced"
-        prepared.floats.append(FloatSite(name, "matmul", reason))
+        name = f"{state.qualname}::{hidden.partition(': ')[0]}"
+        prepared.floats.append(FloatSite(name, "matmul", f"{hidden}, inside a call that cannot be traced"))
     called = {str(n.target) for v in state.all_variants() for n in v.graph.nodes if n.op == "call_module"}
     factory = state.site_factory
     assert isinstance(factory, SiteFactory)

@@ -7,6 +7,7 @@ author's, as ``fully_shard`` does. A call whose pattern or guards no graph fits 
 from __future__ import annotations
 
 import logging
+import random
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -166,9 +168,9 @@ def _try_variants(module: nn.Module, state: IslandState, group: Any, leaves: lis
         if not variant.fits(module):
             continue
         complete = counts and variant.restartable
-        random = nullcontext() if complete else _same_random(leaves)
+        unseen = nullcontext() if complete else _same_random(leaves)
         try:
-            with random, state.quiet(), nullcontext() if complete else torch.no_grad():
+            with unseen, state.quiet(), nullcontext() if complete else torch.no_grad():
                 output = variant.run(module, *(leaves if complete else _copies(leaves)))
         except GuardFailed:
             continue
@@ -223,12 +225,19 @@ def _verify(module: nn.Module, variant: Variant, args: tuple[Any, ...], kwargs: 
 def _same_random(structure: Any) -> Iterator[None]:
     """Within, random numbers may be drawn; afterwards the generators are where they were."""
     tensors = [t for t in pytree.tree_leaves(structure) if isinstance(t, torch.Tensor) and t.device.type == "cuda"]
-    with torch.random.fork_rng(devices=sorted({t.device.index for t in tensors})):
-        yield
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    try:
+        with torch.random.fork_rng(devices=sorted({t.device.index for t in tensors})):
+            yield
+    finally:
+        np.random.set_state(numpy_state)
+        random.setstate(python_state)
 
 
 def _copies(leaves: list[Any]) -> list[Any]:
-    return [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    """Leaves with tensors cloned; one that occurs twice stays one."""
+    clones = {id(leaf): leaf.clone() for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    return [clones.get(id(leaf), leaf) for leaf in leaves]
 
 
 def _copy_structure(structure: Any) -> Any:

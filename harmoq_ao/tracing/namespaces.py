@@ -244,7 +244,7 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     for name in _PYTHON_BUILTINS:
         scope[name] = _python_builtin(name)
     for name, value in vars(home).items():
-        if isinstance(value, types.BuiltinFunctionType) or isinstance(value, types.ModuleType):
+        if isinstance(value, (types.BuiltinFunctionType, types.ModuleType)):
             scope[name] = wrap_library_value(value)
     code = function.__code__
     copy = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _OWN_ATTRIBUTES = frozenset({"_node", "attr", "node", "root", "tracer", "value"})
 
 
-class GuardFailed(Exception):
+class GuardFailed(Exception):  # noqa: N818 - caught and answered, never an error of the user
     """A traced graph met a value on which its author's Python would have gone another way."""
 
 

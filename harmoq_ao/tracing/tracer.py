@@ -50,6 +50,8 @@ logger = logging.getLogger(__name__)
 SELF = "harmoq_self"
 _INLINED = {F.multi_head_attention_forward: inlined(F.multi_head_attention_forward)}
 _PASS_THROUGH = {"dropout", "to", "type_as", "contiguous", "float", "half", "identity", "reshape", "view", "type"}
+#: Attention in one call, which torch takes in evaluation mode without gradients where query, key and value are one.
+_FUSED = frozenset({"_native_multi_head_attention", "_transformer_encoder_layer_fwd"})
 _MAX_RESTARTS = 24
 _counter = itertools.count()
 
@@ -206,7 +208,8 @@ class IslandTracer(fx.Tracer):
         if isinstance(value, nn.Module):
             return ModuleHandle(self, value, self._module_paths.get(id(value), path))
         if isinstance(value, (list, tuple)) and any(isinstance(v, nn.Module) for v in value):
-            return type(value)(self.attribute(v, self._module_paths.get(id(v), f"{path}.{i}")) for i, v in enumerate(value))
+            paths = [self._module_paths.get(id(v), f"{path}.{i}") for i, v in enumerate(value)]
+            return type(value)(self.attribute(v, p) for v, p in zip(value, paths, strict=True))
         return self._plain_attribute(value, path)
 
     def _plain_attribute(self, value: Any, path: str) -> Any:
@@ -276,6 +279,8 @@ class IslandTracer(fx.Tracer):
         op = contraction_op(kind, target)
         if op is not None:
             kind, target, args, kwargs = self._contraction(op, kind, target, args, kwargs)
+        if isinstance(target, np.ufunc):
+            target, args = numpy_function, (target.__name__, *args)
         node = self.graph.create_node(kind, target, self.create_arg(tuple(args)), self.create_arg(dict(kwargs)))
         self._refuse_state(node, args)
         operands = _tensors((args, kwargs))
@@ -318,7 +323,8 @@ class IslandTracer(fx.Tracer):
         if value.numel() == 0 or value.device.type == "meta":
             return False
         if self._own is None:
-            self._own = {t.untyped_storage().data_ptr() for _, t in _named_tensors(self.root) if t.device.type != "meta"}
+            own = [t for _, t in _named_tensors(self.root) if t.device.type != "meta"]
+            self._own = {t.untyped_storage().data_ptr() for t in own}
         return value.untyped_storage().data_ptr() in self._own
 
     def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -337,6 +343,8 @@ class IslandTracer(fx.Tracer):
                 with _Hidden(self.hidden, callable_name(target)):
                     return target(*args, **kwargs)
             if kind == "call_function":
+                if getattr(target, "__name__", "") in _FUSED:
+                    self.hidden.append(f"{target.__name__}: fused attention")
                 return target(*args, **kwargs)
             if kind == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
@@ -440,8 +448,9 @@ def dynamic_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[
     dynamic, pattern = [], []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
+            twin = next(i for i, other in enumerate(leaves) if other is leaf)  # forward may ask ``query is key``
             dynamic.append(leaf)
-            pattern.append(("tensor", leaf.dim(), leaf.dtype, leaf.device.type))
+            pattern.append(("tensor", leaf.dim(), leaf.dtype, leaf.device.type, twin))
         elif type(leaf) in (int, float):
             dynamic.append(leaf)
             pattern.append(type(leaf))
@@ -461,11 +470,14 @@ def _specialisable(leaf: Any) -> bool:
 def _record(tracer: IslandTracer, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     leaves, tree = pytree.tree_flatten((args, kwargs))
     inputs: list[Any] = []
+    known: dict[int, ValueProxy] = {}
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) or type(leaf) in (int, float):
-            node = tracer.graph.create_node("placeholder", f"leaf_{len([i for i in inputs if isinstance(i, ValueProxy)])}")
-            value = leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf
-            inputs.append(ValueProxy(node, tracer, value))
+            node = tracer.graph.create_node("placeholder", f"leaf_{sum(isinstance(i, ValueProxy) for i in inputs)}")
+            if isinstance(leaf, torch.Tensor):
+                inputs.append(known.setdefault(id(leaf), ValueProxy(node, tracer, leaf.detach().clone())))
+            else:
+                inputs.append(ValueProxy(node, tracer, leaf))
         elif _specialisable(leaf):
             inputs.append(leaf)
         else:
@@ -493,7 +505,7 @@ def _failing_helper(error: Exception, cls: type) -> tuple[dict[str, Any], str] |
     frames = [f for f, _ in traceback.walk_tb(error.__traceback__)]
     home = package_of(cls.__module__)
     author = [f for f in frames if package_of(f.f_globals.get("__name__", "")) == home]
-    for caller, callee in reversed(list(zip(author, author[1:], strict=False))):
+    for caller, callee in reversed(list(itertools.pairwise(author))):
         for name, value in caller.f_globals.items():
             if getattr(inspect.unwrap(value) if callable(value) else None, "__code__", None) is callee.f_code:
                 return caller.f_globals, name
@@ -574,6 +586,11 @@ def _is_restartable(graph: fx.Graph) -> bool:
     return not guards or not writes or writes[0] > guards[-1]
 
 
+def numpy_function(name: str, *args: Any, **kwargs: Any) -> Any:
+    """A numpy function by name: generated code cannot refer to one itself."""
+    return getattr(np, name)(*args, **kwargs)
+
+
 def op_of_site(target: Any) -> str | None:
     """Name of a site's attribute if a ``call_module`` target is one."""
     name = str(target).rpartition(".")[2]
@@ -593,7 +610,9 @@ def writes_by_name(node: fx.Node) -> bool:
 
 
 _INPLACE_OPERATORS = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "setitem"})
-_CONTAINER_WRITES = frozenset({"append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"})
+_CONTAINER_WRITES = frozenset(
+    {"append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update"}
+)
 
 
 class _Hidden(TorchFunctionMode):
