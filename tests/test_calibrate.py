@@ -30,7 +30,7 @@ NAMES = ("forms", "SwinIR/light", "DAT")
 
 def _facts(prepared: h.PreparedModel) -> dict[str, Tensor]:
     """Joint scales and bounds by site, and the reported ratio."""
-    facts = {}
+    facts: dict[str, Tensor] = {}
     for module in prepared.sites():
         facts |= {f"{module.site.name} {name}": p for name, p in module.named_parameters() if "er" in name}
         if module.joint_scale is not None:

@@ -244,10 +244,10 @@ def test_every_rule_must_match_even_if_overruled() -> None:
 
 
 @pytest.mark.parametrize("bits", QUANTIZED_BITS)
-def test_deploy_is_dynamic_per_token_below_eight_bits(bits: int) -> None:
+def test_deploy_is_dynamic_per_token_at_four_to_seven_bits(bits: int) -> None:
     act = HarmoqConfig(8, bits).settings("a", "linear").act
-    assert act.dynamic == (bits < 8)
-    assert act.granularity is (Granularity.PER_TOKEN if bits < 8 else Granularity.PER_TENSOR)
+    assert act.dynamic == (4 <= bits < 8)
+    assert act.granularity is (Granularity.PER_TOKEN if 4 <= bits < 8 else Granularity.PER_TENSOR)
 
 
 def test_paper_is_static_per_tensor_everywhere() -> None:
