@@ -1,0 +1,247 @@
+"""The commands, on a tiny model: what they write, what they print, and how they fail."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from click.testing import Result
+from PIL import Image
+from typer.testing import CliRunner
+
+from harmoq_ao import __version__, load_quantized
+from harmoq_ao.cli import app, parse_rule
+from harmoq_ao.errors import ConfigError
+from recipes.architectures import ARCHITECTURES
+
+BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+
+
+def harmoq(*arguments: object) -> Result:
+    result: Any = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    return result
+
+
+def succeeds(*arguments: object) -> str:
+    result = harmoq(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(*arguments: object, code: int = 2) -> str:
+    result = harmoq(*arguments)
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    return " ".join(result.output.split())
+
+
+def photograph(path: Path, height: int = 40, width: int = 48, mode: str = "RGB", seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (5, 6, 4), np.uint8)
+    Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float checkpoint, photographs, a benchmark and a quantized model."""
+    root = tmp_path_factory.mktemp("cli")
+    state = dict(BY_NAME["SwinIR/light"].build().state_dict())
+    safetensors.torch.save_file(state, root / "model.safetensors")
+    for index in range(2):
+        photograph(root / "photographs" / f"{index}.png", seed=index)
+        high = photograph(root / "set" / "HR" / f"{index}.png", seed=index)
+        low = root / "set" / "LR_bicubic" / "X2" / f"{index}x2.png"
+        low.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(high) as image:
+            image.resize((24, 20), Image.Resampling.BICUBIC).save(low)
+    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16)
+    succeeds("quantize", root / "model.safetensors", root / "w4", "--calibration", root / "photographs", *options)
+    return root
+
+
+def test_version_and_help() -> None:
+    assert __version__ in succeeds("--version")
+    for command in ("demo", "quantize", "evaluate", "upscale", "inspect"):
+        assert command in succeeds("--help")
+        assert "Usage" in succeeds(command, "--help")
+
+
+# --- quantize ---------------------------------------------------------------------------------------------------------
+
+
+def test_quantize_writes_a_model_and_a_summary(folder: Path, tmp_path: Path) -> None:
+    printed = succeeds(
+        *("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs"),
+        *("--crops", 1, "--crop-size", 16, "--lr", "--weight-bits", 4, "--act-bits", 4),
+        *("--rule", "layers.0.*:W8A8", "--rule", "matmul:W8A8", "--profile", "paper", "--observer", "minmax"),
+    )
+    assert "sites" in printed
+    assert "smaller" in printed
+    config = load_quantized(tmp_path / "out").config
+    assert (config.weight_bits, config.profile, config.observer) == (4, "paper", "minmax")
+    assert config.settings("layers.0.x", "linear").weight.bits == 8
+    assert config.settings("layers.1.x", "matmul").act.bits == 8
+    assert config.settings("layers.1.x", "linear").weight.bits == 4
+
+
+def test_quantize_refuses_what_makes_no_sense(folder: Path, tmp_path: Path) -> None:
+    given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    assert "Found" in fails(*given, "--weight-bits", 9).replace("found", "Found")
+    assert "did you mean 'deploy'" in fails(*given, "--profile", "deplyo")
+    assert "GLOB:W8A8" in fails(*given, "--rule", "layers")
+    assert "matches no site" in fails(*given, "--rule", "nothing.*:W8A8")
+    (tmp_path / "empty").mkdir()
+    assert "no image" in fails(*given[:-1], tmp_path / "empty")
+    assert "no such file" in fails("quantize", tmp_path / "none.pth", tmp_path / "out", *given[3:])
+    assert "demo:x2" in fails("quantize", "demo:x7", tmp_path / "out", *given[3:])
+    assert not (tmp_path / "out").exists()
+
+
+def test_rules() -> None:
+    rule = parse_rule("layers.0.attn::matmul_0:w2a16")
+    assert (rule.sites, rule.weight_bits, rule.act_bits, rule.kind) == ("layers.0.attn::matmul_0", 2, 16, None)
+    assert parse_rule("conv2d:W8A8").kind == "conv2d"
+    for text in ("W8A8", "*:W8", "*:A8W8", ":W8A8", "*:W99A8"):
+        with pytest.raises(ConfigError):
+            parse_rule(text)
+
+
+# --- evaluate ---------------------------------------------------------------------------------------------------------
+
+
+def test_evaluate_prints_and_writes_the_same_numbers_each_time(folder: Path, tmp_path: Path) -> None:
+    given = ("evaluate", folder / "w4", folder / "set", "--float", folder / "model.safetensors", "--bicubic")
+    printed = succeeds(*given, "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    first = json.loads((tmp_path / "r.json").read_text())["models"]
+    assert list(first) == [str(folder / "w4"), str(folder / "model.safetensors"), "bicubic"]
+    for results in first.values():
+        assert f"{results['mean']['psnr_y']:.3f}" in printed
+        assert f"{results['mean']['ssim_y']:.4f}" in printed
+    rows = list(csv.DictReader((tmp_path / "r.csv").open()))
+    assert [row["image"] for row in rows] == ["0", "1", "mean"] * 3
+    separate = ("evaluate", folder / "w4", folder / "set" / "HR", folder / "set" / "LR_bicubic", "--scale", 2)
+    succeeds(*separate, "--json", tmp_path / "again.json")
+    again = json.loads((tmp_path / "again.json").read_text())["models"][str(folder / "w4")]
+    assert again["mean"]["psnr_y"] == first[str(folder / "w4")]["mean"]["psnr_y"]
+
+
+def test_evaluate_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> None:
+    assert "Scales do not agree" in fails("evaluate", folder / "w4", folder / "set", "--scale", 3)
+    assert "not a benchmark folder" in fails("evaluate", folder / "w4", folder / "photographs")
+    assert "compared with itself" in fails("evaluate", folder / "w4", folder / "set", "--float", folder / "w4")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (folder / "w4").iterdir():
+        data = bytearray(file.read_bytes())
+        if file.suffix == ".safetensors":
+            data[len(data) // 2] ^= 1
+        (broken / file.name).write_bytes(data)
+    assert "Error" in fails("evaluate", broken, folder / "set")
+
+
+# --- upscale ----------------------------------------------------------------------------------------------------------
+
+
+def test_upscale_keeps_the_form_and_goes_on_after_a_bad_file(folder: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    for mode in ("RGB", "RGBA", "L"):
+        photograph(inputs / f"{mode}.png", 18, 21, mode)
+    (inputs / "broken.png").write_bytes((inputs / "RGB.png").read_bytes()[:60])
+    (inputs / "empty.png").touch()
+    message = fails("upscale", folder / "w4", inputs, "--output", tmp_path / "out", "--suffix", "_x2", code=1)
+    assert "3 of 5 images" in message
+    assert "broken.png" in message
+    assert "empty.png" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["L_x2.png", "RGBA_x2.png", "RGB_x2.png"]
+    for mode in ("RGB", "RGBA", "L"):
+        with Image.open(tmp_path / "out" / f"{mode}_x2.png") as image:
+            assert (image.mode, image.size) == (mode, (42, 36))
+
+
+def test_upscale_in_tiles(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 24, 40)
+    options: dict[str, tuple[object, ...]] = {"whole": (), "tiles": ("--tile", 24, "--overlap", 16)}
+    results = {}
+    for name, given in options.items():
+        succeeds("upscale", folder / "w4", source, "-o", tmp_path / name, *given)
+        with Image.open(tmp_path / name / "a.png") as image:
+            results[name] = np.asarray(image).astype(int)
+    assert results["whole"].shape == (48, 80, 3)
+    assert np.abs(results["tiles"] - results["whole"]).mean() < 4
+
+
+def test_upscale_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 16, 16)
+    given = ("upscale", folder / "model.safetensors", source, "-o")
+    succeeds(*given, tmp_path / "float32")
+    succeeds(*given, tmp_path / "bfloat16", "--float-dtype", "bfloat16")
+    images = [np.asarray(Image.open(tmp_path / dtype / "a.png")).astype(int) for dtype in ("float32", "bfloat16")]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 4
+
+
+def test_upscale_replaces_nothing_unasked(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "in" / "a.png", 16, 16)
+    given = ("upscale", folder / "w4", source, "-o")
+    assert "its own source" in fails(*given, tmp_path / "in", "--overwrite")
+    succeeds(*given, tmp_path / "out")
+    assert "--overwrite" in fails(*given, tmp_path / "out")
+    succeeds(*given, tmp_path / "out", "--overwrite")
+    twin = photograph(tmp_path / "other" / "a.png", 16, 16)
+    assert "one file" in fails("upscale", folder / "w4", source, twin, "-o", tmp_path / "both")
+    assert "overlap" in fails(*given, tmp_path / "tiles", "--tile", 8, "--overlap", 8)
+    assert "cannot be created" in fails(*given, source)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_a_saved_model(folder: Path) -> None:
+    printed = succeeds("inspect", folder / "w4")
+    assert "W4A4" in printed
+    assert "conv2d" not in printed
+    assert "conv2d" in succeeds("inspect", folder / "w4", "--all")
+    report = json.loads(succeeds("inspect", folder / "w4", "--json"))
+    linears = [site for site in report["sites"] if site["kind"] == "linear"]
+    assert all(site["kernel"] for site in linears if site["reason"] is None)
+
+
+def test_inspect_a_checkpoint(folder: Path) -> None:
+    printed = succeeds("inspect", folder / "model.safetensors")
+    assert "W8A8" in printed
+    assert "float model" in printed
+
+
+# --- around the commands ----------------------------------------------------------------------------------------------
+
+
+def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harmoq_ao.cli.save_image", interrupted)
+    message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
+    assert "Interrupted" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:
+    result = harmoq("--verbose", "inspect", tmp_path / "none.pth")
+    assert result.exit_code == 2
+    assert "Traceback" in result.output
+
+
+def test_threads(tmp_path: Path) -> None:
+    before = torch.get_num_threads()
+    try:
+        fails("--threads", 1, "inspect", tmp_path / "none.pth")
+        assert torch.get_num_threads() == 1
+        fails("--threads", 0, "inspect", tmp_path / "none.pth")
+    finally:
+        torch.set_num_threads(before)
