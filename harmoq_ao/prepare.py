@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.data import check_image_tensor
-from harmoq_ao.errors import InputError, SavedModelError, TraceError
+from harmoq_ao.errors import HarmoqError, InputError, SavedModelError, TraceError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import (
@@ -301,6 +301,8 @@ def _run(model: nn.Module, image: Tensor) -> Any:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return model(image)
+    except HarmoqError:
+        raise
     except Exception as error:
         raise InputError(
             "The float model does not run on the example",
