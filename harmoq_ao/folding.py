@@ -70,7 +70,7 @@ def remember(module: nn.Module) -> None:
         return
     if cls not in _remembering:
         members = {"forward": _remembered_forward, "harmoq_forward": cls.forward, "__module__": cls.__module__}
-        _remembering[cls] = type(cls)(f"{cls.__name__}Remembered", (cls,), members)
+        _remembering[cls] = type(cls)(f"{cls.__name__}Remembered", (cls,), members)  # type: ignore[misc]
     module.__class__ = _remembering[cls]
 
 

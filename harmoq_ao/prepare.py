@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
@@ -41,7 +42,7 @@ from harmoq_ao.tracing import (
     same_values,
 )
 from harmoq_ao.tracing.contractions import SourceKey, contraction_macs
-from harmoq_ao.zoo import architecture_spec
+from harmoq_ao.zoo import LoadedModel, architecture_spec
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ class PreparedModel(nn.Module):
 
 
 def prepare_harmoq(
-    model: nn.Module,
+    model: nn.Module | LoadedModel | ImageModelDescriptor[Any],
     config: HarmoqConfig | None = None,
     example_inputs: Tensor | Sequence[Tensor] | None = None,
     *,
@@ -324,7 +325,7 @@ def _check_equal(prepared: PreparedModel, example: Tensor, expected: Any) -> Non
 def _image_independent(model: nn.Module, example: Tensor) -> set[str]:
     """Linear modules whose input is the same for two different images of one size (position-bias networks)."""
     generator = torch.Generator().manual_seed(1)
-    other = torch.rand(example.shape, generator=generator).to(example)
+    other = example + 0.25 + 0.5 * torch.rand(example.shape, generator=generator).to(example)  # differs everywhere
     first, second = (_input_prints(model, image) for image in (example, other))
     return {name for name, seen in first.items() if second.get(name) == seen}
 

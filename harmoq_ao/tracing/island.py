@@ -127,7 +127,7 @@ def make_island(module: nn.Module, state: IslandState) -> None:
             SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
             "__module__": cls.__module__,
         }
-        _classes[cls] = type(cls)(f"{cls.__name__}Island", (cls,), members)
+        _classes[cls] = type(cls)(f"{cls.__name__}Island", (cls,), members)  # type: ignore[misc]
     module.__class__ = _classes[cls]
     module.__dict__["_harmoq_island"] = state
 

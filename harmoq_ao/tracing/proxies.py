@@ -91,7 +91,7 @@ class ValueProxy(fx.Proxy):
         return bool(self.tracer.create_proxy("call_function", operator.contains, (self, item), {}))
 
     def __iter__(self) -> Iterator[Any]:
-        return iter([self[i] for i in range(len(self))])
+        return iter([self[i] for i in range(len(self))])  # type: ignore[index]
 
     def __ceil__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
@@ -113,12 +113,12 @@ class ValueProxy(fx.Proxy):
 
     @classmethod
     def __torch_function__(
-        cls, orig_method: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        cls, orig_method: Any, types: Any, args: tuple[Any, ...] | None = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         tracer = find_tracer((args, kwargs or {}))
         assert tracer is not None
         # A tensor's own method called with a proxy among the arguments (``weight @ proxy``) is a plain function here.
-        return tracer.call_function(orig_method, args, kwargs or {})
+        return tracer.call_function(orig_method, args or (), kwargs or {})
 
 
 class ValueAttribute(ValueProxy):

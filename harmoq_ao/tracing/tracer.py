@@ -127,7 +127,7 @@ class ModuleHandle:
             return static.fget(self)
         if isinstance(static, types.FunctionType):
             if name == "forward" and self._path == "":
-                static = self.__class__.forward
+                static = self.__class__.forward  # type: ignore[attr-defined]
             elif package_of(static.__module__) == "torch" and not name.startswith("_"):
                 return getattr(module, name)
             return types.MethodType(static, self)
@@ -148,7 +148,7 @@ class ModuleHandle:
         return self._tracer.create_proxy("call_module", self._path, args, kwargs)
 
     def __len__(self) -> int:
-        return len(self._module)  # type: ignore[arg-type]
+        return len(self._module)
 
     def __bool__(self) -> bool:
         return True
@@ -166,7 +166,7 @@ class ModuleHandle:
             name = list(self._module._modules)[key]
         else:
             name = str(key)
-        child = self._module[key]  # type: ignore[index]
+        child = self._module[key]
         return self._tracer.attribute(child, f"{self._path}.{name}" if self._path else name)
 
 
@@ -445,7 +445,8 @@ def trace_island(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any],
 def dynamic_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], list[Any], Any]:
     """Split call arguments into (dynamic leaves, calling pattern, tree); the pattern decides which graph fits."""
     leaves, tree = pytree.tree_flatten((args, kwargs))
-    dynamic, pattern = [], []
+    dynamic: list[Any] = []
+    pattern: list[Any] = []
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor):
             twin = next(i for i, other in enumerate(leaves) if other is leaf)  # forward may ask ``query is key``
