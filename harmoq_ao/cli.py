@@ -7,6 +7,8 @@ import io
 import json
 import logging
 import re
+import warnings
+from collections.abc import Iterator
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -115,6 +117,8 @@ def main(
         handlers=[RichHandler(console=err, show_time=False)],
     )
     logging.getLogger("harmoq_ao").setLevel(logging.DEBUG if verbose else logging.WARNING)
+    if not verbose:  # remarks of libraries on how they use each other
+        warnings.filterwarnings("ignore", category=UserWarning)
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -203,6 +207,9 @@ class _OneChannel:
 
     def __len__(self) -> int:
         return len(self._crops)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return map(self.__getitem__, range(len(self)))
 
     def __getitem__(self, index: int) -> torch.Tensor:
         return (self._crops[index] * self._weights).sum(0, keepdim=True)

@@ -93,7 +93,7 @@ def _floats(report: Report) -> dict[tuple[str, str], int]:
 def _general(reason: str) -> str:
     """A reason without what differs from site to site (line numbers, paths)."""
     first = reason.splitlines()[0]
-    return re.sub(r"(?:\S*/)?(\w+\.py)(?::\d+)?", r"\1", first)
+    return re.sub(r"(?:[^\s()]*/)?(\w+\.py)(?::\d+)?", r"\1", first)
 
 
 def markdown(found: Sequence[Coverage]) -> str:
