@@ -227,7 +227,7 @@ def _weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | N
 # --- the model and its examples ---------------------------------------------------------------------------------------
 
 
-def _float_copy(model: nn.Module) -> nn.Module:
+def _float_copy(model: Any) -> nn.Module:
     inner = getattr(model, "model", None)
     if not isinstance(model, nn.Module) and isinstance(inner, nn.Module):
         model = inner  # a spandrel descriptor
