@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from harmoq_ao.bounds import search_channel_bounds
 from harmoq_ao.config import SiteSettings
@@ -28,7 +29,7 @@ _MAX_NESTING = 4  # containers around the image in what a loader yields
 
 def calibrate(
     prepared: PreparedModel,
-    data: Iterable[Any],
+    data: Iterable[Any] | Dataset[Any],
     *,
     max_batches: int | None = None,
     show_progress: bool | None = None,
@@ -57,7 +58,7 @@ def calibrate(
     like = next((p for p in prepared.parameters() if p.is_floating_point()), torch.empty(0))
     seen = 0
     with torch.no_grad():
-        for batch in track(data, "Calibrating", total=max_batches, show=show_progress):
+        for batch in track(cast(Iterable[Any], data), "Calibrating", total=max_batches, show=show_progress):
             prepared(_checked_image(batch, prepared).to(like))
             seen += 1
             if max_batches is not None and seen >= max_batches:

@@ -14,12 +14,13 @@ from harmoq_ao.calibrate import compute_qparams, has_qparams
 from harmoq_ao.config import HarmoqConfig, StorageDtype
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
-from harmoq_ao.folding import fold_islands, remember
+from harmoq_ao.folding import fold_islands, fold_variant, remember
+from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
 from harmoq_ao.report import Report, SiteRow, prepared_report, quantized_report
-from harmoq_ao.tracing import is_island, island_state
+from harmoq_ao.tracing import Variant, is_island, island_state
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 _FLOAT16_MAX = 65504.0
@@ -67,7 +68,9 @@ class QuantizedModel(nn.Module):
                 found=tuple(image.shape),
                 expected=f"[B, {channels}, H, W]",
             )
-        with torch.no_grad():
+        # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
+        mixed = self.float_dtype is not torch.float32
+        with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
             output = self.model(image.to(self.float_dtype), *args, **kwargs)
         return output.to(image.dtype) if isinstance(output, Tensor) else output
 
@@ -92,6 +95,7 @@ class QuantizedModel(nn.Module):
         """
         if dtype not in _FLOAT_DTYPES:
             raise ConfigError("Unsupported float type", found=dtype, expected="torch.float32 or torch.bfloat16")
+        _forget_graphs(self.model)  # what was folded was computed in the former type
         self.model.to(dtype)
         self.float_dtype = dtype
         finalize(self)
@@ -130,8 +134,10 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     stored = _rounding(prepared.config.storage_dtype)
     replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored))
     quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
+    if float_dtype is not torch.float32:
+        return quantized.set_float_dtype(float_dtype)
     finalize(quantized)
-    return quantized if float_dtype is torch.float32 else quantized.set_float_dtype(float_dtype)
+    return quantized
 
 
 def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite]) -> None:
@@ -147,7 +153,7 @@ def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite
 
 
 def finalize(quantized: QuantizedModel) -> None:
-    """Last touches on a model whose tensors are final: fold constants, and trace without comparing to float."""
+    """Last touches on a model whose tensors are final: fold constants, fuse float attention, trace without comparing."""
     model = quantized.model
     for module in model.modules():
         module.__dict__.pop("_harmoq_last", None)
@@ -156,11 +162,32 @@ def finalize(quantized: QuantizedModel) -> None:
             state.verify = False
             state.quiet = nullcontext
     fold_islands(model)
+    for module in model.modules():
+        if is_island(module):
+            state = island_state(module)
+            state.variants = {k: [fuse_attention(module, v) for v in group] for k, group in state.variants.items()}
+            state.finish = finish_variant
     fixed = {
         r.name for r in quantized.rows if r.kind == "linear" and "does not depend on the image" in (r.reason or "")
     }
     for module in _still_called(quantized, fixed):
         remember(module)
+
+
+def finish_variant(module: nn.Module, variant: Variant) -> Variant:
+    """Last touch on a graph of a converted island: constants folded, float attention in one call."""
+    return fuse_attention(module, fold_variant(module, variant))
+
+
+def _forget_graphs(model: nn.Module) -> None:
+    """Drop all graphs and what was folded for them; the next call traces anew."""
+    for module in model.modules():
+        if is_island(module):
+            state = island_state(module)
+            state.variants.clear()
+            state.memo.clear()
+            for name in [n for n in module._buffers if n.startswith("harmoq_folded_")]:
+                del module._buffers[name]
 
 
 def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]:
@@ -176,7 +203,7 @@ def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]
     reference = next(quantized.model.parameters())
     try:
         with torch.no_grad():
-            quantized.model(torch.rand(quantized.example_shapes[0]).to(reference.device, quantized.float_dtype))
+            quantized(torch.rand(quantized.example_shapes[0]).to(reference.device))
     finally:
         for handle in handles:
             handle.remove()

@@ -429,9 +429,7 @@ def _site_module(root: nn.Module, qualname: str, label: str, contraction: Contra
         q, k = contraction.args[:2]
         qk = Site(f"{name}.qk", f"{path}.qk", "matmul", (q.shape[-1],), "query-key", contraction.location)
         av = Site(f"{name}.av", f"{path}.av", "matmul", (k.shape[-2],), "attention-value", contraction.location)
-        return PreparedAttention(
-            PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul"))
-        )
+        return PreparedAttention(PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul")))
     form = MatmulForm(contraction.op, contraction.args[0] if contraction.op == "einsum" else None)
     role: Role = "attention-value" if contraction.left_is_softmax else "query-key"
     left, _ = form.canonical(*(a for a in contraction.args if isinstance(a, Tensor)))

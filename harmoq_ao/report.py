@@ -90,8 +90,10 @@ class Report:
         return {"title": self.title, "macs_share": self.macs_share, "sites": [asdict(r) for r in self.rows]}
 
     def __str__(self) -> str:
-        lines = [f"{self.title}: {len(self.quantized)} of {len(self.rows)} contractions quantized, "
-                 f"{100 * self.macs_share:.1f} % of multiply-accumulates"]
+        lines = [
+            f"{self.title}: {len(self.quantized)} of {len(self.rows)} contractions quantized, "
+            f"{100 * self.macs_share:.1f} % of multiply-accumulates"
+        ]
         lines += [f"  {_describe(row)}" for row in self.rows]
         return "\n".join(lines)
 

@@ -318,7 +318,8 @@ def _check_target(folder: Path) -> None:
         raise OutputError(f"Cannot save to {folder}", found="a file", expected="a folder", remedy="choose another path")
     if folder.is_dir() and not _may_replace(folder):
         raise OutputError(
-            f"{folder} holds something else than a saved model", expected="an empty folder or a saved model",
+            f"{folder} holds something else than a saved model",
+            expected="an empty folder or a saved model",
             remedy="choose another folder",
         )
 
@@ -354,7 +355,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise SavedModelError(f"{path} is of another format", expected=f'"format": "{FORMAT}"')
     if config.get("schema_version") != SCHEMA_VERSION:
         raise SavedModelError(
-            f"{path} is of another version of the format", found=config.get("schema_version"), expected=SCHEMA_VERSION,
+            f"{path} is of another version of the format",
+            found=config.get("schema_version"),
+            expected=SCHEMA_VERSION,
             remedy="use the version of harmoq-ao that wrote it",
         )
     if config.pop("sha256", None) != hashlib.sha256(body).hexdigest():
@@ -445,7 +448,8 @@ def _apply_measurements(prepared: PreparedModel, measured: dict[str, float | Non
     if names != set(measured):
         odd = sorted(names ^ set(measured))
         raise SavedModelError(
-            "The saved sites are not those of the architecture", found=f"{len(odd)} differ, such as {odd[0]}",
+            "The saved sites are not those of the architecture",
+            found=f"{len(odd)} differ, such as {odd[0]}",
             remedy="use the versions of spandrel and harmoq-ao that saved it",
         )
     for module in prepared.sites():

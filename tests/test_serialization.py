@@ -87,9 +87,7 @@ def test_a_new_process_computes_the_same_bits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "config", "dtype"), CASES)
-def test_everything_about_a_model_survives(
-    name: str, config: HarmoqConfig, dtype: torch.dtype, tmp_path: Path
-) -> None:
+def test_everything_about_a_model_survives(name: str, config: HarmoqConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     model = converted(name, config, dtype)
     loaded = h.load_quantized(h.save_quantized(model, tmp_path / "m"))
     assert loaded.config == config

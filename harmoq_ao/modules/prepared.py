@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmoq_ao.errors import KernelError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.sites import Site
@@ -147,10 +148,22 @@ class PreparedMatmul(PreparedSite):
         if not self._active():
             self._observe(left, right)
             return self.form.original(*operands, **options)
-        scale = None if self.joint_scale is None or left.shape[-1] != self.joint_scale.numel() else self.joint_scale
+        scale = self.joint_scale
+        check_length(left, scale, self.site)
         a = self._rounded(self.left, left, scale)
         b = self._rounded(self.right, right, None if scale is None else 1.0 / scale[:, None])
         return self.form.finish(torch.matmul(a, b), *operands, **options)
+
+
+def check_length(left: Tensor, joint_scale: Tensor | None, site: Site) -> None:
+    """Raise :class:`KernelError` if the contracted length is not that of the joint scale: it depends on the image."""
+    if joint_scale is not None and left.shape[-1] != len(joint_scale):
+        raise KernelError(
+            f"{site.name} contracts over another length than in calibration",
+            found=left.shape[-1],
+            expected=len(joint_scale),
+            remedy="prepare with example_inputs of two image sizes, so that this length is seen to depend on the image",
+        )
 
 
 class PreparedAttention(nn.Module):

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmoq_ao.config import SiteSettings
-from harmoq_ao.lowering import onednn, reference
-from harmoq_ao.lowering.reference import Affine, LinearOperands
+from harmoq_ao.lowering import float_matmul, onednn, reference
+from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.modules.forms import MatmulForm
-from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite
+from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
 from harmoq_ao.packing import pack, packed_length, unpack
 from harmoq_ao.quantizer import QuantizerSpec, Scheme, quantize, step_size
 from harmoq_ao.sites import Site
@@ -54,13 +54,14 @@ class QuantizedSite(nn.Module):
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSite:
+        """Codes, scales and bounds follow the model's device, never its float type."""
         self._derived.clear()
-        before = {name: b.dtype for name, b in self._buffers.items() if b is not None}
-        super()._apply(fn, recurse)
-        for name, dtype in before.items():  # codes and scales follow the device, never the float type of the model
-            buffer = self._buffers[name]
-            if buffer is not None and buffer.dtype != dtype:
-                self._buffers[name] = buffer.to(dtype)
+        for name, buffer in self._buffers.items():
+            if buffer is not None:
+                self._buffers[name] = buffer.to(fn(buffer).device)
+        for parameter in self._parameters.values():
+            if parameter is not None:
+                parameter.data = fn(parameter.data)
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -340,29 +341,38 @@ class QuantizedMatmul(QuantizedSite):
             return "float (one operand quantized)"
         return "reference integer" if self.use_reference else "float32 on integer codes"
 
+    def operands(self) -> tuple[MatmulOperand, MatmulOperand]:
+        """The quantizers of both operands, for kernels and tests; both must be quantized."""
+        if "operands" not in self._derived:
+            scale = self.joint_scale
+            inverse = None if scale is None else (1.0 / scale)[:, None]
+            left = _operand(self.settings.act, self.left_bounds, scale)
+            self._derived["operands"] = (left, _operand(self.settings.weight, self.right_bounds, inverse))
+        left, right = self._derived["operands"]
+        return left, right
+
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
-        scale = self.joint_scale if self.joint_scale is not None and left.shape[-1] == len(self.joint_scale) else None
-        inverse = None if scale is None else (1.0 / scale)[:, None]
-        if self.settings.act.enabled and self.settings.weight.enabled:
-            qa, a = _codes(left, self.left_bounds, self.settings.act, scale, -1)
-            qb, b = _codes(right, self.right_bounds, self.settings.weight, inverse, -2)
-            product = reference.matmul_epilogue(self._accumulate(qa, qb), qa, qb, a, b).to(left.dtype)
+        check_length(left, self.joint_scale, self.site)
+        if not (self.settings.act.enabled and self.settings.weight.enabled):
+            x = self._float_operand(left, self.left_bounds, self.settings.act)
+            product = torch.matmul(x, self._float_operand(right, self.right_bounds, self.settings.weight))
+        elif self.use_reference or left.device.type != "cpu":
+            product = reference.quantized_matmul(left, right, *self.operands())
         else:
-            x = self._float_operand(left, self.left_bounds, self.settings.act, scale)
-            product = torch.matmul(x, self._float_operand(right, self.right_bounds, self.settings.weight, inverse))
+            product = float_matmul.quantized_matmul(left, right, *self.operands())
         return self.form.finish(product, *operands, **options)
 
-    def _accumulate(self, qa: Tensor, qb: Tensor) -> Tensor:
-        if self.use_reference or qa.device.type != "cpu":
-            return reference.matmul_accumulate(qa, qb)
-        return onednn.matmul_accumulate(qa, qb, self.settings.act.bits, self.settings.weight.bits)
-
     @staticmethod
-    def _float_operand(x: Tensor, bounds: Tensor | None, spec: QuantizerSpec, scale: Tensor | None) -> Tensor:
+    def _float_operand(x: Tensor, bounds: Tensor | None, spec: QuantizerSpec) -> Tensor:
         if not spec.enabled:
-            return x if scale is None else x / scale
-        return _round_trip(x, None if bounds is None else Affine(bounds[0], bounds[1], spec.bits), spec, scale)
+            return x
+        return _round_trip(x, None if bounds is None else Affine(bounds[0], bounds[1], spec.bits), spec, None)
+
+
+def _operand(spec: QuantizerSpec, bounds: Tensor | None, scale: Tensor | None) -> MatmulOperand:
+    act = None if bounds is None else Affine(bounds[0], bounds[1], spec.bits)
+    return MatmulOperand(spec.bits, act, scale)
 
 
 def quantize_site(prepared: PreparedSite, settings: SiteSettings, stored: Rounding) -> QuantizedSite:
@@ -411,19 +421,9 @@ def _shift(spec: QuantizerSpec) -> float:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _codes(
-    x: Tensor, bounds: Tensor | None, spec: QuantizerSpec, scale: Tensor | None, axis: int
-) -> tuple[Tensor, Affine]:
-    if bounds is None:
-        return reference.quantize_dynamic(x, axis, spec.bits, scale)
-    act = Affine(bounds[0], bounds[1], spec.bits)
-    return reference.quantize_codes(x, *reference.static_qparams(act, scale), spec.bits), act
-
-
 def _round_trip(x: Tensor, act: Affine | None, spec: QuantizerSpec, scale: Tensor | None) -> Tensor:
     """Activation through its codes and back to float, in the scaled domain."""
-    bounds = None if act is None else torch.stack([act.step, act.lower])
-    codes, act = _codes(x, bounds, spec, scale, spec.axis)
+    codes, act = reference.quantize_operand(x, MatmulOperand(spec.bits, act, scale), spec.axis)
     return (codes.float() * act.step + act.lower).to(x.dtype)
 
 

@@ -238,9 +238,8 @@ def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a composite torch function that runs its Python body on proxies instead of dispatching on them."""
     home = importlib.import_module(function.__module__)
     scope = dict(vars(home))
-    scope["has_torch_function"] = scope["has_torch_function_unary"] = scope["has_torch_function_variadic"] = (
-        lambda *_: False
-    )
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+        scope[name] = lambda *_: False
     for name in _PYTHON_BUILTINS:
         scope[name] = _python_builtin(name)
     for name, value in vars(home).items():

@@ -134,9 +134,7 @@ class ValueAttribute(ValueProxy):
     @property
     def node(self) -> fx.Node:  # type: ignore[override]
         if self._node is None:
-            self._node = self.tracer.graph.create_node(
-                "call_function", getattr, (self.root.node, self.attr), {}
-            )
+            self._node = self.tracer.graph.create_node("call_function", getattr, (self.root.node, self.attr), {})
         return self._node
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

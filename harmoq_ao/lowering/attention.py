@@ -1,0 +1,200 @@
+"""Float attention in one call: scores, bias, mask, softmax and values without the attention map in memory.
+
+Where both products of an attention stay float (the deploy profile), the chain
+``q k^T (+ bias) (+ mask) -> softmax -> v`` of a converted island becomes one ``scaled_dot_product_attention``. The map of a window model is its largest tensor by
+far; not writing it saves more time than any choice of bits. A chain that does not match in full is left as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from harmoq_ao.modules.prepared import PreparedMatmul
+from harmoq_ao.tracing.island import original_class
+from harmoq_ao.tracing.proxies import check_guard
+from harmoq_ao.tracing.tracer import Variant, compile_graph
+
+_ADDITIONS = (operator.add, torch.add)
+_VIEWS = ("view", "reshape")
+_METADATA = ("shape", "dtype", "device", "ndim")
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Tensor:
+    """``softmax(query @ key + bias) @ value``.
+
+    Args:
+        query: `[..., M, E]`, any factor included.
+        key: `[..., E, N]`: transposed, as the product takes it.
+        value: `[..., N, V]`.
+        bias: Broadcastable to `[..., M, N]`, or None.
+    """
+    if query.dim() == 4 and key.shape[:2] == value.shape[:2] == query.shape[:2]:
+        mask = None if bias is None else bias.to(query.dtype)
+        return F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=1.0)
+    scores = query @ key
+    return torch.softmax(scores if bias is None else scores + bias, dim=-1) @ value
+
+
+def score_stand_in(query: Tensor, key: Tensor) -> Tensor:
+    """Zeros of the shape of ``query @ key``, one number in memory: for what only asks the shape of the scores."""
+    batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2])
+    return query.new_zeros(()).expand(*batch, query.shape[-2], key.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Match:
+    """One attention found in a graph.
+
+    Args:
+        scores: The score product.
+        chain: Additions and views after it, in order.
+        after: The value product, any dropouts, and the softmax: from the last to the first.
+    """
+
+    scores: fx.Node
+    chain: list[fx.Node]
+    after: list[fx.Node]
+
+    @property
+    def product(self) -> fx.Node:
+        """The value product."""
+        return self.after[0]
+
+
+def fuse_attention(module: nn.Module, variant: Variant) -> Variant:
+    """The same graph with every float attention in one call; the very same variant where there is none.
+
+    Args:
+        module: The converted island.
+        variant: One of its graphs; left as it is.
+    """
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(variant.graph, {}))
+    matches = [m for m in (_match(module, node) for node in graph.nodes) if m is not None]
+    if not matches:
+        return variant
+    for match in matches:
+        _rewrite(graph, match)
+    _drop_unused(graph)
+    return replace(variant, graph=graph, run=compile_graph(graph, original_class(module)))
+
+
+def _match(module: nn.Module, node: fx.Node) -> _Match | None:
+    """The attention whose value product is `node`, or None."""
+    if not _is_float_product(module, node) or not isinstance(node.args[0], fx.Node):
+        return None
+    current = node.args[0]
+    after: list[fx.Node] = [node]
+    while _is_dropout(module, current):
+        after.append(current)
+        current = current.args[0]  # type: ignore[assignment]
+    if not _is_softmax(module, current):
+        return None
+    after.append(current)
+    chain = _chain(module, current.args[0])
+    if chain is None or not all(_used_within(n, [*chain, *after]) for n in [*chain, *after[1:]]):
+        return None
+    return _Match(chain[0], chain[1:], after)
+
+
+def _chain(module: nn.Module, node: Any, depth: int = 8) -> list[fx.Node] | None:
+    """Nodes from the score product to `node` through additions and views, or None."""
+    if not isinstance(node, fx.Node) or depth == 0:
+        return None
+    if _is_float_product(module, node):
+        return [node]
+    if node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
+        candidates: tuple[Any, ...] = node.args
+    elif node.op == "call_method" and node.target in _VIEWS:
+        candidates = node.args[:1]
+    else:
+        return None
+    for candidate in candidates:
+        found = _chain(module, candidate, depth - 1)
+        if found is not None:
+            return [*found, node]
+    return None
+
+
+def _used_within(node: fx.Node, attention: list[fx.Node]) -> bool:
+    """Whether nothing but the attention itself, and questions about shape and type, uses a node's value."""
+    return all(user in attention or _asks_metadata(user) or _guards_type(user) for user in node.users)
+
+
+def _guards_type(node: fx.Node) -> bool:
+    """A guard that a value is a tensor, which every value of an attention is."""
+    return node.target is check_guard and node.args[1] == "type"
+
+
+def _asks_metadata(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target is getattr:
+        return bool(node.args[1] in _METADATA)
+    return node.op == "call_method" and node.target in ("size", "dim")
+
+
+def _is_float_product(module: nn.Module, node: fx.Node) -> bool:
+    if node.op != "call_module" or len(node.args) != 2 or node.kwargs:
+        return False
+    site = module.get_submodule(str(node.target))
+    return isinstance(site, PreparedMatmul) and not site.quantizers() and site.form.op == "matmul"
+
+
+def _is_dropout(module: nn.Module, node: Any) -> bool:
+    if not isinstance(node, fx.Node) or node.op != "call_module":
+        return False
+    return isinstance(module.get_submodule(str(node.target)), (nn.Dropout, nn.Identity))
+
+
+def _is_softmax(module: nn.Module, node: Any) -> bool:
+    """A softmax over the last axis that keeps the type."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "call_module":
+        softmax = module.get_submodule(str(node.target))
+        return isinstance(softmax, nn.Softmax) and softmax.dim == -1
+    if getattr(node.target, "__name__", node.target) != "softmax":
+        return False
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    dtype = node.kwargs.get("dtype")
+    keeps_type = dtype is None or (isinstance(dtype, fx.Node) and dtype.args[1:] == ("dtype",))
+    return bool(dim == -1 and keeps_type and len(node.args) <= 2)
+
+
+def _rewrite(graph: fx.Graph, match: _Match) -> None:
+    query, key = match.scores.args
+    with graph.inserting_before(match.scores):
+        stand_in = graph.call_function(score_stand_in, (query, key))
+    bias: Any = None
+    if any(n.op == "call_method" for n in match.chain):  # a mask added in another view: run the chain on zeros
+        match.scores.replace_all_uses_with(stand_in)
+        bias = match.chain[-1]
+    else:
+        previous = match.scores
+        with graph.inserting_before(match.product):
+            for node in match.chain:
+                term = node.args[1] if node.args[0] is previous else node.args[0]
+                bias = term if bias is None else graph.call_function(operator.add, (bias, term))
+                previous = node
+        for node in [match.scores, *match.chain]:
+            for user in [u for u in node.users if _asks_metadata(u)]:
+                user.replace_input_with(node, stand_in)
+    with graph.inserting_before(match.product):
+        fused = graph.call_function(fused_attention, (query, key, match.product.args[1], bias))
+    match.product.replace_all_uses_with(fused)
+    for dead in [*match.after, *reversed(match.chain), match.scores]:
+        for guard in [u for u in dead.users if _guards_type(u)]:
+            graph.erase_node(guard)
+        if not dead.users:
+            graph.erase_node(dead)
+
+
+def _drop_unused(graph: fx.Graph) -> None:
+    for node in reversed(list(graph.nodes)):
+        if node.target in (score_stand_in, getattr) and not node.users:
+            graph.erase_node(node)

@@ -1,0 +1,122 @@
+"""Float attention of converted islands in one call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import harmoq_ao
+from harmoq_ao.lowering.attention import fused_attention, score_stand_in
+from harmoq_ao.tracing import is_island, island_state
+
+
+class Attention(nn.Module):
+    """Window attention in the usual words; the flags are what authors vary."""
+
+    def __init__(self, bias: bool = True, module_softmax: bool = False, masked: bool = False) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(8, 24)
+        self.bias = nn.Parameter(torch.randn(1, 2, 16, 16)) if bias else None
+        self.drop = nn.Dropout(0.1)
+        self.softmax = nn.Softmax(dim=-1) if module_softmax else None
+        self.masked = masked
+        self.kept: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
+        attention = q * 0.5 @ k.transpose(-2, -1)
+        if self.bias is not None:
+            attention = attention + self.bias
+        if self.masked:
+            mask = torch.where(x[:1, :, :1] > 0, 0.0, -2.0).transpose(1, 2).expand(1, n, n)
+            attention = attention.view(b, 1, attention.shape[1], n, n) + mask.unsqueeze(1).unsqueeze(0)
+            attention = attention.view(-1, 2, n, n)
+        attention = attention.softmax(-1) if self.softmax is None else self.softmax(attention)
+        attention = self.drop(attention)
+        return (attention @ v).transpose(1, 2).reshape(b, n, c)
+
+
+class Network(nn.Module):
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, 8, 1)
+        self.attention = attention
+        self.tail = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, _, h, w = x.shape
+        tokens = self.head(x).reshape(b, 8, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+        y = self.attention(tokens).reshape(b, h // 4, w // 4, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(b, 8, h, w)
+        return self.tail(y)
+
+
+def converted(attention: nn.Module, **config: object) -> tuple[harmoq_ao.PreparedModel, harmoq_ao.QuantizedModel]:
+    torch.manual_seed(0)
+    model = Network(attention).eval()
+    images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 8)]
+    settings = harmoq_ao.HarmoqConfig(8, 8, **config)  # type: ignore[arg-type]
+    prepared = harmoq_ao.prepare_harmoq(model, settings, images, strict=True)
+    harmoq_ao.calibrate(prepared, images)
+    return prepared, harmoq_ao.convert_harmoq(prepared)
+
+
+def sources(model: nn.Module) -> str:
+    islands = [m for m in model.modules() if is_island(m)]
+    return "".join(v.graph.python_code("self").src for m in islands for v in island_state(m).all_variants())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("module_softmax", [True, False])
+def test_one_call_and_the_same_result(bias: bool, masked: bool, module_softmax: bool) -> None:
+    prepared, quantized = converted(Attention(bias=bias, masked=masked, module_softmax=module_softmax))
+    assert "fused_attention" in sources(quantized.model)
+    for image in (torch.rand(1, 3, 8, 8), torch.rand(3, 3, 16, 12)):
+        with torch.no_grad():
+            torch.testing.assert_close(quantized(image), prepared(image), atol=2e-2, rtol=1e-2)
+
+
+def test_quantized_products_are_left_alone() -> None:
+    _, quantized = converted(Attention(), profile="paper")
+    assert "fused_attention" not in sources(quantized.model)
+
+
+class KeepsTheMap(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q = k = self.qkv(x)[..., :8]
+        attention = (q @ k.transpose(-2, -1)).softmax(-1)
+        return attention @ x + attention.mean()
+
+
+class OtherAxis(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.qkv(x)[..., :8]
+        return (q @ q.transpose(-2, -1)).softmax(-2) @ x
+
+
+@pytest.mark.parametrize("cls", [KeepsTheMap, OtherAxis])
+def test_what_does_not_match_in_full_is_left_alone(cls: type[Attention]) -> None:
+    prepared, quantized = converted(cls())
+    assert "fused_attention" not in sources(quantized.model)
+    image = torch.rand(1, 3, 8, 12)
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(image), prepared(image), atol=2e-2, rtol=1e-2)  # a step apart on a tie
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (2, 5, 4)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_against_float64(shape: tuple[int, ...], biased: bool) -> None:
+    q, k, v = (torch.randn(shape) for _ in range(3))
+    bias = torch.randn(5, 5) if biased else None
+    scores = q.double() @ k.double().transpose(-2, -1) + (0.0 if bias is None else bias.double())
+    expected = torch.softmax(scores, -1) @ v.double()
+    found = fused_attention(q, k.transpose(-2, -1), v, bias)
+    torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_stand_in_has_the_shape_of_the_scores_and_no_memory() -> None:
+    zeros = score_stand_in(torch.rand(4, 2, 16, 3), torch.rand(1, 2, 3, 9))
+    assert zeros.shape == (4, 2, 16, 9)
+    assert zeros.untyped_storage().nbytes() == 4
