@@ -135,7 +135,7 @@ def run_demo(
     pictures = _compare(models, images, loaded.scale, rows)
     for name, seconds in median_seconds(models, settings).items():
         rows[name].seconds = seconds
-    _save_picture(output / "comparison.png", images, pictures, rows, loaded.scale)
+    _save_picture(output / "comparison.png", images, pictures, rows)
     table = list(rows.values())
     _save_results(output / "results.json", table, settings, time.perf_counter() - start)
     console.print(result_table(table, images, settings))
@@ -273,14 +273,14 @@ def result_table(rows: list[Row], images: dict[str, Any], settings: DemoSettings
     table = Table(
         title=f"Mean of {', '.join(images)}; time of {side}x{side} pixels on {torch.get_num_threads()} threads"
     )
-    for column in ("", "PSNR-Y dB", "SSIM-Y", "bytes", "smaller", "time", "of float", "sites on integers"):
-        table.add_column(column, justify="left" if not column else "right")
+    for column in ("", "PSNR-Y", "SSIM-Y", "bytes", "ratio", "time", "ratio", "sites"):  # 80 columns in all
+        table.add_column(column, justify="right" if column else "left", no_wrap=True)
     base = rows[0]
     for row in rows:
         size = ("", "") if row.bytes is None else (f"{row.bytes:,}", f"{(base.bytes or 0) / row.bytes:.2f}x")
         timed = row.seconds is not None and base.seconds is not None
         speed = (f"{row.seconds:.3f} s", f"{(row.seconds or 0) / (base.seconds or 1):.2f}x") if timed else ("", "")
-        sites = f"{row.quantized} / {row.sites}" if row.sites else ""
+        sites = f"{row.quantized}/{row.sites}" if row.sites else ""
         table.add_row(row.name, f"{row.psnr_y:.3f}", f"{row.ssim_y:.4f}", *size, *speed, sites)
     return table
 
@@ -304,7 +304,6 @@ def _save_picture(
     images: dict[str, tuple[ImageRecord, ImageRecord]],
     pictures: dict[str, dict[str, Pixels]],
     rows: dict[str, Row],
-    scale: int,
 ) -> None:
     """One line of pictures for each image: the whole reference, then the same magnified part by every method."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -327,7 +326,7 @@ def _save_picture(
                 axes[line, column].set_title(_heading(titles[name], rows.get(name)), fontsize=9)
         axes[line, 0].set_ylabel(image, fontsize=9)
         if line == 0:
-            axes[line, 0].set_title(f"photograph\n(upscaled x{scale})", fontsize=9)
+            axes[line, 0].set_title("original\nphotograph", fontsize=9)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
@@ -345,7 +344,7 @@ def _zoomed(original: Pixels, bicubic: Pixels) -> tuple[int, int]:
 
 
 def _heading(title: str, row: Row | None) -> str:
-    return f"{title}\n" if row is None else f"{title}\n{row.psnr_y:.2f} dB"
+    return f"{title}\n" if row is None else f"{title}\nmean {row.psnr_y:.2f} dB"
 
 
 def quick() -> DemoSettings:
