@@ -9,6 +9,7 @@
 
 __version__ = "0.1.0"
 
+from harmoq_ao import _torchao as _torchao  # first: what follows imports torchao
 from harmoq_ao.calibrate import calibrate, compute_qparams, disable_fake_quant, enable_fake_quant
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.convert import QuantizedModel, convert_harmoq

@@ -153,7 +153,7 @@ def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite
 
 
 def finalize(quantized: QuantizedModel) -> None:
-    """Last touches on a model whose tensors are final: fold constants, fuse float attention, trace without comparing."""
+    """Last touches on a model whose tensors are final: fold constants, fuse float attention, compare no more."""
     model = quantized.model
     for module in model.modules():
         module.__dict__.pop("_harmoq_last", None)

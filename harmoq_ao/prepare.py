@@ -406,7 +406,8 @@ def _unfit(contraction: Contraction) -> str | None:
     if any(not t.is_floating_point() for t in tensors):
         return "an operand is not floating point"
     if contraction.op == "linear":
-        return None if contraction.weight is not None else "its weight is computed at run time"
+        known = contraction.weight is not None or contraction.computed_weight is not None
+        return None if known else "its weight depends on the image"
     if any(t.dim() < 2 for t in tensors[-2:]):
         return "an operand is a vector"
     if contraction.op == "einsum" and (len(tensors) != 2 or einsum_form(contraction.args[0]) is None):
@@ -418,11 +419,19 @@ def _unfit(contraction: Contraction) -> str | None:
     return None
 
 
+def _linear_weight(root: nn.Module, contraction: Contraction) -> nn.Parameter:
+    """The author's own parameter, or one that holds what is computed from parameters (a part of ``in_proj_weight``)."""
+    if contraction.computed_weight is not None:
+        return nn.Parameter(contraction.computed_weight.detach().clone(), requires_grad=False)
+    owner, _, name = str(contraction.weight).rpartition(".")
+    parameter: nn.Parameter = getattr(root.get_submodule(owner), name)
+    return parameter
+
+
 def _site_module(root: nn.Module, qualname: str, label: str, contraction: Contraction) -> nn.Module:
     name, path = f"{qualname}::{label}", f"{qualname}.harmoq_{label}".lstrip(".")
     if contraction.op == "linear":
-        owner, _, parameter = str(contraction.weight).rpartition(".")
-        weight = getattr(root.get_submodule(owner), parameter)
+        weight = _linear_weight(root, contraction)
         site = Site(name, path, "linear", tuple(weight.shape), location=contraction.location)
         return PreparedLinear(site, weight, None)
     if contraction.op == "sdpa":

@@ -1,8 +1,9 @@
 """Float attention in one call: scores, bias, mask, softmax and values without the attention map in memory.
 
 Where both products of an attention stay float (the deploy profile), the chain
-``q k^T (+ bias) (+ mask) -> softmax -> v`` of a converted island becomes one ``scaled_dot_product_attention``. The map of a window model is its largest tensor by
-far; not writing it saves more time than any choice of bits. A chain that does not match in full is left as it is.
+``q k^T (+ bias) (+ mask) -> softmax -> v`` of a converted island becomes one ``scaled_dot_product_attention``. The map
+of a window model is its largest tensor by far; not writing it saves more time than any choice of bits. A chain that
+does not match in full is left as it is.
 """
 
 from __future__ import annotations
@@ -129,12 +130,12 @@ def _used_within(node: fx.Node, attention: list[fx.Node]) -> bool:
 
 def _guards_type(node: fx.Node) -> bool:
     """A guard that a value is a tensor, which every value of an attention is."""
-    return node.target is check_guard and node.args[1] == "type"
+    return node.target is check_guard and str(node.args[1]) == "type"
 
 
 def _asks_metadata(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
-        return bool(node.args[1] in _METADATA)
+        return str(node.args[1]) in _METADATA
     return node.op == "call_method" and node.target in ("size", "dim")
 
 

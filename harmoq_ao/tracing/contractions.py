@@ -79,6 +79,7 @@ class Contraction:
         left_is_softmax: The left operand comes out of a softmax (an attention map).
         depends_on_input: Whether any operand depends on the island's arguments; position-bias tables do not.
         weight: Path of the parameter that is the right operand of a ``linear``, if it is one.
+        computed_weight: Value of the right operand of a ``linear``, if it is computed from parameters alone.
         location: ``file:line`` for messages.
     """
 
@@ -89,6 +90,7 @@ class Contraction:
     left_is_softmax: bool
     depends_on_input: bool
     weight: str | None
+    computed_weight: torch.Tensor | None
     location: str
 
 

@@ -295,6 +295,8 @@ class IslandTracer(fx.Tracer):
         shared = {t.node.name for t in operands if t.value.untyped_storage().data_ptr() in storages}
         node.meta["shares"] = tuple(i for i, n in enumerate(node.all_input_nodes) if n.name in shared)
         node.meta["random"] = not torch.equal(random, torch.get_rng_state())
+        if type(value) is int:
+            node.meta["number"] = value
         proxy = None if value is None else ValueProxy(node, self, value)
         self._guard_type(node, kind, target, value)
         return proxy
@@ -366,9 +368,12 @@ class IslandTracer(fx.Tracer):
             args, kwargs = (bound["input"], bound["weight"], bound.get("bias")), {}
         key, location = self._source_key()
         left = args[1] if op == "baddbmm" else args[0]
-        weight = None
-        if op == "linear" and isinstance(args[1], ValueProxy) and args[1].node.op == "get_attr":
-            weight = str(args[1].node.target)
+        weight, computed = None, None
+        if op == "linear" and isinstance(args[1], ValueProxy):
+            if args[1].node.op == "get_attr":
+                weight = str(args[1].node.target)
+            elif self._guard_sizes(args[1].node):
+                computed = args[1].value
         contraction = Contraction(
             op=op,
             key=key,
@@ -377,6 +382,7 @@ class IslandTracer(fx.Tracer):
             left_is_softmax=_comes_from_softmax(left, self.root),
             depends_on_input=any(_depends_on_input(a.node) for a in args if isinstance(a, ValueProxy)),
             weight=weight,
+            computed_weight=computed,
             location=location,
         )
         self.contractions += 1
@@ -386,9 +392,26 @@ class IslandTracer(fx.Tracer):
             return kind, target, args, kwargs
         if op == "einsum":  # the site knows its equation
             args = args[1:]
-        if op == "linear" and weight is not None:  # ... and its weight
+        if op == "linear" and (weight is not None or computed is not None):  # ... and its weight
             args = (args[0], args[2])
         return "call_module", site, args, kwargs
+
+    def _guard_sizes(self, node: fx.Node) -> bool:
+        """Whether a node is computed from parameters and sizes alone; guards pin the sizes then."""
+        todo, seen, sizes = [node], {node}, []
+        while todo:
+            current = todo.pop()
+            if current.op == "placeholder":
+                return False
+            if "number" in current.meta:
+                sizes.append(current)
+                continue
+            fresh = [n for n in current.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            todo.extend(fresh)
+        for size in sizes:
+            self.graph.create_node("call_function", check_guard, (size, "int", size.meta["number"]), {})
+        return True
 
     def _source_key(self) -> tuple[SourceKey, str]:
         frame = inspect.currentframe()
