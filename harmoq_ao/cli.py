@@ -300,9 +300,9 @@ def _score_table(tables: dict[str, EvaluationTable], scale: int, folder: Path) -
     table = Table(title=f"{escape(str(folder))}, x{scale}", title_justify="left")
     table.add_column("image")
     for name in tables:
-        heading = "" if len(tables) == 1 else f"{escape(name)}\n"
+        heading = "" if len(tables) == 1 else f"{escape(Path(name).name)}\n"
         for column in ("PSNR-Y", "SSIM-Y", "s"):
-            table.add_column(f"{heading}{column}", justify="right")
+            table.add_column(f"{heading}{column}", justify="right", min_width=6, overflow="fold")
     for image in next(iter(tables.values())).scores:
         cells = [_cells(t.scores[image].psnr, t.scores[image].ssim, t.seconds[image]) for t in tables.values()]
         table.add_row(escape(image), *(text for group in cells for text in group))
@@ -371,7 +371,7 @@ def upscale_command(
         f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}", highlight=False
     )
     for image, message in failures:
-        err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False)
+        err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(EXIT_PARTIAL)
 
@@ -471,10 +471,10 @@ def _row_cells(row: SiteRow) -> tuple[str, ...]:
 
 
 def _print_error(error: HarmoqError) -> None:
-    err.print(f"[bold red]Error:[/] [red]{escape(error.what.rstrip('.'))}.[/]", highlight=False)
+    err.print(f"[bold red]Error:[/] [red]{escape(error.what.rstrip('.'))}.[/]", highlight=False, soft_wrap=True)
     for label, text in (("found", error.found), ("expected", error.expected), ("what to do", error.remedy)):
         if text is not None:
-            err.print(f"  {label}: {escape(str(text))}", highlight=False)
+            err.print(f"  {label}: {escape(str(text))}", highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

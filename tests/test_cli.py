@@ -15,7 +15,7 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from harmoq_ao import __version__, load_quantized
+from harmoq_ao import __version__, cli, load_quantized
 from harmoq_ao.cli import app, parse_rule
 from harmoq_ao.errors import ConfigError
 from recipes.architectures import ARCHITECTURES
@@ -24,7 +24,12 @@ BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 
 
 def harmoq(*arguments: object) -> Result:
-    result: Any = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200"})
+    widths = cli.out.width, cli.err.width
+    cli.out.width = cli.err.width = 400  # temporary folders have long names
+    try:
+        result: Any = CliRunner().invoke(app, [str(a) for a in arguments])
+    finally:
+        cli.out.width, cli.err.width = widths
     return result
 
 
