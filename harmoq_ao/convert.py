@@ -14,13 +14,13 @@ from harmoq_ao.calibrate import compute_qparams, has_qparams
 from harmoq_ao.config import HarmoqConfig, StorageDtype
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
-from harmoq_ao.folding import fold_islands, fold_variant, remember
+from harmoq_ao.folding import fold_variant, remember
 from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
 from harmoq_ao.report import Report, SiteRow, prepared_report, quantized_report
-from harmoq_ao.tracing import Variant, is_island, island_state
+from harmoq_ao.tracing import Variant, finish_graphs, is_island, island_state
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 _FLOAT16_MAX = 65504.0
@@ -95,8 +95,7 @@ class QuantizedModel(nn.Module):
         """
         if dtype not in _FLOAT_DTYPES:
             raise ConfigError("Unsupported float type", found=dtype, expected="torch.float32 or torch.bfloat16")
-        _forget_graphs(self.model)  # what was folded was computed in the former type
-        self.model.to(dtype)
+        self.model.to(dtype)  # islands forget what was folded in the former type
         self.float_dtype = dtype
         finalize(self)
         return self
@@ -161,15 +160,8 @@ def finalize(quantized: QuantizedModel) -> None:
             state = island_state(module)
             state.verify = False
             state.quiet = nullcontext
-    fold_islands(model)
-    for module in model.modules():
-        if is_island(module):
-            state = island_state(module)
-            state.variants = {k: [fuse_attention(module, v) for v in group] for k, group in state.variants.items()}
-            state.finish = finish_variant
-    fixed = {
-        r.name for r in quantized.rows if r.kind == "linear" and "does not depend on the image" in (r.reason or "")
-    }
+            finish_graphs(module, finish_variant)
+    fixed = {r.name for r in quantized.rows if r.kind == "linear" and not r.depends_on_image}
     for module in _still_called(quantized, fixed):
         remember(module)
 
@@ -177,17 +169,6 @@ def finalize(quantized: QuantizedModel) -> None:
 def finish_variant(module: nn.Module, variant: Variant) -> Variant:
     """Last touch on a graph of a converted island: constants folded, float attention in one call."""
     return fuse_attention(module, fold_variant(module, variant))
-
-
-def _forget_graphs(model: nn.Module) -> None:
-    """Drop all graphs and what was folded for them; the next call traces anew."""
-    for module in model.modules():
-        if is_island(module):
-            state = island_state(module)
-            state.variants.clear()
-            state.memo.clear()
-            for name in [n for n in module._buffers if n.startswith("harmoq_folded_")]:
-                del module._buffers[name]
 
 
 def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]:

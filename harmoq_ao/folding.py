@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.tracing.island import is_island, island_state, original_class
+from harmoq_ao.tracing.island import original_class
 from harmoq_ao.tracing.proxies import check_guard
 from harmoq_ao.tracing.tracer import SELF, Variant, compile_graph, op_of_site
 
@@ -48,16 +48,6 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
         node.replace_all_uses_with(replacement)
     _drop_dead(graph)
     return replace(variant, graph=graph, run=compile_graph(graph, original_class(module)))
-
-
-def fold_islands(model: nn.Module) -> None:
-    """Fold every graph of every island of a converted model, and those still to be traced."""
-    for module in model.modules():
-        if is_island(module):
-            state = island_state(module)
-            state.variants = {k: [fold_variant(module, v) for v in group] for k, group in state.variants.items()}
-            state.memo.clear()
-            state.finish = fold_variant
 
 
 def remember(module: nn.Module) -> None:

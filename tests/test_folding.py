@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.folding import fold_islands, fold_variant, remember
-from harmoq_ao.tracing import IslandState, is_island, island_state, make_island
+from harmoq_ao.folding import fold_variant, remember
+from harmoq_ao.tracing import IslandState, finish_graphs, is_island, island_state, make_island
 from recipes.architectures import ARCHITECTURES, Architecture, forward
 
 
@@ -27,7 +27,7 @@ def _folded(module: nn.Module, *args: Any) -> nn.Module:
     """An island folded after one call."""
     twin = _island(module)
     twin(*args)
-    fold_islands(twin)
+    finish_graphs(twin, fold_variant)
     return twin
 
 

@@ -113,6 +113,14 @@ def forget(module: nn.Module) -> None:
         del module._buffers[name]
 
 
+def finish_graphs(module: nn.Module, finish: Callable[[nn.Module, Variant], Variant]) -> None:
+    """Give every graph of an island its last touch, those still to be traced as well."""
+    state = island_state(module)
+    state.variants = {key: [finish(module, v) for v in group] for key, group in state.variants.items()}
+    state.memo.clear()
+    state.finish = finish
+
+
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
