@@ -26,6 +26,9 @@ QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 OFF_BITS = (16, 32)
 """Bit widths that mean: leave the operand in floating point."""
 
+_EDGE = 1e-4
+"""A value this close to a bound, in steps, counts as inside: a dynamic bound is a value of the operand itself."""
+
 MIN_STEP = 2.0**-64
 """Step of a degenerate range (``hi <= lo``): positive, a power of two, and far below any activation of interest."""
 
@@ -172,14 +175,16 @@ def fake_quantize(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | 
 
     Args:
         x: Any shape; float16 and bfloat16 are computed in float32 and returned in their own type.
-        lo: Lower bound of ``x / scale``, broadcastable to `x`; receives the gradient of what was clipped below.
-        hi: Upper bound, likewise; receives the gradient of what was clipped above.
+        lo: Lower bound of ``x / scale``, broadcastable to `x`.
+        hi: Upper bound, likewise.
         bits: 2 to 8.
         scale: Joint scale, broadcastable to `x`, or None for all ones.
 
     Returns:
-        ``codes * step + lo``, an approximation of ``x / scale``, in the type of `x`. Its gradient is that of
-        ``clamp(x / scale, lo, hi)``.
+        ``codes * step + lo``, an approximation of ``x / scale``, in the type of `x`. Its gradient takes the derivative
+        of the rounding for one. To `x` and `scale` that is the gradient of ``clamp(x / scale, lo, hi)``. A clipped
+        value moves the bound it hit; a value inside, at position ``t`` in steps above `lo`, moves `hi` by
+        ``(round(t) - t) / (2**bits - 1)`` and `lo` by the opposite (LSQ: Esser et al., ICLR 2020).
     """
     result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale)
     return result
@@ -213,29 +218,37 @@ def _rounded(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None)
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Forward: round trip through the codes. Backward: derivative of ``clamp(x / scale, lo, hi)``."""
+    """Forward: round trip through the codes. Backward: the rounding counts as the identity.
+
+    What is kept for the backward pass is the position ``t`` between the bounds, 0 at `lo` and ``2**bits - 1`` at `hi`;
+    everything follows from it: ``x / scale = t * step + lo``, and ``t`` outside of its range was clipped.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, lo, hi, scale)
-        codes = _rounded(widen(x), lo, hi, bits, scale)
-        return codes.mul_(step_size(lo, hi, bits)).add_(lo).to(x.dtype)
+        factor, offset = affine_form(lo, hi, bits, scale)
+        position = (widen(x) * factor).add_(offset)
+        ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
+        ctx.save_for_backward(position, lo, hi, scale)
+        return position.round().clamp_(0, 2**bits - 1).mul_(step_size(lo, hi, bits)).add_(lo).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, lo, hi, scale = ctx.saved_tensors
-        grad = widen(grad_outputs[0])
-        scaled = widen(x) if scale is None else widen(x) / scale
-        below, above = scaled < lo, scaled > hi
-        inside = grad.masked_fill(below | above, 0.0)
+        position, lo, hi, scale = ctx.saved_tensors
+        grad, qmax = widen(grad_outputs[0]), 2**ctx.bits - 1
+        inside = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, qmax + _EDGE)
         needs_x, needs_lo, needs_hi, _, needs_scale = ctx.needs_input_grad
         grad_x = grad_lo = grad_hi = grad_scale = None
         if needs_x:
-            grad_x = (inside if scale is None else inside / scale).sum_to_size(x.shape).to(x.dtype)
-        if needs_lo:
-            grad_lo = (grad * below).sum_to_size(lo.shape).to(lo.dtype)
-        if needs_hi:
-            grad_hi = (grad * above).sum_to_size(hi.shape).to(hi.dtype)
+            grad_x = (inside if scale is None else inside / scale).sum_to_size(ctx.shape).to(ctx.dtype)
+        if needs_lo or needs_hi:
+            clipped = grad - inside
+            rounding = (position.round() - position).mul_(inside).div_(qmax)
+            above = torch.ops.aten.threshold_backward(clipped, position, qmax / 2)
+            below = clipped.sub_(above)
+            grad_hi = above.add_(rounding).sum_to_size(hi.shape).to(hi.dtype)
+            grad_lo = below.sub_(rounding).sum_to_size(lo.shape).to(lo.dtype)
         if needs_scale:
+            scaled = (position * step_size(lo, hi, ctx.bits)).add_(lo)
             grad_scale = (-inside * scaled / scale).sum_to_size(scale.shape).to(scale.dtype)
         return grad_x, grad_lo, grad_hi, None, grad_scale

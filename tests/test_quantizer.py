@@ -227,8 +227,8 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
 
 
 @given(data=st.data(), spec=static_specs())
-def test_gradient_is_that_of_clamping(data: st.DataObject, spec: QuantizerSpec) -> None:
-    """Against autograd of ``clamp(x / scale, lo, hi)``, with bounds per row and a joint scale per column."""
+def test_gradient_is_that_of_rounding_taken_for_the_identity(data: st.DataObject, spec: QuantizerSpec) -> None:
+    """Against autograd of the formula with a detached rounding error, bounds per row, a joint scale per column."""
     x = data.draw(float_tensors((5, 7), kinds=("normal", "heavy", "one_sided"), dtype=torch.float64))
     scale = data.draw(joint_scales(7)).double()
     scaled = x / scale
@@ -240,8 +240,12 @@ def test_gradient_is_that_of_clamping(data: st.DataObject, spec: QuantizerSpec) 
         if straight_through:
             result = fake_quantize(leaves[0], leaves[1], leaves[2], spec.bits, leaves[3])
         else:
-            ratio = leaves[0] / leaves[3]
-            result = torch.where(ratio < leaves[1], leaves[1], torch.where(ratio > leaves[2], leaves[2], ratio))
+            _, low, high, _ = leaves
+            step = (high - low) / spec.qmax
+            position = (leaves[0] / leaves[3] - low) / step
+            position = torch.where(position < 0, 0.0, torch.where(position > spec.qmax, spec.qmax, position))
+            codes = position + (position.round() - position).detach()
+            result = codes * step + low
         return torch.autograd.grad((result * upstream).sum(), leaves)
 
     for actual, expected in zip(gradients(True), gradients(False), strict=True):
