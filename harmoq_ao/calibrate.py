@@ -16,10 +16,10 @@ from harmoq_ao.config import SiteSettings
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.harmonize import joint_scale, pair_scale, search_exponent
+from harmoq_ao.harmonize import joint_scale, joint_shift, pair_scale, search_exponent
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite
 from harmoq_ao.observers import OperandObserver
-from harmoq_ao.prepare import PreparedModel, wants_joint_scale
+from harmoq_ao.prepare import PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.progress import track
 from harmoq_ao.quantizer import Scheme, dynamic_bounds_for, fake_quantize
 
@@ -200,10 +200,14 @@ def _solve_linear(module: PreparedLinear, settings: SiteSettings, minmax: bool) 
     if wants_joint_scale(module.site, settings) and observer is not None:
         scale = _linear_scale(weight, observer, settings)
     module.set_joint_scale(scale)
-    _settle_activation(module.left, observer, scale)
+    shift = None
+    if wants_joint_shift(module.site, settings) and observer is not None and scale is not None:
+        shift = _linear_shift(weight, observer, scale, settings)
+    module.set_joint_shift(shift)
+    _settle_activation(module.left, observer, scale, shift)
     scaled = weight if scale is None else weight * scale
     if module.right is not None:
-        moment = None if observer is None else observer.second_moment()
+        moment = None if observer is None else observer.second_moment(shift)
         if moment is not None and scale is not None:
             moment = moment / scale.square()
         _settle_weight(module.right, scaled, moment, minmax)
@@ -222,9 +226,18 @@ def _linear_scale(weight: Tensor, observer: OperandObserver, settings: SiteSetti
     return joint_scale(range_x, range_w, settings.act.bits, settings.weight.bits)
 
 
-def _settle_activation(quantizer: HarmoqFakeQuantize | None, observer: OperandObserver | None, scale: Any) -> None:
+def _linear_shift(weight: Tensor, observer: OperandObserver, scale: Tensor, settings: SiteSettings) -> Tensor:
+    ranges = observer.channel_range()
+    if ranges is None:
+        return torch.zeros(weight.shape[1])
+    return joint_shift(observer.sample(), weight, scale, ranges, settings.act, settings.weight)
+
+
+def _settle_activation(
+    quantizer: HarmoqFakeQuantize | None, observer: OperandObserver | None, scale: Any, shift: Any = None
+) -> None:
     if quantizer is not None and observer is not None and not quantizer.spec.dynamic:
-        quantizer.set_bounds(*observer.bounds(scale))
+        quantizer.set_bounds(*observer.bounds(scale, shift))
 
 
 def _settle_weight(quantizer: HarmoqFakeQuantize, weight: Tensor, importance: Tensor | None, minmax: bool) -> None:
@@ -287,9 +300,11 @@ def _linear_sqnr(module: PreparedLinear, weight: Tensor, scale: Tensor | None) -
         return None
     x = observer.sample()[:_REPORT_ROWS].float()
     exact = x @ weight.T
-    rounded = _rounded(module.left, x, scale)
+    shift = module.joint_shift
+    rounded = _rounded(module.left, x, scale, shift)
     inverse = None if scale is None else 1.0 / scale
-    return _ratio_db(exact, rounded @ _rounded(module.right, weight, inverse).T)
+    constant = 0.0 if shift is None else weight @ shift
+    return _ratio_db(exact, rounded @ _rounded(module.right, weight, inverse).T + constant)
 
 
 def _operand_sqnr(quantizer: HarmoqFakeQuantize, observer: OperandObserver | None, scale: Tensor | None) -> float:
@@ -300,16 +315,19 @@ def _operand_sqnr(quantizer: HarmoqFakeQuantize, observer: OperandObserver | Non
     return _ratio_db(scaled, _rounded(quantizer, x, usable))
 
 
-def _rounded(quantizer: HarmoqFakeQuantize | None, x: Tensor, scale: Tensor | None) -> Tensor:
-    """`x / scale` through the quantizer's levels, contracted axis last, whatever its switches."""
+def _rounded(
+    quantizer: HarmoqFakeQuantize | None, x: Tensor, scale: Tensor | None, shift: Tensor | None = None
+) -> Tensor:
+    """`(x - shift) / scale` through the quantizer's levels, contracted axis last, whatever its switches."""
     if quantizer is None:
+        x = x if shift is None else x - shift
         return x if scale is None else x / scale
     spec = quantizer.spec
     if spec.dynamic:
         lo, hi = dynamic_bounds_for(x, replace(spec, axis=-1), scale)
     else:
         lo, hi = quantizer.bounds()
-    return fake_quantize(x, lo, hi, spec.bits, scale)
+    return fake_quantize(x, lo, hi, spec.bits, scale, shift)
 
 
 def _ratio_db(signal: Tensor, approximation: Tensor) -> float:

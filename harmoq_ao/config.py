@@ -73,12 +73,14 @@ class SiteSettings:
         weight: Quantizer of the weight (of the right operand, for a matmul).
         act: Quantizer of the activation (of the left operand, for a matmul).
         joint_scale: How the joint scale is chosen.
+        joint_shift: Whether static inputs of linears with a joint scale are centred channel by channel.
         reason: Why the site stays in float, or None if it is quantized.
     """
 
     weight: QuantizerSpec
     act: QuantizerSpec
     joint_scale: JointScale
+    joint_shift: bool = True
     reason: str | None = None
 
 
@@ -97,6 +99,7 @@ class HarmoqConfig:
         observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A histogram is of
             all channels together: with it there are no joint scales.
         joint_scale: ``hso`` (closed form, per channel), ``search`` (exponent picked by output error) or ``none``.
+        joint_shift: Whether static inputs of linears that have a joint scale are centred channel by channel as well.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
         storage_dtype: How parameters that stay in float are stored: ``auto`` is float16, or bfloat16 for a tensor that
@@ -113,6 +116,7 @@ class HarmoqConfig:
     rules: Sequence[SiteRule] = ()
     observer: Observer = "mse"
     joint_scale: JointScale = "hso"
+    joint_shift: bool = True
     matmul_bits: int | None = None
     conv_bits: int = 32
     storage_dtype: StorageDtype = "auto"
@@ -126,6 +130,7 @@ class HarmoqConfig:
         _check_choice("profile", self.profile, get_args(Profile))
         _check_choice("observer", self.observer, get_args(Observer))
         _check_choice("joint_scale", self.joint_scale, get_args(JointScale))
+        _check_choice("joint_shift", self.joint_shift, (True, False))
         _check_choice("storage_dtype", self.storage_dtype, get_args(StorageDtype))
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ConfigError("seed must be a whole number", found=repr(self.seed)[:80], expected="0 to 2**63 - 1")
@@ -153,7 +158,7 @@ class HarmoqConfig:
         joint = "none" if self.observer == "histogram" else joint
         weight, act = self._specs(kind, weight_bits, act_bits, dynamic)
         quantized = weight.enabled or act.enabled
-        return SiteSettings(weight, act, joint, None if quantized else reason)
+        return SiteSettings(weight, act, joint, self.joint_shift, None if quantized else reason)
 
     def _defaults(self, kind: str) -> tuple[int, int, str]:
         if kind == "conv2d":

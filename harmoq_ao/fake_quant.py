@@ -57,12 +57,13 @@ class HarmoqFakeQuantize(FakeQuantizeBase):
         """Whether :meth:`forward` rounds. If not it returns its input as it is, without dividing by the joint scale."""
         return self.spec.enabled and bool(self.fake_quant_enabled[0])
 
-    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Approximation of ``x / scale`` on the levels of the quantizer, or `x` itself when not :attr:`active`.
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Approximation of ``(x - shift) / scale`` on the quantizer's levels, or `x` itself when not :attr:`active`.
 
         Args:
             x: The operand, any shape.
             scale: Joint scale along the contracted axis, broadcastable to `x`.
+            shift: Joint shift along the contracted axis, likewise; only with static bounds.
 
         Raises:
             CalibrationError: A static quantizer has no bounds yet.
@@ -72,7 +73,7 @@ class HarmoqFakeQuantize(FakeQuantizeBase):
         if not self.active:
             return x
         lo, hi = dynamic_bounds_for(x, self.spec, scale) if self.spec.dynamic else self.bounds()
-        return fake_quantize(x, lo, hi, self.spec.bits, scale)
+        return fake_quantize(x, lo, hi, self.spec.bits, scale, shift)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Static bounds as the quantizer uses them: float32, on the scheme also after a learning step.

@@ -127,15 +127,18 @@ class OperandObserver(ObserverBase):
             raise self._nothing_seen()
         return self._reservoir.items()
 
-    def second_moment(self) -> Tensor | None:
-        """Mean square per channel `[K]` over the sample, or None without channels."""
-        return self.sample().square().mean(0) if self.tracks_channels else None
+    def second_moment(self, shift: Tensor | None = None) -> Tensor | None:
+        """Mean square of ``x - shift`` per channel `[K]` over the sample, or None without channels."""
+        if not self.tracks_channels:
+            return None
+        return (self.sample() if shift is None else self.sample() - shift).square().mean(0)
 
-    def bounds(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Per-tensor bounds ``(lo, hi)`` of ``x / scale``, 0-dimensional, snapped to the scheme of the spec.
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per-tensor bounds ``(lo, hi)`` of ``(x - shift) / scale``, 0-dimensional, snapped to the spec's scheme.
 
         Args:
             scale: Joint scale `[K]`, positive; None for all ones.
+            shift: Joint shift `[K]`; None for all zeros.
 
         Raises:
             CalibrationError: Nothing was seen, or a per-channel scale meets statistics without channels.
@@ -147,22 +150,24 @@ class OperandObserver(ObserverBase):
         lo, hi = self.bounds()
         return step_size(lo, hi, self.spec.bits), lo
 
-    def scaled_range(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exact minimum and maximum of ``x / scale`` over everything seen, 0-dimensional."""
+    def scaled_range(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Exact minimum and maximum of ``(x - shift) / scale`` over everything seen, 0-dimensional."""
         lo, hi = self.value_range()
-        if scale is None:
+        if scale is None and shift is None:
             return lo, hi
-        scale = self._as_scale(scale, lo)
-        if scale.numel() > 1 and self._channel_range is not None:
+        scale = self._as_vector(torch.ones(()) if scale is None else scale, lo)
+        shift = self._as_vector(torch.zeros(()) if shift is None else shift, lo)
+        if max(scale.numel(), shift.numel()) > 1 and self._channel_range is not None:
             lo, hi = self._channel_range
-        return (lo / scale).amin(), (hi / scale).amax()
+        return ((lo - shift) / scale).amin(), ((hi - shift) / scale).amax()
 
-    def scaled_sample(self, scale: Tensor | None = None) -> Tensor:
-        """The sample of ``x / scale``."""
+    def scaled_sample(self, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """The sample of ``(x - shift) / scale``."""
         sample = self.sample()
-        return sample if scale is None else sample / self._as_scale(scale, sample)
+        sample = sample if shift is None else sample - self._as_vector(shift, sample)
+        return sample if scale is None else sample / self._as_vector(scale, sample)
 
-    def _as_scale(self, scale: Tensor, like: Tensor) -> Tensor:
+    def _as_vector(self, scale: Tensor, like: Tensor) -> Tensor:
         flat = scale.detach().to(like).reshape(-1)
         channels = self._channel_range[0].numel() if self._channel_range is not None else None
         if flat.numel() not in (1, channels):
@@ -250,9 +255,9 @@ def _merged(old: tuple[Tensor, Tensor] | None, lo: Tensor, hi: Tensor) -> tuple[
 class MinMaxObserver(OperandObserver):
     """Bounds at the exact extremes: nothing is ever clipped."""
 
-    def bounds(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Exact extremes of ``x / scale``."""
-        return snap_bounds(*self.scaled_range(scale), self.spec)
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Exact extremes of ``(x - shift) / scale``."""
+        return snap_bounds(*self.scaled_range(scale, shift), self.spec)
 
 
 class PercentileObserver(OperandObserver):
@@ -269,9 +274,9 @@ class PercentileObserver(OperandObserver):
             raise ConfigError("Percentile out of range", found=percentile, expected="above 50, at most 100")
         self.percentile = percentile
 
-    def bounds(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Percentiles of the sample of ``x / scale``."""
-        values = self.scaled_sample(scale).flatten()
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Percentiles of the sample of ``(x - shift) / scale``."""
+        values = self.scaled_sample(scale, shift).flatten()
         top = self.percentile / 100.0
         if self.spec.scheme is Scheme.SYMMETRIC:
             hi = torch.quantile(values.abs(), top)
@@ -286,9 +291,9 @@ class MSEObserver(OperandObserver):
     A two-sided search that follows the distribution, as 2DQuant's DOBI does for its initial bounds.
     """
 
-    def bounds(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Searched bounds of the sample of ``x / scale``."""
-        return search_tensor_bounds(self.scaled_sample(scale), self.spec)
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Searched bounds of the sample of ``(x - shift) / scale``."""
+        return search_tensor_bounds(self.scaled_sample(scale, shift), self.spec)
 
 
 class HistogramObserver(OperandObserver):
@@ -341,16 +346,16 @@ class HistogramObserver(OperandObserver):
         values = edges[inside] + share * (edges[inside + 1] - edges[inside])
         return values.float().clamp(*self.value_range())
 
-    def second_moment(self) -> Tensor | None:
+    def second_moment(self, shift: Tensor | None = None) -> Tensor | None:
         """None: the histogram does not tell channels apart."""
         return None
 
-    def bounds(self, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Searched bounds of the histogram, divided by a scalar scale if there is one."""
-        if scale is not None and scale.numel() > 1:
+        if shift is not None or (scale is not None and scale.numel() > 1):
             raise CalibrationError(
                 f"{self._name()} keeps one histogram for all channels and cannot apply a joint scale",
-                found=f"a scale of {scale.numel()} channels",
+                found="a joint shift" if scale is None or shift is not None else f"a scale of {scale.numel()} channels",
                 remedy="use the mse observer at sites with a joint scale",
             )
         edges, counts = self.histogram()

@@ -200,6 +200,12 @@ def wants_joint_scale(site: Site, settings: SiteSettings) -> bool:
     return site.kind == "linear" or (site.kind == "matmul" and site.role == "query-key" and site.shape[0] > 0)
 
 
+def wants_joint_shift(site: Site, settings: SiteSettings) -> bool:
+    """Whether a joint shift is defined at a site: a linear with a joint scale and static bounds."""
+    linear = site.kind == "linear" and settings.joint_shift and not settings.act.dynamic
+    return linear and wants_joint_scale(site, settings)
+
+
 def _quantizer(
     site: Site, spec: QuantizerSpec, config: HarmoqConfig, axis: int, channels: bool
 ) -> HarmoqFakeQuantize | None:

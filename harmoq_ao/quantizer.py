@@ -2,11 +2,11 @@
 
 Every function uses one rounding rule, so that simulated and integer execution agree bit for bit::
 
-    codes = clamp(round_half_even(x * r + c), 0, 2**bits - 1)      r = 1 / (scale * step),  c = -lo / step
+    codes = clamp(round_half_even(x * r + c), 0, 2**bits - 1)      r = 1 / (scale * step),  c = -lo / step - shift * r
     value = codes * step + lo                                      step = (hi - lo) / (2**bits - 1)
 
 The multiplication and the addition are two float32 operations, each rounded on its own. `value` lives in the *scaled
-domain*: it approximates ``x / scale``.
+domain*: it approximates ``(x - shift) / scale``.
 """
 
 from __future__ import annotations
@@ -127,10 +127,13 @@ def step_size(lo: Tensor, hi: Tensor, bits: int) -> Tensor:
     return ((hi - lo) / (2**bits - 1)).clamp_min(MIN_STEP)
 
 
-def affine_form(lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The factor ``r = 1 / (scale * step)`` and the offset ``c = -lo / step`` of the rounding rule."""
+def affine_form(
+    lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None, shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The factor ``r = 1 / (scale * step)`` and the offset ``c = -lo / step - shift * r`` of the rounding rule."""
     step = step_size(lo, hi, bits)
-    return 1.0 / (step if scale is None else scale * step), -lo / step
+    factor = 1.0 / (step if scale is None else scale * step)
+    return factor, -lo / step if shift is None else -lo / step - shift * factor
 
 
 def snap_bounds(lo: Tensor, hi: Tensor, spec: QuantizerSpec) -> tuple[Tensor, Tensor]:
@@ -160,9 +163,12 @@ def _round_up_to_16_bits(step: Tensor) -> Tensor:
     return ((step.float().view(torch.int32) + dropped) & ~dropped).view(torch.float32)
 
 
-def quantize(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None) -> Tensor:
-    """Codes of ``x / scale``, uint8 in ``0 .. 2**bits - 1``. `lo`, `hi` and `scale` broadcast against `x`."""
-    return _rounded(widen(x), lo, hi, bits, scale).to(torch.uint8)
+def quantize(
+    x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Codes of ``(x - shift) / scale``, uint8 in ``0 .. 2**bits - 1``; all bounds and vectors broadcast against `x`."""
+    factor, offset = affine_form(lo, hi, bits, scale, shift)
+    return (widen(x) * factor).add_(offset).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
@@ -170,8 +176,10 @@ def dequantize(codes: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
     return codes.to(lo.dtype) * step_size(lo, hi, bits) + lo
 
 
-def fake_quantize(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None) -> Tensor:
-    """Quantize and dequantize ``x / scale``, differentiable by the straight-through estimator.
+def fake_quantize(
+    x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """Quantize and dequantize ``(x - shift) / scale``, differentiable by the straight-through estimator.
 
     Args:
         x: Any shape; float16 and bfloat16 are computed in float32 and returned in their own type.
@@ -179,14 +187,15 @@ def fake_quantize(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | 
         hi: Upper bound, likewise.
         bits: 2 to 8.
         scale: Joint scale, broadcastable to `x`, or None for all ones.
+        shift: Joint shift, broadcastable to `x`, or None for all zeros.
 
     Returns:
-        ``codes * step + lo``, an approximation of ``x / scale``, in the type of `x`. Its gradient takes the derivative
-        of the rounding for one. To `x` and `scale` that is the gradient of ``clamp(x / scale, lo, hi)``. A clipped
+        ``codes * step + lo``, an approximation of ``(x - shift) / scale``, in the type of `x`. Its gradient takes the
+        derivative of the rounding for one: to `x`, `scale` and `shift` it is that of clamping. A clipped
         value moves the bound it hit; a value inside, at position ``t`` in steps above `lo`, moves `hi` by
         ``(round(t) - t) / (2**bits - 1)`` and `lo` by the opposite (LSQ: Esser et al., ICLR 2020).
     """
-    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale)
+    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale, shift)
     return result
 
 
@@ -211,36 +220,34 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def _rounded(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None) -> Tensor:
-    """Codes as floats. In place after the first product; still one rounding per operation."""
-    factor, offset = affine_form(lo, hi, bits, scale)
-    return (x * factor).add_(offset).round_().clamp_(0, 2**bits - 1)
-
-
 class _FakeQuantize(torch.autograd.Function):
     """Forward: round trip through the codes. Backward: the rounding counts as the identity.
 
     What is kept for the backward pass is the position ``t`` between the bounds, 0 at `lo` and ``2**bits - 1`` at `hi`;
-    everything follows from it: ``x / scale = t * step + lo``, and ``t`` outside of its range was clipped.
+    everything follows from it: ``(x - shift) / scale = t * step + lo``, and ``t`` outside of its range was clipped.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None) -> Tensor:
-        factor, offset = affine_form(lo, hi, bits, scale)
+    def forward(
+        ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
+    ) -> Tensor:
+        factor, offset = affine_form(lo, hi, bits, scale, shift)
         position = (widen(x) * factor).add_(offset)
         ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
-        ctx.save_for_backward(position, lo, hi, scale)
+        ctx.save_for_backward(position, lo, hi, scale, shift)
         return position.round().clamp_(0, 2**bits - 1).mul_(step_size(lo, hi, bits)).add_(lo).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        position, lo, hi, scale = ctx.saved_tensors
+        position, lo, hi, scale, shift = ctx.saved_tensors
         grad, qmax = widen(grad_outputs[0]), 2**ctx.bits - 1
         inside = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, qmax + _EDGE)
-        needs_x, needs_lo, needs_hi, _, needs_scale = ctx.needs_input_grad
-        grad_x = grad_lo = grad_hi = grad_scale = None
-        if needs_x:
-            grad_x = (inside if scale is None else inside / scale).sum_to_size(ctx.shape).to(ctx.dtype)
+        needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
+        grad_x = grad_lo = grad_hi = grad_scale = grad_shift = None
+        if needs_x or needs_shift:
+            moved = inside if scale is None else inside / scale
+            grad_x = moved.sum_to_size(ctx.shape).to(ctx.dtype) if needs_x else None
+            grad_shift = -moved.sum_to_size(shift.shape).to(shift.dtype) if needs_shift else None
         if needs_lo or needs_hi:
             clipped = grad - inside
             rounding = (position.round() - position).mul_(inside).div_(qmax)
@@ -251,4 +258,4 @@ class _FakeQuantize(torch.autograd.Function):
         if needs_scale:
             scaled = (position * step_size(lo, hi, ctx.bits)).add_(lo)
             grad_scale = (-inside * scaled / scale).sum_to_size(scale.shape).to(scale.dtype)
-        return grad_x, grad_lo, grad_hi, None, grad_scale
+        return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift

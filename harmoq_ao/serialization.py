@@ -35,14 +35,14 @@ from harmoq_ao.convert import QuantizedModel, finalize, replace_sites
 from harmoq_ao.errors import ConfigError, OutputError, SavedModelError
 from harmoq_ao.modules.prepared import PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, empty_site
-from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_joint_scale
+from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_joint_scale, wants_joint_shift
 from harmoq_ao.report import prepared_report
 from harmoq_ao.zoo import build_architecture
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "harmoq-ao"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _CONFIG = "config.json"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _LEFTOVER = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")
@@ -461,7 +461,8 @@ def _empty_model(prepared: PreparedModel) -> QuantizedModel:
 
     def make(module: PreparedSite) -> QuantizedSite:
         settings = prepared.settings(module.site)
-        return empty_site(module, settings, wants_joint_scale(module.site, settings))
+        joint = wants_joint_scale(module.site, settings), wants_joint_shift(module.site, settings)
+        return empty_site(module, settings, *joint)
 
     replace_sites(prepared.model, make)
     quantized = QuantizedModel(prepared.model, prepared.config, rows, prepared.example_shapes, prepared.traits)

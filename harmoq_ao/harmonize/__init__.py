@@ -12,6 +12,7 @@ from harmoq_ao.harmonize.hso import (
     scalar_scale,
     search_exponent,
 )
+from harmoq_ao.harmonize.shift import joint_shift
 
 __all__ = [
     "EXPONENTS",
@@ -19,6 +20,7 @@ __all__ = [
     "ScaleChoice",
     "compound_error",
     "joint_scale",
+    "joint_shift",
     "pair_scale",
     "power_scale",
     "quantized_operand",

@@ -115,7 +115,7 @@ class PackedLinear:
         outer: `[N]`, what one unit of a token's code sum adds to its outputs, or None where the codes absorb it.
         total: `[N]`, what one unit of the activation's lower bound adds to each output.
         reciprocal: What the input is multiplied by: a number, or `[K]` with a joint scale; None if neither is needed.
-        offset: What is added then (static bounds only).
+        offset: What is added then (static bounds only): a number, or `[K]` with a joint shift.
     """
 
     operands: LinearOperands
@@ -123,7 +123,7 @@ class PackedLinear:
     outer: Tensor | None
     total: Tensor
     reciprocal: float | Tensor | None
-    offset: float
+    offset: float | Tensor
 
 
 def pack_linear(operands: LinearOperands) -> PackedLinear:
@@ -136,7 +136,8 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
         raise KernelError("The oneDNN path is for CPUs", found=operands.weight.device, expected="cpu")
     codes, factor = effective_codes(operands.weight, operands.weight_shift)
     total = reference.weight_total(operands.weight, operands.weight_scale, operands.weight_shift)
-    scale, bias, reciprocal, offset = operands.weight_scale, None, None, 0.0
+    scale, bias, reciprocal = operands.weight_scale, None, None
+    offset: float | Tensor = 0.0
     if operands.act is not None:
         if operands.act.step.numel() != 1 or operands.act.lower.numel() != 1:
             raise KernelError(
@@ -148,9 +149,9 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
         lower, step = operands.act.lower.reshape(()), operands.act.step.reshape(())
         bias = reference.fold_bias(total, lower, operands.bias)
         scale = scale * step
-        factors, offsets = reference.static_qparams(operands.act, operands.joint_scale)
+        factors, offsets = reference.static_qparams(operands.act, operands.joint_scale, operands.joint_shift)
         reciprocal = factors.item() if operands.joint_scale is None else factors.reshape(-1)
-        offset = offsets.item()
+        offset = offsets.item() if operands.joint_shift is None else offsets.reshape(-1)
     elif operands.joint_scale is not None:
         reciprocal = operands.joint_scale.reciprocal()
     outer = None if factor else scale * operands.weight_shift

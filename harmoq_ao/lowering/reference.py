@@ -60,6 +60,8 @@ class LinearOperands:
         act: Static bounds of the activation (0-d), or None for one pair of bounds per token, taken from the token.
         joint_scale: `[K]` float32 that divides the input channel by channel, or None for ones. The weight codes
             already include it (they are codes of ``W * joint_scale``).
+        joint_shift: `[K]` float32 that is taken from the input first, or None for zeros; only with static bounds. The
+            bias already gives it back.
     """
 
     weight: Tensor
@@ -69,6 +71,7 @@ class LinearOperands:
     act_bits: int
     act: Affine | None = None
     joint_scale: Tensor | None = None
+    joint_shift: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.weight.dtype != torch.int8 or self.weight.numel() == 0:
@@ -78,7 +81,8 @@ class LinearOperands:
                 expected="torch.int8 [N, K], not empty",
             )
         rows, columns = self.weight.shape
-        vectors = {"weight_scale": rows, "weight_shift": rows, "bias": rows, "joint_scale": columns}
+        vectors = {"weight_scale": rows, "weight_shift": rows, "bias": rows}
+        vectors |= {"joint_scale": columns, "joint_shift": columns}
         for name, length in vectors.items():
             value = getattr(self, name)
             if value is not None and (value.shape != (length,) or value.dtype != torch.float32):
@@ -89,6 +93,10 @@ class LinearOperands:
                 )
         if self.act is not None and self.act.bits != self.act_bits:
             raise KernelError("Two widths for one activation", found=(self.act.bits, self.act_bits), expected="one")
+        if self.act is None and self.joint_shift is not None:
+            raise KernelError(
+                "A joint shift needs static bounds", found="bounds per token", expected="joint_shift=None"
+            )
 
 
 @dataclass(frozen=True)
@@ -146,10 +154,13 @@ def nan_error() -> InputError:
     )
 
 
-def static_qparams(act: Affine, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Reciprocal (`[K]` with a joint scale, else the shape of ``act.step``) and offset for `quantize_codes`."""
+def static_qparams(
+    act: Affine, joint_scale: Tensor | None = None, joint_shift: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Reciprocal and offset for `quantize_codes`: `[K]` where a joint vector enters, else the shape of ``act.step``."""
     step = act.step if joint_scale is None else act.step * joint_scale
-    return step.reciprocal(), -act.lower / act.step
+    factor, offset = step.reciprocal(), -act.lower / act.step
+    return factor, offset if joint_shift is None else offset - joint_shift * factor
 
 
 def dynamic_qparams(x: Tensor, axis: int | tuple[int, ...], bits: int) -> tuple[Tensor, Tensor]:
@@ -373,7 +384,7 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
         qx, act = quantize_dynamic(x, -1, operands.act_bits, operands.joint_scale)
     else:
         act = operands.act
-        qx = quantize_codes(x, *static_qparams(act, operands.joint_scale), act.bits)
+        qx = quantize_codes(x, *static_qparams(act, operands.joint_scale, operands.joint_shift), act.bits)
     total = weight_total(operands.weight, operands.weight_scale, operands.weight_shift)
     y = linear_epilogue(
         linear_accumulate(qx, operands.weight),

@@ -42,12 +42,15 @@ class PreparedSite(nn.Module):
         right: Fake-quantizer of the weight (of the right operand), or None.
         joint_scale: `[K]` vector that divides the left operand and multiplies the right one along the contracted axis,
             or None for ones.
+        joint_shift: `[K]` vector that is taken from the left operand of a linear before it is divided, and given back
+            through the bias, or None for zeros.
     """
 
     site: Site
     left: HarmoqFakeQuantize | None
     right: HarmoqFakeQuantize | None
     joint_scale: nn.Parameter | None
+    joint_shift: nn.Parameter | None
 
     def attach(self, left: HarmoqFakeQuantize | None, right: HarmoqFakeQuantize | None) -> None:
         """Install the fake-quantizers; the site is left in float with none."""
@@ -58,6 +61,10 @@ class PreparedSite(nn.Module):
         """Fix the joint scale `[K]`, or remove it."""
         self.joint_scale = None if scale is None else nn.Parameter(scale.detach().clone().float(), requires_grad=False)
 
+    def set_joint_shift(self, shift: Tensor | None) -> None:
+        """Fix the joint shift `[K]`, or remove it."""
+        self.joint_shift = None if shift is None else nn.Parameter(shift.detach().clone().float(), requires_grad=False)
+
     def quantizers(self) -> list[HarmoqFakeQuantize]:
         """The fake-quantizers that are there."""
         return [q for q in (self.left, self.right) if q is not None]
@@ -67,6 +74,7 @@ class PreparedSite(nn.Module):
         self.left = None
         self.right = None
         self.register_parameter("joint_scale", None)
+        self.register_parameter("joint_shift", None)
 
     def _observe(self, left: Tensor, right: Tensor | None = None) -> None:
         if getattr(_state, "quiet", False):
@@ -80,12 +88,19 @@ class PreparedSite(nn.Module):
     def _active(self) -> bool:
         return not getattr(_state, "quiet", False) and any(q.active for q in self.quantizers())
 
-    def _rounded(self, quantizer: HarmoqFakeQuantize | None, operand: Tensor, scale: Tensor | None) -> Tensor:
+    def _rounded(
+        self,
+        quantizer: HarmoqFakeQuantize | None,
+        operand: Tensor,
+        scale: Tensor | None,
+        shift: Tensor | None = None,
+    ) -> Tensor:
         """Operand through its fake-quantizer, in the scaled domain, whether that rounds or not."""
         if quantizer is not None and quantizer.active:
-            rounded: Tensor = quantizer(operand, scale)
+            rounded: Tensor = quantizer(operand, scale, shift)
             return rounded
-        return operand if scale is None else operand / scale
+        centred = operand if shift is None else operand - shift
+        return centred if scale is None else centred / scale
 
 
 class PreparedLinear(nn.Linear, PreparedSite):
@@ -106,9 +121,16 @@ class PreparedLinear(nn.Linear, PreparedSite):
         if not self._active():
             self._observe(input)
             return F.linear(input, self.weight, bias)
-        x = self._rounded(self.left, input, self.joint_scale)
+        x = self._rounded(self.left, input, self.joint_scale, self.joint_shift)
         inverse = None if self.joint_scale is None else 1.0 / self.joint_scale
-        return F.linear(x, self._rounded(self.right, self.weight, inverse), bias)
+        return F.linear(x, self._rounded(self.right, self.weight, inverse), self._shifted(bias))
+
+    def _shifted(self, bias: Tensor | None) -> Tensor | None:
+        """``b + W z``: what the joint shift takes from the input comes back through the bias, unrounded."""
+        if self.joint_shift is None:
+            return bias
+        constant = self.weight @ self.joint_shift.to(self.weight)
+        return constant if bias is None else bias + constant
 
 
 class PreparedConv2d(nn.Conv2d, PreparedSite):

@@ -139,22 +139,29 @@ class WeightedSite(QuantizedSite):
 class QuantizedLinear(WeightedSite):
     """``F.linear`` on integer codes.
 
-    ``joint_scale`` is float32 `[K]` or None; the weight codes already include it.
+    ``joint_scale`` is float32 `[K]` or None; the weight codes already include it. So is ``joint_shift``, which the bias
+    already gives back.
 
     Args:
         site: The site; its shape is ``(N, K)``.
         settings: Quantizers.
         bias: Whether a bias belongs to the site.
         joint_scale: Whether a joint scale belongs to the site.
+        joint_shift: Whether a joint shift does; then it has a bias in any case.
     """
 
-    def __init__(self, site: Site, settings: SiteSettings, bias: bool, joint_scale: bool) -> None:
+    joint_shift: Tensor | None
+
+    def __init__(
+        self, site: Site, settings: SiteSettings, bias: bool, joint_scale: bool, joint_shift: bool = False
+    ) -> None:
         super().__init__()
         self._init_site(site, settings)
         rows, columns = site.shape
         self._register_weight(rows, columns)
-        self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("bias", torch.zeros(rows) if bias or joint_shift else None)
         self.register_buffer("joint_scale", torch.ones(columns) if joint_scale else None)
+        self.register_buffer("joint_shift", torch.zeros(columns) if joint_shift else None)
         static = settings.act.enabled and not settings.act.dynamic
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if static else None)
 
@@ -168,11 +175,15 @@ class QuantizedLinear(WeightedSite):
             stored: Rounds a float tensor to what a saved model can hold.
         """
         scale = None if prepared.joint_scale is None else stored(prepared.joint_scale.detach())
-        self = cls(prepared.site, settings, prepared.bias is not None, scale is not None)
+        shift = None if prepared.joint_shift is None else stored(prepared.joint_shift.detach())
+        self = cls(prepared.site, settings, prepared.bias is not None, scale is not None, shift is not None)
         weight = prepared.weight.detach().float()
         self._fill_weight(weight if scale is None else weight * scale, prepared, stored)
         if self.bias is not None:
-            self.bias.copy_(stored(prepared.bias.detach().float()))
+            bias = 0.0 if prepared.bias is None else prepared.bias.detach().float()
+            self.bias.copy_(stored(bias + (0.0 if shift is None else weight @ shift)))
+        if self.joint_shift is not None and shift is not None:
+            self.joint_shift.copy_(shift)
         if self.joint_scale is not None and scale is not None:
             self.joint_scale.copy_(scale)
         if self.act_bounds is not None and prepared.left is not None:
@@ -200,6 +211,7 @@ class QuantizedLinear(WeightedSite):
                 self.settings.act.bits,
                 act,
                 self.joint_scale,
+                self.joint_shift,
             )
         operands: LinearOperands = self._derived["operands"]
         return operands
@@ -385,10 +397,10 @@ def quantize_site(prepared: PreparedSite, settings: SiteSettings, stored: Roundi
     return QuantizedMatmul.from_prepared(prepared, settings, stored)
 
 
-def empty_site(prepared: PreparedSite, settings: SiteSettings, joint_scale: bool) -> QuantizedSite:
+def empty_site(prepared: PreparedSite, settings: SiteSettings, joint_scale: bool, joint_shift: bool) -> QuantizedSite:
     """A quantized module of the right shapes, whose tensors are yet to be loaded."""
     if isinstance(prepared, PreparedLinear):
-        return QuantizedLinear(prepared.site, settings, prepared.bias is not None, joint_scale)
+        return QuantizedLinear(prepared.site, settings, prepared.bias is not None, joint_scale, joint_shift)
     if isinstance(prepared, PreparedConv2d):
         return QuantizedConv2d(prepared.site, settings, prepared.bias is not None, conv_geometry(prepared))
     assert isinstance(prepared, PreparedMatmul)

@@ -1,0 +1,57 @@
+"""How much harmonization: settings by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from harmoq_ao.errors import ConfigError
+from harmoq_ao.harmonize.algorithm import AlgorithmSettings
+from harmoq_ao.harmonize.refine import RefineSettings
+
+
+@dataclass(frozen=True)
+class HarmonizeSettings:
+    """What harmonization does.
+
+    Args:
+        algorithm: Algorithm 1, or None to leave it out.
+        refine: Refinement, or None to leave it out.
+        crops: Calibration crops it is meant for.
+        crop_size: Their side in low-resolution pixels.
+        held_out: Crops of other images that choose the state to keep.
+    """
+
+    algorithm: AlgorithmSettings | None = field(default_factory=AlgorithmSettings)
+    refine: RefineSettings | None = field(default_factory=RefineSettings)
+    crops: int = 32
+    crop_size: int = 64
+    held_out: int = 8
+
+    @property
+    def steps(self) -> int:
+        """Gradient steps of the refinement."""
+        return 0 if self.refine is None else self.refine.steps
+
+
+PRESETS: dict[str, HarmonizeSettings] = {
+    "none": HarmonizeSettings(None, None),
+    "fast": HarmonizeSettings(AlgorithmSettings(images=4), RefineSettings(steps=100, checks=4)),
+    "standard": HarmonizeSettings(refine=RefineSettings(steps=600, checks=12), crops=128),
+    "best": HarmonizeSettings(
+        refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
+        crops=400,
+        held_out=16,
+    ),
+}
+"""`none`: calibration only. `fast`: minutes on two CPU cores. `standard`: tens of minutes. `best`: for a GPU."""
+
+
+def preset(name: str) -> HarmonizeSettings:
+    """Settings of that name.
+
+    Raises:
+        ConfigError: There are none.
+    """
+    if name not in PRESETS:
+        raise ConfigError("Unknown preset", found=name, expected=", ".join(PRESETS))
+    return PRESETS[name]

@@ -1,0 +1,215 @@
+"""Refinement: what it learns, that it helps on images it has not seen, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import harmoq_ao as h
+from harmoq_ao.config import Profile
+from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
+from harmoq_ao.harmonize import refine as refine_module
+from harmoq_ao.harmonize.learner import Learner, Rates
+from harmoq_ao.harmonize.reference import float_reference
+from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, held_out_psnr, refine, sample_order
+from harmoq_ao.harmonize.stages import capture_stage, find_stages
+from harmoq_ao.modules.prepared import PreparedLinear
+from tests.models import build, calibrated, images
+
+W3A3 = h.HarmoqConfig(3, 3, profile="paper")
+QUICK = RefineSettings(steps=12, checks=3, warm_up=1)
+
+
+def crops(count: int, seed: int = 5) -> list[Tensor]:
+    return [image[0] for image in images(count, (16, 16), seed)]
+
+
+def fidelity(prepared: h.PreparedModel, held_out: list[Tensor]) -> float:
+    reference = float_reference(prepared)
+    with torch.no_grad():
+        targets = [(image, reference(image[None])) for image in held_out]
+    return held_out_psnr(prepared, targets, torch.zeros(()))
+
+
+def test_the_reference_is_the_float_network_whatever_happens_to_the_weights() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    image = images(1)[0]
+    with torch.no_grad():
+        expected = build("DAT/light")(image)
+        reference = float_reference(prepared)
+        for site in prepared.sites():
+            if isinstance(site, PreparedLinear):
+                site.weight.add_(1.0)
+        assert torch.equal(reference(image), expected)
+        assert torch.equal(reference(images(1, (24, 40))[0]), build("DAT/light")(images(1, (24, 40))[0]))
+    assert float_reference(prepared) is reference
+
+
+@pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT"])
+def test_stages_are_the_transformer_blocks(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    stages = find_stages(prepared)
+    assert len(stages) >= 2
+    assert len({type(s.module).__name__ for s in stages}) == 1
+    seen = [id(site) for stage in stages for site in stage.sites]
+    assert len(seen) == len(set(seen))
+    assert all(len({site.site.kind for site in stage.sites}) == 2 for stage in stages)
+
+
+def test_a_captured_call_reproduces_the_stage() -> None:
+    prepared = calibrated("SwinIR/light", W3A3)
+    stage = find_stages(prepared)[1]
+    for call in capture_stage(prepared, stage.name, images(2)):
+        with torch.no_grad():
+            assert torch.equal(stage.module(*call.args, **call.kwargs), call.output)
+
+
+@pytest.mark.parametrize("name", ["HAT", "SwinIR/light"])
+def test_refinement_brings_unseen_images_closer_to_the_float_network(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    held_out, unseen = crops(2, 90), crops(3, 70)
+    before, flags = fidelity(prepared, unseen), [p.requires_grad for p in prepared.parameters()]
+    trace = refine(prepared, crops(6), replace(QUICK, steps=30), held_out=held_out)
+    assert fidelity(prepared, unseen) > before + 0.3
+    assert len(trace.losses) == 30
+    assert trace.held_out[0][0] == 0
+    best = max(psnr for _, psnr in trace.held_out)
+    assert fidelity(prepared, held_out) == pytest.approx(best, abs=1e-3)
+    assert [p.requires_grad for p in prepared.parameters()] == flags
+
+
+def test_a_state_that_is_worse_on_held_out_images_is_not_kept() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = copy.deepcopy(prepared.state_dict())
+    destructive = replace(QUICK, rates=Rates(bounds=5.0, scales=5.0, weights=50.0), warm_up=0)
+    trace = refine(prepared, crops(2), destructive, held_out=crops(1, 9))
+    assert trace.best_step == 0
+    for key, value in prepared.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rates", "kinds"),
+    [
+        (Rates(5e-3, 0, 0), {"upper", "lower"}),
+        (Rates(0, 5e-3, 0), {"log_scale", "joint_shift"}),
+        (Rates(0, 0, 1e-2), {"weight", "bias"}),
+        (Rates(0, 0, 0, 0), set()),
+    ],
+)
+def test_only_what_has_a_rate_changes(rates: Rates, kinds: set[str]) -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = {name: p.clone() for name, p in prepared.named_parameters()}
+    refine(prepared, crops(2), replace(QUICK, steps=2, rates=rates))
+    changed = {name for name, p in prepared.named_parameters() if not torch.equal(p, before[name])}
+    suffixes = {name.rpartition(".")[2].replace("joint_scale", "log_scale") for name in changed}
+    assert suffixes == kinds
+    sites = tuple(f"model.{site.site.path}." for site in prepared.sites())
+    assert all(name.startswith(sites) for name in changed)
+
+
+def test_the_rest_is_learned_only_when_asked_for() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = {name: p.clone() for name, p in prepared.named_parameters()}
+    refine(prepared, crops(2), replace(QUICK, steps=2, rates=Rates(0, 0, 0, 1e-2)))
+    changed = {name for name, p in prepared.named_parameters() if not torch.equal(p, before[name])}
+    sites = tuple(f"model.{site.site.path}." for site in prepared.sites())
+    assert changed
+    assert not any(name.startswith(sites) for name in changed)
+
+
+@pytest.mark.parametrize(("bits", "profile"), [(4, "deploy"), (8, "deploy"), (2, "paper")])
+def test_a_refined_model_converts_and_computes_the_same(bits: int, profile: Profile) -> None:
+    config = h.HarmoqConfig(bits, bits, profile=profile, storage_dtype="float32")
+    prepared = calibrated("SwinIR/light", config)
+    refine(prepared, crops(2), replace(QUICK, steps=3))
+    image = images(1, (20, 28))[0]
+    with torch.no_grad():
+        simulated, integer = prepared(image), h.convert_harmoq(prepared)(image)
+        exact = float_reference(prepared)(image)
+    assert (simulated - integer).square().mean() < 1e-3 * (simulated - exact).square().mean()
+
+
+def test_it_is_deterministic_and_recomputing_changes_nothing() -> None:
+    results = []
+    for settings in (QUICK, QUICK, replace(QUICK, recompute=True)):
+        prepared = calibrated("DAT/light", W3A3)
+        refine(prepared, crops(3), replace(settings, steps=4))
+        results.append(prepared.state_dict())
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = calibrated("DAT/light", W3A3)
+    expected = refine(whole, crops(3), QUICK, held_out=crops(1, 9))
+    state = tmp_path / "progress.safetensors"
+    step, count = Learner.step, 0
+
+    def dies(self: Learner, loss: Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count == 7:
+            raise _KilledError
+        step(self, loss)
+
+    monkeypatch.setattr(Learner, "step", dies)
+    with pytest.raises(_KilledError):
+        refine(calibrated("DAT/light", W3A3), crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
+    assert state.exists()
+    resumed = calibrated("DAT/light", W3A3)
+    trace = refine(resumed, crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
+    assert count == 7 + 12 - 4, "it goes on from step 4"
+    assert trace == expected
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_checkpoint_of_other_work_or_damaged_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "progress.safetensors"
+    refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
+    with pytest.raises(CheckpointError, match="other work"):
+        refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=3), checkpoint=state)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="no progress file"):
+        refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
+
+
+def test_unusable_input_is_refused() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    with pytest.raises(CalibrationError, match="nothing to refine on"):
+        refine(prepared, [])
+    with pytest.raises(CalibrationError, match="one size"):
+        refine(prepared, [torch.rand(3, 16, 16), torch.rand(3, 24, 24)])
+    with pytest.raises(CalibrationError, match="not finite"):
+        refine(prepared, crops(1), replace(QUICK, rates=Rates(0, 0, 1e30), warm_up=0))
+    for wrong in ({"steps": 0}, {"batch_size": 0}, {"precision": "float8"}, {"feature_weight": -1.0}):
+        with pytest.raises(ConfigError):
+            replace(QUICK, **wrong)
+    with pytest.raises(ConfigError):
+        Rates(bounds=-1.0)
+
+
+def test_every_epoch_sees_every_crop_once() -> None:
+    chosen = [sample_order(7, 3, position)[0] for position in range(21)]
+    assert all(sorted(chosen[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
+    assert chosen[:7] != chosen[7:14]
+    assert {sample_order(50, 0, p)[1] for p in range(50)} == set(range(8))
+    assert sample_order(7, 3, 9) == sample_order(7, 3, 9)
+    crop = torch.arange(3 * 4 * 4.0).reshape(3, 4, 4)
+    turned = {tuple(refine_module.mirrored(crop, turn).flatten().tolist()) for turn in range(8)}
+    assert len(turned) == 8
+
+
+def test_the_trace_survives_json() -> None:
+    trace = RefineTrace([0.5, 0.25], [(0, 30.0), (2, 31.0)], 2)
+    assert RefineTrace.from_dict(trace.to_dict()) == trace
