@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -23,16 +23,28 @@ from rich.table import Table
 from typer.core import TyperGroup
 
 from harmoq_ao import __version__
-from harmoq_ao.calibrate import calibrate
 from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRule
 from harmoq_ao.convert import convert_harmoq
-from harmoq_ao.data import CalibrationCrops, ImagePair, atomic_write, list_images, load_image, load_pairs, save_image
+from harmoq_ao.data import (
+    CalibrationCrops,
+    ImagePair,
+    atomic_write,
+    list_images,
+    load_image,
+    load_pairs,
+    luma,
+    save_image,
+    split_photographs,
+)
 from harmoq_ao.data.images import WRITABLE
 from harmoq_ao.errors import ConfigError, DatasetError, HarmoqError, OutputError
 from harmoq_ao.evaluation import EvaluationTable, evaluate
+from harmoq_ao.harmonize.presets import PRESETS
+from harmoq_ao.harmonize.presets import preset as preset_of
+from harmoq_ao.methods import METHODS, check_method, prepare_with
 from harmoq_ao.metrics import bicubic_upscale
 from harmoq_ao.prepare import prepare_harmoq
-from harmoq_ao.progress import progress_bar
+from harmoq_ao.progress import progress_bar, track
 from harmoq_ao.report import Report, SiteRow
 from harmoq_ao.serialization import float_bytes, folder_bytes, load_quantized, save_quantized
 from harmoq_ao.tiling import Model
@@ -132,7 +144,7 @@ def demo(
         "demo_output"
     ),
 ) -> None:
-    """Quantize a pretrained DAT-light x2 to W8A8 and W4A4, compare, and write a picture."""
+    """Quantize a pretrained DAT-light x2 to 8 and 4 bits, with MinMax and DOBI beside HarmoQ, and write a picture."""
     from harmoq_ao.recipes.demo import run_demo  # matplotlib and the recipes are needed here only
 
     run_demo(output, console=out)
@@ -156,7 +168,12 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins.")
     ] = None,
-    crops: Annotated[int, typer.Option(min=1, help="Number of calibration crops.")] = 32,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "harmoq",
+    preset: Annotated[
+        str,
+        typer.Option(help=f"How much optimisation: {', '.join(PRESETS)}; auto is none at 8 bits and fast below."),
+    ] = "auto",
+    crops: Annotated[int | None, typer.Option(min=1, help="Number of calibration crops; the preset's choice.")] = None,
     crop_size: Annotated[int, typer.Option(min=8, help="Side of a crop in low-resolution pixels.")] = 64,
     downscale: Annotated[
         bool,
@@ -179,40 +196,49 @@ def quantize(
         rules=tuple(map(parse_rule, rule or ())),
         seed=seed,
     )
+    check_method(method)
+    chosen = _preset_for(preset, weight_bits, act_bits)
+    settings = preset_of(chosen)
     photographs = list_images(calibration, recursive=True)
     loaded = open_float(checkpoint)
+    learned, held_out = split_photographs(photographs, seed)
     factor = loaded.scale if downscale else 1
-    data = CalibrationCrops(photographs, crop_size, crops, factor, seed)
-    with err.status(f"Finding the sites of {loaded.architecture}"):
-        prepared = prepare_harmoq(loaded, config)
-    calibrate(prepared, data if loaded.input_channels == 3 else _OneChannel(data))
+    cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
+    progress = output.with_name(f"{output.name}.progress.safetensors")
+    prepared = prepare_with(
+        method,
+        loaded,
+        cut(learned, crops or settings.crops),
+        config,
+        preset=chosen,
+        held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
+        checkpoint=progress,
+    )
     with err.status("Converting to integers"):
         quantized = convert_harmoq(prepared, float_dtype=float_dtype.torch)
     save_quantized(quantized, output)
+    progress.unlink(missing_ok=True)
     report = quantized.report()
     size, reference = folder_bytes(output), float_bytes(loaded.model)
     out.print(
-        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, W{weight_bits}A{act_bits}, {profile}"
+        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, W{weight_bits}A{act_bits}, {profile}, "
+        f"{method}, {chosen}"
     )
     out.print(_summary(report), highlight=False)
     out.print(f"{size:,} bytes, {reference / size:.2f}x smaller than {reference:,} bytes of float32", highlight=False)
 
 
-class _OneChannel:
-    """Crops of photographs for a model of one channel: their luma."""
+def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:
+    """`auto`: 8 bits lose nothing that optimisation could win back."""
+    if preset != "auto":
+        return preset
+    return "none" if min(weight_bits, act_bits) >= 8 else "fast"
 
-    def __init__(self, crops: CalibrationCrops) -> None:
-        self._crops = crops
-        self._weights = torch.tensor([0.299, 0.587, 0.114])[:, None, None]
 
-    def __len__(self) -> int:
-        return len(self._crops)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return map(self.__getitem__, range(len(self)))
-
-    def __getitem__(self, index: int) -> torch.Tensor:
-        return (self._crops[index] * self._weights).sum(0, keepdim=True)
+def _crops(photographs: Sequence[Path], count: int, *, loaded: Any, size: int, factor: int, seed: int) -> list[Any]:
+    """Crops for a model; for one of a single channel their luma."""
+    cut = CalibrationCrops(photographs, size, count, factor, seed)
+    return [crop if loaded.input_channels == 3 else luma(crop) for crop in track(cut, "Cutting crops")]
 
 
 def parse_rule(text: str) -> SiteRule:

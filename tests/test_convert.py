@@ -149,7 +149,9 @@ def test_accumulators_of_both_paths_are_equal_bit_for_bit(bits: int, profile: An
             if act is None:
                 slow, _ = reference.quantize_dynamic(inputs[0], -1, operands.act_bits, operands.joint_scale)
             else:
-                slow = reference.quantize_codes(inputs[0], *reference.static_qparams(act, operands.joint_scale), bits)
+                slow = reference.quantize_codes(
+                    inputs[0], *reference.static_qparams(act, operands.joint_scale, operands.joint_shift), bits
+                )
             slow = slow.reshape(fast.shape)
             assert torch.equal(fast, slow)
             assert int(fast.max()) < 1 << bits

@@ -7,7 +7,9 @@ from harmoq_ao.data.crops import (
     ImageColumn,
     as_record,
     from_hf_dataset,
+    luma,
     skimage_photographs,
+    split_photographs,
 )
 from harmoq_ao.data.folders import IMAGE_SUFFIXES, ImagePair, list_images, load_pairs
 from harmoq_ao.data.images import (
@@ -43,6 +45,8 @@ __all__ = [
     "list_images",
     "load_image",
     "load_pairs",
+    "luma",
     "save_image",
     "skimage_photographs",
+    "split_photographs",
 ]

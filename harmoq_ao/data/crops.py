@@ -27,6 +27,10 @@ from harmoq_ao.errors import CalibrationError, ConfigError, DatasetError, ImageE
 ImageSource = str | Path | npt.NDArray[Any] | torch.Tensor | Image.Image | ImageRecord
 """A file, an array as in `image_from_array`, a tensor `[3, H, W]` in 0..1, a Pillow image, or a record."""
 
+HELD_OUT_SHARE = 10
+"""Of so many photographs one is kept aside to choose between states."""
+_LUMA = (0.299, 0.587, 0.114)
+
 CALIBRATION_PHOTOGRAPHS = (
     "coffee.png",
     "motorcycle_left.png",
@@ -298,3 +302,22 @@ def _is_image(cell: Any) -> bool:
     if isinstance(cell, np.ndarray | torch.Tensor):
         return cell.ndim in (2, 3)
     return isinstance(cell, Image.Image | ImageRecord | Path) or (isinstance(cell, Mapping) and "bytes" in cell)
+
+
+def split_photographs(files: Sequence[Path], seed: int = 0) -> tuple[list[Path], list[Path]]:
+    """Photographs to learn from, and one in ten, at least one, kept aside; a single one is not split.
+
+    Args:
+        files: Photographs, in any order that is always the same.
+        seed: Of the choice.
+    """
+    if len(files) < 2:
+        return list(files), []
+    order = [files[int(index)] for index in np.random.default_rng(seed).permutation(len(files))]
+    kept = max(1, len(files) // HELD_OUT_SHARE)
+    return sorted(order[kept:]), sorted(order[:kept])
+
+
+def luma(crop: torch.Tensor) -> torch.Tensor:
+    """BT.601 luma `[1, H, W]` of `[3, H, W]`, full range, for models of one channel."""
+    return (crop * crop.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)

@@ -17,7 +17,7 @@ import harmoq_ao as h
 from harmoq_ao.serialization import folder_bytes
 from harmoq_ao.zoo import LoadedModel
 from recipes.architectures import ARCHITECTURES
-from recipes.demo import busiest_square, evaluation_images, quick, run_demo
+from recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 
@@ -45,13 +45,13 @@ def test_a_small_run(tmp_path: Path) -> None:
         lambda: LoadedModel(entry.build(), "SwinIR", 2, 3, 3),
         Console(file=text, width=160),
     )
-    assert [row.name for row in rows] == ["float", "bicubic", "W8A8", "W4A4"]
+    assert [row.name for row in rows] == ["float", "bicubic", *(v.name for v in VARIANTS)]
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     for row, stored in zip(rows, results["rows"], strict=True):
         assert stored["psnr_y"] == row.psnr_y
         assert f"{row.psnr_y:.3f}" in text.getvalue()
-    for row in rows[2:]:
-        folder = tmp_path / "out" / f"swinir-x2-{row.name.lower()}"
+    for row, variant in zip(rows[2:], VARIANTS, strict=True):
+        folder = tmp_path / "out" / f"swinir-x2-{variant.slug}"
         assert row.bytes == folder_bytes(folder)
         report = h.load_quantized(folder).report()
         assert row.quantized == sum(site.quantized for site in report.sites)
