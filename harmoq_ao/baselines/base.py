@@ -1,0 +1,144 @@
+"""What a baseline is, and what several of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.calibrate import calibrate
+from harmoq_ao.config import HarmoqConfig, Observer
+from harmoq_ao.errors import ConfigError
+from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
+from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.quantizer import Scheme
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a method that learns may spend.
+
+    Args:
+        steps: Gradient steps of the whole network.
+        batch_size: Images of a step.
+        crop_size: Side of these images, cut from the crops at random places; None takes whole crops.
+        seed: Of the order of the crops and of what is cut from them.
+        show_progress: Show progress bars; by default where standard error is a terminal.
+
+    Raises:
+        ConfigError: A number is out of range.
+    """
+
+    steps: int
+    batch_size: int = 1
+    crop_size: int | None = None
+    seed: int = 0
+    show_progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        side = 1 if self.crop_size is None else self.crop_size
+        if self.steps < 0 or self.batch_size < 1 or side < 1 or self.seed < 0:
+            raise ConfigError(
+                "The budget of a baseline is out of range",
+                found=f"{self.steps} steps of {self.batch_size} images of side {self.crop_size}, seed {self.seed}",
+                expected="no negative number, at least one image, at least one pixel",
+            )
+
+
+class Baseline:
+    """A published method on the same sites, quantizers and images as HarmoQ.
+
+    A method overrides :meth:`settle`, :meth:`learn`, or neither.
+
+    Attributes:
+        name: Word that selects it on the command line.
+        title: Name in tables.
+        observer: How its static bounds are found, before :meth:`settle` changes them and anything is learned.
+        learns: Whether it takes gradient steps.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    observer: ClassVar[Observer]
+    learns: ClassVar[bool] = False
+
+    def configure(self, config: HarmoqConfig) -> HarmoqConfig:
+        """`config` with this method's observer and no joint scales or shifts, HarmoQ's own; the rest stays."""
+        rules = tuple(replace(rule, joint_scale=None) for rule in config.rules)
+        return replace(config, observer=self.observer, joint_scale="none", joint_shift=False, rules=rules)
+
+    def apply(
+        self,
+        prepared: PreparedModel,
+        crops: Sequence[Tensor],
+        *,
+        steps: int,
+        batch_size: int = 1,
+        crop_size: int | None = None,
+        seed: int = 0,
+        show_progress: bool | None = None,
+    ) -> None:
+        """Calibrate, settle, learn: afterwards `prepared` is ready for :func:`~harmoq_ao.convert.convert_harmoq`.
+
+        Args:
+            prepared: From ``prepare_harmoq(model, self.configure(config))``, not calibrated; changed in place.
+            crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
+            steps: Budget of a method that learns, in gradient steps of the whole network; 0 only calibrates.
+            batch_size: Images of a step.
+            crop_size: Side of these images, cut from the crops; None takes whole crops.
+            seed: Of the order of the crops and of what is cut from them.
+            show_progress: Show progress bars; by default where standard error is a terminal.
+
+        Raises:
+            CalibrationError: No crops, or a site that none of them reaches.
+            ConfigError: A budget out of range.
+        """
+        budget = Budget(steps, batch_size, crop_size, seed, show_progress)
+        calibrate(prepared, crops, show_progress=show_progress)
+        self.settle(prepared)
+        if self.learns and steps > 0:
+            self.learn(prepared, crops, budget)
+
+    def settle(self, prepared: PreparedModel) -> None:
+        """Change the bounds or bits of a calibrated model by rule; as it comes, nothing."""
+
+    def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
+        """Take gradient steps, if the method :attr:`learns`."""
+
+
+def activation_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
+    """Quantizers of activations with bounds of their own (not dynamic): inputs, and both operands of products."""
+    found = []
+    for site in prepared.sites():
+        weighted = isinstance(site, (PreparedLinear, PreparedConv2d))
+        found += [q for q in (site.left, None if weighted else site.right) if q is not None and not q.spec.dynamic]
+    return found
+
+
+def weight_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
+    """Quantizers of the weights of linear layers and convolutions."""
+    sites = [s for s in prepared.sites() if isinstance(s, (PreparedLinear, PreparedConv2d))]
+    return [site.right for site in sites if site.right is not None]
+
+
+@torch.no_grad()
+def minmax_weights(prepared: PreparedModel) -> None:
+    """Bounds of every weight quantizer at the largest magnitude of each row.
+
+    At 8 bits zero is a level, the codes are -128 to 127, and the largest positive value may lose half a step.
+    """
+    for site in prepared.sites():
+        if not isinstance(site, (PreparedLinear, PreparedConv2d)) or site.right is None:
+            continue
+        spec = site.right.spec
+        rows = site.weight.detach().float().flatten(1)
+        largest = rows.abs().amax(1).reshape(-1, *(1,) * (site.weight.dim() - 1))
+        if spec.scheme is Scheme.INTEGER_ZERO_POINT:
+            step, middle = 2 * largest / spec.qmax, spec.levels // 2
+            site.right.set_bounds(-middle * step, (middle - 1) * step)
+        else:
+            site.right.set_bounds(-largest, largest)

@@ -1,0 +1,268 @@
+"""BRECQ: block after block, rounding of weights and bounds of activations for the least error of the block's output."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmoq_ao.baselines.base import Baseline, Budget
+from harmoq_ao.errors import CalibrationError
+from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.harmonize.learner import Learner, Rates
+from harmoq_ao.harmonize.reference import float_reference, set_weight
+from harmoq_ao.harmonize.refine import random_cut
+from harmoq_ao.harmonize.rounding import LearnedRounding
+from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages, first_tensor
+from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
+from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.progress import track
+
+MAX_IMAGES = 64
+"""Images whose inputs and outputs of one block are held at a time."""
+
+
+@dataclass(frozen=True)
+class ReconstructionSettings:
+    """How a block is reconstructed.
+
+    Args:
+        bounds_rate: Learning rate of activation bounds, as a share of their distance.
+        travel: Sum of the learning rates of the rounding's logits over all steps, how far they can get; at most 0.5
+            in a step.
+        regularization: Weight of the rounding term beside the error relative to its start.
+        betas: Exponent of the rounding term, after the warm-up and at the end.
+        warm_up: Share of the steps at the beginning without the rounding term.
+        decided: Share of the steps at the end with all weights rounded, for the bounds to follow.
+    """
+
+    bounds_rate: float = 2e-2
+    travel: float = 40.0
+    regularization: float = 1.0
+    betas: tuple[float, float] = (20.0, 2.0)
+    warm_up: float = 0.15
+    decided: float = 0.2
+
+
+class BRECQ(Baseline):
+    """Block reconstruction: learned rounding of weights, learned bounds of activations.
+
+    Source: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu: "BRECQ: Pushing the limit of post-training quantization by
+    block reconstruction", ICLR 2021, with the rounding of AdaRound (ICML 2020).
+
+    Different here: the error of a block's output is a plain mean square, not weighted by the squared gradient of the
+    task's loss (there is no task without labels). Weights and activations are learned together and from the beginning,
+    inputs come from the quantized blocks before; bounds of activations go on learning after the rounding is decided,
+    and have two sides. The schedule is as long as the given steps, with rates to match, where the paper takes 20000. A
+    block that does not gain stays as it was. Sites outside of all blocks keep the bounds of
+    :class:`~harmoq_ao.baselines.dobi.DOBI`; a network without repeated blocks is one block.
+    """
+
+    name = "brecq"
+    title = "BRECQ"
+    observer = "mse"
+    learns = True
+
+    def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
+        """Reconstruct every block in as many steps as the budget has: together the work of that many of the network."""
+        reference = float_reference(prepared)
+        batches = _batches(prepared, crops, budget)
+        flags = [(parameter, parameter.requires_grad) for parameter in prepared.parameters()]
+        prepared.requires_grad_(False)
+        rounded: set[int] = set()
+        for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
+            inputs, targets = (capture_stage(model, stage.name, batches) for model in (prepared, reference))
+            calls = [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
+            reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+
+
+def blocks(prepared: PreparedModel) -> list[Stage]:
+    """The repeated blocks of the model, or the whole model as one if there are none."""
+    return find_stages(prepared) or [Stage("", prepared.model, tuple(prepared.sites()))]
+
+
+def reconstruct(
+    stage: Stage,
+    calls: Sequence[StageCall],
+    steps: int,
+    *,
+    seed: int = 0,
+    rounded: set[int] | None = None,
+    settings: ReconstructionSettings | None = None,
+) -> tuple[float, float]:
+    """Learn rounding and bounds of one block.
+
+    Args:
+        stage: The block, calibrated, fake-quantization on.
+        calls: Inputs from the quantized prefix, with the float block's output as target.
+        steps: Gradient steps, one call each.
+        seed: Of the order of the calls.
+        rounded: Identities of weights that are rounded already, because a block before shares them; extended.
+        settings: How; the default if None.
+
+    Returns:
+        Mean squared error relative to the targets' mean square, before and after; the second is never larger.
+    """
+    settings = settings or ReconstructionSettings()
+    rounded = set() if rounded is None else rounded
+    before = block_error(stage, calls)
+    kept = _Snapshot(stage)
+    roundings = _Roundings(stage, steps, settings, rounded)
+    rates = Rates(bounds=settings.bounds_rate, scales=0.0, weights=0.0, rest=0.0)
+    learner = Learner(stage.sites, rates, math.ceil(steps / (1.0 - settings.decided)))
+    order = torch.randint(len(calls), (steps,), generator=torch.Generator().manual_seed(seed)).tolist()
+    for step, index in enumerate(order):
+        term = roundings.advance(step / steps)
+        roundings.step(relative_error(stage, calls[index]) / max(before, 1e-12) + term, learner)
+    learner.finish()
+    roundings.finish()
+    after = block_error(stage, calls)
+    if after < before:
+        rounded.update(roundings.weights)
+        return before, after
+    kept.restore()
+    return before, before
+
+
+def relative_error(stage: Stage, call: StageCall) -> Tensor:
+    """Mean squared error of the block's output relative to the target's mean square; differentiable."""
+    output = first_tensor(stage.module(*copy.deepcopy(call.args), **copy.deepcopy(call.kwargs)))  # it may write to them
+    return F.mse_loss(output.float(), call.output.float()) / call.output.float().square().mean().clamp_min(1e-12)
+
+
+@torch.no_grad()
+def block_error(stage: Stage, calls: Sequence[StageCall]) -> float:
+    """Mean of :func:`relative_error` over the calls."""
+    return sum(float(relative_error(stage, call)) for call in calls) / len(calls)
+
+
+class RoundingQuantize(HarmoqFakeQuantize):
+    """Stands in for a weight quantizer while its rounding is learned.
+
+    Args:
+        quantizer: The weight quantizer, with bounds.
+        weight: What it rounds, joint scale included.
+
+    Attributes:
+        decided: Return the weight at its levels instead, out of reach of gradients.
+    """
+
+    def __init__(self, quantizer: HarmoqFakeQuantize, weight: Tensor) -> None:
+        super().__init__(quantizer.spec)
+        step, lower = quantizer.calculate_qparams()
+        self.rounding = LearnedRounding(weight, lower, step, quantizer.spec.bits)
+        self.decided = False
+        self.to(weight.device)
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """The weight `x` was at the start, each entry somewhere between its two levels, or at one of them."""
+        return (self.rounding.hard() if self.decided else self.rounding.soft()).to(x.dtype)
+
+
+class _Roundings:
+    """The learned roundings of a block's weights, in place of their quantizers from construction to :meth:`finish`."""
+
+    def __init__(self, stage: Stage, steps: int, settings: ReconstructionSettings, skipped: set[int]) -> None:
+        self.settings = settings
+        self.weights: set[int] = set()
+        self._places: list[tuple[PreparedLinear | PreparedConv2d, HarmoqFakeQuantize, RoundingQuantize]] = []
+        for site in stage.sites:
+            if not isinstance(site, (PreparedLinear, PreparedConv2d)) or site.right is None:
+                continue
+            if id(site.weight) in skipped | self.weights:
+                continue
+            self.weights.add(id(site.weight))
+            stand_in = RoundingQuantize(site.right, _scaled(site))
+            self._places.append((site, site.right, stand_in))
+            site.right = stand_in
+        logits = [stand_in.rounding.logits for _, _, stand_in in self._places]
+        self._optimizer = torch.optim.Adam(logits, lr=min(0.5, settings.travel / steps)) if logits else None
+
+    def advance(self, progress: float) -> Tensor | float:
+        """Go to a share of the steps; returns the rounding term there, or rounds for good when its time is over."""
+        start, end = self.settings.warm_up, 1.0 - self.settings.decided
+        for _, _, stand_in in self._places:
+            stand_in.decided = progress >= end
+        if not self._places or not start <= progress < end:
+            return 0.0
+        first, last = self.settings.betas
+        beta = first + (last - first) * (progress - start) / (end - start)
+        terms = [stand_in.rounding.regularizer(beta) for _, _, stand_in in self._places]
+        return self.settings.regularization * torch.stack(terms).mean()
+
+    def step(self, loss: Tensor, learner: Learner) -> None:
+        """Change bounds and roundings once."""
+        if self._optimizer is not None:
+            self._optimizer.zero_grad()
+        if loss.requires_grad and learner.parameters:
+            learner.step(loss)
+        elif loss.requires_grad:  # dynamic activations have no bounds to learn
+            loss.backward()
+        if self._optimizer is not None:
+            self._optimizer.step()
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Decide every entry, write the weights, and put their quantizers back."""
+        for site, quantizer, stand_in in self._places:
+            site.right = quantizer
+            weight = stand_in.rounding.hard()
+            if isinstance(site, PreparedLinear):
+                scale = site.joint_scale
+                set_weight(site, (weight if scale is None else weight / scale).to(site.weight.dtype))
+            else:
+                site.weight.copy_(weight)
+
+
+def _scaled(site: PreparedLinear | PreparedConv2d) -> Tensor:
+    weight = site.weight.detach().float()
+    return weight if site.joint_scale is None else weight * site.joint_scale.detach()
+
+
+class _Snapshot:
+    """Weights and bounds of a block, to go back to."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+        for site in stage.sites:
+            tensors: list[Tensor] = [bound for q in site.quantizers() for bound in (q.lower, q.upper)]
+            tensors += [site.weight] if isinstance(site, (PreparedLinear, PreparedConv2d)) else []
+            self._kept += [(tensor, tensor.detach().clone()) for tensor in tensors]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for tensor, value in self._kept:
+            tensor.copy_(value)
+
+
+def _batches(prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> list[Tensor]:
+    """Image batches `[B, C, S, S]`, no more than can be used or held."""
+    shapes = {tuple(crop.shape) for crop in crops}
+    if len(shapes) > 1:
+        raise CalibrationError(
+            "The crops do not have one size", found=sorted(shapes)[:4], expected="[C, S, S], all of one size"
+        )
+    like = next(p for p in prepared.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(budget.seed)
+    images = []
+    for index in range(min(MAX_IMAGES, budget.steps * budget.batch_size)):
+        crop = crops[index % len(crops)]
+        if budget.crop_size is not None:
+            crop = random_cut(crop, _allowed_side(prepared, budget.crop_size), generator)
+        elif index >= len(crops):
+            break
+        images.append(crop)
+    return [torch.stack(images[i : i + budget.batch_size]).to(like) for i in range(0, len(images), budget.batch_size)]
+
+
+def _allowed_side(prepared: PreparedModel, side: int) -> int:
+    """The smallest side from `side` on that the network takes."""
+    multiple = prepared.traits.size_multiple
+    return math.ceil(max(side, prepared.traits.size_minimum) / multiple) * multiple
