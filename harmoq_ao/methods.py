@@ -15,6 +15,7 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.apply import harmonize
 from harmoq_ao.harmonize.presets import preset as preset_of
+from harmoq_ao.harmonize.refine import RefineSettings
 from harmoq_ao.prepare import PreparedModel, prepare_harmoq
 from harmoq_ao.zoo import LoadedModel
 
@@ -68,9 +69,15 @@ def prepare_with(
         return prepared
     baseline = BASELINES[method]
     prepared = prepare_harmoq(model, baseline.configure(config))
-    batch_size = 1 if settings.refine is None else settings.refine.batch_size
+    refine = settings.refine or RefineSettings()
     baseline.apply(
-        prepared, crops, steps=settings.steps, batch_size=batch_size, seed=config.seed, show_progress=show_progress
+        prepared,
+        crops,
+        steps=settings.steps,
+        batch_size=refine.batch_size,
+        crop_size=refine.crop_size,
+        seed=config.seed,
+        show_progress=show_progress,
     )
     enable_fake_quant(prepared)
     return prepared

@@ -16,7 +16,7 @@ from harmoq_ao.errors import CalibrationError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize.learner import Learner, Rates
 from harmoq_ao.harmonize.reference import float_reference, set_weight
-from harmoq_ao.harmonize.refine import random_cut
+from harmoq_ao.harmonize.refine import allowed_side, random_cut
 from harmoq_ao.harmonize.rounding import LearnedRounding
 from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages, first_tensor
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
@@ -255,14 +255,8 @@ def _batches(prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -
     for index in range(min(MAX_IMAGES, budget.steps * budget.batch_size)):
         crop = crops[index % len(crops)]
         if budget.crop_size is not None:
-            crop = random_cut(crop, _allowed_side(prepared, budget.crop_size), generator)
+            crop = random_cut(crop, allowed_side(prepared, budget.crop_size), generator)
         elif index >= len(crops):
             break
         images.append(crop)
     return [torch.stack(images[i : i + budget.batch_size]).to(like) for i in range(0, len(images), budget.batch_size)]
-
-
-def _allowed_side(prepared: PreparedModel, side: int) -> int:
-    """The smallest side from `side` on that the network takes."""
-    multiple = prepared.traits.size_multiple
-    return math.ceil(max(side, prepared.traits.size_minimum) / multiple) * multiple

@@ -162,7 +162,7 @@ class _Refinement:
         self.prepared, self.settings = prepared, settings
         self.reference = float_reference(prepared)
         self.crops, self.held_out = crops, held_out
-        self.side = self._side()
+        self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
         self.flags = {p: p.requires_grad for p in prepared.parameters()}
         prepared.requires_grad_(False)
@@ -245,15 +245,6 @@ class _Refinement:
             images = [random_cut(image, self.side, generator) for image in images]
         return torch.stack(images).to(self.like)
 
-    def _side(self) -> int | None:
-        """Side of the cuts, as small as asked for and as the network takes."""
-        if self.settings.crop_size is None:
-            return None
-        traits = self.prepared.traits
-        return (
-            math.ceil(max(self.settings.crop_size, traits.size_minimum) / traits.size_multiple) * traits.size_multiple
-        )
-
     @cached_property
     def _targets(self) -> list[tuple[Tensor, Tensor]]:
         with torch.no_grad():
@@ -332,6 +323,12 @@ def mirrored(crop: Tensor, turn: int) -> Tensor:
     if turn & 2:
         crop = crop.flip(-2)
     return crop.transpose(-1, -2) if turn & 4 and crop.shape[-1] == crop.shape[-2] else crop
+
+
+def allowed_side(prepared: PreparedModel, side: int) -> int:
+    """The smallest side from `side` on that the network takes, as far as its traits tell."""
+    traits = prepared.traits
+    return math.ceil(max(side, traits.size_minimum) / traits.size_multiple) * traits.size_multiple
 
 
 def random_cut(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
