@@ -1,0 +1,240 @@
+"""The paper's tables and our ablations: measured, resumable, as CSV, Markdown and a chart.
+
+    python -m harmoq_ao.recipes.tables table1 --output results --benchmark SETS --calibration PHOTOGRAPHS \\
+        --scales 2 4 --bits 2 3 4 8 --sets Set5 Set14
+
+`table1` compares methods; `table2` the eight combinations of HarmoQ's three components; `table3` the projections of its
+structural residual calibration; `additions` builds HarmoQ up stage by stage, or compares any variations from a file.
+Benchmarks and photographs are your own copies. Finished cells are kept below the output folder: the same command after
+an interruption, or with more sets, computes what is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from harmoq_ao.baselines import BASELINES
+from harmoq_ao.errors import ConfigError
+from harmoq_ao.methods import METHODS
+
+from . import charts, options
+from .cells import HARMOQ, Value
+from .documents import (
+    Column,
+    Entry,
+    Plan,
+    Row,
+    entries,
+    provenance,
+    references,
+    to_csv,
+    to_markdown,
+    to_rich,
+    write_text,
+)
+from .study import Outcome, Study
+
+Options = Mapping[str, Value]
+REFINED = "then refined"
+COMPONENTS = ("src", "hso", "abr")
+PROJECTIONS = ("none", "laplacian", "sobel", "dct", "learned", "random", "identity")
+BARE: Options = {"algorithm": None, "refine": None, "config.joint_scale": "none"}
+ADDITIONS: dict[str, Options] = {
+    "MSE bounds": BARE,
+    "+ HSO": {"algorithm": None, "refine": None, "config.joint_shift": False},
+    "+ joint shift": {"algorithm": None, "refine": None},
+    "+ Algorithm 1": {"refine": None},
+    "+ bounds refined": {"refine.rates.scales": 0.0, "refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
+    "+ scales": {"refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
+    "+ weights": {"refine.rates.rest": 0.0},
+    "+ other float parameters": {"refine.rates.rest": 2e-3},
+}
+"""Stages of HarmoQ, each on top of those before it, as departures from the preset."""
+
+
+def title_of(method: str) -> str:
+    """A method as tables name it."""
+    return "HarmoQ" if method == HARMOQ else BASELINES[method].title
+
+
+# --- what the tables show ---------------------------------------------------------------------------------------------
+
+
+def table1(arguments: argparse.Namespace) -> Plan:
+    """Methods by bits and set; the weakest baselines first, HarmoQ last."""
+    ordered = [m for m in arguments.methods if m != HARMOQ] + [m for m in arguments.methods if m == HARMOQ]
+    rows = [*references(arguments.scales)]
+    for widths in arguments.bits:
+        for method in ordered:
+            title = title_of(method)
+            cells = {(s, ""): options.template(arguments, method, s, widths, title) for s in arguments.scales}
+            rows.append(Row(bits_name(widths), title, cells))
+    ours = title_of(HARMOQ) if HARMOQ in ordered and len(ordered) > 1 else None
+    heading = f"Methods, {arguments.profile} profile, preset {arguments.preset}"
+    return Plan("table1", heading, columns(arguments), tuple(rows), ours)
+
+
+def table2(arguments: argparse.Namespace) -> Plan:
+    """All combinations of the components; without HSO there is no joint scale at all."""
+    variations: dict[str, Options] = {}
+    for size in range(len(COMPONENTS) + 1):
+        for on in itertools.combinations(COMPONENTS, size):
+            switches: dict[str, Value] = {f"algorithm.{name}": name in on for name in COMPONENTS}
+            scale: Options = {} if "hso" in on else {"config.joint_scale": "none"}
+            label = " + ".join(name.upper() for name in on)
+            variations[label or "none (MSE bounds)"] = {**(switches if on else {"algorithm": None}), **scale}
+    note = "Components of Algorithm 1 (SRC, HSO, ABR), without refinement of the network unless a column says so."
+    return _ablation("table2", "Components of HarmoQ", arguments, variations, (note,))
+
+
+def table3(arguments: argparse.Namespace) -> Plan:
+    """Projections of SRC; ``none`` leaves SRC out."""
+    variations = {name: projection_options(name) for name in arguments.projections}
+    note = "Projections of SRC within Algorithm 1 (`none`: without SRC)."
+    return _ablation("table3", "Projections of structural residual calibration", arguments, variations, (note,))
+
+
+def projection_options(name: str) -> dict[str, Value]:
+    """Options of a projection."""
+    return {"algorithm.src": False} if name == "none" else {"algorithm.projection": name}
+
+
+def additions(arguments: argparse.Namespace) -> Plan:
+    """Stages on top of each other, or the variations of a file."""
+    variations = ADDITIONS if arguments.variations is None else read_variations(arguments.variations)
+    rows = [*references(arguments.scales)]
+    rows += _variation_rows(arguments, {"": variations})
+    title = f"What each stage of HarmoQ adds, {arguments.profile} profile, preset {arguments.preset}"
+    return Plan(arguments.name, arguments.title or title, columns(arguments), tuple(rows))
+
+
+def _ablation(
+    name: str, title: str, arguments: argparse.Namespace, variations: Mapping[str, Options], notes: tuple[str, ...]
+) -> Plan:
+    """Variations of Algorithm 1 alone and, if asked for, with the refinement after it."""
+    by_variant = {"": {label: {**chosen, "refine": None} for label, chosen in variations.items()}}
+    if arguments.refined:
+        by_variant[REFINED] = {label: dict(chosen) for label, chosen in variations.items()}
+    rows = [*references(arguments.scales, tuple(by_variant)), *_variation_rows(arguments, by_variant)]
+    title = f"{title}, {arguments.profile} profile, preset {arguments.preset}"
+    return Plan(name, title, columns(arguments, tuple(by_variant)), tuple(rows), notes=notes)
+
+
+def _variation_rows(arguments: argparse.Namespace, by_variant: Mapping[str, Mapping[str, Options]]) -> list[Row]:
+    rows = []
+    for widths in arguments.bits:
+        for label in next(iter(by_variant.values())):
+            cells = {
+                (scale, variant): options.template(
+                    arguments, HARMOQ, scale, widths, ", ".join(filter(None, (label, variant)))
+                ).with_options(variations[label])
+                for scale in arguments.scales
+                for variant, variations in by_variant.items()
+            }
+            rows.append(Row(bits_name(widths), label, cells))
+    return rows
+
+
+def read_variations(path: Path) -> dict[str, Options]:
+    """Named variations from a JSON file: ``{"name": {"refine.lr_weights": 0.0, "algorithm": null}, ...}``.
+
+    Raises:
+        ConfigError: The file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read", found=str(error), expected="a JSON file of variations") from error
+    if not isinstance(found, dict) or not found or not all(isinstance(entry, dict) for entry in found.values()):
+        raise ConfigError(f"{path} holds no variations", expected='{"name": {"refine.steps": 100}, ...}')
+    return found
+
+
+def columns(arguments: argparse.Namespace, variants: Sequence[str] = ("",)) -> tuple[Column, ...]:
+    """Every set at every scale, in every variant."""
+    return tuple(Column(s, scale, v) for scale in arguments.scales for s in arguments.sets for v in variants)
+
+
+def bits_name(widths: tuple[int, int]) -> str:
+    """``W4A4``."""
+    return f"W{widths[0]}A{widths[1]}"
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+_TABLES: dict[str, Callable[[argparse.Namespace], Plan]] = {
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "additions": additions,
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    top = argparse.ArgumentParser(prog="harmoq_ao.recipes.tables", description=__doc__.partition("\n")[0])
+    commands = top.add_subparsers(dest="table", required=True)
+    for name, plan in _TABLES.items():
+        command = commands.add_parser(name, help=(plan.__doc__ or "").partition("\n")[0])
+        options.add_common(command)
+        command.add_argument("--scales", type=int, nargs="+", default=[2])
+        command.add_argument("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
+        widths = ["2", "3", "4", "8"] if name == "table1" else ["2"]
+        command.add_argument("--bits", type=options.bits, nargs="+", default=list(map(options.bits, widths)))
+        if name == "table1":
+            command.add_argument("--methods", type=options.methods, nargs="+", default=list(METHODS))
+        if name in ("table2", "table3"):
+            command.add_argument("--refined", action="store_true", help="a second column with refinement after it")
+        if name == "table3":
+            command.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
+        if name == "additions":
+            command.add_argument("--variations", type=Path, help="JSON file of named variations instead of the stages")
+            command.add_argument("--name", default="additions", help="stem of the files")
+            command.add_argument("--title", help="heading of the table")
+    return top
+
+
+def write_table(study: Study, plan: Plan, outcome: Outcome, command: str, console: Console) -> list[Entry]:
+    """CSV, Markdown and chart into the study's folder, and the table on the console."""
+    found = entries(plan, outcome)
+    records = [result.record for result in outcome.results.values()]
+    folder = study.settings.output
+    write_text(folder / f"{plan.name}.csv", to_csv(plan, found))
+    write_text(folder / f"{plan.name}.md", to_markdown(plan, found, command, provenance(records)))
+    if plan.name == "table1":
+        charts.methods_chart(folder / "table1.png", plan, found)
+    else:
+        charts.rows_chart(folder / f"{plan.name}.png", plan, found)
+    for scale in plan.scales():
+        console.print(to_rich(plan, found, scale))
+    return found
+
+
+def main(argv: Sequence[str] | None = None, console: Console | None = None) -> int:
+    """Measure a table and write it.
+
+    Returns:
+        0, 1 where cells failed, 2 where nothing could be done, 130 where it was interrupted.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parser().parse_args(argv)
+
+    def measure() -> bool:
+        plan = _TABLES[arguments.table](arguments)
+        study = options.open_study(arguments)
+        outcome = study.run(plan.cells(), arguments.sets)
+        write_table(study, plan, outcome, options.command("tables", argv), console or Console())
+        return not outcome.failures
+
+    return options.guarded(measure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

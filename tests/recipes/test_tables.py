@@ -1,0 +1,363 @@
+"""Tables: plans, bold numbers, margins, and files that agree with the cells."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from rich.console import Console
+
+import harmoq_ao as h
+from harmoq_ao.errors import CheckpointError, ConfigError
+from harmoq_ao.zoo import LoadedModel
+from recipes import options, study, tables
+from recipes.cells import Cell, bicubic_cell, float_cell
+from recipes.documents import (
+    Column,
+    Entry,
+    Plan,
+    Row,
+    entries,
+    grid,
+    margins,
+    provenance,
+    references,
+    to_csv,
+    to_markdown,
+)
+from recipes.making import Made
+from recipes.store import Result
+from recipes.study import Outcome
+from tests.recipes.studies import QUICK, load_transformer, write_benchmark, write_checkpoint, write_photographs
+
+NUMBER = r"-?\d+\.\d+"
+
+
+def run(table: str, folder: Path, *more: str, expected: int = 0) -> tuple[list[dict[str, str]], str, str]:
+    """Rows of the CSV, the Markdown, and what was printed."""
+    if not (folder / "sets").exists():
+        write_benchmark(folder / "sets")
+        write_photographs(folder / "photographs")
+    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
+    common += ["--preset", "fast", "--held-out", "1", "--crops", "2", "--crop-size", "16"]
+    common += [f"--set={name}={json.dumps(value)}" for name, value in QUICK.items() if "." in name]
+    text = io.StringIO()
+    assert tables.main([table, *common, *more], Console(file=text, width=200)) == expected
+    name = "ours" if "ours" in more else table
+    rows = list(csv.DictReader((folder / "out" / f"{name}.csv").open()))
+    return rows, (folder / "out" / f"{name}.md").read_text(), text.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(options, "loader", lambda checkpoints: load_transformer)
+    monkeypatch.chdir(tmp_path)
+
+
+def check_picture(path: Path) -> None:
+    """Drawn on white, wide enough, and not empty."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB"))
+    assert pixels.shape[1] >= 1400
+    assert (pixels[0] == 255).all()
+    assert (pixels < 128).mean() > 0.002
+
+
+# --- whole tables -----------------------------------------------------------------------------------------------------
+
+
+def test_table_one_agrees_with_its_cells(tmp_path: Path) -> None:
+    rows, markdown, printed = run("table1", tmp_path, "--bits", "3", "8", "--methods", "harmoq", "minmax", "dobi")
+    assert [row["row"] for row in rows] == ["bicubic", "float", *(["MinMax", "DOBI", "HarmoQ"] * 2)]
+    cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").iterdir()]
+    assert len(cells) == len(rows)
+    for row in rows:
+        bits = (int(row["weight_bits"] or 0), row["method"])
+        record = next(c for c in cells if (c["cell"].get("weight_bits", 0), c["cell"]["method"]) == bits)
+        mean = record["scores"]["mean"]
+        assert float(row["psnr_y"]) == pytest.approx(mean["psnr_y"], abs=1e-6)
+        assert float(row["ssim_y"]) == pytest.approx(mean["ssim_y"], abs=1e-6)
+        for text in (markdown, printed):
+            assert re.search(rf"{mean['psnr_y']:.3f}\W+{mean['ssim_y']:.4f}", text)
+    exact = float(rows[1]["psnr_y"])
+    for row in rows[2:]:
+        assert float(row["drop_psnr"]) == pytest.approx(exact - float(row["psnr_y"]), abs=2e-6)
+        assert f"({float(row['psnr_y']) - exact:+.3f})" in markdown
+    for group in ("W3A3", "W8A8"):
+        rivals = [row for row in rows if row["group"] == group]
+        best = max(float(row["psnr_y"]) for row in rivals)
+        assert {row["row"] for row in rivals if row["best_psnr"] == "1"} == {
+            row["row"] for row in rivals if float(row["psnr_y"]) == best
+        }
+        assert f"**{best:.3f}**" in markdown
+        strongest = max(rivals[:2], key=lambda row: float(row["psnr_y"]))
+        margin = float(rivals[2]["psnr_y"]) - float(strongest["psnr_y"])
+        assert rivals[2]["strongest_baseline"] == strongest["row"]
+        assert float(rivals[2]["margin_psnr"]) == pytest.approx(margin, abs=2e-6)
+        assert f"{margin:+.3f} ({strongest['row']})" in markdown
+    assert "python -m harmoq_ao.recipes.tables table1 --output out" in markdown
+    assert "torch" in markdown
+    check_picture(tmp_path / "out" / "table1.png")
+
+
+@pytest.fixture
+def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Instead of quantizing, a cell's model is the float one with noise of its own on the weights."""
+
+    def fake(cell: Cell, loaded: LoadedModel, *rest: Any) -> Made:
+        prepared = h.prepare_harmoq(loaded, cell.config(0))
+        generator = torch.Generator().manual_seed(int(cell.identity({}).rpartition("-")[2], 16))
+        with torch.no_grad():
+            for parameter in prepared.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        return Made(prepared)
+
+    monkeypatch.setattr(study, "quantize", fake)
+
+
+def options_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Options of every quantized cell by its score."""
+    records = [json.loads(path.read_text()) for path in (folder / "out" / "cells").iterdir()]
+    return {f"{r['scores']['mean']['psnr_y']:.6f}": r["cell"].get("options", {}) for r in records}
+
+
+@pytest.mark.usefixtures("perturbed")
+def test_table_two_has_all_combinations_and_a_refined_column(tmp_path: Path) -> None:
+    rows, markdown, _ = run("table2", tmp_path, "--bits", "3", "--refined")
+    labels = [row["row"] for row in rows if row["variant"] == "" and row["group"]]
+    assert labels == [
+        "none (MSE bounds)",
+        *("SRC", "HSO", "ABR"),
+        *("SRC + HSO", "SRC + ABR", "HSO + ABR"),
+        "SRC + HSO + ABR",
+    ]
+    assert [row["row"] for row in rows if row["variant"] == tables.REFINED and row["group"]] == labels
+    chosen = options_of(tmp_path)
+    for row in rows[4:]:
+        given = chosen[row["psnr_y"]]
+        on = [name for name in tables.COMPONENTS if given.get(f"algorithm.{name}", False)]
+        assert row["row"] == (" + ".join(on).upper() or "none (MSE bounds)")
+        assert ("algorithm" in given) == (not on)
+        assert ("refine" in given) == (row["variant"] == "")
+        assert given.get("config.joint_scale") == (None if "hso" in on else "none")
+    assert "Mini, then refined" in markdown
+    check_picture(tmp_path / "out" / "table2.png")
+
+
+@pytest.mark.usefixtures("perturbed")
+def test_table_three_compares_projections(tmp_path: Path) -> None:
+    rows, _, _ = run("table3", tmp_path, "--bits", "3", "--projections", "none", "laplacian", "learned")
+    chosen = {row["row"]: options_of(tmp_path)[row["psnr_y"]] for row in rows if row["group"]}
+    assert list(chosen) == ["none", "laplacian", "learned"]
+    assert chosen["none"]["algorithm.src"] is False
+    assert [chosen[name]["algorithm.projection"] for name in list(chosen)[1:]] == ["laplacian", "learned"]
+    check_picture(tmp_path / "out" / "table3.png")
+
+
+@pytest.mark.usefixtures("perturbed")
+def test_additions_take_variations_from_a_file(tmp_path: Path) -> None:
+    variations = {"bare": tables.BARE, "bounds": {"algorithm": None, "refine.rates.weights": 0.0}}
+    (tmp_path / "own.json").write_text(json.dumps(variations))
+    more = ["--bits", "W3A4", "--variations", "own.json", "--name", "ours", "--title", "Own stages"]
+    rows, markdown, _ = run("additions", tmp_path, *more)
+    assert [(row["group"], row["row"]) for row in rows[2:]] == [("W3A4", "bare"), ("W3A4", "bounds")]
+    assert markdown.startswith("# Own stages\n")
+    check_picture(tmp_path / "out" / "ours.png")
+
+
+def test_a_failed_cell_is_shown_as_such(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "own.json").write_text(json.dumps({"good": tables.BARE, "bad": {"algorithm.projection": "guess"}}))
+    more = ["--bits", "4", "--variations", "own.json", "--name", "ours"]
+    rows, markdown, printed = run("additions", tmp_path, *more, expected=options.EXIT_PARTIAL)
+    assert rows[-1]["psnr_y"] == ""
+    assert "| W4A4 | bad | failed |" in markdown
+    assert "failed" in printed
+    assert "guess" in capsys.readouterr().err
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+def left_out(stage: dict[str, Any]) -> set[str]:
+    """What a stage of the additions does without, by the names of the settings."""
+    missing = {name for name, value in stage.items() if not value or value == "none"}
+    if "refine" in missing:
+        missing |= {f"refine.rates.{kind}" for kind in ("scales", "weights", "rest")}
+    return missing | ({"config.joint_shift"} if "config.joint_scale" in missing else set())
+
+
+def test_the_stages_build_on_each_other() -> None:
+    stages = list(tables.ADDITIONS.values())
+    for before, after in itertools.pairwise(stages):
+        assert left_out(dict(after)) < left_out(dict(before))
+    assert left_out(dict(stages[-1])) == set()
+    given = parse("additions", "--bits", "2")
+    cells = [row.cells[2, ""] for row in tables.additions(given).rows if row.group]
+    assert len(set(cells)) == len(tables.ADDITIONS)
+
+
+def parse(*arguments: str) -> argparse.Namespace:
+    folders = ["--output", "o", "--benchmark", "b", "--calibration", "c"]
+    return tables.parser().parse_args([arguments[0], *folders, *arguments[1:]])
+
+
+def test_bits_and_options_are_read() -> None:
+    given = parse("table1", "--bits", "4", "W2A32", "--set", "refine.steps=5", "--set", "algorithm.projection=dct")
+    assert given.bits == [(4, 4), (2, 32)]
+    cell = options.template(given, "harmoq", 2, (4, 4))
+    assert dict(cell.options) == {"refine.steps": 5, "algorithm.projection": "dct"}
+    assert options.template(given, "dobi", 2, (4, 4)).options == ()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--bits", "1"],
+        ["--bits", "W4"],
+        ["--methods", "magic"],
+        ["--set", "refine.steps"],
+        ["--set", "refine.steps=[1]"],
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("table1", *wrong)
+    assert wrong[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"a": 1}'])
+def test_wrong_variations_are_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "own.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"own\.json"):
+        tables.read_variations(tmp_path / "own.json")
+
+
+def test_an_error_ends_the_command_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--output", "out", "--benchmark", "nowhere", "--calibration", "nowhere"]
+    assert tables.main(["table1", *given]) == options.EXIT_ERROR
+    assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(study.Study, "run", interrupted)
+        with pytest.raises(FileNotFoundError):  # no table is written
+            run("table1", tmp_path, expected=options.EXIT_INTERRUPTED)
+    assert "same command" in capsys.readouterr().err
+
+
+def test_checkpoints_are_found_by_their_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    load = options.loader([write_checkpoint(tmp_path / "swinir.pth")])
+    assert load(2).scale == 2
+    assert load(2) is load(2)
+    with pytest.raises(CheckpointError, match="scale 4"):
+        load(4)
+    assert isinstance(load(2), LoadedModel)
+
+
+# --- bold numbers and margins -----------------------------------------------------------------------------------------
+
+
+@st.composite
+def measured(draw: st.DrawFn) -> tuple[Plan, Outcome]:
+    """A plan of up to two groups and columns, with scores on a coarse grid (ties) and failures."""
+    columns = tuple(Column(name, 2) for name in draw(st.sampled_from([("A",), ("A", "B")])))
+    groups = draw(st.sampled_from([("W2A2",), ("W2A2", "W4A4")]))
+    labels = ("one", "two", "ours")[: draw(st.integers(1, 3))]
+    rows = [*references([2])]
+    rows += [
+        Row(g, name, {(2, ""): Cell("dobi", 2 + i, 2 + j)})
+        for i, g in enumerate(groups)
+        for j, name in enumerate(labels)
+    ]
+    plan, outcome = Plan("name", "Title", columns, tuple(rows), "ours"), Outcome()
+    for cell in plan.cells():
+        for column in columns:
+            if cell.is_reference or draw(st.booleans()):
+                psnr, ssim = draw(st.integers(200, 400)) / 10, draw(st.integers(0, 5)) / 5
+                record = {"seconds": {"quantize": 1.0, "evaluate": 2.0}}
+                outcome.results[cell, column.set_name] = Result(psnr, ssim, record)
+    return plan, outcome
+
+
+@given(measured())
+def test_exactly_the_best_of_each_group_are_bold(given: tuple[Plan, Outcome]) -> None:
+    plan, outcome = given
+    found = entries(plan, outcome)
+    for key in {(e.row.group, e.column) for e in found}:
+        rivals = [e for e in found if (e.row.group, e.column) == key and not math.isnan(e.psnr_y)]
+        contested = bool(key[0]) and len(rivals) > 1
+        best = max((e.psnr_y for e in rivals), default=0.0)
+        assert all(e.best_psnr == (contested and e.psnr_y == best) for e in rivals)
+    bold = sum(e.best_psnr + e.best_ssim for e in found)
+    assert to_markdown(plan, found, "", "").count("**") == 2 * bold
+    assert sum(cell.count("<") for row in grid(plan, found, 2, "<{}>")[1] for cell in row) == bold
+
+
+@given(measured())
+def test_margins_are_over_the_strongest_other_row(given: tuple[Plan, Outcome]) -> None:
+    plan, outcome = given
+    found = entries(plan, outcome)
+    by_key = {(m.group, m.column): m for m in margins(plan, found)}
+    scores = {(e.row.group, e.column, e.row.label): e.psnr_y for e in found if not math.isnan(e.psnr_y)}
+    for group in {row.group for row in plan.rows if row.group}:
+        for column in plan.columns:
+            own = scores.get((group, column, "ours"))
+            others = [scores[group, column, n] for n in ("one", "two") if (group, column, n) in scores]
+            margin = by_key.get((group, column))
+            assert (margin is not None) == (own is not None and bool(others))
+            if margin is not None and own is not None:
+                assert margin.psnr_y == own - max(others)
+                assert scores[group, column, margin.strongest] == max(others)
+
+
+@given(measured())
+def test_the_csv_holds_every_number(given: tuple[Plan, Outcome]) -> None:
+    plan, outcome = given
+    found = entries(plan, outcome)
+    rows = list(csv.DictReader(io.StringIO(to_csv(plan, found))))
+    assert len(rows) == len(found) == len(plan.rows) * len(plan.columns)
+    for row, entry in zip(rows, found, strict=True):
+        expected = outcome.get(entry.cell, entry.column.set_name)
+        assert row["psnr_y"] == ("" if expected is None else f"{expected.psnr_y:.6f}")
+        exact = outcome.results[float_cell(2), entry.column.set_name]
+        if expected is not None:
+            assert float(row["drop_psnr"]) == pytest.approx(exact.psnr_y - expected.psnr_y, abs=1e-6)
+
+
+def test_provenance_names_every_machine_once() -> None:
+    def record(method: str, **environment: Any) -> dict[str, Any]:
+        return {"cell": {"method": method}, "measured": "simulation in float", "environment": environment}
+
+    versions = {"torch": "2.15", "numpy": "1.26", "harmoq_ao": "0.1", "python": "3.11"}
+    text = provenance([record("dobi", cpu="A", **versions), record("float", cpu="A", gpu="G", **versions)])
+    assert text.count("2.15") == 1
+    assert "Machine: A; G." in text
+    assert "simulation in float" in text
+    assert "Quantized" not in provenance([record("float", cpu="A", **versions)])
+
+
+def test_a_reference_has_no_bits_in_the_csv() -> None:
+    plan = Plan("name", "Title", (Column("A", 2),), (Row("", "bicubic", {(2, ""): bicubic_cell(2)}),))
+    line = next(csv.DictReader(io.StringIO(to_csv(plan, [Entry(plan.rows[0], plan.columns[0], bicubic_cell(2))]))))
+    assert (line["weight_bits"], line["profile"], line["set"], line["psnr_y"]) == ("", "", "A", "")
