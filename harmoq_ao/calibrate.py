@@ -230,7 +230,7 @@ def _linear_shift(weight: Tensor, observer: OperandObserver, scale: Tensor, sett
     ranges = observer.channel_range()
     if ranges is None:
         return torch.zeros(weight.shape[1])
-    return joint_shift(observer.sample(), weight, scale, ranges, settings.act, settings.weight)
+    return joint_shift(observer.sample(), weight, scale, ranges, settings.act)
 
 
 def _settle_activation(

@@ -24,11 +24,13 @@ TAIL = 1e-3
 ROBUST_BITS = 2
 """Up to this width robust centres are tried as well."""
 
+_FLOAT = QuantizerSpec(16)
 
-def joint_shift(
-    x: Tensor, weight: Tensor, scale: Tensor, ranges: tuple[Tensor, Tensor], act: QuantizerSpec, weights: QuantizerSpec
-) -> Tensor:
+
+def joint_shift(x: Tensor, weight: Tensor, scale: Tensor, ranges: tuple[Tensor, Tensor], act: QuantizerSpec) -> Tensor:
     """The best of a few shifts by the output's squared error: none, the mid-range, and at 2 bits robust centres.
+
+    The error is that of the rounded input alone: that of the weight is the smaller the better `x` is centred.
 
     At 2 bits most of an operand's error is rounding, and the centre of the bulk matters more than the tails. With more
     levels clipping the tails costs more in the image than the local error says (measured on DAT-light at 4 bits:
@@ -40,7 +42,6 @@ def joint_shift(
         scale: Joint scale `[K]`.
         ranges: Minimum and maximum of each channel, `[K]` each.
         act: Quantizer of the input, static.
-        weights: Quantizer of the weight.
 
     Returns:
         `[K]` float32, zeros if none is better.
@@ -51,9 +52,9 @@ def joint_shift(
     if act.dynamic:
         raise ConfigError("A joint shift needs static bounds", found="a dynamic quantizer", expected="dynamic=False")
     best = torch.zeros_like(scale)
-    least = compound_error(x, weight, scale, act, weights)
+    least = compound_error(x, weight, scale, act, _FLOAT)
     for candidate in _candidates(x, ranges, act.bits):
-        error = compound_error(x - candidate, weight, scale, act, weights)
+        error = compound_error(x - candidate, weight, scale, act, _FLOAT)
         if error < least:
             best, least = candidate, error
     return best
