@@ -250,12 +250,23 @@ class _FakeQuantize(torch.autograd.Function):
             grad_shift = -moved.sum_to_size(shift.shape).to(shift.dtype) if needs_shift else None
         if needs_lo or needs_hi:
             clipped = grad - inside
-            rounding = (position.round() - position).mul_(inside).div_(qmax)
-            above = torch.ops.aten.threshold_backward(clipped, position, qmax / 2)
-            below = clipped.sub_(above)
-            grad_hi = above.add_(rounding).sum_to_size(hi.shape).to(hi.dtype)
-            grad_lo = below.sub_(rounding).sum_to_size(lo.shape).to(lo.dtype)
+            above = _sum_to(torch.ops.aten.threshold_backward(clipped, position, qmax / 2), hi)
+            below = _sum_to(clipped, lo) - above.sum_to_size(lo.shape)
+            rounding = _dot_to(position.round().sub_(position), inside, hi) / qmax
+            grad_hi = (above + rounding).to(hi.dtype)
+            grad_lo = (below - rounding.sum_to_size(lo.shape)).to(lo.dtype)
         if needs_scale:
             scaled = (position * step_size(lo, hi, ctx.bits)).add_(lo)
             grad_scale = (-inside * scaled / scale).sum_to_size(scale.shape).to(scale.dtype)
         return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift
+
+
+def _sum_to(values: Tensor, bound: Tensor) -> Tensor:
+    return values.sum() if bound.dim() == 0 else values.sum_to_size(bound.shape)
+
+
+def _dot_to(left: Tensor, right: Tensor, bound: Tensor) -> Tensor:
+    """``(left * right)`` summed to the shape of `bound`; changes `left`."""
+    if bound.dim() == 0:
+        return torch.dot(left.reshape(-1), right.reshape(-1))
+    return left.mul_(right).sum_to_size(bound.shape)
