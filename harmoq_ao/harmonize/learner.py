@@ -36,7 +36,7 @@ class Rates:
 
     bounds: float = 5e-3
     scales: float = 5e-3
-    weights: float = 2e-2
+    weights: float = 1e-2
     rest: float = 0.0
 
     def __post_init__(self) -> None:
