@@ -54,7 +54,7 @@ ADDITIONS: dict[str, Options] = {
     "+ bounds refined": {"refine.rates.scales": 0.0, "refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ scales": {"refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ weights": {"refine.rates.rest": 0.0},
-    "+ other float parameters": {"refine.rates.rest": 2e-3},
+    "+ other float parameters": {},
 }
 """Stages of HarmoQ, each on top of those before it, as departures from the preset."""
 

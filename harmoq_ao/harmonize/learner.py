@@ -37,7 +37,7 @@ class Rates:
     bounds: float = 5e-3
     scales: float = 5e-3
     weights: float = 1e-2
-    rest: float = 0.0
+    rest: float = 3e-3
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():

@@ -35,15 +35,21 @@ class HarmonizeSettings:
 
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
-    "fast": HarmonizeSettings(AlgorithmSettings(images=4), RefineSettings(steps=100, checks=4)),
-    "standard": HarmonizeSettings(refine=RefineSettings(steps=600, checks=12), crops=128),
+    "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=4)),
+    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
     "best": HarmonizeSettings(
+        None,
         refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
         crops=400,
         held_out=16,
     ),
 }
-"""`none`: calibration only. `fast`: minutes on two CPU cores. `standard`: tens of minutes. `best`: for a GPU."""
+"""`none`: calibration only. `algorithm`: Algorithm 1 alone. `fast`: minutes on two CPU cores. `standard`: tens of
+minutes. `best`: for a GPU.
+
+Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1: on DAT-light x2 at 2 bits 120 steps
+after it ended at 40.1 dB to the float network on held-out crops, without it at 41.0 dB, although it starts higher."""
 
 
 def preset(name: str) -> HarmonizeSettings:

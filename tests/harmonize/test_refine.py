@@ -74,7 +74,7 @@ def test_refinement_brings_unseen_images_closer_to_the_float_network(name: str) 
     prepared = calibrated(name, W3A3)
     held_out, unseen = crops(2, 90), crops(3, 70)
     before, flags = fidelity(prepared, unseen), [p.requires_grad for p in prepared.parameters()]
-    trace = refine(prepared, crops(6), replace(QUICK, steps=30), held_out=held_out)
+    trace = refine(prepared, crops(6), replace(QUICK, steps=30, rates=Rates(rest=0)), held_out=held_out)
     assert fidelity(prepared, unseen) > before + 0.3
     assert len(trace.losses) == 30
     assert trace.held_out[0][0] == 0
@@ -96,9 +96,9 @@ def test_a_state_that_is_worse_on_held_out_images_is_not_kept() -> None:
 @pytest.mark.parametrize(
     ("rates", "kinds"),
     [
-        (Rates(5e-3, 0, 0), {"upper", "lower"}),
-        (Rates(0, 5e-3, 0), {"log_scale", "joint_shift"}),
-        (Rates(0, 0, 1e-2), {"weight", "bias"}),
+        (Rates(5e-3, 0, 0, 0), {"upper", "lower"}),
+        (Rates(0, 5e-3, 0, 0), {"log_scale", "joint_shift"}),
+        (Rates(0, 0, 1e-2, 0), {"weight", "bias"}),
         (Rates(0, 0, 0, 0), set()),
     ],
 )
