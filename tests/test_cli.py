@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 from harmoq_ao import __version__, cli, load_quantized
 from harmoq_ao.cli import app, parse_rule
 from harmoq_ao.errors import ConfigError
+from harmoq_ao.harmonize.presets import PRESETS, HarmonizeSettings
+from harmoq_ao.harmonize.refine import RefineSettings
 from recipes.architectures import ARCHITECTURES
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
@@ -66,7 +68,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         low.parent.mkdir(parents=True, exist_ok=True)
         with Image.open(high) as image:
             image.resize((24, 20), Image.Resampling.BICUBIC).save(low)
-    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16)
+    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16, "--preset", "none")
     succeeds("quantize", root / "model.safetensors", root / "w4", "--calibration", root / "photographs", *options)
     return root
 
@@ -94,6 +96,27 @@ def test_quantize_writes_a_model_and_a_summary(folder: Path, tmp_path: Path) -> 
     assert config.settings("layers.0.x", "linear").weight.bits == 8
     assert config.settings("layers.1.x", "matmul").act.bits == 8
     assert config.settings("layers.1.x", "linear").weight.bits == 4
+
+
+@pytest.mark.parametrize("method", ["minmax", "harmoq"])
+def test_quantize_by_method_and_preset(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setitem(PRESETS, "fast", HarmonizeSettings(None, RefineSettings(steps=2, checks=1, crop_size=16)))
+    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16, "--profile", "paper")
+    given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    printed = succeeds(*given, *options, "--method", method)
+    assert f"{method}, fast" in printed
+    assert not list(tmp_path.glob("*.progress.safetensors"))
+    config = load_quantized(tmp_path / "out").config
+    assert config.observer == ("minmax" if method == "minmax" else "mse")
+
+
+def test_quantize_refuses_unknown_methods_and_presets(folder: Path, tmp_path: Path) -> None:
+    given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    assert "minmax" in fails(*given, "--method", "magic")
+    assert "standard" in fails(*given, "--preset", "slow")
+    assert not (tmp_path / "out").exists()
 
 
 def test_quantize_refuses_what_makes_no_sense(folder: Path, tmp_path: Path) -> None:
