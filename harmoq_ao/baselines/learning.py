@@ -69,6 +69,7 @@ def distil_bounds(
         batch_size=budget.batch_size,
         crop_size=budget.crop_size,
         rates=Rates(bounds=rate, scales=0.0, weights=0.0, rest=0.0),
+        by_bits=False,
         seed=budget.seed,
     )
     fixed = ([] if activations else inputs) + ([] if weights else rows)

@@ -43,6 +43,8 @@ class RefineSettings:
         crop_size: Side of the images in low-resolution pixels, cut from the crops at random places; None takes whole
             crops. Several small images are worth more than one large one at the same cost.
         rates: Learning rates.
+        by_bits: Whether the rates are meant for 2 bits and shrink with the step of the quantizers
+            (:meth:`~harmoq_ao.harmonize.learner.Rates.at`), or are taken as they are.
         feature_weight: Weight of the features' error beside the output's mean absolute error.
         warm_up: Steps over which the rates rise from zero.
         checks: How often the held-out crops are looked at, evenly over the steps; the best state is kept.
@@ -58,6 +60,7 @@ class RefineSettings:
     batch_size: int = 4
     crop_size: int | None = 32
     rates: Rates = field(default_factory=Rates)
+    by_bits: bool = True
     feature_weight: float = 0.05
     warm_up: int = 5
     checks: int = 8
@@ -167,7 +170,8 @@ class _Refinement:
         self.flags = {p: p.requires_grad for p in prepared.parameters()}
         prepared.requires_grad_(False)
         rest = trainable_rest(prepared.model, prepared.sites()) if settings.rates.rest else ()
-        self.learner = Learner(prepared.sites(), settings.rates, settings.steps, rest=rest, warm_up=settings.warm_up)
+        rates = settings.rates.at(_fewest_bits(prepared)) if settings.by_bits else settings.rates
+        self.learner = Learner(prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up)
         self.blocks = [stage.name for stage in find_stages(prepared)] if settings.feature_weight else []
         self.trace = RefineTrace()
         self.best = (-math.inf, self.learner.snapshot())
@@ -263,6 +267,10 @@ class _Refinement:
         finally:
             for module in modules:
                 del module.forward
+
+
+def _fewest_bits(prepared: PreparedModel) -> int:
+    return min((q.spec.bits for site in prepared.sites() for q in site.quantizers()), default=8)
 
 
 # --- parts of it ------------------------------------------------------------------------------------------------------

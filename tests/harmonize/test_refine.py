@@ -213,3 +213,10 @@ def test_every_epoch_sees_every_crop_once() -> None:
 def test_the_trace_survives_json() -> None:
     trace = RefineTrace([0.5, 0.25], [(0, 30.0), (2, 31.0)], 2)
     assert RefineTrace.from_dict(trace.to_dict()) == trace
+
+
+def test_rates_shrink_with_the_step() -> None:
+    rates = Rates(1e-2, 2e-2, 3e-2, 4e-2)
+    assert rates.at(2) == rates
+    assert rates.at(4).weights == pytest.approx(3e-2 / 5**0.5)
+    assert rates.at(8).bounds < rates.at(3).bounds
