@@ -8,13 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.data import CalibrationCrops, list_images
+from harmoq_ao.data import CalibrationCrops, list_images, luma, split_photographs
 from harmoq_ao.errors import CalibrationError, ConfigError
 from harmoq_ao.harmonize.apply import harmonize
 from harmoq_ao.harmonize.presets import HarmonizeSettings, preset
@@ -22,10 +20,6 @@ from harmoq_ao.methods import check_method, prepare_with
 from harmoq_ao.zoo import LoadedModel
 
 from .cells import HARMOQ, Cell, harmonize_settings, to_plain
-
-_HELD_OUT_SHARE = 10
-"""Of so many photographs one is kept for the held-out crops, and at least one."""
-_LUMA = (0.299, 0.587, 0.114)
 
 
 class Photographs:
@@ -50,9 +44,7 @@ class Photographs:
                 remedy="add photographs to the folder",
             )
         self.folder, self.seed = folder, seed
-        order = [files[int(index)] for index in np.random.default_rng(seed).permutation(len(files))]
-        kept = max(1, len(files) // _HELD_OUT_SHARE)
-        self.held_out, self.calibration = sorted(order[:kept]), sorted(order[kept:])
+        self.calibration, self.held_out = split_photographs(files, seed)
         self._cut: dict[Any, list[Tensor]] = {}
 
     def digest(self) -> str:
@@ -66,7 +58,7 @@ class Photographs:
         if key not in self._cut:
             files = self.held_out if held_out else self.calibration
             cut = CalibrationCrops(files, size, count, loaded.scale, self.seed)
-            self._cut[key] = [crop if channels == 3 else _luma(crop) for crop in cut]
+            self._cut[key] = [crop if channels == 3 else luma(crop) for crop in cut]
         return self._cut[key]
 
 
@@ -74,10 +66,6 @@ def files_digest(folder: Path, files: Sequence[Path]) -> str:
     """SHA-256 of the names below `folder` and the sizes on disk, shortened."""
     listed = sorted(f"{file.relative_to(folder).as_posix()} {file.stat().st_size}" for file in files)
     return hashlib.sha256("\n".join(listed).encode()).hexdigest()[:16]
-
-
-def _luma(crop: Tensor) -> Tensor:
-    return (crop * torch.tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)
 
 
 @dataclass(frozen=True)
