@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from harmoq_ao.data import atomic_write
@@ -26,6 +27,7 @@ WIDTH = 8.4
 """Inches; 1680 pixels, twice a page's width."""
 DPI = 200
 _LEAST_DROP = 0.005  # dB; smaller drops are drawn here
+_LOG_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
 _STYLE: dict[str, Any] = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
@@ -76,7 +78,8 @@ def without_axes(axis: Any) -> None:
 
 
 def plain_numbers(axis: Any) -> None:
-    """0.01 instead of powers of ten on a logarithmic axis."""
+    """Few, plain numbers on a logarithmic axis, also where it spans less than a power of ten."""
+    axis.yaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: "")
 
