@@ -201,8 +201,11 @@ def wants_joint_scale(site: Site, settings: SiteSettings) -> bool:
 
 
 def wants_joint_shift(site: Site, settings: SiteSettings) -> bool:
-    """Whether a joint shift is defined at a site: a linear with a joint scale and static bounds."""
-    linear = site.kind == "linear" and settings.joint_shift and not settings.act.dynamic
+    """Whether a joint shift is defined at a site: a linear with a joint scale, static bounds and under 8 bits.
+
+    With 256 levels it changes nothing that could be seen, and its vectors would add one percent to a saved model.
+    """
+    linear = site.kind == "linear" and settings.joint_shift and not settings.act.dynamic and settings.act.bits < 8
     return linear and wants_joint_scale(site, settings)
 
 

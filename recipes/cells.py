@@ -13,6 +13,7 @@ import numpy as np
 
 from harmoq_ao.config import HarmoqConfig, Profile, SiteRule
 from harmoq_ao.errors import ConfigError
+from harmoq_ao.harmonize.presets import PRESETS, HarmonizeSettings
 from harmoq_ao.quantizer import check_bits
 
 FLOAT = "float"
@@ -154,13 +155,19 @@ def with_changes(settings: T, changes: Mapping[str, Any]) -> T:
     return changed
 
 
-def harmonize_settings(base: T, cell: Cell) -> T:
+def harmonize_settings(base: HarmonizeSettings, cell: Cell) -> HarmonizeSettings:
     """Settings of HarmoQ's stages (a preset) with the cell's options applied, except those of the configuration.
+
+    A setting of Algorithm 1 turns it on where the preset leaves it out.
 
     Raises:
         ConfigError: An option names no setting, or a setting of a stage that the preset leaves out.
     """
-    return with_changes(base, {name: value for name, value in cell.options if not name.startswith("config.")})
+    changes = {name: value for name, value in cell.options if not name.startswith("config.")}
+    asked = any(name.startswith("algorithm.") for name in changes)
+    if asked and base.algorithm is None:
+        base = replace(base, algorithm=PRESETS["algorithm"].algorithm)
+    return with_changes(base, changes)
 
 
 def to_plain(value: Any) -> Any:

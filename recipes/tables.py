@@ -50,13 +50,14 @@ ADDITIONS: dict[str, Options] = {
     "MSE bounds": BARE,
     "+ HSO": {"algorithm": None, "refine": None, "config.joint_shift": False},
     "+ joint shift": {"algorithm": None, "refine": None},
-    "+ Algorithm 1": {"refine": None},
+    "+ Algorithm 1 (left out below)": {"refine": None, "algorithm.src": True},
     "+ bounds refined": {"refine.rates.scales": 0.0, "refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ scales": {"refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ weights": {"refine.rates.rest": 0.0},
     "+ other float parameters": {},
+    "+ Algorithm 1 before": {"algorithm.src": True},
 }
-"""Stages of HarmoQ, each on top of those before it, as departures from the preset."""
+"""Stages of HarmoQ, each on top of those before it unless it says otherwise, as departures from the preset."""
 
 
 def title_of(method: str) -> str:
