@@ -200,7 +200,7 @@ def left_out(stage: dict[str, Any]) -> set[str]:
 
 
 def test_the_stages_build_on_each_other() -> None:
-    stages = list(tables.ADDITIONS.values())
+    stages = [stage for stage in tables.ADDITIONS.values() if "algorithm.src" not in stage]
     for before, after in itertools.pairwise(stages):
         assert left_out(dict(after)) < left_out(dict(before))
     assert left_out(dict(stages[-1])) == set()
