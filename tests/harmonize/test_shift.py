@@ -49,9 +49,7 @@ def test_channels_with_different_means_gain_much(bits: int) -> None:
 def test_a_dynamic_quantizer_takes_none() -> None:
     dynamic = QuantizerSpec(4, granularity=Granularity.PER_TOKEN, dynamic=True)
     with pytest.raises(ConfigError, match="static"):
-        joint_shift(
-            torch.rand(4, 2), torch.rand(3, 2), torch.ones(2), (torch.zeros(2), torch.ones(2)), dynamic
-        )
+        joint_shift(torch.rand(4, 2), torch.rand(3, 2), torch.ones(2), (torch.zeros(2), torch.ones(2)), dynamic)
 
 
 @given(data=st.data(), bits=st.integers(2, 8))
