@@ -94,6 +94,29 @@ def search_histogram_bounds(
     return lower[0], upper[0]
 
 
+def weight_bounds(
+    rows: Tensor, spec: QuantizerSpec, importance: Tensor | None = None, *, minmax: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Bounds `[m, 1]` of the rows of a weight: symmetric; where zero is a level, with zero at the middle code.
+
+    Args:
+        rows: Weight `[m, K]`.
+        spec: Its quantizer.
+        importance: Second moment of the inputs `[K]` or `[K, K]`, see `search_channel_bounds`.
+        minmax: Take the largest magnitudes; at 8 bits the largest positive value may then lose half a step, since
+            codes are -128 to 127.
+    """
+    if minmax:
+        hi = rows.abs().amax(1, keepdim=True)
+        lo = -hi
+    else:
+        lo, hi = search_channel_bounds(rows, replace(spec, scheme=Scheme.SYMMETRIC), importance)
+    if spec.scheme is Scheme.INTEGER_ZERO_POINT:  # signed codes store weights
+        step, middle = (hi - lo) / spec.qmax, spec.levels // 2
+        lo, hi = -middle * step, (middle - 1) * step
+    return lo, hi
+
+
 def search_channel_bounds(
     weight: Tensor, spec: QuantizerSpec, importance: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

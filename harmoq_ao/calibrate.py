@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from harmoq_ao.bounds import search_channel_bounds
+from harmoq_ao.bounds import weight_bounds
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
@@ -21,7 +21,7 @@ from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedM
 from harmoq_ao.observers import OperandObserver
 from harmoq_ao.prepare import PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.progress import track
-from harmoq_ao.quantizer import Scheme, dynamic_bounds_for, fake_quantize
+from harmoq_ao.quantizer import dynamic_bounds_for, fake_quantize
 
 _REPORT_ROWS = 512  # rows of the sample that the reported SQNR is measured on
 _MAX_NESTING = 4  # containers around the image in what a loader yields
@@ -241,16 +241,7 @@ def _settle_activation(
 
 
 def _settle_weight(quantizer: HarmoqFakeQuantize, weight: Tensor, importance: Tensor | None, minmax: bool) -> None:
-    rows = weight.flatten(1)
-    if minmax:
-        hi = rows.abs().amax(1, keepdim=True)
-        lo = -hi
-    else:  # weights are symmetric; a scheme with a zero level snaps the result
-        lo, hi = search_channel_bounds(rows, replace(quantizer.spec, scheme=Scheme.SYMMETRIC), importance)
-    if quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT:  # signed codes store weights, so zero is the middle code
-        step = (hi - lo) / quantizer.spec.qmax
-        middle = quantizer.spec.levels // 2
-        lo, hi = -middle * step, (middle - 1) * step
+    lo, hi = weight_bounds(weight.flatten(1), quantizer.spec, importance, minmax=minmax)
     shape = (-1,) + (1,) * (weight.dim() - 1)
     quantizer.set_bounds(lo.reshape(shape), hi.reshape(shape))
 

@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from harmoq_ao.bounds import weight_bounds
 from harmoq_ao.calibrate import calibrate
 from harmoq_ao.config import HarmoqConfig, Observer
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from harmoq_ao.prepare import PreparedModel
-from harmoq_ao.quantizer import Scheme
 
 
 @dataclass(frozen=True)
@@ -127,18 +127,8 @@ def weight_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
 
 @torch.no_grad()
 def minmax_weights(prepared: PreparedModel) -> None:
-    """Bounds of every weight quantizer at the largest magnitude of each row.
-
-    At 8 bits zero is a level, the codes are -128 to 127, and the largest positive value may lose half a step.
-    """
+    """Bounds of every weight quantizer at the largest magnitude of each row."""
     for site in prepared.sites():
-        if not isinstance(site, (PreparedLinear, PreparedConv2d)) or site.right is None:
-            continue
-        spec = site.right.spec
-        rows = site.weight.detach().float().flatten(1)
-        largest = rows.abs().amax(1).reshape(-1, *(1,) * (site.weight.dim() - 1))
-        if spec.scheme is Scheme.INTEGER_ZERO_POINT:
-            step, middle = 2 * largest / spec.qmax, spec.levels // 2
-            site.right.set_bounds(-middle * step, (middle - 1) * step)
-        else:
-            site.right.set_bounds(-largest, largest)
+        if isinstance(site, (PreparedLinear, PreparedConv2d)) and site.right is not None:
+            bounds = weight_bounds(site.weight.detach().float().flatten(1), site.right.spec, minmax=True)
+            site.right.set_bounds(*(b.reshape(-1, *(1,) * (site.weight.dim() - 1)) for b in bounds))

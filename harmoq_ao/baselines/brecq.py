@@ -15,7 +15,7 @@ from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.errors import CalibrationError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize.learner import Learner, Rates
-from harmoq_ao.harmonize.reference import float_reference, set_weight
+from harmoq_ao.harmonize.reference import float_reference, frozen, set_weight
 from harmoq_ao.harmonize.refine import allowed_side, random_cut
 from harmoq_ao.harmonize.rounding import LearnedRounding
 from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages, first_tensor
@@ -72,15 +72,12 @@ class BRECQ(Baseline):
         """Reconstruct every block in as many steps as the budget has: together the work of that many of the network."""
         reference = float_reference(prepared)
         batches = _batches(prepared, crops, budget)
-        flags = [(parameter, parameter.requires_grad) for parameter in prepared.parameters()]
-        prepared.requires_grad_(False)
         rounded: set[int] = set()
-        for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
-            inputs, targets = (capture_stage(model, stage.name, batches) for model in (prepared, reference))
-            calls = [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
-            reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+        with frozen(prepared):
+            for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
+                inputs, targets = (capture_stage(model, stage.name, batches) for model in (prepared, reference))
+                calls = [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
+                reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
 
 
 def blocks(prepared: PreparedModel) -> list[Stage]:

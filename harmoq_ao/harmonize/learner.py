@@ -84,6 +84,7 @@ class Learner:
         self._rates = rates
         self._max_norm = max_norm
         self._named: dict[str, nn.Parameter] = {}
+        self._known: set[nn.Parameter] = set()
         self._logs: dict[str, tuple[PreparedSite, nn.Parameter]] = {}
         self._gaps: list[tuple[HarmoqFakeQuantize, Tensor]] = []
         self._groups: list[dict[str, object]] = []
@@ -93,7 +94,7 @@ class Learner:
             self._add_weight(site)
         self._add_rest(rest)
         self._optimizer = torch.optim.Adam(self._groups, fused=True) if self._groups else None
-        self._schedule = _cosine(steps, warm_up)
+        self._schedule = _Schedule(max(1, steps), warm_up)
         self._base_rates = [float(group["lr"]) for group in self._groups]  # type: ignore[arg-type]
         self.steps_done = 0
 
@@ -168,8 +169,9 @@ class Learner:
 
     def _learn(self, name: str, parameter: Tensor, rate: float) -> None:
         assert isinstance(parameter, nn.Parameter)
-        if any(parameter is known for known in self._named.values()):
+        if parameter in self._known:
             return  # a weight that two sites share
+        self._known.add(parameter)
         parameter.requires_grad_(True)
         self._named[name] = parameter
         self._groups.append({"params": [parameter], "lr": rate})
@@ -249,10 +251,6 @@ def _spread(parameter: Tensor) -> float:
     values = parameter.detach().float()
     deviation = float(values.std()) if values.numel() > 1 else 0.0
     return max(deviation, 0.01 * float(values.abs().mean()), 1e-6)
-
-
-def _cosine(steps: int, warm_up: int) -> _Schedule:
-    return _Schedule(max(1, steps), warm_up)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.modules.prepared import PreparedLinear, quiet
@@ -35,10 +37,22 @@ def float_reference(prepared: PreparedModel) -> PreparedModel:
         known.__class__ = FloatReference
         for site in known.sites():
             site.attach(None, None)
-            site.joint_scale = None
+            site.joint_scale = site.joint_shift = None
         known.requires_grad_(False)
         prepared.__dict__[_KEY] = known  # not as a submodule: it is no part of the model
     return known
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Within, no parameter of `model` asks for gradients but those that are told to; afterwards all is as before."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def owns_bias(site: PreparedLinear) -> bool:

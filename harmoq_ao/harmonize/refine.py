@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,7 +23,7 @@ from harmoq_ao.calibrate import disable_observers, enable_fake_quant
 from harmoq_ao.errors import CalibrationError, ConfigError
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
-from harmoq_ao.harmonize.reference import float_reference
+from harmoq_ao.harmonize.reference import float_reference, frozen
 from harmoq_ao.harmonize.stages import find_stages, first_tensor
 from harmoq_ao.harmonize.state import Checkpoint
 from harmoq_ao.prepare import PreparedModel
@@ -140,19 +140,20 @@ def refine(
     _check_crops(crops)
     enable_fake_quant(prepared)
     disable_observers(prepared)
-    run = _Refinement(prepared, crops, settings, held_out)
-    store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
-    run.resume(store)
-    every = max(1, settings.steps // settings.checks)
-    with open_progress("Refining", settings.steps, run.learner.steps_done, show_progress) as report:
-        while run.learner.steps_done < settings.steps:
-            run.step()
-            done = run.learner.steps_done
-            if done % every == 0 or done == settings.steps:
-                run.check()
-                run.save(store)
-            report(done, run.describe())
-    run.finish()
+    with frozen(prepared):
+        run = _Refinement(prepared, crops, settings, held_out)
+        store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
+        run.resume(store)
+        every = max(1, settings.steps // settings.checks)
+        with open_progress("Refining", settings.steps, run.learner.steps_done, show_progress) as report:
+            while run.learner.steps_done < settings.steps:
+                run.step()
+                done = run.learner.steps_done
+                if done % every == 0 or done == settings.steps:
+                    run.check()
+                    run.save(store)
+                report(done, run.describe())
+        run.finish()
     return run.trace
 
 
@@ -167,8 +168,6 @@ class _Refinement:
         self.crops, self.held_out = crops, held_out
         self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
-        self.flags = {p: p.requires_grad for p in prepared.parameters()}
-        prepared.requires_grad_(False)
         rest = trainable_rest(prepared.model, prepared.sites()) if settings.rates.rest else ()
         rates = settings.rates.at(_fewest_bits(prepared)) if settings.by_bits else settings.rates
         self.learner = Learner(prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up)
@@ -212,8 +211,6 @@ class _Refinement:
         if self.held_out:
             self.learner.restore(self.best[1])
         self.learner.finish()
-        for parameter, flag in self.flags.items():
-            parameter.requires_grad_(flag)
 
     def describe(self) -> str:
         """Progress in words."""
@@ -360,16 +357,3 @@ def _check_crops(crops: Sequence[Tensor]) -> None:
             expected="[C, S, S], all the same",
             remedy="cut them with harmoq_ao.data.CalibrationCrops",
         )
-
-
-def settings_from_dict(data: dict[str, Any]) -> RefineSettings:
-    """Inverse of ``dataclasses.asdict``.
-
-    Raises:
-        ConfigError: An unknown setting.
-    """
-    known = {f.name for f in fields(RefineSettings)}
-    unknown = sorted(set(data) - known)
-    if unknown:
-        raise ConfigError("Unknown setting of refinement", found=unknown[0], expected=sorted(known))
-    return RefineSettings(**{**data, "rates": Rates(**data.get("rates", {}))})

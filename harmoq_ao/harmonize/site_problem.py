@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harmoq_ao.bounds import search_channel_bounds, search_tensor_bounds
+from harmoq_ao.bounds import search_tensor_bounds, weight_bounds
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize.abr import Contraction, Operand
 from harmoq_ao.harmonize.hso import power_scale
@@ -16,7 +16,7 @@ from harmoq_ao.harmonize.projections import TokenGrid, find_grid
 from harmoq_ao.harmonize.reference import owns_bias, set_weight
 from harmoq_ao.harmonize.src import ResidualStatistics, SRCSettings
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedMatmul, PreparedSite
-from harmoq_ao.quantizer import Granularity, QuantizerSpec, Scheme, snap_bounds
+from harmoq_ao.quantizer import Granularity, snap_bounds
 
 _VALUES_PER_ROW = 1024
 """A sample of a product of activations holds at most this many numbers per row asked for, on each side."""
@@ -75,7 +75,7 @@ class SiteProblem(ABC):
             return operand
         if operand.spec.granularity is Granularity.PER_CHANNEL:
             importance = None if partner is None else partner.square().mean((0, 1))
-            lo, hi = _weight_bounds(operand.scaled()[0].T, operand.spec, importance)
+            lo, hi = snap_bounds(*weight_bounds(operand.scaled()[0].T, operand.spec, importance), operand.spec)
             return replace(operand, bounds=(lo.T, hi.T))
         return replace(operand, bounds=search_tensor_bounds(operand.scaled(), operand.spec))
 
@@ -279,12 +279,3 @@ def _clipped(operand: Operand) -> Tensor:
 
 def _width(values: Tensor, axis: int) -> Tensor:
     return (values.amax(axis) - values.amin(axis)).reshape(-1)
-
-
-def _weight_bounds(rows: Tensor, spec: QuantizerSpec, importance: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Bounds `[m, 1]` of the rows of a weight `[m, K]`: symmetric, or with zero at the middle code."""
-    lo, hi = search_channel_bounds(rows, replace(spec, scheme=Scheme.SYMMETRIC), importance)
-    if spec.scheme is Scheme.INTEGER_ZERO_POINT:
-        step, middle = (hi - lo) / spec.qmax, spec.levels // 2
-        lo, hi = -middle * step, (middle - 1) * step
-    return snap_bounds(lo, hi, spec)

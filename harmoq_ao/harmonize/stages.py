@@ -51,26 +51,21 @@ def find_stages(prepared: PreparedModel) -> list[Stage]:
     Disjoint, in execution order of their first sites. Sites between blocks belong to none.
     """
     order = {id(site): index for index, site in enumerate(prepared.sites())}
-    found = {name: _sites_of(module, order) for name, module in _blocks(prepared.model, "", False)}
-    stages = [Stage(name, prepared.model.get_submodule(name), sites) for name, sites in found.items()]
+    stages = _blocks(prepared.model, "", False, order)
     return sorted(stages, key=lambda stage: order[id(stage.sites[0])])
 
 
-def _blocks(module: nn.Module, name: str, listed: bool) -> list[tuple[str, nn.Module]]:
-    inner: list[tuple[str, nn.Module]] = []
+def _blocks(module: nn.Module, name: str, listed: bool, order: dict[int, int]) -> list[Stage]:
+    inner: list[Stage] = []
     for child_name, child in module.named_children():
         path = f"{name}.{child_name}" if name else child_name
-        inner += _blocks(child, path, isinstance(module, (nn.ModuleList, nn.Sequential)))
+        inner += _blocks(child, path, isinstance(module, (nn.ModuleList, nn.Sequential)), order)
     if inner or not listed:
         return inner
     sites = [m for m in module.modules() if isinstance(m, PreparedSite)]
-    whole = len(sites) >= _SITES_OF_A_BLOCK and any(isinstance(s, PreparedLinear) for s in sites)
-    return [(name, module)] if whole else []
-
-
-def _sites_of(module: nn.Module, order: dict[int, int]) -> tuple[PreparedSite, ...]:
-    sites = [m for m in module.modules() if isinstance(m, PreparedSite)]
-    return tuple(sorted(sites, key=lambda site: order[id(site)]))
+    if len(sites) < _SITES_OF_A_BLOCK or not any(isinstance(s, PreparedLinear) for s in sites):
+        return []
+    return [Stage(name, module, tuple(sorted(sites, key=lambda site: order[id(site)])))]
 
 
 def capture_stage(model: PreparedModel, name: str, images: Sequence[Tensor]) -> list[StageCall]:

@@ -69,11 +69,6 @@ class Checkpoint:
             )
         return tensors, stored["data"]
 
-    def remove(self) -> None:
-        """Delete the file: the work is done."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
-
 
 def _difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
     keys = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
