@@ -1,0 +1,147 @@
+"""The linear kernel: accumulators bit for bit, floats within rounding of float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference as integers
+from harmoq_ao.lowering.reference import LinearOperands
+from harmoq_ao.packing import pack
+from tests.strategies import SEEDS, bit_widths
+from tests.triton_kernels.helpers import codes_of, random_linear, seeded
+from triton_kernels import lowbit_linear
+from triton_kernels.operands import from_operands, pack_weight, unpack_weight
+
+few = settings(max_examples=12)
+
+
+@few
+@given(
+    seed=SEEDS, m=st.integers(1, 70), k=st.integers(1, 200), n=st.integers(1, 80),
+    weight_bits=bit_widths(), act_bits=bit_widths(), mid_rise=st.booleans(),
+)  # fmt: skip
+def test_accumulators_equal_the_reference_bit_for_bit(
+    seed: int, m: int, k: int, n: int, weight_bits: int, act_bits: int, mid_rise: bool
+) -> None:
+    generator = seeded(seed)
+    operands, packed = random_linear(generator, n, k, weight_bits, act_bits, mid_rise=mid_rise)
+    codes = codes_of(generator, act_bits, m, k)
+    acc = lowbit_linear.launch_accumulate(codes, packed)
+    assert torch.equal(acc, lowbit_linear.reference_accumulate(codes, packed))
+    canonical = lowbit_linear.canonical(acc, codes, packed)
+    assert torch.equal(canonical, integers.linear_accumulate(codes, operands.weight))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("mid_rise", [True, False])
+def test_largest_accumulators(bits: int, mid_rise: bool) -> None:
+    for code in (0, (1 << bits) - 1):
+        signed = torch.full((16, 300), code - (1 << (bits - 1)), dtype=torch.int8)
+        unit = torch.ones(16)
+        operands = LinearOperands(signed, unit, unit * (0.5 if mid_rise else 0.0), None, 8)
+        packed = from_operands(operands, pack(torch.full((16, 300), code, dtype=torch.uint8), bits), bits)
+        codes = torch.full((3, 300), 255, dtype=torch.uint8)
+        acc = lowbit_linear.canonical(lowbit_linear.launch_accumulate(codes, packed), codes, packed)
+        assert torch.equal(acc, integers.linear_accumulate(codes, signed))
+
+
+@few
+@given(
+    seed=SEEDS, m=st.integers(1, 70), k=st.integers(1, 150), n=st.integers(1, 80),
+    bits=st.sampled_from([2, 3, 4, 8]), static=st.booleans(), mid_rise=st.booleans(),
+)  # fmt: skip
+def test_floats_are_within_rounding_of_the_dequantized_product(
+    seed: int, m: int, k: int, n: int, bits: int, static: bool, mid_rise: bool
+) -> None:
+    generator = seeded(seed)
+    operands, packed = random_linear(generator, n, k, bits, bits, static=static, mid_rise=mid_rise)
+    x = torch.randn(m, k, generator=generator)
+    y = lowbit_linear.launch_lowbit_linear(x, packed)
+    qx, act = _quantized(x, operands)
+    left = qx.double() * act.step.double() + act.lower.double()
+    weight = (operands.weight.double() + operands.weight_shift.double()[:, None]) * operands.weight_scale.double()[
+        :, None
+    ]
+    assert operands.bias is not None
+    exact = left @ weight.t() + operands.bias.double()
+    size = left.abs() @ weight.abs().t() + operands.bias.abs().double() + act.lower.abs() * weight.sum(1).abs()
+    assert ((y - exact).abs() <= 2.0**-20 * size + 1e-30).all()
+    assert torch.allclose(y, integers.linear(x, operands), atol=float(size.max()) * 2.0**-20)
+
+
+def _quantized(x: torch.Tensor, operands: LinearOperands) -> tuple[torch.Tensor, integers.Affine]:
+    if operands.act is None:
+        return integers.quantize_dynamic(x, -1, operands.act_bits, operands.joint_scale)
+    qparams = integers.static_qparams(operands.act, operands.joint_scale)
+    return integers.quantize_codes(x, *qparams, operands.act_bits), operands.act
+
+
+@few
+@given(
+    seed=SEEDS, gelu=st.sampled_from(["none", "erf", "tanh"]), residual=st.booleans(), codes=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)  # fmt: skip
+def test_epilogue(seed: int, gelu: str, residual: bool, codes: bool, dtype: torch.dtype) -> None:
+    generator = seeded(seed)
+    _, packed = random_linear(generator, 50, 60, 4, 8)
+    x = codes_of(generator, 8, 33, 60) if codes else torch.randn(33, 60, generator=generator)
+    extra = torch.randn(33, 50, generator=generator) if residual else None
+    y = lowbit_linear.launch_lowbit_linear(x, packed, gelu=gelu, residual=extra, out_dtype=dtype)
+    expected = lowbit_linear.reference(x, packed, gelu=gelu, residual=extra)
+    bound = {torch.float32: 4e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    assert y.dtype == dtype
+    assert ((y.float() - expected).abs() <= bound * (1 + expected.abs())).all()
+
+
+@few
+@given(seed=SEEDS, bits=bit_widths(), gelu=st.sampled_from(["none", "erf"]))
+def test_requantized_output_differs_at_ties_only(seed: int, bits: int, gelu: str) -> None:
+    generator = seeded(seed)
+    _, packed = random_linear(generator, 40, 33, 3, 8)
+    x = torch.randn(33, 33, generator=generator)
+    reciprocal = torch.rand(40, generator=generator) * (1 << bits) / 4
+    offset = torch.full((40,), 2.0 ** (bits - 1))
+    found = lowbit_linear.launch_lowbit_linear(x, packed, gelu=gelu, requantize=(reciprocal, offset, bits))
+    position = lowbit_linear.reference(x, packed, gelu=gelu) * reciprocal + offset
+    assert found.dtype == torch.uint8
+    assert (found.float() - position.clamp(0, (1 << bits) - 1)).abs().max() <= 0.5 + 1e-3
+
+
+def test_codes_per_token_bring_their_bounds() -> None:
+    generator = seeded(3)
+    operands, packed = random_linear(generator, 20, 60, 4, 4, static=False)
+    x = torch.randn(10, 60, generator=generator)
+    codes, act = integers.quantize_dynamic(x, -1, 4, operands.joint_scale)
+    y = lowbit_linear.launch_lowbit_linear(codes, packed, token_bounds=(act.lower, act.step))
+    assert torch.allclose(y, integers.linear(x, operands), atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+def test_weights_are_packed_in_rows_of_whole_words(bits: int) -> None:
+    codes = codes_of(seeded(bits), bits, 5, 61)
+    packed = pack_weight(codes, bits)
+    assert packed.shape[1] == 64 * (bits if bits < 5 else 8) // 8
+    assert torch.equal(unpack_weight(packed, bits, 61), codes)
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    generator = seeded(0)
+    operands, packed = random_linear(generator, 8, 16, 4, 8)
+    codes = codes_of(generator, 4, 8, 16)
+    shifted = LinearOperands(operands.weight, operands.weight_scale, operands.weight_shift + 0.3, None, 8)
+    with pytest.raises(KernelError, match="mid-rise"):
+        from_operands(shifted, pack(codes, 4), 4)
+    with pytest.raises(KernelError, match="activation does not fit"):
+        lowbit_linear.launch_lowbit_linear(torch.zeros(3, 15), packed)
+    with pytest.raises(KernelError, match="residual has another number"):
+        lowbit_linear.launch_lowbit_linear(torch.zeros(3, 16), packed, residual=torch.zeros(4, 8))
+    with pytest.raises(KernelError, match="activation function"):
+        lowbit_linear.launch_lowbit_linear(torch.zeros(3, 16), packed, gelu="relu")
+    unit = torch.ones(3, 1)
+    with pytest.raises(KernelError, match="Bounds of tokens"):
+        lowbit_linear.launch_lowbit_linear(torch.zeros(3, 16), packed, token_bounds=(unit, unit))
+    assert lowbit_linear.launch_lowbit_linear(torch.zeros(0, 16), packed).shape == (0, 8)

@@ -1,0 +1,184 @@
+"""Compile every kernel for GPUs that need not be there, and hold the machine code to a budget.
+
+``python -m triton_kernels.compile_gate`` (``harmoq_ao.triton_kernels.compile_gate`` in an installation) checks, for
+compute capabilities 8.0 and 9.0: it compiles; no stack, so no spilled registers; integer tensor-core instructions where
+they are expected; shared memory within the limit; no fused multiply-add where codes are made; at most 10 % more
+instructions than `compile_budget.json` says. ``--update`` writes that file. Instruction counts repeat where timings do
+not, but they belong to one version of Triton: under another one only the structure is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .compile_cases import CASES, Case
+from .launch import OPTIONS
+
+logger = logging.getLogger(__name__)
+
+BUDGET = Path(__file__).with_name("compile_budget.json")
+ARCHITECTURES = {"sm_80": GPUTarget("cuda", 80, 32), "sm_90": GPUTarget("cuda", 90, 32)}
+SHARED_LIMIT = {"sm_80": 160 * 1024, "sm_90": 227 * 1024}
+INTEGER_MMA = {"sm_80": "IMMA", "sm_90": "IGMMA"}
+TOLERANCE = 1.1
+_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_INSTRUCTION = re.compile(r"^\s*(?:/\*[0-9a-f]{4,}\*/)?\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)\b.*;", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Machine code of one case on one architecture.
+
+    Attributes:
+        instructions: SASS instructions of the whole kernel, each counted once, padding left out.
+        registers: Registers of a thread.
+        shared: Bytes of shared memory of a program.
+        stack: Bytes of stack of a thread: spilled registers.
+        integer_mma: Integer tensor-core instructions among them.
+        float_mma: Floating-point ones.
+    """
+
+    instructions: int
+    registers: int
+    shared: int
+    stack: int
+    integer_mma: int
+    float_mma: int
+
+
+def measure(case: Case, architecture: str) -> Measured:
+    """Compile ``case`` and count."""
+    compiled = compile_case(case, ARCHITECTURES[architecture])
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        listing = _tool("nvdisasm", "-c", file.name)
+    opcodes = [code for code in _INSTRUCTION.findall(listing) if code != "NOP"]
+    kinds = [code.split(".")[0] for code in opcodes]
+    return Measured(
+        instructions=len(opcodes),
+        registers=_number(r"REG:(\d+)", usage),
+        shared=int(compiled.metadata.shared),
+        stack=_number(r"STACK:(\d+)", usage),
+        integer_mma=kinds.count("IMMA") + kinds.count("IGMMA"),
+        float_mma=kinds.count("HMMA") + kinds.count("HGMMA"),
+    )
+
+
+def compile_case(case: Case, target: GPUTarget) -> Any:
+    """The compiled kernel of a case; nothing of it runs."""
+    names = case.kernel.arg_names
+    missing = set(names) ^ set(case.arguments)
+    if missing:
+        raise ValueError(f"{case.name}: arguments do not match the kernel: {sorted(missing)}")
+    signature, constants, attributes = {}, {}, {}
+    for position, name in enumerate(names):
+        value = case.arguments[name]
+        if isinstance(value, str) and (value.startswith("*") or value in ("i32", "fp32")):
+            signature[name] = value
+            if value.startswith("*"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "constexpr"
+            constants[name] = value
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
+    return triton.compile(source, target=target, options=options)
+
+
+def problems(case: Case, architecture: str, found: Measured, budget: int | None) -> list[str]:
+    """What is wrong with the machine code of a case; nothing if it passes."""
+    wrong = []
+    if found.stack:
+        wrong.append(f"{found.stack} bytes of stack: registers spill")
+    if found.shared > SHARED_LIMIT[architecture]:
+        wrong.append(f"{found.shared} bytes of shared memory, limit {SHARED_LIMIT[architecture]}")
+    if case.integer_mma and not found.integer_mma:
+        wrong.append(f"no {INTEGER_MMA[architecture]}: the contraction does not run on int8 tensor cores")
+    if budget is not None and found.instructions > budget * TOLERANCE:
+        wrong.append(f"{found.instructions} instructions, budget {budget}")
+    return wrong
+
+
+def read_budget() -> tuple[str, dict[str, dict[str, int]]]:
+    """Triton version of the table, and its rows by ``case @ architecture``."""
+    if not BUDGET.exists():
+        return "", {}
+    table = json.loads(BUDGET.read_text())
+    return table["triton"], table["kernels"]
+
+
+def check(architectures: Sequence[str], cases: Iterable[Case], update: bool = False) -> list[str]:
+    """Measure all cases, log a row for each, and return what is wrong."""
+    version, rows = read_budget()
+    same = version == triton.__version__
+    if not same and not update:
+        logger.warning("Budgets are of Triton %s, this is %s: structure only", version, triton.__version__)
+    wrong = []
+    for case in cases:
+        for architecture in architectures:
+            name = f"{case.name} @ {architecture}"
+            found = measure(case, architecture)
+            budget = rows[name]["instructions"] if same and not update and name in rows else None
+            here = problems(case, architecture, found, budget)
+            if same and not update and name not in rows:
+                here.append("not in the table: run with --update")
+            logger.info("%-48s %s %s", name, _row(found), "; ".join(here) or "ok")
+            wrong += [f"{name}: {problem}" for problem in here]
+            rows[name] = asdict(found)
+    if update:
+        table = {"triton": triton.__version__, "kernels": dict(sorted(rows.items()))}
+        BUDGET.write_text(json.dumps(table, indent=1) + "\n")
+    return wrong
+
+
+def _row(found: Measured) -> str:
+    return (
+        f"{found.instructions:6d} instr {found.registers:4d} reg {found.shared:7d} B shared "
+        f"{found.integer_mma:4d} int mma {found.float_mma:4d} float mma"
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / name, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(f"no {pattern} in the output of cuobjdump")
+    return int(match[1])
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Command line; returns 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description="Compile all kernels without a GPU and check the machine code.")
+    parser.add_argument("--arch", action="append", choices=tuple(ARCHITECTURES), help="default: all")
+    parser.add_argument("--only", default="", help="part of the names of the cases to compile")
+    parser.add_argument("--update", action="store_true", help="write the table of budgets")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    cases = [case for case in CASES if options.only in case.name]
+    wrong = check(options.arch or tuple(ARCHITECTURES), cases, options.update)
+    for problem in wrong:
+        logger.error("FAILED %s", problem)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""What all launchers share: compiler options, block sizes, checks of operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.errors import KernelError
+
+OPTIONS = {"enable_fp_fusion": False}
+"""Codes need a multiplication and an addition that are rounded separately."""
+
+GELU_KINDS = ("none", "erf", "tanh")
+
+
+def power_of_two(value: int, least: int = 1) -> int:
+    """The smallest power of two that is at least ``value`` and ``least``."""
+    return max(1 << max(value - 1, 0).bit_length(), least)
+
+
+def blocks(length: int, block: int) -> int:
+    """Blocks of ``block`` that cover ``length``."""
+    return -(-length // block)
+
+
+def check_matrix(x: Tensor, columns: int, name: str, dtypes: tuple[torch.dtype, ...] | None = None) -> None:
+    """Raise KernelError unless ``x`` is `[M, columns]`, with unit stride along the columns, of one of ``dtypes``."""
+    right = x.is_floating_point() if dtypes is None else x.dtype in dtypes
+    if x.dim() != 2 or x.shape[1] != columns or not right or (columns > 1 and x.stride(1) != 1):
+        expected = "floating point" if dtypes is None else " or ".join(map(str, dtypes))
+        raise KernelError(
+            f"{name} does not fit the kernel",
+            found=f"{x.dtype} {tuple(x.shape)} with strides {x.stride()}",
+            expected=f"{expected} [M, {columns}], contiguous along the last axis",
+        )
+
+
+def check_vector(value: Tensor | None, length: int, name: str, dtype: torch.dtype = torch.float32) -> None:
+    """Raise KernelError unless ``value`` is None or a contiguous `[length]` vector of ``dtype``."""
+    if value is not None and (value.shape != (length,) or value.dtype != dtype or not value.is_contiguous()):
+        raise KernelError(
+            f"{name} does not fit the kernel",
+            found=f"{value.dtype} {tuple(value.shape)}",
+            expected=f"{dtype} {(length,)}, contiguous",
+        )
+
+
+def check_bits(bits: int, name: str, allowed: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)) -> None:
+    """Raise KernelError unless ``bits`` is one of ``allowed``."""
+    if bits not in allowed:
+        raise KernelError(f"The kernel does not take this width of {name}", found=bits, expected=allowed)
+
+
+def check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
+    """Raise KernelError unless ``value`` is one of ``allowed``."""
+    if value not in allowed:
+        raise KernelError(f"Unknown {name}", found=repr(value), expected=", ".join(allowed))
+
+
+__all__ = [
+    "GELU_KINDS",
+    "OPTIONS",
+    "blocks",
+    "check_bits",
+    "check_choice",
+    "check_matrix",
+    "check_vector",
+    "power_of_two",
+]

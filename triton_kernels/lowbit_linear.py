@@ -1,0 +1,354 @@
+"""Linear on packed 2 to 8 bit weights and 2 to 8 bit activations, int8 tensor cores, int32 accumulators.
+
+With the names of `operands`::
+
+    A_mi = sum_j q_mj E_ij                                  exact
+    y_mi = f(scale_i A_mi + constant_i) + residual_mi       static (per token: step_m and lower_m total_i come in)
+    out  = y, or clamp(round_half_even(y r_i + c_i), 0, 2**out_bits - 1)
+
+The activation comes as uint8 codes, or as floats that are quantized in registers (static bounds or bounds per token);
+``f`` is the identity or GELU.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference as integers
+
+from . import tuning
+from .device import contract, gelu, load_weight, signed_codes, unsigned_codes
+from .launch import GELU_KINDS, OPTIONS, blocks, check_bits, check_choice, check_matrix, check_vector, power_of_two
+from .operands import PackedLinear
+from .quantize import bounds_of
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@triton.jit
+def lowbit_linear_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    start_ptr: tl.tensor,
+    scale_ptr: tl.tensor,
+    constant_ptr: tl.tensor,
+    total_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    lower_ptr: tl.tensor,
+    step_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    out_reciprocal_ptr: tl.tensor,
+    out_offset_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    M: int,
+    x_stride: int,
+    residual_stride: int,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    WEIGHT_BITS: tl.constexpr,
+    MID_RISE: tl.constexpr,
+    ACT_BITS: tl.constexpr,
+    INPUT: tl.constexpr,
+    GELU: tl.constexpr,
+    OUT_BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One `[BLOCK_M, BLOCK_N]` tile.
+
+    ``INPUT``: "codes" (uint8; with ``total_ptr`` also the bounds of each token), "static" or "token" (floats).
+    ``OUT_BITS``: 0 for the float type of ``out_ptr``, -1 for the accumulators, else the width of output codes.
+    """
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    row_mask, column_mask = rows < M, columns < N
+    lower = tl.zeros([BLOCK_M], tl.float32)
+    step = tl.full([BLOCK_M], 1.0, tl.float32)
+    if INPUT == "token":
+        lower, step = _row_bounds(x_ptr, reciprocal_ptr, rows, row_mask, x_stride, K, ACT_BITS, BLOCK_M, BLOCK_K)
+    elif total_ptr is not None:
+        lower = tl.load(lower_ptr + rows, mask=row_mask, other=0.0)
+        step = tl.load(step_ptr + rows, mask=row_mask, other=1.0)
+    start = tl.load(start_ptr + columns, mask=column_mask, other=0)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + start[None, :]
+    for first in range(0, K, BLOCK_K):
+        channels = first + tl.arange(0, BLOCK_K)
+        left = _activation(
+            x_ptr, reciprocal_ptr, offset_ptr, lower, step, rows, row_mask, channels, x_stride, K, ACT_BITS, INPUT
+        )
+        weight = load_weight(weight_ptr, columns, column_mask, first, ROW_BYTES, BLOCK_K, WEIGHT_BITS, MID_RISE)
+        acc = contract(left, weight, acc, WEIGHT_BITS, MID_RISE)
+    out_at = out_ptr + rows[:, None] * N + columns[None, :]
+    mask = row_mask[:, None] & column_mask[None, :]
+    if OUT_BITS == -1:
+        tl.store(out_at, acc, mask=mask)
+    else:
+        y = acc.to(tl.float32) * tl.load(scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
+        if total_ptr is not None:
+            total = tl.load(total_ptr + columns, mask=column_mask, other=0.0)
+            y = y * step[:, None] + lower[:, None] * total[None, :]
+        y = gelu(y + tl.load(constant_ptr + columns, mask=column_mask, other=0.0)[None, :], GELU)
+        if residual_ptr is not None:
+            residual_at = residual_ptr + rows[:, None] * residual_stride + columns[None, :]
+            y += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
+        if OUT_BITS == 0:
+            tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
+        else:
+            factor = tl.load(out_reciprocal_ptr + columns, mask=column_mask, other=0.0)
+            offset = tl.load(out_offset_ptr + columns, mask=column_mask, other=0.0)
+            tl.store(out_at, unsigned_codes(y * factor[None, :] + offset[None, :], OUT_BITS), mask=mask)
+
+
+@triton.jit
+def _row_bounds(
+    x_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    x_stride: int,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:
+    """``(lower, step)`` of whole rows, `[BLOCK_M]`, in a pass of their own over the row."""
+    lower = tl.full([BLOCK_M], float("inf"), tl.float32)
+    upper = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        channels = first + tl.arange(0, BLOCK_K)
+        mask = row_mask[:, None] & (channels < K)[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        if reciprocal_ptr is not None:
+            x = x * tl.load(reciprocal_ptr + channels, mask=channels < K, other=0.0)[None, :]
+        lower = tl.minimum(lower, tl.min(tl.where(mask, x, float("inf")), 1))
+        upper = tl.maximum(upper, tl.max(tl.where(mask, x, float("-inf")), 1))
+    return bounds_of(lower, upper, BITS)
+
+
+@triton.jit
+def _activation(
+    x_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    lower: tl.tensor,
+    step: tl.tensor,
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    channels: tl.tensor,
+    x_stride: int,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    INPUT: tl.constexpr,
+) -> tl.tensor:
+    """Signed codes `[BLOCK_M, BLOCK_K]` int8, zero beyond channel K."""
+    inside = channels < K
+    mask = row_mask[:, None] & inside[None, :]
+    half: tl.constexpr = 1 << (BITS - 1)
+    at = x_ptr + rows[:, None] * x_stride + channels[None, :]
+    if INPUT == "codes":
+        return (tl.load(at, mask=mask, other=half).to(tl.int16) - half).to(tl.int8)
+    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    if INPUT == "static":
+        # 0 * 0 + half has the signed code 0
+        reciprocal = tl.load(reciprocal_ptr + channels, mask=inside, other=0.0)
+        offset = tl.load(offset_ptr + channels, mask=inside, other=half)
+        return signed_codes(x * reciprocal[None, :] + offset[None, :], BITS)
+    if reciprocal_ptr is not None:
+        x = x * tl.load(reciprocal_ptr + channels, mask=inside, other=0.0)[None, :]
+    codes = signed_codes(x * tl.div_rn(1.0, step)[:, None] + tl.div_rn(-lower, step)[:, None], BITS)
+    return tl.where(inside[None, :], codes, 0)
+
+
+def launch_lowbit_linear(
+    x: Tensor,
+    weight: PackedLinear,
+    *,
+    gelu: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    requantize: tuple[Tensor, Tensor, int] | None = None,
+    token_bounds: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Run `lowbit_linear_kernel`; arguments as in `reference`.
+
+    Raises:
+        KernelError: Operands that the kernel does not take.
+    """
+    check_operands(x, weight, gelu, residual, out_dtype, requantize, token_bounds)
+    reciprocal, offset, bits = (None, None, 0) if requantize is None else requantize
+    lower, step = (None, None) if token_bounds is None else token_bounds
+    out = torch.empty(len(x), weight.rows, dtype=torch.uint8 if bits else out_dtype, device=x.device)
+    extras = (weight.total, weight.reciprocal, weight.offset, lower, step, residual, reciprocal, offset)
+    _run(x, weight, extras, out, gelu, bits)
+    return out
+
+
+def launch_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
+    """Accumulators ``A`` of uint8 codes `[M, K]`: `[M, N]` int32.
+
+    Raises:
+        KernelError: Operands that the kernel does not take.
+    """
+    check_matrix(codes, weight.columns, "The activation", (torch.uint8,))
+    out = torch.empty(len(codes), weight.rows, dtype=torch.int32, device=codes.device)
+    _run(codes, weight, (None,) * 8, out, "none", -1)
+    return out
+
+
+def canonical(acc: Tensor, codes: Tensor, weight: PackedLinear) -> Tensor:
+    """`reference.linear_accumulate`'s integers ``sum_j q_j w_ij`` from ``A``."""
+    return (acc - codes.sum(1, keepdim=True, dtype=torch.int32)) // 2 if weight.mid_rise else acc
+
+
+def _run(
+    x: Tensor, weight: PackedLinear, extras: tuple[Tensor | None, ...], out: Tensor, gelu: str, out_bits: int
+) -> None:
+    if x.dtype == torch.uint8:
+        mode = "codes"
+    else:
+        mode = "static" if weight.static else "token"
+    config = tuning.default("lowbit_linear", **tile(weight.rows, weight.columns))
+    sizes, residual = config.blocks, extras[5]
+    if out.numel() == 0:
+        return
+    lowbit_linear_kernel[(blocks(len(x), sizes["BLOCK_M"]), blocks(weight.rows, sizes["BLOCK_N"]))](
+        x, weight.codes, weight.start, weight.scale, weight.constant, *extras, out,
+        len(x), x.stride(0), 0 if residual is None else residual.stride(0),
+        K=weight.columns, N=weight.rows, ROW_BYTES=weight.row_bytes, WEIGHT_BITS=weight.weight_bits,
+        MID_RISE=weight.mid_rise, ACT_BITS=weight.act_bits, INPUT=mode, GELU=gelu, OUT_BITS=out_bits,
+        **sizes, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+    )  # fmt: skip
+
+
+def tile(rows: int, columns: int) -> dict[str, int]:
+    """Default block sizes: 64 rows of activations are one wgmma; the contraction goes in steps of up to 128."""
+    return {
+        "BLOCK_M": 64,
+        "BLOCK_N": min(power_of_two(rows, 16), 64),
+        "BLOCK_K": min(power_of_two(columns, 32), 64 if columns <= 192 else 128),
+    }
+
+
+def check_operands(
+    x: Tensor,
+    weight: PackedLinear,
+    gelu: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+    requantize: tuple[Tensor, Tensor, int] | None,
+    token_bounds: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Raise KernelError where an argument of `launch_lowbit_linear` does not fit."""
+    check_matrix(x, weight.columns, "The activation", (torch.uint8, *FLOATS))
+    check_choice(gelu, GELU_KINDS, "activation function")
+    if residual is not None:
+        check_matrix(residual, weight.rows, "The residual", FLOATS)
+        if len(residual) != len(x):
+            raise KernelError("The residual has another number of rows", found=len(residual), expected=len(x))
+    if out_dtype not in FLOATS:
+        raise KernelError("The kernel does not write this type", found=out_dtype, expected=FLOATS)
+    if requantize is not None:
+        check_bits(requantize[2], "output code")
+        check_vector(requantize[0], weight.rows, "the output's reciprocal")
+        check_vector(requantize[1], weight.rows, "the output's offset")
+    needed = x.dtype == torch.uint8 and not weight.static
+    if needed != (token_bounds is not None):
+        raise KernelError(
+            "Bounds of tokens go with codes of tokens",
+            found=f"{x.dtype}, {'static' if weight.static else 'per token'}, bounds given: {token_bounds is not None}",
+            expected="(lower, step) if and only if codes come from bounds per token",
+        )
+    for name, value in zip(("lower", "step"), token_bounds or (), strict=False):
+        check_vector(value.reshape(-1), len(x), name)
+
+
+# --- reference --------------------------------------------------------------------------------------------------------
+
+
+def reference_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
+    """``A`` in plain torch: `[M, K]` uint8 codes to `[M, N]` int32."""
+    effective = weight.effective_codes()
+    if codes.device.type == "cpu":
+        return codes.to(torch.int32) @ effective.to(torch.int32).t()
+    return (codes.double() @ effective.double().t()).to(torch.int32)
+
+
+def reference(
+    x: Tensor,
+    weight: PackedLinear,
+    *,
+    gelu: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    requantize: tuple[Tensor, Tensor, int] | None = None,
+    token_bounds: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """Quantized linear, GELU and residual.
+
+    Args:
+        x: `[M, K]` uint8 codes, or float32, float16 or bfloat16.
+        weight: From `operands.from_operands`.
+        gelu: "none", "erf" or "tanh".
+        residual: `[M, N]` floats added last, or None.
+        out_dtype: float32, float16 or bfloat16.
+        requantize: Reciprocal `[N]`, offset `[N]` and bits of output codes, instead of floats.
+        token_bounds: Lower bounds and steps `[M, 1]` of codes from bounds per token.
+
+    Returns:
+        `[M, N]` of ``out_dtype``, or uint8 codes.
+    """
+    codes, token_bounds = _codes(x, weight, token_bounds)
+    y = epilogue(reference_accumulate(codes, weight), weight, token_bounds)
+    y = gelu_reference(y, gelu)
+    if residual is not None:
+        y = y + residual.float()
+    if requantize is None:
+        return y.to(out_dtype)
+    return integers.quantize_codes(y, *requantize)
+
+
+def _codes(
+    x: Tensor, weight: PackedLinear, token_bounds: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    if x.dtype == torch.uint8:
+        return x, token_bounds
+    if weight.reciprocal is not None and weight.offset is not None:
+        return integers.quantize_codes(x, weight.reciprocal, weight.offset, weight.act_bits), None
+    scaled = x.float() if weight.reciprocal is None else x.float() * weight.reciprocal
+    codes, act = integers.quantize_dynamic(scaled, -1, weight.act_bits)
+    return codes, (act.lower, act.step)
+
+
+def epilogue(acc: Tensor, weight: PackedLinear, token_bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    """Floats from accumulators ``A``, `[M, N]` float32."""
+    y = acc.float() * weight.scale
+    if token_bounds is not None and weight.total is not None:
+        lower, step = (value.reshape(-1, 1) for value in token_bounds)
+        y = y * step + lower * weight.total
+    return y + weight.constant
+
+
+def gelu_reference(x: Tensor, kind: str) -> Tensor:
+    """GELU by ``kind``: "none", "erf" or "tanh"."""
+    return x if kind == "none" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
+
+
+__all__ = [
+    "canonical",
+    "epilogue",
+    "gelu_reference",
+    "launch_accumulate",
+    "launch_lowbit_linear",
+    "lowbit_linear_kernel",
+    "reference",
+    "reference_accumulate",
+    "tile",
+]

@@ -1,0 +1,181 @@
+"""Weights and constants as the kernels want them, made once from a site's `LinearOperands`.
+
+Kernels contract signed activation codes ``s = q - h``, ``h = 2**(act_bits - 1)``, with effective weight codes ``E``
+(``2 w + 1`` for mid-rise weights, ``factor = 2``; else ``w``, ``factor = 1``), so that a row of weights needs no shift
+of its own::
+
+    A_i = sum_j s_j E_ij + start_i = sum_j q_j E_ij                       start_i = h sum_j E_ij
+    y_i = scale_i A_i + constant_i                                        static bounds
+    y_i = step (scale_i A_i) + lower total_i + constant_i                 bounds per token
+
+``A`` is ``factor * sum_j q_j w_ij + (factor - 1) sum_j q_j`` of the canonical accumulator, exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference
+from harmoq_ao.lowering.reference import LinearOperands
+from harmoq_ao.packing import pack, packed_length, unpack
+
+from .launch import check_bits, check_vector
+
+COLUMN_GROUP = 32
+"""Rows are padded to whole groups of codes: 8 to 32 bytes, whole 32-bit words at 2 and 4 bits."""
+
+MAX_COLUMNS = (2**31 - 1) // (255 * 255)
+"""Longest contraction whose ``A`` int32 always holds."""
+
+
+def container_bits(bits: int) -> int:
+    """Bits that a weight code takes in the kernels' layout: 2, 3, 4, or a byte."""
+    return bits if bits < 5 else 8
+
+
+def pack_weight(codes: Tensor, bits: int) -> Tensor:
+    """Unsigned codes `[N, K]` to rows in the layout of `packing`, K padded to a multiple of 32: `[N, row bytes]`."""
+    check_bits(bits, "weight")
+    return pack(F.pad(codes, (0, -codes.shape[1] % COLUMN_GROUP)), container_bits(bits))
+
+
+def unpack_weight(packed: Tensor, bits: int, columns: int) -> Tensor:
+    """Inverse of `pack_weight`: `[N, columns]` uint8."""
+    width = container_bits(bits)
+    return unpack(packed, width, packed.shape[1] * 8 // width)[:, :columns]
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A linear made ready for the kernels; build it with `from_operands`.
+
+    Attributes:
+        codes: `[N, row bytes]` uint8 weight codes from `pack_weight`.
+        weight_bits: Width of a weight code, 2 to 8.
+        columns: K.
+        mid_rise: Whether weights are ``w + 1/2`` steps (else ``w``).
+        act_bits: Width of an activation code, 2 to 8.
+        start: `[N]` int32, where accumulators start.
+        scale: `[N]` float32, value of one unit of ``A`` (per token: of one unit times the step).
+        constant: `[N]` float32: bias, and with static bounds all that is constant with it.
+        total: `[N]` float32, what one unit of a token's lower bound adds; None with static bounds.
+        reciprocal: `[K]` float32 that the input is multiplied by; None for ones (per token only).
+        offset: `[K]` float32 that is added then; None per token.
+    """
+
+    codes: Tensor
+    weight_bits: int
+    columns: int
+    mid_rise: bool
+    act_bits: int
+    start: Tensor
+    scale: Tensor
+    constant: Tensor
+    total: Tensor | None
+    reciprocal: Tensor | None
+    offset: Tensor | None
+
+    def __post_init__(self) -> None:
+        check_bits(self.weight_bits, "weight")
+        check_bits(self.act_bits, "activation")
+        padded = self.columns + -self.columns % COLUMN_GROUP
+        row = packed_length(padded, container_bits(self.weight_bits))
+        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2 or self.codes.shape[1] != row:
+            raise KernelError(
+                "Packed weights have the wrong shape",
+                found=f"{self.codes.dtype} {tuple(self.codes.shape)}",
+                expected=f"torch.uint8 [N, {row}] for {self.columns} columns of {self.weight_bits} bits",
+                remedy="pack them with pack_weight",
+            )
+        if self.columns > MAX_COLUMNS:
+            raise KernelError("The contraction is too long", found=self.columns, expected=f"at most {MAX_COLUMNS}")
+        check_vector(self.start, len(self.codes), "start", torch.int32)
+        for name in ("scale", "constant", "total"):
+            check_vector(getattr(self, name), len(self.codes), name)
+        for name in ("reciprocal", "offset"):
+            check_vector(getattr(self, name), self.columns, name)
+        if (self.total is None) == (self.offset is None):
+            raise KernelError("A linear has static bounds (offset) or bounds per token (total)", found="both or none")
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return len(self.codes)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row."""
+        return self.codes.shape[1]
+
+    @property
+    def static(self) -> bool:
+        """Whether the activation has static bounds."""
+        return self.offset is not None
+
+    def effective_codes(self) -> Tensor:
+        """``E``, `[N, K]` int16: what the kernels contract, from the packed codes; for references."""
+        codes = unpack_weight(self.codes, self.weight_bits, self.columns).to(torch.int16)
+        return _effective(codes, self.weight_bits, self.mid_rise)
+
+
+def _effective(codes: Tensor, bits: int, mid_rise: bool) -> Tensor:
+    return codes * 2 + 1 - (1 << bits) if mid_rise else codes - (1 << (bits - 1))
+
+
+def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: int) -> PackedLinear:
+    """Bring a quantized linear into the kernels' layout.
+
+    Args:
+        operands: From ``QuantizedLinear.operands()``.
+        packed_codes: Its ``codes``, `[N, packed_length(K, weight_bits)]`.
+        weight_bits: Width of a weight code.
+
+    Raises:
+        KernelError: Weight shifts other than one half for all rows or zero for all rows; static bounds that are not one
+            pair; a contraction too long for int32.
+    """
+    shift, columns = operands.weight_shift, operands.weight.shape[1]
+    mid_rise = bool((shift == 0.5).all())
+    if not mid_rise and bool((shift != 0).any()):
+        raise KernelError(
+            "The kernels take mid-rise weights or weights with zero at the middle code",
+            found=f"shifts from {float(shift.min())} to {float(shift.max())}",
+            expected="0.5 for all rows, or 0 for all rows",
+        )
+    codes = unpack(packed_codes, weight_bits, columns)
+    effective = _effective(codes.to(torch.int64), weight_bits, mid_rise)
+    start = (effective.sum(1) << (operands.act_bits - 1)).to(torch.int32)
+    total = reference.weight_total(operands.weight, operands.weight_scale, shift)
+    scale = operands.weight_scale / (2 if mid_rise else 1)
+    bias = torch.zeros_like(scale) if operands.bias is None else operands.bias
+    act, joint = operands.act, operands.joint_scale
+    reciprocal: Tensor | None = None if joint is None else joint.reciprocal()
+    offset: Tensor | None = None
+    if act is not None:
+        reciprocal, offset = (
+            value.reshape(-1).expand(columns).contiguous()
+            for value in reference.static_qparams(_one_pair(act), joint, operands.joint_shift)
+        )
+        scale, bias = scale * act.step.reshape(()), reference.fold_bias(total, act.lower.reshape(()), operands.bias)
+    return PackedLinear(
+        pack_weight(codes, weight_bits), weight_bits, columns, mid_rise, operands.act_bits, start, scale.contiguous(),
+        bias.contiguous(), total if act is None else None, reciprocal, offset,
+    )  # fmt: skip
+
+
+def _one_pair(act: reference.Affine) -> reference.Affine:
+    if act.step.numel() != 1 or act.lower.numel() != 1:
+        raise KernelError(
+            "Static bounds of a linear must be one pair for the whole tensor",
+            found=tuple(act.step.shape),
+            expected="a single number",
+        )
+    return reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
+
+
+__all__ = ["MAX_COLUMNS", "PackedLinear", "container_bits", "from_operands", "pack_weight", "unpack_weight"]

@@ -1,0 +1,271 @@
+"""Float activations to codes: static bounds, bounds per token, and both halves of LayerNorm + quantize.
+
+Equations, in float32 with every operation rounded on its own::
+
+    static      q = clamp(round_half_even(x * r + c), 0, 2**bits - 1)
+    per token   l = min_k(x r), a = max((max_k(x r) - l) / (2**bits - 1), MIN_STEP), then r' = 1 / a, c' = -l / a
+    LayerNorm   q = clamp(round_half_even(n * (w r) + (b r + c)), ...),  n = (x - mean) / sqrt(var + eps)
+
+The first two give the codes of `reference.quantize_codes` bit for bit, infinities included. NaN cannot be refused from
+inside a kernel: its code is 0, and in a row quantized per token it does not take part in the bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference as integers
+from harmoq_ao.packing import pack, packed_length
+from harmoq_ao.quantizer import MIN_STEP
+
+from . import tuning
+from .device import standardize, unsigned_codes
+from .launch import OPTIONS, blocks, check_bits, check_matrix, check_vector, power_of_two
+
+PACKED_BITS = (2, 3, 4, 8)
+MAX_ROW = 8192
+"""Longest row that bounds per token and LayerNorm take: one program holds it."""
+
+_SMALLEST_STEP = tl.constexpr(MIN_STEP)
+
+
+@triton.jit
+def quantize_kernel(
+    x_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    offset_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    M: int,
+    x_stride: int,
+    reciprocal_stride: int,
+    offset_stride: int,
+    eps: float,
+    K: tl.constexpr,
+    ROW_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+    PACKED: tl.constexpr,
+    NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """One tile of codes of `[M, K]`; ``NORM`` standardizes rows first and needs ``BLOCK_K >= K``."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = columns < K
+    mask = (rows < M)[:, None] & inside[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORM:
+        x = standardize(x, mask, K, eps)
+    reciprocal = tl.load(reciprocal_ptr + columns * reciprocal_stride, mask=inside, other=0.0)
+    offset = tl.load(offset_ptr + columns * offset_stride, mask=inside, other=0.0)
+    codes = unsigned_codes(x * reciprocal[None, :] + offset[None, :], BITS)
+    if PACKED:
+        # r = c = 0 beyond the row: the unused bits of its last byte are zero
+        _store_packed(codes, codes_ptr, rows, rows < M, tl.program_id(1) * BLOCK_K, ROW_BYTES, BITS)
+    else:
+        tl.store(codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=mask)
+
+
+@triton.jit
+def _store_packed(
+    codes: tl.tensor,
+    codes_ptr: tl.tensor,
+    rows: tl.tensor,
+    row_mask: tl.tensor,
+    first: tl.tensor,
+    ROW_BYTES: tl.constexpr,
+    BITS: tl.constexpr,
+) -> None:
+    """Store `[R, C]` uint8 codes from column ``first`` (a multiple of 8) on as streams: 8 codes make BITS bytes."""
+    groups: tl.constexpr = codes.shape[1] // 8
+    split = codes.to(tl.int32).reshape([codes.shape[0], groups, 8])
+    words = tl.sum(split << (tl.arange(0, 8) * BITS)[None, None, :], 2)
+    place = tl.arange(0, 4)
+    octets = ((words[:, :, None] >> (place * 8)[None, None, :]) & 255).to(tl.uint8)
+    at = (first // 8 + tl.arange(0, groups))[:, None] * BITS + place[None, :]
+    mask = row_mask[:, None, None] & ((place < BITS)[None, :] & (at < ROW_BYTES))[None, :, :]
+    tl.store(codes_ptr + rows[:, None, None] * ROW_BYTES + at[None, :, :], octets, mask=mask)
+
+
+@triton.jit
+def quantize_tokens_kernel(
+    x_ptr: tl.tensor,
+    reciprocal_ptr: tl.tensor,
+    codes_ptr: tl.tensor,
+    lower_ptr: tl.tensor,
+    step_ptr: tl.tensor,
+    M: int,
+    x_stride: int,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+) -> None:
+    """Codes, lower bounds and steps of whole rows; ``reciprocal_ptr`` is None without a joint scale."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.arange(0, BLOCK_K)
+    mask = (rows < M)[:, None] & (columns < K)[None, :]
+    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    if reciprocal_ptr is not None:
+        x = x * tl.load(reciprocal_ptr + columns, mask=columns < K, other=0.0)[None, :]
+    lower, step = token_bounds(x, mask, BITS)
+    position = x * tl.div_rn(1.0, step)[:, None] + tl.div_rn(-lower, step)[:, None]
+    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], unsigned_codes(position, BITS), mask=mask)
+    tl.store(lower_ptr + rows, lower, mask=rows < M)
+    tl.store(step_ptr + rows, step, mask=rows < M)
+
+
+@triton.jit
+def token_bounds(x: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """``(lower, step)`` of each row of `[R, C]`, `[R]` float32, over where ``mask`` holds."""
+    lower = tl.min(tl.where(mask, x, float("inf")), 1)
+    upper = tl.max(tl.where(mask, x, float("-inf")), 1)
+    return bounds_of(lower, upper, BITS)
+
+
+@triton.jit
+def bounds_of(lower: tl.tensor, upper: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
+    """``(lower, step)`` from extremes; rows beyond the matrix have infinite ones and get 0 and a harmless step."""
+    top: tl.constexpr = (1 << BITS) - 1.0
+    lower = tl.where(lower == float("inf"), 0.0, lower)
+    step = tl.maximum(tl.div_rn(upper - lower, tl.full(upper.shape, top, tl.float32)), _SMALLEST_STEP)
+    return lower, step
+
+
+def launch_quantize(
+    x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False, eps: float | None = None
+) -> Tensor:
+    """Run `quantize_kernel`; with ``eps`` rows are standardized first. Arguments as in `reference`.
+
+    Raises:
+        KernelError: Operands that the kernel does not take.
+    """
+    columns = _check(x, bits, packed)
+    _check_qparams(reciprocal, offset, columns)
+    length = packed_length(columns, bits) if packed else columns
+    packing = packed and bits < 8
+    codes = torch.empty(len(x), length, dtype=torch.uint8, device=x.device)
+    block_k = power_of_two(columns, 16) if eps is not None else min(power_of_two(columns, 16), 128)
+    config = tuning.default("quantize", BLOCK_M=max(1, 4096 // block_k))
+    block_m = config.blocks["BLOCK_M"]
+    if eps is not None and columns > MAX_ROW:
+        raise KernelError("LayerNorm does not take rows this long", found=columns, expected=f"at most {MAX_ROW}")
+    if codes.numel():
+        quantize_kernel[(blocks(len(x), block_m), blocks(columns, block_k))](
+            x, reciprocal, offset, codes, len(x), x.stride(0), _stride(reciprocal), _stride(offset), eps or 0.0,
+            K=columns, ROW_BYTES=length, BITS=bits, PACKED=packing, NORM=eps is not None,
+            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=config.num_warps, **OPTIONS,
+        )  # fmt: skip
+    return codes
+
+
+def launch_quantize_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `quantize_tokens_kernel`; arguments as in `reference_tokens`.
+
+    Raises:
+        KernelError: Operands that the kernel does not take.
+    """
+    columns = _check(x, bits, packed=False)
+    check_vector(joint_scale, columns, "joint_scale")
+    if columns > MAX_ROW:
+        raise KernelError("Bounds per token do not take rows this long", found=columns, expected=f"<= {MAX_ROW}")
+    codes = torch.empty(len(x), columns, dtype=torch.uint8, device=x.device)
+    lower, step = (torch.empty(len(x), 1, dtype=torch.float32, device=x.device) for _ in range(2))
+    block_k = power_of_two(columns, 16)
+    config = tuning.default("quantize", BLOCK_M=max(1, 4096 // block_k))
+    if codes.numel():
+        quantize_tokens_kernel[(blocks(len(x), config.blocks["BLOCK_M"]),)](
+            x, None if joint_scale is None else joint_scale.reciprocal(), codes, lower, step, len(x), x.stride(0),
+            K=columns, BITS=bits, BLOCK_M=config.blocks["BLOCK_M"], BLOCK_K=block_k,
+            num_warps=config.num_warps, **OPTIONS,
+        )  # fmt: skip
+    return codes, lower, step
+
+
+def fold_norm(weight: Tensor | None, bias: Tensor | None, reciprocal: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Reciprocal and offset that also apply the LayerNorm's affine: ``w r`` and ``b r + c``, `[K]` or 0-d."""
+    factor = reciprocal if weight is None else weight.float() * reciprocal
+    return factor, offset if bias is None else bias.float() * reciprocal + offset
+
+
+def reference(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
+    """Codes of static bounds.
+
+    Args:
+        x: `[M, K]` floating point.
+        reciprocal: `[K]` or 0-d float32, ``1 / (joint_scale * step)``.
+        offset: `[K]` or 0-d float32, ``-lower / step`` (less the joint shift, in steps).
+        bits: Width of a code, 2 to 8.
+        packed: Store the codes as `packing` does (2, 3, 4 and 8 bits).
+
+    Returns:
+        `[M, K]` uint8, or `[M, packed_length(K, bits)]`.
+    """
+    codes = integers.quantize_codes(x.nan_to_num(float("-inf"), float("inf"), float("-inf")), reciprocal, offset, bits)
+    return pack(codes, bits) if packed else codes
+
+
+def reference_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes of bounds per token.
+
+    Args:
+        x: `[M, K]` floating point.
+        bits: Width of a code, 2 to 8.
+        joint_scale: `[K]` float32 that divides ``x``, or None.
+
+    Returns:
+        `[M, K]` uint8 codes, `[M, 1]` float32 lower bounds and steps.
+    """
+    codes, act = integers.quantize_dynamic(x, -1, bits, joint_scale)
+    return codes, act.lower, act.step
+
+
+def reference_layernorm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    reciprocal: Tensor,
+    offset: Tensor,
+    bits: int,
+    eps: float = 1e-5,
+    packed: bool = False,
+) -> Tensor:
+    """Codes of ``LayerNorm(x)`` over the last axis, which has weight and bias `[K]`; the rest as in `reference`."""
+    normed = F.layer_norm(x.float(), (x.shape[-1],), _float(weight), _float(bias), eps)
+    return reference(normed, reciprocal, offset, bits, packed)
+
+
+def _float(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.float()
+
+
+def _stride(value: Tensor) -> int:
+    return 0 if value.numel() == 1 else 1
+
+
+def _check(x: Tensor, bits: int, packed: bool) -> int:
+    check_matrix(x, x.shape[-1] if x.dim() else 0, "The activation")
+    check_bits(bits, "packed activation" if packed else "activation", PACKED_BITS if packed else tuple(range(2, 9)))
+    return x.shape[1]
+
+
+def _check_qparams(reciprocal: Tensor, offset: Tensor, columns: int) -> None:
+    for name, value in (("reciprocal", reciprocal), ("offset", offset)):
+        check_vector(value.reshape(-1), 1 if value.numel() == 1 else columns, name)
+
+
+__all__ = [
+    "fold_norm",
+    "launch_quantize",
+    "launch_quantize_tokens",
+    "quantize_kernel",
+    "quantize_tokens_kernel",
+    "reference",
+    "reference_layernorm",
+    "reference_tokens",
+]
