@@ -16,6 +16,7 @@ from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_variant, remember
 from harmoq_ao.lowering.attention import fuse_attention
+from harmoq_ao.lowering.linear import check_backend
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
@@ -84,8 +85,17 @@ class QuantizedModel(nn.Module):
 
     def use_reference(self, enabled: bool = True) -> None:
         """Run every site on the plain integer reference (slow) instead of the device's kernels."""
+        self.use_backend("reference" if enabled else "auto")
+
+    def use_backend(self, backend: str) -> None:
+        """Choose the kernels of every site: ``auto`` (the device's own), ``reference`` or ``triton``.
+
+        Raises:
+            ConfigError: Another name.
+        """
+        chosen = check_backend(backend)
         for module in self.sites().values():
-            module.use_reference = enabled
+            module.backend = chosen
 
     def set_float_dtype(self, dtype: torch.dtype) -> QuantizedModel:
         """Run the parts that stay float in float32 or bfloat16; codes, scales and bounds are not touched.

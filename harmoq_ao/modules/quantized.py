@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmoq_ao.config import SiteSettings
-from harmoq_ao.lowering import float_matmul, onednn, reference
+from harmoq_ao.lowering import ops, reference
+from harmoq_ao.lowering.linear import Backend, LinearKernel
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
@@ -32,7 +33,7 @@ class QuantizedSite(nn.Module):
     Attributes:
         site: What the site is.
         settings: Quantizers of both operands.
-        use_reference: Run the plain integer path instead of the device's fast one.
+        backend: Which kernels to run; by default the fastest of the input's device.
     """
 
     site: Site
@@ -42,7 +43,7 @@ class QuantizedSite(nn.Module):
     def _init_site(self, site: Site, settings: SiteSettings) -> None:
         self.site = site
         self.settings = settings
-        self.use_reference = False
+        self.backend: Backend = "auto"
         self._derived: dict[str, Any] = {}
 
     @property
@@ -192,40 +193,37 @@ class QuantizedLinear(WeightedSite):
 
     @property
     def kernel(self) -> str:
-        """``onednn u8s8``, ``reference integer`` or, where one operand is float, ``float``."""
+        """``onednn u8s8``, ``triton lowbit_linear``, ``reference integer``; ``float`` where one operand is."""
         if not self.both_quantized:
             return "float (one operand quantized)"
-        if self.use_reference or self.codes.device.type != "cpu":
-            return "reference integer"
-        return "onednn u8s8" if onednn.is_available() else "float32 on integer codes"
+        return self.linear_kernel().name(self.backend, self.codes.device)
 
     def operands(self) -> LinearOperands:
         """The integer operands, for kernels and tests."""
-        if "operands" not in self._derived:
-            act = self._act()
-            self._derived["operands"] = LinearOperands(
-                self.weight_codes(),
-                self.weight_scale,
-                self.weight_shift(),
-                self.bias,
-                self.settings.act.bits,
-                act,
-                self.joint_scale,
-                self.joint_shift,
-            )
-        operands: LinearOperands = self._derived["operands"]
-        return operands
+        return self.linear_kernel().operands
+
+    def linear_kernel(self) -> LinearKernel:
+        """The linear ready to run; both operands must be quantized."""
+        if "kernel" not in self._derived:
+            operands = ops.linear_operands(*self._tensors(), self.columns, *self._numbers())
+            self._derived["kernel"] = LinearKernel(operands, self.codes, self.settings.weight.bits)
+        kernel: LinearKernel = self._derived["kernel"]
+        return kernel
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.both_quantized:
             y = self._half_float(input)
-        elif self.use_reference or input.device.type != "cpu":
-            y = reference.linear(input, self.operands())
+        elif torch.compiler.is_compiling():
+            y = ops.linear(input, *self._tensors(), *self._numbers(), self.backend)
         else:
-            if "packed" not in self._derived:
-                self._derived["packed"] = onednn.pack_linear(self.operands())
-            y = onednn.linear(input, self._derived["packed"])
+            y = self.linear_kernel()(input, self.backend)
         return y if bias is None else y + bias
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        return self.codes, self.weight_scale, self.bias, self.act_bounds, self.joint_scale, self.joint_shift
+
+    def _numbers(self) -> tuple[int, int, float]:
+        return self.settings.weight.bits, self.settings.act.bits, _shift(self.settings.weight)
 
     def _act(self) -> Affine | None:
         if self.act_bounds is None:
@@ -351,17 +349,24 @@ class QuantizedMatmul(QuantizedSite):
         """``float32 on integer codes`` (exact), ``reference integer``, or ``float`` where one operand is float."""
         if not (self.settings.act.enabled and self.settings.weight.enabled):
             return "float (one operand quantized)"
-        return "reference integer" if self.use_reference else "float32 on integer codes"
+        on_cpu = self.backend == "auto" and self._device().type == "cpu"
+        return "float32 on integer codes" if on_cpu else "reference integer"
 
     def operands(self) -> tuple[MatmulOperand, MatmulOperand]:
         """The quantizers of both operands, for kernels and tests; both must be quantized."""
         if "operands" not in self._derived:
-            scale = self.joint_scale
-            inverse = None if scale is None else (1.0 / scale)[:, None]
-            left = _operand(self.settings.act, self.left_bounds, scale)
-            self._derived["operands"] = (left, _operand(self.settings.weight, self.right_bounds, inverse))
+            self._derived["operands"] = ops.matmul_operands(*self._tensors(), *self._bits())
         left, right = self._derived["operands"]
         return left, right
+
+    def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.left_bounds, self.right_bounds, self.joint_scale
+
+    def _bits(self) -> tuple[int, int]:
+        return self.settings.act.bits, self.settings.weight.bits
+
+    def _device(self) -> torch.device:
+        return next((t.device for t in self._tensors() if t is not None), torch.device("cpu"))
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
@@ -369,10 +374,10 @@ class QuantizedMatmul(QuantizedSite):
         if not (self.settings.act.enabled and self.settings.weight.enabled):
             x = self._float_operand(left, self.left_bounds, self.settings.act)
             product = torch.matmul(x, self._float_operand(right, self.right_bounds, self.settings.weight))
-        elif self.use_reference or left.device.type != "cpu":
-            product = reference.quantized_matmul(left, right, *self.operands())
+        elif torch.compiler.is_compiling():
+            product = ops.matmul(left, right, *self._tensors(), *self._bits(), self.backend)
         else:
-            product = float_matmul.quantized_matmul(left, right, *self.operands())
+            product = ops.quantized_matmul(left, right, *self.operands(), self.backend)
         return self.form.finish(product, *operands, **options)
 
     @staticmethod
@@ -380,11 +385,6 @@ class QuantizedMatmul(QuantizedSite):
         if not spec.enabled:
             return x
         return _round_trip(x, None if bounds is None else Affine(bounds[0], bounds[1], spec.bits), spec, None)
-
-
-def _operand(spec: QuantizerSpec, bounds: Tensor | None, scale: Tensor | None) -> MatmulOperand:
-    act = None if bounds is None else Affine(bounds[0], bounds[1], spec.bits)
-    return MatmulOperand(spec.bits, act, scale)
 
 
 def quantize_site(prepared: PreparedSite, settings: SiteSettings, stored: Rounding) -> QuantizedSite:

@@ -71,6 +71,8 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return original_class(self).forward(self, *args, **kwargs)
     leaves, pattern, tree = dynamic_leaves(args, kwargs)
     group = (self.training, tuple(pattern), tree)
+    if torch.compiler.is_compiling():
+        return _traced_forward(self, state, group, leaves)
     key = (group, tuple(leaf.shape if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves))
     known = state.memo.get(key)  # only a guess: the guards decide
     if known is not None and known.restartable and known.fits(self):
@@ -87,6 +89,25 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if result is None:
         return original_class(self).forward(self, *args, **kwargs)
     return result.output if result.complete else result.variant.run(self, *leaves)
+
+
+def _traced_forward(self: nn.Module, state: IslandState, group: Any, leaves: list[Any]) -> Any:
+    """Forward inside `torch.compile` and `torch.export`: of the graphs at hand, with no trial and no lock.
+
+    Raises:
+        TraceError: No graph fits the call; one that ran before has one.
+    """
+    for variant in state.variants.get(group, []):
+        if variant.fits(self):
+            try:
+                return variant.run(self, *leaves)
+            except GuardFailed:
+                continue
+    raise TraceError(
+        f"No graph of {original_class(self).__name__} fits this call",
+        found=[tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves],
+        remedy="run the model once on an image of this size before it is compiled or exported",
+    )
 
 
 def _remember(state: IslandState, key: Any, variant: Variant) -> None:

@@ -29,6 +29,12 @@ class GuardFailed(Exception):  # noqa: N818 - caught and answered, never an erro
     """A traced graph met a value on which its author's Python would have gone another way."""
 
 
+def _type_name(value: Any) -> str:
+    if torch.compiler.is_compiling() and type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
+        return "Tensor"  # what stands for one while `torch.export` looks on
+    return type(value).__name__
+
+
 #: What Python may ask of a proxy, by the name a guard node carries.
 QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool,
@@ -36,7 +42,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "index": operator.index,
     "len": len,
-    "type": lambda value: type(value).__name__,
+    "type": _type_name,
 }
 
 
