@@ -6,7 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from . import lowbit_linear, quantize
+import triton.language as tl
+
+from . import lowbit_linear, mlp, quantize, window_attention
 from .operands import COLUMN_GROUP, container_bits
 
 
@@ -77,7 +79,87 @@ def _linear_case(name: str, columns: int, rows: int, mode: str, x_type: str, bit
     return Case(name, lowbit_linear.lowbit_linear_kernel, arguments)
 
 
-CASES: tuple[Case, ...] = (*_quantize_cases(), *_linear_cases())
+def _mlp_cases() -> Iterator[Case]:
+    for bits in (2, 3, 4, 8):
+        yield _mlp_case(f"mlp / swinir-light w{bits}", 60, 120, bits)
+    for bits in (4, 8):
+        yield _mlp_case(f"mlp / hat-s w{bits}", 144, 288, bits)
+    yield _mlp_case("mlp / dat-light w4", 60, 120, 4, norm=False, gelu="tanh")
+
+
+def _mlp_case(name: str, channels: int, hidden: int, bits: int, norm: bool = True, gelu: str = "erf") -> Case:
+    sizes, warps = mlp.tile(channels, hidden, channels)
+    arguments = {
+        "x_ptr": "*fp16", "residual_ptr": "*fp16", "out_ptr": "*fp16", "M": "i32", "x_stride": "i32",
+        "residual_stride": "i32", "eps": "fp32", "C": channels, "HIDDEN": hidden, "OUT": channels,
+        "ROW_BYTES1": row_bytes(channels, bits), "ROW_BYTES2": row_bytes(hidden, bits), "BITS1": bits, "BITS2": bits,
+        "MID_RISE1": bits < 8, "MID_RISE2": bits < 8, "ACT_BITS1": 8, "ACT_BITS2": 8, "GELU": gelu, "NORM": norm,
+        **sizes,
+    }  # fmt: skip
+    for layer in "12":
+        for tensor, kind in _LINEAR_POINTERS.items():
+            arguments[f"{tensor}{layer}_ptr"] = kind
+    return Case(name, mlp.mlp_kernel, arguments, num_warps=warps, num_stages=1)
+
+
+_LINEAR_POINTERS = {
+    "weight": "*u8", "start": "*i32", "scale": "*fp32", "constant": "*fp32", "reciprocal": "*fp32", "offset": "*fp32",
+}  # fmt: skip
+
+
+def _window_cases() -> Iterator[Case]:
+    for bits in (2, 3, 4, 8):
+        yield _window_case(f"window / swinir-light w{bits}", 60, 6, bits)
+    yield _window_case("window / swinir-light paper w4", 60, 6, 4, paper=True)
+    yield _window_case("window / swin2sr-light cosine w4", 60, 6, 4, cosine=True)
+
+
+def _window_case(name: str, channels: int, heads: int, bits: int, paper: bool = False, cosine: bool = False) -> Case:
+    arguments = {
+        "x_ptr": "*fp16", **_attention_arguments(channels, heads, 64, paper, cosine), "eps": "fp32", "C": channels,
+        "ROW_BYTES1": row_bytes(channels, bits), "BITS1": bits, "MID_RISE1": bits < 8, "ACT_BITS1": 8, "NORM": True,
+        "residual_ptr": None, "OUT": channels, "ROW_BYTES2": row_bytes(heads * 32, bits), "BITS2": bits,
+        "MID_RISE2": bits < 8, "ACT_BITS2": 8,
+        **window_attention.window_tile(channels, channels),
+    }  # fmt: skip
+    for layer in "12":
+        arguments |= {f"{tensor}{layer}_ptr": kind for tensor, kind in _LINEAR_POINTERS.items()}
+    return Case(name, window_attention.window_kernel, arguments, num_warps=8 if paper else 4, num_stages=1)
+
+
+def _attention_cases() -> Iterator[Case]:
+    for name, channels, paper, out_bits in (
+        ("hat-s 16x16", 144, False, 8), ("hat-s 16x16 paper", 144, True, 8), ("dat-light 8x32", 60, False, 0),
+    ):  # fmt: skip
+        arguments = _attention_arguments(channels, 6, 256, paper, cosine=False)
+        arguments |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp32" if paper else "*fp16")
+        arguments |= dict.fromkeys(("window_stride", "token_stride", "head_stride"), "i32")
+        arguments |= dict.fromkeys(("reciprocal_ptr", "offset_ptr"), "*fp32" if out_bits else None)
+        arguments |= {"out_ptr": "*u8" if out_bits else "*fp16", "OUT_BITS": out_bits}
+        arguments |= window_attention.attention_tile()
+        kernel = window_attention.attention_kernel
+        yield Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_stages=1)
+
+
+def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, cosine: bool) -> dict[str, Any]:
+    """What both attention kernels have."""
+    head_dim = channels // heads
+    quantizers = "*fp32" if paper else None
+    return {
+        "score_scale_ptr": "*fp32", "bias_ptr": "*fp32", "mask_ptr": "*fp32", "factors_ptr": quantizers,
+        "bounds_ptr": quantizers, "out_ptr": "*fp16", "masks": "i32",
+        "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "PADDED": 16 if head_dim <= 16 and not paper else 32,
+        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0, "COSINE": cosine, "DTYPE": tl.float16,
+    }  # fmt: skip
+
+
+CASES: tuple[Case, ...] = (
+    *_quantize_cases(),
+    *_linear_cases(),
+    *_mlp_cases(),
+    *_window_cases(),
+    *_attention_cases(),
+)
 
 
 __all__ = ["CASES", "Case", "row_bytes"]

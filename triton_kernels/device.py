@@ -81,8 +81,10 @@ def load_weight(
         mask = row_mask[:, None] & (columns < ROW_BYTES)[None, :]
         codes = tl.load(codes_ptr + rows[:, None] * ROW_BYTES + columns[None, :], mask=mask, other=0).to(tl.int32)
     if MID_RISE and BITS < 8:
-        return (codes * 2 + (1 - (1 << BITS))).to(tl.int8)
-    return (codes - (1 << (BITS - 1))).to(tl.int8)
+        effective = codes * 2 + (1 - (1 << BITS))
+    else:
+        effective = codes - (1 << (BITS - 1))
+    return effective.to(tl.int8)
 
 
 @triton.jit
@@ -109,17 +111,19 @@ def contract(
     """
     if MID_RISE and BITS == 8:
         twice = tl.dot(left, tl.trans(weight), out_dtype=tl.int32) * 2
-        return acc + twice + tl.sum(left.to(tl.int32), 1)[:, None]
-    return tl.dot(left, tl.trans(weight), acc, out_dtype=tl.int32)
+        acc += twice + tl.sum(left.to(tl.int32), 1)[:, None]
+    else:
+        acc = tl.dot(left, tl.trans(weight), acc, out_dtype=tl.int32)
+    return acc
 
 
 @triton.jit
 def gelu(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     """``KIND`` "erf": exact; "tanh": the tanh form, written with a sigmoid; "none": the identity."""
     if KIND == "erf":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    if KIND == "tanh":
-        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif KIND == "tanh":
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return x
 
 

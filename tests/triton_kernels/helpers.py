@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from harmoq_ao.lowering.reference import Affine, LinearOperands
+from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.packing import pack
+from triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from triton_kernels.operands import PackedLinear, from_operands
 
 
@@ -44,3 +47,51 @@ def codes_of(generator: torch.Generator, bits: int, *shape: int) -> Tensor:
 def seeded(seed: int) -> torch.Generator:
     """A generator with this seed."""
     return torch.Generator().manual_seed(seed)
+
+
+def site(
+    generator: torch.Generator, rows: int, columns: int, bits: int, **options: Any
+) -> tuple[LinearOperands, Tensor, int]:
+    """A random linear as `pack_attention` takes it: operands, packed codes, width."""
+    operands, _ = random_linear(generator, rows, columns, bits, 8, **options)
+    unsigned = (operands.weight.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
+    return operands, pack(unsigned, bits), bits
+
+
+def random_attention(
+    generator: torch.Generator,
+    tokens: int,
+    channels: int,
+    heads: int,
+    bits: int,
+    *,
+    paper: bool = False,
+    cosine: bool = False,
+    bias: bool = True,
+) -> PackedAttention:
+    """An attention with 8-bit activations; in mode "paper" all operands of its products have ``8`` bits too."""
+    head_dim = channels // heads
+    joint = torch.rand(head_dim, generator=generator) + 0.5
+    matmuls = None
+    if paper:
+        matmuls = MatmulQuantizers(
+            MatmulOperand(8, affine(-2.0, 2.0), joint),
+            MatmulOperand(8, affine(-3.0, 3.0), (1 / joint)[:, None]),
+            MatmulOperand(8, affine(0.0, 1.0)),
+            MatmulOperand(8, affine(-3.0, 3.0)),
+        )
+    return pack_attention(
+        site(generator, 3 * channels, channels, bits),
+        site(generator, channels, channels, bits, spread=1.5),
+        heads,
+        head_dim,
+        torch.full((heads,), head_dim**-0.5),
+        bias=torch.randn(heads, tokens, tokens, generator=generator) if bias else None,
+        cosine=cosine,
+        matmuls=matmuls,
+    )
+
+
+def affine(lower: float, upper: float, bits: int = 8) -> Affine:
+    """Static bounds."""
+    return Affine(torch.tensor((upper - lower) / ((1 << bits) - 1)), torch.tensor(lower), bits)

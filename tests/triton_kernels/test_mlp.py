@@ -1,0 +1,98 @@
+"""The fused MLP against its parts in plain torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference as integers
+from tests.strategies import SEEDS, bit_widths
+from tests.triton_kernels.helpers import random_linear, seeded
+from triton_kernels import mlp
+
+few = settings(max_examples=12)
+
+
+@few
+@given(
+    seed=SEEDS, m=st.integers(1, 70), c=st.integers(1, 80), hidden=st.integers(1, 140), out=st.integers(1, 80),
+    bits=st.sampled_from([2, 3, 4, 8]), mid_rise=st.booleans(), gelu=st.sampled_from(["none", "erf", "tanh"]),
+    norm=st.booleans(), residual=st.booleans(),
+)  # fmt: skip
+def test_equals_the_reference_up_to_flipped_codes(
+    seed: int, m: int, c: int, hidden: int, out: int, bits: int, mid_rise: bool, gelu: str, norm: bool, residual: bool
+) -> None:
+    generator = seeded(seed)
+    _, fc1 = random_linear(generator, hidden, c, bits, 8, mid_rise=mid_rise)
+    _, fc2 = random_linear(generator, out, hidden, bits, 8, mid_rise=mid_rise)
+    x = torch.randn(m, c, generator=generator)
+    extra = torch.randn(m, out, generator=generator) if residual else None
+    eps = 1e-5 if norm else None
+    y = mlp.launch_mlp(x, fc1, fc2, gelu=gelu, eps=eps, residual=extra)
+    expected = mlp.reference(x, fc1, fc2, gelu=gelu, eps=eps, residual=extra)
+    # A hidden value at a tie may round to the neighbouring code: one step of one channel.
+    flip = (fc2.scale[:, None] * fc2.effective_codes().abs()).max() * 4
+    error = (y - expected).abs()
+    assert error.max() <= 1e-4 + flip
+    assert (error > 1e-4).float().mean() <= 0.05
+
+
+@few
+@given(seed=SEEDS, weight_bits=bit_widths(), act_bits=bit_widths())
+def test_codes_of_any_width_in_whole_numbers(seed: int, weight_bits: int, act_bits: int) -> None:
+    generator = seeded(seed)
+    _, fc1 = random_linear(generator, 33, 20, weight_bits, act_bits)
+    _, fc2 = random_linear(generator, 20, 33, weight_bits, act_bits)
+    x = torch.randn(5, 20, generator=generator)
+    # Without GELU and LayerNorm every operation is rounded alike: nothing may differ.
+    y = mlp.launch_mlp(x, fc1, fc2, gelu="none")
+    assert torch.equal(y, mlp.reference(x, fc1, fc2, gelu="none"))
+
+
+def test_the_shapes_of_hat() -> None:
+    generator = seeded(2)
+    _, fc1 = random_linear(generator, 288, 144, 4, 8)
+    _, fc2 = random_linear(generator, 144, 288, 4, 8)
+    x = torch.randn(65, 144, generator=generator)
+    y = mlp.launch_mlp(x, fc1, fc2, eps=1e-5, residual=x)
+    assert (y - mlp.reference(x, fc1, fc2, eps=1e-5, residual=x)).abs().median() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_equals_the_modules_of_a_block(dtype: torch.dtype) -> None:
+    generator = seeded(4)
+    first, fc1 = random_linear(generator, 120, 60, 8, 8)
+    second, fc2 = random_linear(generator, 60, 120, 8, 8)
+    norm = nn.LayerNorm(60)
+    nn.init.normal_(norm.weight, 1.0, 0.1)
+    nn.init.normal_(norm.bias, 0.0, 0.1)
+    x = torch.randn(40, 60, generator=generator).to(dtype)
+    y = mlp.launch_mlp(x, mlp.with_norm(fc1, norm.weight, norm.bias), fc2, eps=norm.eps, residual=x)
+    hidden = torch.nn.functional.gelu(integers.linear(norm(x.float()), first))
+    expected = x.float() + integers.linear(hidden, second)
+    assert y.dtype == dtype
+    assert (y.float() - expected).abs().max() <= 0.05
+    assert (y.float() - expected).abs().mean() <= 0.01
+
+
+def test_what_the_kernel_does_not_take() -> None:
+    generator = seeded(0)
+    _, fc1 = random_linear(generator, 8, 16, 4, 8)
+    _, fc2 = random_linear(generator, 16, 8, 4, 8)
+    _, token = random_linear(generator, 8, 16, 4, 8, static=False)
+    _, other = random_linear(generator, 16, 9, 4, 8)
+    _, wide = random_linear(generator, 300, 8, 4, 8)
+    x = torch.zeros(3, 16)
+    with pytest.raises(KernelError, match="do not meet"):
+        mlp.launch_mlp(x, fc1, other)
+    with pytest.raises(KernelError, match="static bounds"):
+        mlp.launch_mlp(x, token, fc2)
+    with pytest.raises(KernelError, match="Too wide"):
+        mlp.launch_mlp(x, fc1, wide)
+    with pytest.raises(KernelError, match="static bounds only"):
+        mlp.with_norm(token, None, None)
+    assert mlp.launch_mlp(torch.zeros(0, 16), fc1, fc2).shape == (0, 16)

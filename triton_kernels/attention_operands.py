@@ -1,0 +1,204 @@
+"""Operands of `window_attention`: heads padded for the tensor cores, constants of the quantized products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import reference
+from harmoq_ao.lowering.reference import LinearOperands, MatmulOperand
+from harmoq_ao.packing import pack, unpack
+
+from .launch import check_vector
+from .operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
+
+MAX_HEAD_DIM = 32
+MAX_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class MatmulQuantizers:
+    """Quantizers of both products of an attention, all static (mode "paper").
+
+    Attributes:
+        q: Left operand of the scores; ``joint_scale`` `[D]` or None.
+        k: Right operand of the scores, `[D, N]`; ``joint_scale`` `[D, 1]` or None.
+        attention: Probabilities.
+        v: Values.
+    """
+
+    q: MatmulOperand
+    k: MatmulOperand
+    attention: MatmulOperand
+    v: MatmulOperand
+
+    def __post_init__(self) -> None:
+        parts = (self.q, self.k, self.attention, self.v)
+        if any(part.act is None for part in parts):
+            raise KernelError("The attention kernel takes static bounds", found="bounds from the data")
+        if self.attention.joint_scale is not None or self.v.joint_scale is not None:
+            raise KernelError("The product with the values has no joint scale in the kernel", found="a joint scale")
+        if self.q.bits != self.attention.bits or self.k.bits != self.v.bits:
+            raise KernelError(
+                "Both products of an attention have the same widths in the kernel",
+                found=[part.bits for part in parts],
+                expected="q like attention, k like v",
+            )
+
+
+@dataclass(frozen=True)
+class PackedAttention:
+    """A window attention made ready for the kernels; build it with `pack_attention`.
+
+    Attributes:
+        qkv: Rows ordered `[3, heads, padded head]`, padding rows zero.
+        proj: The projection as it is; None where it is not part of the operation.
+        proj_heads: The projection with columns ordered `[heads, 32]`: channel ``d`` of a head at ``d * 32 / padded``,
+            the others meet codes of zero. int8 contractions are at least 32 long.
+        heads: Number of heads.
+        head_dim: Channels of a head.
+        padded: Channels of a padded head, 16 or 32.
+        score_scale: `[heads]` float32 factor of the scores.
+        cosine: Whether q and k are normalised to length one.
+        bias: `[heads, N, N]` relative position bias, times log2(e); or None.
+        factors: `[2, padded]` float32: what q and k are multiplied by before rounding; None in mode "deploy".
+        bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of q, k, attention and v; or None.
+        left_bits: Width of q and of the probabilities (0 in mode "deploy").
+        right_bits: Width of k and v.
+    """
+
+    qkv: PackedLinear | None
+    proj: PackedLinear | None
+    proj_heads: PackedLinear | None
+    heads: int
+    head_dim: int
+    padded: int
+    score_scale: Tensor
+    cosine: bool
+    bias: Tensor | None
+    factors: Tensor | None
+    bounds: Tensor | None
+    left_bits: int
+    right_bits: int
+
+
+def pack_attention(
+    qkv: tuple[LinearOperands, Tensor, int] | None,
+    proj: tuple[LinearOperands, Tensor, int] | None,
+    heads: int,
+    head_dim: int,
+    score_scale: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cosine: bool = False,
+    matmuls: MatmulQuantizers | None = None,
+) -> PackedAttention:
+    """Bring an attention into the kernels' layout.
+
+    Args:
+        qkv: Operands `[3 C, C]` in the order q, k, v, each `[heads, head_dim]`; packed codes; width. None if q, k and v
+            come from elsewhere.
+        proj: Likewise `[O, C]`; None if the attention's output is wanted as it is.
+        heads: Number of heads.
+        head_dim: Channels of a head, at most 32.
+        score_scale: `[heads]` float32; ``head_dim**-0.5`` as a rule, ``exp(logit_scale)`` with cosine scores.
+        bias: `[heads, N, N]` relative position bias, or None.
+        cosine: Normalise q and k.
+        matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
+
+    Raises:
+        KernelError: Shapes or bounds that the kernels do not take.
+    """
+    if not 1 <= head_dim <= MAX_HEAD_DIM:
+        raise KernelError("The attention kernels do not take this head", found=head_dim, expected="1 to 32 channels")
+    check_vector(score_scale, heads, "score_scale")
+    if bias is not None and (bias.dim() != 3 or len(bias) != heads or bias.shape[1] != bias.shape[2]):
+        raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, N]")
+    padded = 16 if head_dim <= 16 and matmuls is None else 32
+    projection = None if proj is None else from_operands(*proj)
+    return PackedAttention(
+        None if qkv is None else _pad_rows(*qkv, heads, head_dim, padded),
+        projection,
+        None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
+        heads, head_dim, padded, score_scale, cosine,
+        None if bias is None else (bias.float() * 1.4426950408889634).contiguous(),
+        None if matmuls is None else _factors(matmuls, head_dim, padded),
+        None if matmuls is None else _bounds(matmuls),
+        0 if matmuls is None else matmuls.q.bits,
+        0 if matmuls is None else matmuls.k.bits,
+    )  # fmt: skip
+
+
+def _pad_rows(
+    operands: LinearOperands, codes: Tensor, bits: int, heads: int, head_dim: int, padded: int
+) -> PackedLinear:
+    if len(operands.weight) != 3 * heads * head_dim:
+        raise KernelError("The qkv linear does not fit", found=len(operands.weight), expected=3 * heads * head_dim)
+
+    def spread(value: Tensor) -> Tensor:
+        out = value.new_zeros(3 * heads, padded, *value.shape[1:])
+        out[:, :head_dim] = value.reshape(3 * heads, head_dim, *value.shape[1:])
+        return out.flatten(0, 1)
+
+    columns = operands.weight.shape[1]
+    wide = replace(
+        operands,
+        weight=spread(operands.weight),
+        weight_scale=spread(operands.weight_scale),
+        weight_shift=operands.weight_shift[:1].expand(3 * heads * padded).contiguous(),
+        bias=None if operands.bias is None else spread(operands.bias),
+    )
+    if bool((operands.weight_shift != operands.weight_shift[0]).any()):
+        raise KernelError("The rows of a weight have different shifts", found="several", expected="one for all rows")
+    packed = from_operands(wide, pack(spread(unpack(codes, bits, columns)), bits), bits)
+    if not packed.static:
+        raise KernelError("The attention kernels take static bounds", found="bounds per token")
+    return packed
+
+
+def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int) -> PackedLinear:
+    if linear.columns != heads * head_dim or linear.reciprocal is None or linear.offset is None:
+        raise KernelError(
+            "The projection does not fit",
+            found=f"{linear.columns} columns, {'static' if linear.static else 'per token'}",
+            expected=f"{heads * head_dim} columns, static bounds",
+        )
+
+    def spread(value: Tensor, fill: float) -> Tensor:
+        out = value.new_full((*value.shape[:-1], heads, COLUMN_GROUP), fill)
+        out[..., : head_dim * stride : stride] = value.reshape(*value.shape[:-1], heads, head_dim)
+        return out.flatten(-2)
+
+    codes = unpack_weight(linear.codes, linear.weight_bits, linear.columns)
+    return replace(
+        linear,
+        codes=pack_weight(spread(codes, 0), linear.weight_bits),
+        columns=heads * COLUMN_GROUP,
+        reciprocal=spread(linear.reciprocal, 0.0),
+        offset=spread(linear.offset, float(1 << (linear.act_bits - 1))),
+    )
+
+
+def _factors(matmuls: MatmulQuantizers, head_dim: int, padded: int) -> Tensor:
+    out = torch.zeros(2, padded)
+    for row, operand in enumerate((matmuls.q, matmuls.k)):
+        assert operand.act is not None
+        scale = None if operand.joint_scale is None else operand.joint_scale.reshape(-1)
+        out[row, :head_dim] = reference.static_qparams(operand.act, scale)[0].cpu()
+    assert matmuls.q.act is not None
+    return out.to(matmuls.q.act.step.device)
+
+
+def _bounds(matmuls: MatmulQuantizers) -> Tensor:
+    rows = []
+    for operand in (matmuls.q, matmuls.k, matmuls.attention, matmuls.v):
+        assert operand.act is not None
+        reciprocal, offset = reference.static_qparams(operand.act)
+        rows.append(torch.stack([v.reshape(()) for v in (reciprocal, offset, operand.act.step, operand.act.lower)]))
+    return torch.stack(rows)
+
+
+__all__ = ["MAX_HEAD_DIM", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]
