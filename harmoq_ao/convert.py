@@ -17,6 +17,9 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_variant, remember
 from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.lowering.linear import check_backend
+from harmoq_ao.lowering.mlp import fuse_mlps
+from harmoq_ao.lowering.survey import Lowering, survey
+from harmoq_ao.lowering.window_attention import lower_attention
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
@@ -81,7 +84,20 @@ class QuantizedModel(nn.Module):
 
     def kernels(self) -> dict[str, str]:
         """Code path of each quantized site on its present device."""
-        return {name: module.kernel for name, module in self.sites().items()}
+        return {name: lowering.kernel for name, lowering in self.lowerings().items()}
+
+    def lowerings(self, device: str | None = None) -> dict[str, Lowering]:
+        """What computes each quantized site, and where it could be a fused kernel but is not, why.
+
+        Args:
+            device: ``cpu`` or ``cuda``; by default where the model is. A GPU need not be there.
+        """
+        sites = self.sites()
+        first = next(self.model.parameters(), None)
+        here = "cpu" if first is None else first.device.type
+        if any(s.backend == "triton" for s in sites.values()) or (device or here) == "cuda":
+            return survey(self)
+        return {name: Lowering(module.kernel) for name, module in sites.items()}
 
     def use_reference(self, enabled: bool = True) -> None:
         """Run every site on the plain integer reference (slow) instead of the device's kernels."""
@@ -110,9 +126,13 @@ class QuantizedModel(nn.Module):
         finalize(self)
         return self
 
-    def report(self) -> Report:
-        """One row per site: bits, bounds, joint scale, SQNR, kernel, and why a site stays float."""
-        return quantized_report(self)
+    def report(self, device: str | None = None) -> Report:
+        """One row per site: bits, bounds, joint scale, SQNR, kernel, and why a site stays float.
+
+        Args:
+            device: Whose kernels to name, as in :meth:`lowerings`.
+        """
+        return quantized_report(self, device)
 
 
 def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.float32) -> QuantizedModel:
@@ -164,6 +184,7 @@ def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite
 def finalize(quantized: QuantizedModel) -> None:
     """Last touches on a model whose tensors are final: fold constants, fuse float attention, compare no more."""
     model = quantized.model
+    fuse_mlps(model)
     for module in model.modules():
         module.__dict__.pop("_harmoq_last", None)
         if is_island(module):
@@ -177,8 +198,8 @@ def finalize(quantized: QuantizedModel) -> None:
 
 
 def finish_variant(module: nn.Module, variant: Variant) -> Variant:
-    """Last touch on a graph of a converted island: constants folded, float attention in one call."""
-    return fuse_attention(module, fold_variant(module, variant))
+    """Last touch on a graph of a converted island: constants folded, float attention in one call, fused kernels."""
+    return lower_attention(module, fuse_attention(module, fold_variant(module, variant)))
 
 
 def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]:

@@ -136,11 +136,11 @@ def _evaluate(module: nn.Module, graph: fx.Graph, constant: set[fx.Node], edges:
             if node in wanted:
                 args = fx.node.map_arg(node.args, lambda n: values[n])
                 kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
-                values[node] = _run_node(module, node, args, kwargs)
+                values[node] = run_node(module, node, args, kwargs)
     return values
 
 
-def _run_node(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
+def run_node(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
     if node.op == "get_attr":
         value: Any = module
         for part in str(node.target).split("."):

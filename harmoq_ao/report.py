@@ -30,6 +30,7 @@ class SiteRow:
         joint_scale: Smallest and largest entry of the joint scale, or None.
         sqnr_db: Signal to quantization noise of the site's output on calibration samples, in dB.
         kernel: The code path that runs it, once converted.
+        miss: Why that is no fused kernel, where there are such.
         macs: Multiply-accumulates on the example image.
         reason: Why it stays in float.
     """
@@ -43,6 +44,7 @@ class SiteRow:
     joint_scale: tuple[float, float] | None = None
     sqnr_db: float | None = None
     kernel: str | None = None
+    miss: str | None = None
     macs: int = 0
     reason: str | None = None
 
@@ -110,7 +112,8 @@ def _describe(row: SiteRow) -> str:
         parts.append(f"s {row.joint_scale[0]:.3g}..{row.joint_scale[1]:.3g}")
     if row.sqnr_db is not None:
         parts.append(f"{row.sqnr_db:.1f} dB")
-    return "  ".join(parts + ([row.kernel] if row.kernel else []))
+    parts += [row.kernel] if row.kernel else []
+    return "  ".join(parts + ([f"({row.miss})"] if row.miss else []))
 
 
 def site_row(site: Site, settings: SiteSettings) -> SiteRow:
@@ -142,20 +145,22 @@ def prepared_report(prepared: PreparedModel) -> Report:
     return Report("prepared model", rows + float_rows(prepared.floats))
 
 
-def quantized_report(quantized: QuantizedModel) -> Report:
+def quantized_report(quantized: QuantizedModel, device: str | None = None) -> Report:
     """Report of a converted model: rows of its preparation, with each site's kernel, bounds and joint scale."""
     rows = []
-    sites = quantized.sites()
+    sites, lowerings = quantized.sites(), quantized.lowerings(device)
     for row in quantized.rows:
         site = sites.get(row.name)
         facts: dict[str, Any] = {} if site is None else _stored_facts(site)
+        if site is not None:
+            facts |= {"kernel": lowerings[row.name].kernel, "miss": lowerings[row.name].reason}
         rows.append(replace(row, **facts))
     return Report("quantized model", rows)
 
 
 def _stored_facts(site: QuantizedSite) -> dict[str, Any]:
     """What the tensors of a site tell, so that a loaded model reports what the saved one did."""
-    facts: dict[str, Any] = {"kernel": site.kernel}
+    facts: dict[str, Any] = {}
     bounds = getattr(site, "act_bounds", getattr(site, "left_bounds", None))
     if bounds is not None:
         step, second = (float(v) for v in bounds)

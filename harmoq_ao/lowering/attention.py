@@ -95,7 +95,7 @@ def _match(module: nn.Module, node: fx.Node) -> _Match | None:
     while _is_dropout(module, current):
         after.append(current)
         current = current.args[0]  # type: ignore[assignment]
-    if not _is_softmax(module, current):
+    if not is_softmax(module, current):
         return None
     after.append(current)
     chain = _chain(module, current.args[0])
@@ -152,7 +152,7 @@ def _is_dropout(module: nn.Module, node: Any) -> bool:
     return isinstance(module.get_submodule(str(node.target)), (nn.Dropout, nn.Identity))
 
 
-def _is_softmax(module: nn.Module, node: Any) -> bool:
+def is_softmax(module: nn.Module, node: Any) -> bool:
     """A softmax over the last axis that keeps the type."""
     if not isinstance(node, fx.Node):
         return False

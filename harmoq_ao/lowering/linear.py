@@ -96,7 +96,7 @@ class LinearKernel:
 
         reference.check_input(x, self.operands)
         packed = self.packed_triton()
-        rows = x.detach().reshape(-1, x.shape[-1])
+        rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         y = lowbit_linear.launch_lowbit_linear(rows, packed, out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], packed.rows)
 

@@ -1,0 +1,43 @@
+"""What fused kernels share: when they run, and how they say that they do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.modules.quantized import QuantizedLinear
+
+
+class Misfit(Exception):  # noqa: N818 - an answer, not an error of the user
+    """A module is not what a fused kernel computes; the message says why."""
+
+
+_recognising: ContextVar[bool] = ContextVar("recognising", default=False)
+
+
+@contextmanager
+def recognising() -> Iterator[None]:
+    """Within, modules try whether a fused kernel would take their calls, and compute as if it did not."""
+    token = _recognising.set(True)
+    try:
+        yield
+    finally:
+        _recognising.reset(token)
+
+
+def is_recognising() -> bool:
+    """Whether this is within :func:`recognising`."""
+    return _recognising.get()
+
+
+def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:
+    """Whether Triton kernels run a call: its tensors lie on a GPU, or the site was told to use them."""
+    if torch.compiler.is_compiling() or not isinstance(site, QuantizedLinear):
+        return False
+    on_gpu = any(isinstance(operand, Tensor) and operand.is_cuda for operand in operands)
+    return site.backend == "triton" or (site.backend == "auto" and on_gpu)

@@ -1,0 +1,115 @@
+"""What a module computes around its contractions, found by running it with stand-ins for them.
+
+A fused kernel may only replace a module that does exactly what the kernel does. Authors write the same attention in
+many ways, so the way is not compared but the effect: every contraction returns random numbers, what reaches the next
+one is recorded, and it must be what the kernel would have computed from them. Between contractions there is only data
+movement, a factor, a softmax or a GELU; random numbers tell any two of those apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.folding import run_node
+from harmoq_ao.lowering.attention import fused_attention, is_softmax
+from harmoq_ao.modules.prepared import PreparedMatmul
+from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul
+
+_CONTRACTIONS = (QuantizedLinear, QuantizedMatmul, PreparedMatmul)
+
+
+@dataclass
+class Call:
+    """One contraction, or one softmax, that a probed graph went through.
+
+    Args:
+        kind: ``linear``, ``matmul``, ``attention`` (scores, softmax and values in one call) or ``softmax``.
+        name: Name of the module in the graph; empty for functions.
+        inputs: Its operands.
+        output: What it returned: random numbers, for a softmax its result.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[Any, ...]
+    output: Tensor
+
+
+Stand = Callable[[tuple[int, ...]], Tensor]
+"""Makes the result of a contraction from its shape."""
+
+
+def random_results(seed: int) -> Stand:
+    """Normal random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda shape: torch.randn(shape, generator=generator)
+
+
+def zero_results(shape: tuple[int, ...]) -> Tensor:
+    """Zeros."""
+    return torch.zeros(shape)
+
+
+@torch.no_grad()
+def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -> tuple[list[Call], Any]:
+    """Run a graph with `stand` for its contractions.
+
+    Args:
+        module: What the graph belongs to.
+        graph: Its graph; it may hold guards.
+        leaves: Values of its placeholders, in order.
+        stand: Makes the results of contractions.
+
+    Returns:
+        The calls in order, and the output.
+
+    Raises:
+        GuardFailed: A guard of the graph does not hold for these leaves.
+    """
+    calls: list[Call] = []
+    values: dict[fx.Node, Any] = {}
+    given = iter(leaves)
+    for node in graph.nodes:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+        if node.op == "placeholder":
+            values[node] = next(given)
+        elif node.op == "output":
+            return calls, args[0]
+        else:
+            values[node] = _step(module, node, args, kwargs, stand, calls)
+    return calls, None
+
+
+def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand, calls: list[Call]) -> Any:
+    if node.target is fused_attention:
+        query, _, value, _ = args
+        shape = (*torch.broadcast_shapes(query.shape[:-2], value.shape[:-2]), query.shape[-2], value.shape[-1])
+        calls.append(Call("attention", "", args, stand(shape)))
+        return calls[-1].output
+    contraction = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if isinstance(contraction, QuantizedLinear):
+        shape = (*args[0].shape[:-1], contraction.site.shape[0])
+        calls.append(Call("linear", str(node.target), args, stand(shape)))
+        return calls[-1].output
+    if isinstance(contraction, (QuantizedMatmul, PreparedMatmul)) and contraction.form.op == "matmul":
+        left, right = args
+        batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+        calls.append(Call("matmul", str(node.target), args, stand((*batch, left.shape[-2], right.shape[-1]))))
+        return calls[-1].output
+    result = run_node(module, node, args, kwargs)
+    if is_softmax(module, node):
+        calls.append(Call("softmax", str(node.target), args, result))
+    return result
+
+
+def constants(graph: fx.Graph) -> list[float]:
+    """The numbers a graph multiplies with, and one."""
+    found = {1.0}
+    for node in graph.nodes:
+        found.update(float(a) for a in node.args if type(a) in (int, float))
+    return sorted(found)

@@ -1,0 +1,79 @@
+"""Which Triton kernel computes each site of a model, and why not a fused one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from harmoq_ao.lowering.fusing import recognising
+from harmoq_ao.lowering.mlp import fused_mlp
+from harmoq_ao.lowering.window_attention import LoweredAttention
+from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedSite
+from harmoq_ao.tracing import is_island, island_state
+
+if TYPE_CHECKING:
+    from harmoq_ao.convert import QuantizedModel
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """What computes a site.
+
+    Args:
+        kernel: Its kernel.
+        reason: Why it is no fused one; None if it is.
+    """
+
+    kernel: str
+    reason: str | None = None
+
+
+def survey(quantized: QuantizedModel) -> dict[str, Lowering]:
+    """What each site runs on a GPU, found by one run on its example image, on any device and without Triton running.
+
+    Sites that the example image does not reach have the kernel of a single linear.
+    """
+    example = torch.rand(quantized.example_shapes[0])
+    like = next(quantized.parameters(), example)
+    with recognising():
+        quantized(example.to(like.device))
+    found = {name: _single(site) for name, site in quantized.sites().items()}
+    names = {id(site): name for name, site in quantized.sites().items()}
+    for module in quantized.model.modules():
+        for kernel, sites, reason in _fused(module):
+            for site in sites:
+                name = names.get(id(site))
+                if name is not None:
+                    found[name] = Lowering(kernel) if reason is None else Lowering(found[name].kernel, reason)
+    return found
+
+
+def _single(site: QuantizedSite) -> Lowering:
+    if isinstance(site, QuantizedLinear) and site.both_quantized:
+        refusal = site.linear_kernel().triton_refusal()
+        if refusal is None:
+            return Lowering("triton lowbit_linear", "part of no module that a fused kernel computes")
+        return Lowering("reference integer", refusal)
+    if isinstance(site, QuantizedLinear):
+        return Lowering("float (one operand quantized)", "one operand is float")
+    return Lowering(site.kernel, "no Triton kernel of its own")
+
+
+def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:
+    """Fused kernels that were tried on a module: name, its sites, and why it was not taken."""
+    mlp = fused_mlp(module)
+    if mlp is not None and (mlp.taken or mlp.reason is not None):
+        return [("triton mlp", [module.get_submodule(mlp.fc1), module.get_submodule(mlp.fc2)], mlp.reason)]
+    if not is_island(module):
+        return []
+    rows: list[tuple[str, list[nn.Module], str | None]] = []
+    for run in (variant.run for variant in island_state(module).all_variants()):
+        if isinstance(run, LoweredAttention) and run.sites:
+            rows.append(("triton window_attention", [module.get_submodule(name) for name in run.sites], None))
+        elif isinstance(run, LoweredAttention) and run.reason is not None:
+            sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite)]
+            rows.append(("triton window_attention", sites, run.reason))
+    return rows
