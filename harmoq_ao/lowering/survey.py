@@ -38,8 +38,16 @@ def survey(quantized: QuantizedModel) -> dict[str, Lowering]:
     """
     example = torch.rand(quantized.example_shapes[0])
     like = next(quantized.parameters(), example)
-    with recognising():
-        quantized(example.to(like.device))
+    sites = quantized.sites().values()
+    backends = [site.backend for site in sites]
+    try:
+        for site in sites:
+            site.backend = "auto"
+        with recognising():
+            quantized(example.to(like.device))
+    finally:
+        for site, backend in zip(sites, backends, strict=True):
+            site.backend = backend
     found = {name: _single(site) for name, site in quantized.sites().items()}
     names = {id(site): name for name, site in quantized.sites().items()}
     for module in quantized.model.modules():

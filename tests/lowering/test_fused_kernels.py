@@ -1,0 +1,279 @@
+"""Fused kernels take the place of what they compute, and of nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import harmoq_ao as h
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.lowering.fusing import Misfit
+from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
+from harmoq_ao.triton_kernels import lowbit_linear, mlp, window_attention
+from recipes.architectures import ARCHITECTURES, Architecture
+from recipes.architectures import forward as run_model
+from tests.models import converted, images
+from tests.triton_kernels.interpreter import interpreted
+
+
+@contextmanager
+def kernel_references() -> Iterator[dict[str, mock.Mock]]:
+    """Every Triton kernel is replaced by its reference in plain torch; calls are counted."""
+    with (
+        mock.patch.object(lowbit_linear, "launch_lowbit_linear", wraps=lowbit_linear.reference) as linear,
+        mock.patch.object(mlp, "launch_mlp", wraps=mlp.reference) as perceptron,
+        mock.patch.object(window_attention, "launch_window_attention", wraps=window_attention.reference) as attention,
+    ):
+        yield {"linear": linear, "mlp": perceptron, "attention": attention}
+
+
+def assert_same_image(found: Tensor, expected: Tensor) -> None:
+    """Within one 8-bit level everywhere, and the same level for 99.9 % of values."""
+    levels = [(image.clamp(0, 1) * 255).round() for image in (found, expected)]
+    difference = (levels[0] - levels[1]).abs()
+    assert difference.max() <= 1
+    assert (difference == 0).float().mean() >= 0.999
+
+
+# --- islands of all kinds ---------------------------------------------------------------------------------------------
+
+TWISTS = ("none", "relu", "scrambled", "columns", "residual", "squared")
+
+
+class Attention(nn.Module):
+    """Window attention, usual in everything or unusual in one thing."""
+
+    def __init__(
+        self, heads: int, order: tuple[int, ...], scale: float, bias: bool, masked: bool, twist: str
+    ) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.heads, self.order, self.scale, self.masked, self.twist = heads, order, scale, masked, twist
+        self.bias = nn.Parameter(torch.randn(heads, 16, 16)) if bias else None
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        b, n, c = x.shape
+        parts = self.qkv(x).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4)
+        q, k, v = (parts[i] for i in self.order)
+        if self.twist == "relu":
+            v = F.relu(v)
+        scores = (q * self.scale) @ k.transpose(-2, -1)
+        if self.bias is not None:
+            scores = scores + self.bias.unsqueeze(0)
+        if mask is not None:
+            windows = mask.shape[0]
+            scores = scores.view(b // windows, windows, self.heads, n, n) + mask.unsqueeze(1).unsqueeze(0)
+            scores = scores.view(-1, self.heads, n, n)
+        weights = scores.softmax(-2 if self.twist == "columns" else -1)
+        if self.twist == "squared":
+            weights = weights * weights
+        mixed = weights @ v
+        y = mixed.reshape(b, n, c) if self.twist == "scrambled" else mixed.transpose(1, 2).reshape(b, n, c)
+        y = self.proj(y)
+        return y + x if self.twist == "residual" else y
+
+
+class Network(nn.Module):
+    def __init__(self, attention: Attention) -> None:
+        super().__init__()
+        self.head, self.attention, self.tail = nn.Conv2d(3, 8, 1), attention, nn.Conv2d(8, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        b, _, height, width = image.shape
+        rows, columns = height // 4, width // 4
+        tokens = self.head(image).reshape(b, 8, rows, 4, columns, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
+        mask = None
+        if self.attention.masked:
+            places = torch.arange(rows * columns * 256, dtype=image.dtype).reshape(-1, 16, 16)
+            mask = torch.where(places % 7 < 2, -100.0, 0.0)
+        y = self.attention(tokens, mask=mask).reshape(b, rows, columns, 4, 4, 8).permute(0, 5, 1, 3, 2, 4)
+        return self.tail(y.reshape(b, 8, height, width))
+
+
+@settings(max_examples=25)
+@given(
+    heads=st.sampled_from([1, 2]),
+    order=st.permutations([0, 1, 2]),
+    usual=st.booleans(),
+    scale=st.sampled_from([1.0, 0.5, 0.408]),
+    bias=st.booleans(),
+    masked=st.booleans(),
+    twist=st.sampled_from(TWISTS),
+    config=st.sampled_from([HarmoqConfig(8, 8), HarmoqConfig(4, 4, "paper"), HarmoqConfig(2, 2)]),
+)
+def test_random_islands(
+    heads: int,
+    order: list[int],
+    usual: bool,
+    scale: float,
+    bias: bool,
+    masked: bool,
+    twist: str,
+    config: HarmoqConfig,
+) -> None:
+    """The kernel computes an island if and only if that is an attention as usual, and never changes the result."""
+    places = (0, 1, 2) if usual else tuple(order)
+    twist = "none" if usual else twist
+    torch.manual_seed(0)
+    model = Network(Attention(heads, places, scale, bias, masked, twist)).eval()
+    example = torch.rand(2, 3, 8, 12)
+    prepared = h.prepare_harmoq(model, config, [example], strict=True)
+    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    expected = quantized(example)
+    quantized.use_backend("triton")
+    with kernel_references() as kernels:
+        found = quantized(example)
+    usual = places == (0, 1, 2) and (twist == "none" or (twist == "scrambled" and heads == 1))
+    assert kernels["attention"].call_count == usual
+    assert_same_image(found, expected)
+    lowering = quantized.lowerings()["attention.qkv"]
+    assert (lowering.kernel == "triton window_attention") == (lowering.reason is None) == usual
+
+
+def test_one_island_for_windows_with_and_without_mask() -> None:
+    """SwinIR calls the same attention both ways; new weights and new windows are met with new operands."""
+    model = converted("SwinIR/light", HarmoqConfig(8, 8))
+    model.use_backend("triton")
+    other = images(1, (16, 32))[0]
+    with kernel_references() as kernels:
+        model(images(1)[0])
+        count = kernels["attention"].call_count
+        assert any(call.kwargs["mask"] is not None for call in kernels["attention"].call_args_list)
+        assert any(call.kwargs["mask"] is None for call in kernels["attention"].call_args_list)
+        model(other)
+        assert kernels["attention"].call_count == 2 * count
+        first = model(other)
+        site = next(s for name, s in model.sites().items() if name.endswith("attn.qkv"))
+        site.codes.copy_(site.codes.flip(0))
+        assert not torch.equal(model(other), first)
+
+
+# --- perceptrons ------------------------------------------------------------------------------------------------------
+
+
+class Perceptron(nn.Module):
+    def __init__(self, act: nn.Module, extra: str = "") -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2, self.extra = nn.Linear(8, 16), act, nn.Linear(16, 8), extra
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.drop(self.act(self.fc1(x)))
+        if self.extra == "branch" and x.shape[0] > 3:
+            y = y * 2
+        if self.extra == "scaled":
+            y = y * 0.999
+        y = self.drop(self.fc2(y))
+        return y + x if self.extra == "residual" else y
+
+
+@pytest.mark.parametrize(
+    ("act", "extra", "expected"),
+    [
+        (nn.GELU(), "", "erf"),
+        (nn.GELU(approximate="tanh"), "", "tanh"),
+        (nn.ReLU(), "", None),
+        (nn.GELU(), "branch", None),
+        (nn.GELU(), "scaled", None),
+        (nn.GELU(), "residual", None),
+    ],
+    ids=["erf", "tanh", "relu", "branch", "scaled", "residual"],
+)
+def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
+    class Pixels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head, self.mlp, self.tail = nn.Linear(3, 8), Perceptron(act, extra), nn.Linear(8, 3)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.tail(self.mlp(self.head(image.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+    torch.manual_seed(0)
+    example = torch.rand(1, 3, 8, 8)
+    prepared = h.prepare_harmoq(Pixels().eval(), HarmoqConfig(8, 8), [example])
+    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    module = quantized.model.mlp
+    found = fused_mlp(module)
+    assert (None if found is None else found.gelu) == expected
+    if expected is None:
+        with pytest.raises(Misfit):
+            find_mlp(module)
+    plain = quantized(example)
+    quantized.use_backend("triton")
+    with kernel_references() as kernels:
+        assert_same_image(quantized(example), plain)
+    assert kernels["mlp"].call_count == (expected is not None)
+    assert not hasattr(quantized.state_dict(), "_harmoq_mlp")
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+FUSED = {
+    "SwinIR/light": {"window_attention", "mlp"},
+    "SwinIR/classical": {"window_attention", "mlp"},
+    "SwinIR/real": {"window_attention", "mlp"},
+    "HAT": {"window_attention", "mlp"},
+    "DRCT": {"window_attention", "mlp"},
+    "Swin2SR": {"mlp"},
+    "CRAFT": {"mlp"},
+    "GRL": {"mlp"},
+    "DCTLSA": {"mlp"},
+}
+#: GFPGAN draws other noise in every call.
+REPEATABLE = [a for a in ARCHITECTURES if a.name != "GFPGAN"]
+
+
+@pytest.mark.parametrize("architecture", REPEATABLE, ids=lambda a: a.name)
+def test_every_architecture_computes_the_same_when_lowered(architecture: Architecture) -> None:
+    example = architecture.example()
+    prepared = h.prepare_harmoq(architecture.build(), HarmoqConfig(8, 8), [example])
+    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    expected = run_model(quantized, example)
+    quantized.use_backend("triton")
+    with kernel_references():
+        found = run_model(quantized, example)
+    scale = float(expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.02 * scale)
+    assert (found - expected).abs().mean() < 1e-4 * scale
+    kernels = {low.kernel.removeprefix("triton ") for low in quantized.lowerings().values()}
+    assert kernels & {"window_attention", "mlp"} == FUSED.get(architecture.name, set())
+
+
+@pytest.mark.parametrize("config", [HarmoqConfig(8, 8), HarmoqConfig(3, 3, "paper")], ids=["deploy", "paper"])
+def test_the_same_image_on_every_path(config: HarmoqConfig) -> None:
+    """Triton (interpreted), the CPU's own kernels, and plain integers."""
+    model, image = converted("SwinIR/light", config), images(1)[0]
+    paths: dict[str, Tensor] = {}
+    for backend in ("auto", "reference", "triton"):
+        model.use_backend(backend)
+        with interpreted():
+            paths[backend] = model(image)
+    assert_same_image(paths["auto"], paths["reference"])
+    assert_same_image(paths["triton"], paths["reference"])
+
+
+# --- reports ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_names_the_kernels_of_a_gpu_without_one() -> None:
+    model = converted("DAT", HarmoqConfig(8, 8))
+    here, there = model.report(), model.report("cuda")
+    assert all("triton" not in str(row.kernel) for row in here.rows)
+    rows: dict[str, Any] = {row.name: row for row in there.rows if row.quantized and row.kind == "linear"}
+    assert all(row.kernel == "triton lowbit_linear" and row.miss for row in rows.values())
+    dynamic = converted("SwinIR/light", HarmoqConfig(4, 4)).lowerings("cuda")
+    assert "per token" in str(next(low.reason for name, low in dynamic.items() if name.endswith("fc1")))
+
+
+def test_unknown_backends_are_refused() -> None:
+    with pytest.raises(h.HarmoqError, match="backend"):
+        converted("linears", HarmoqConfig(8, 8)).use_backend("vulkan")
