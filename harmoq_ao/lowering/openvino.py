@@ -1,9 +1,9 @@
 """A quantized model in OpenVINO: our codes in its integer kernels, its own fusion for the rest.
 
-The model is traced at the size of the image, so masks, position biases and other things that only a size decides become
-constants. Quantized sites are not traced: each becomes the operations of `openvino_ops`, which OpenVINO's CPU plugin runs
-as u8 x s8 products. Chains of transposes are merged (`openvino_views`). Every size is compiled by itself, and the last
-few are kept.
+The model is traced at the size of the image, so masks, position biases and whatever else a size decides become
+constants. Quantized sites are not traced: each becomes the operations of `openvino_ops`, which the CPU plugin runs as
+u8 x s8 products. Chains of transposes are merged (`openvino_views`). Every size is compiled by itself, and the last few
+are kept.
 
 OpenVINO is optional: ``pip install "harmoq-ao[openvino]"``.
 """
@@ -24,7 +24,6 @@ from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import ConfigError, HarmoqError, InputError
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite
-from harmoq_ao.prepare import replace_module
 
 if TYPE_CHECKING:
     import openvino
@@ -118,8 +117,8 @@ class OpenVinoModel(nn.Module):
     def kernels(self, size: Size) -> dict[str, Layer]:
         """The operation that computes the product of each quantized site, by site name.
 
-        Sites whose product is a single call of the plugin are found by name; one that the plugin fused into a larger
-        operation is found there.
+        Found by name, also within operations that the plugin fused. A product that is merged with a scale of the
+        author's may lose its name, and then is missing here; `layers` lists it all the same.
         """
         layers = self.layers(size)
         found: dict[str, Layer] = {}
@@ -143,7 +142,7 @@ class OpenVinoModel(nn.Module):
         except RuntimeError as error:
             raise OpenVinoError(
                 "OpenVINO cannot take this model at this size",
-                found=f"{size}: {str(error).strip().splitlines()[-1]}",
+                found=f"{size}: {' '.join(str(error).split())[:400]}",
                 expected="a model that torch.jit.trace and openvino.convert_model take",
                 remedy="run the quantized model itself",
             ) from error
@@ -201,23 +200,16 @@ def require_openvino() -> None:
 
 
 class _Product(nn.Module):
-    """Stands for the product of two quantized activations, without the author's way of writing it."""
-
-    def __init__(self, matmul: QuantizedMatmul) -> None:
-        super().__init__()
-        self.matmul = [matmul]
+    """The product of two quantized activations `[..., M, K]` and `[..., K, N]`, however the author wrote it."""
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
         return left @ right
 
 
-class _Matmul(nn.Module):
-    """A quantized product in the author's form."""
+class _Matmul(QuantizedMatmul):
+    """A quantized product in the author's form, with the product itself as a module of its own."""
 
-    def __init__(self, matmul: QuantizedMatmul) -> None:
-        super().__init__()
-        self.form = matmul.form
-        self.product = _Product(matmul)
+    product: _Product
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         return self.form.finish(self.product(*self.form.canonical(*operands)), *operands, **options)
@@ -261,7 +253,7 @@ def convert_at(quantized: QuantizedModel, size: Size) -> openvino.Model:
             module_extensions=modules,
             trace_kwargs={"check_trace": False},  # it would run the model twice more
         )
-        model = ov.convert_model(decoder, input=[ov.PartialShape(list(size))], extension=conversions)
+        model = ov.convert_model(decoder, input=[ov.PartialShape(list(size))], extension=conversions or None)
     merge_views(model)
     return model
 
@@ -277,9 +269,8 @@ def _extensions(twin: QuantizedModel) -> tuple[dict[nn.Module, Any], list[Any]]:
             continue  # float with rounding, in plain torch
         module: nn.Module = site
         if isinstance(site, QuantizedMatmul):
-            wrapper = _Matmul(site)
-            module = wrapper.product
-            replace_module(twin.model, site, wrapper)
+            site.__class__ = _Matmul
+            site.product = module = _Product()
         operation = f"harmoq::site_{index}"
         modules[module] = ModuleExtension(module, operation, evaluate=_shape_only, convert=_call)
         conversions.append(ConversionExtension(operation, _Converter(name, site)))

@@ -1,10 +1,10 @@
 """Quantized sites as OpenVINO operations, written so that its integer kernels run our codes.
 
-OpenVINO's CPU plugin runs a product in u8 x s8 when it finds a ``FakeQuantize`` of 256 levels onto 0..255 on the left and
-a constant of int8 with a scale on the right. A site is therefore emitted as::
+OpenVINO's CPU plugin runs a product in u8 x s8 when it finds a ``FakeQuantize`` of 256 levels onto 0..255 on the left
+and a constant of int8 with a scale on the right. A site is therefore emitted as::
 
-    x -> * reciprocal, + offset -> clamp to 0..2**bits - 1 -> FakeQuantize 0..255 onto 0..255      the codes of `reference`
-      -> MatMul with int8 effective codes, times the row's scale                                   no zero point anywhere
+    x -> * reciprocal, + offset -> clamp to 0..2**bits - 1 -> FakeQuantize 0..255 onto 0..255      the reference's codes
+      -> MatMul with int8 effective codes, times the row's scale                              no zero point anywhere
       -> + folded bias
 
 The multiplication and the addition are those of `reference.quantize_codes`, so the codes are the same but for ties that
@@ -102,6 +102,7 @@ def matmul(left: Node, right: Node, a: MatmulOperand, b: MatmulOperand, name: st
     product = ops.matmul(p, q, False, False)
     product.set_friendly_name(name)
     y = ops.multiply(product, ops.multiply(step_p, step_q))
+    y.set_friendly_name(f"{name}/scaled")  # the plugin names what it fuses after the last operation
     y = ops.add(y, ops.multiply(ops.multiply(rows, step_p), base))
     rest = ops.add(ops.multiply(columns, step_q), ops.multiply(base, length))
     return ops.add(y, ops.multiply(rest, lower_p))

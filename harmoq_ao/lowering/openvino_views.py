@@ -8,6 +8,7 @@ reshape, one permutation and one reshape; where the permutations cancel, nothing
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -73,7 +74,7 @@ class _Atoms:
         """With neighbours that stay neighbours as one axis."""
         before = [p for p in self.parts if self.sizes[p] != 1]
         after = [p for axis in self.axes for p in axis if self.sizes[p] != 1]
-        follows = dict(zip(before, before[1:], strict=False))
+        follows = dict(pairwise(before))
         runs: list[list[int]] = []
         for part in after:
             if runs and follows.get(runs[-1][-1]) == part:
