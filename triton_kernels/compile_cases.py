@@ -21,6 +21,8 @@ class Case:
         kernel: The jitted function.
         arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"``; anything else is a constant.
         integer_mma: Whether int8 tensor-core instructions are expected.
+        unfused: Whether no fused multiply-add may occur. True where nothing but codes is computed; correctly rounded
+            division and the error function are made of fused multiply-adds.
         num_warps: Warps of a program.
         num_stages: Pipeline depth.
     """
@@ -29,6 +31,7 @@ class Case:
     kernel: Any
     arguments: dict[str, Any]
     integer_mma: bool = True
+    unfused: bool = False
     num_warps: int = 4
     num_stages: int = 2
 
@@ -45,7 +48,7 @@ def _quantize_cases() -> Iterator[Case]:
             "x_stride": "i32", "reciprocal_stride": 1, "offset_stride": 1, "eps": "fp32", "K": 60,
             "ROW_BYTES": 60 * bits // 8, "BITS": bits, "PACKED": packed, "NORM": norm, "BLOCK_M": 64, "BLOCK_K": 64,
         }  # fmt: skip
-        yield Case(f"quantize / {name}", quantize.quantize_kernel, arguments, integer_mma=False)
+        yield Case(f"quantize / {name}", quantize.quantize_kernel, arguments, integer_mma=False, unfused=not norm)
     arguments = {
         "x_ptr": "*fp16", "reciprocal_ptr": "*fp32", "codes_ptr": "*u8", "lower_ptr": "*fp32", "step_ptr": "*fp32",
         "M": "i32", "x_stride": "i32", "K": 60, "BITS": 8, "BLOCK_M": 64, "BLOCK_K": 64,
@@ -54,14 +57,15 @@ def _quantize_cases() -> Iterator[Case]:
 
 
 def _linear_cases() -> Iterator[Case]:
+    all_bits, some_bits = (2, 3, 4, 8), (4, 8)
     variants = (
-        ("swinir-light qkv", 60, 180, "static", "*fp16"),
-        ("hat-s qkv", 144, 432, "static", "*fp16"),
-        ("swinir-light fc1 per token", 60, 120, "token", "*fp32"),
-        ("hat-s fc2 codes", 288, 144, "codes", "*u8"),
+        ("swinir-light qkv", 60, 180, "static", "*fp16", all_bits),
+        ("hat-s qkv", 144, 432, "static", "*fp16", some_bits),
+        ("swinir-light fc1 per token", 60, 120, "token", "*fp32", some_bits),
+        ("hat-s proj codes", 144, 144, "codes", "*u8", all_bits),
     )
-    for name, columns, rows, mode, x_type in variants:
-        for bits in (2, 3, 4, 8):
+    for name, columns, rows, mode, x_type, widths in variants:
+        for bits in widths:
             yield _linear_case(f"lowbit_linear / {name} w{bits}", columns, rows, mode, x_type, bits)
 
 

@@ -93,7 +93,7 @@ def _read(file: Path) -> dict[str, Config]:
         return {name: _config(values) for name, values in stored.items()}
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:  # whatever a damaged file holds
         logger.warning("Ignoring the damaged tuning file %s: %s", file, error)
         return {}
 

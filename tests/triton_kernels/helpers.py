@@ -9,8 +9,8 @@ from torch import Tensor
 
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.packing import pack
-from triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
-from triton_kernels.operands import PackedLinear, from_operands
+from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
+from harmoq_ao.triton_kernels.operands import PackedLinear, from_operands
 
 
 def random_linear(

@@ -11,10 +11,10 @@ from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference as integers
 from harmoq_ao.lowering.reference import LinearOperands
 from harmoq_ao.packing import pack
+from harmoq_ao.triton_kernels import lowbit_linear
+from harmoq_ao.triton_kernels.operands import from_operands, pack_weight, unpack_weight
 from tests.strategies import SEEDS, bit_widths
 from tests.triton_kernels.helpers import codes_of, random_linear, seeded
-from triton_kernels import lowbit_linear
-from triton_kernels.operands import from_operands, pack_weight, unpack_weight
 
 few = settings(max_examples=12)
 

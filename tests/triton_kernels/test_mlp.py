@@ -10,9 +10,9 @@ from torch import nn
 
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference as integers
+from harmoq_ao.triton_kernels import mlp
 from tests.strategies import SEEDS, bit_widths
 from tests.triton_kernels.helpers import random_linear, seeded
-from triton_kernels import mlp
 
 few = settings(max_examples=12)
 

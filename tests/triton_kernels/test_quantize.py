@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference as integers
+from harmoq_ao.triton_kernels import quantize
 from tests.strategies import SEEDS, bit_widths, float_tensors, joint_scales
 from tests.triton_kernels.helpers import seeded
-from triton_kernels import quantize
 
 few = settings(max_examples=12)
 SIZES = st.tuples(st.integers(1, 130), st.integers(1, 150))

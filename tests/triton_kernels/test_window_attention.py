@@ -13,10 +13,10 @@ from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering.reference import LinearOperands, MatmulOperand
 from harmoq_ao.packing import pack
 from harmoq_ao.quantizer import quantize, step_size
+from harmoq_ao.triton_kernels import window_attention
+from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, pack_attention
 from tests.strategies import SEEDS
 from tests.triton_kernels.helpers import affine, random_attention, seeded, site
-from triton_kernels import window_attention
-from triton_kernels.attention_operands import MatmulQuantizers, pack_attention
 
 few = settings(max_examples=8)
 BITS = st.sampled_from([2, 3, 4, 8])

@@ -1,0 +1,80 @@
+"""The machine code of all kernels: compiled here, for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton
+
+from harmoq_ao.triton_kernels import compile_gate
+from harmoq_ao.triton_kernels.compile_cases import CASES
+from harmoq_ao.triton_kernels.compile_gate import Measured
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("architecture", compile_gate.ARCHITECTURES)
+def test_all_kernels_compile_within_their_budgets(architecture: str) -> None:
+    # In a process of its own: compiling needs Triton as it is, without the interpreter.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "harmoq_ao.triton_kernels.compile_gate", "--arch", architecture]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(f"@ {architecture}") == len(CASES)
+
+
+def test_the_table_covers_every_case() -> None:
+    _, rows = compile_gate.read_budget()
+    assert set(rows) == {f"{case.name} @ {name}" for case in CASES for name in compile_gate.ARCHITECTURES}
+
+
+def measured(**changes: int) -> Measured:
+    good = {
+        "instructions": 100,
+        "registers": 64,
+        "shared": 1024,
+        "stack": 0,
+        "integer_mma": 2,
+        "float_mma": 0,
+        "fused": 0,
+    }
+    return Measured(**{**good, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, ""),
+        ({"instructions": 110}, ""),
+        ({"instructions": 111}, "budget 100"),
+        ({"stack": 8}, "spill"),
+        ({"shared": 161 * 1024}, "shared memory"),
+        ({"integer_mma": 0}, "IMMA"),
+    ],
+)
+def test_what_the_gate_refuses(changes: dict[str, int], message: str) -> None:
+    case = next(case for case in CASES if case.integer_mma)
+    found = compile_gate.problems(case, "sm_80", measured(**changes), 100)
+    assert len(found) == bool(message)
+    assert message in "".join(found)
+
+
+def test_fused_multiply_adds_are_refused_where_codes_are_made() -> None:
+    case = next(case for case in CASES if case.unfused)
+    assert "fused" in "".join(compile_gate.problems(case, "sm_90", measured(fused=1), None))
+
+
+def test_budgets_of_another_version_are_not_held(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compile_gate, "measure", lambda case, architecture: measured(instructions=10**6))
+    monkeypatch.setattr(compile_gate, "read_budget", lambda: ("0.0", {f"{CASES[0].name} @ sm_90": {"instructions": 1}}))
+    assert compile_gate.check(["sm_90"], CASES[:1]) == []
+    assert "structure only" in caplog.text
+    rows = {f"{CASES[0].name} @ sm_90": {"instructions": 1}}
+    monkeypatch.setattr(compile_gate, "read_budget", lambda: (triton.__version__, rows))
+    assert len(compile_gate.check(["sm_90"], CASES[:1])) == 1
