@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +16,7 @@ from typing import Any
 import torch
 
 import harmoq_ao
+from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, write_json
 from harmoq_ao.data import CalibrationCrops, skimage_photographs
 
 Contender = Callable[[torch.Tensor], torch.Tensor]
@@ -44,7 +42,7 @@ def measure(found: dict[str, Contender], size: int, rounds: int) -> dict[str, li
     times: dict[str, list[float]] = {name: [] for name in found}
     with torch.no_grad():
         for index in range(rounds + 2):
-            image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(index))
+            image = random_image(size, index)
             for name, model in found.items():
                 start = time.perf_counter()
                 model(image)
@@ -56,30 +54,12 @@ def measure(found: dict[str, Contender], size: int, rounds: int) -> dict[str, li
 def summary(times: dict[str, list[float]], size: int) -> dict[str, Any]:
     """p20, p50, p80 in ms, and the median ratio of float32 eager to each contender within a round."""
     base = times["float32 eager"]
-    rows = {}
-    for name, values in times.items():
-        cuts = statistics.quantiles(values, n=5)
-        ratio = statistics.median(b / v for b, v in zip(base, values, strict=True))
-        p20, p50, p80 = (round(1000 * v, 1) for v in (cuts[0], statistics.median(values), cuts[-1]))
-        rows[name] = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "speed_vs_float32_eager": round(ratio, 3)}
-    return {
-        "model": "DAT-light x2",
-        "image": [1, 3, size, size],
-        "rounds": len(base),
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "MALLOC_MMAP_THRESHOLD_": os.environ.get("MALLOC_MMAP_THRESHOLD_"),
-        "results": rows,
+    rows = {
+        name: {**percentiles(values), "speed_vs_float32_eager": round(paired_ratio(base, values), 3)}
+        for name, values in times.items()
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.processor()
+    described = {"model": "DAT-light x2", "image": [1, 3, size, size], "rounds": len(base)}
+    return {**described, **environment(), "results": rows}
 
 
 def main() -> None:
@@ -91,11 +71,9 @@ def main() -> None:
     arguments = parser.parse_args()
     found = contenders([(8, 8), (4, 4)])
     result = summary(measure(found, arguments.size, arguments.rounds), arguments.size)
-    text = json.dumps(result, indent=2)
-    print(text)
+    print(json.dumps(result, indent=2))
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n")
+        write_json(arguments.output, result)
 
 
 if __name__ == "__main__":
