@@ -1,0 +1,113 @@
+"""The operators: eager, under torch.compile without graph breaks, and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.triton_kernels import lowbit_linear, mlp, ops, quantize, window_attention
+from tests.triton_kernels.helpers import random_attention, random_linear, seeded
+
+G = seeded(7)
+_, FC1 = random_linear(G, 24, 20, 4, 8)
+_, FC2 = random_linear(G, 20, 24, 3, 8)
+_, TOKEN = random_linear(G, 24, 20, 4, 8, static=False)
+ATTENTION = random_attention(G, 16, 20, 2, 4)
+PAPER = random_attention(G, 16, 20, 2, 4, paper=True)
+X, WINDOWS, MASK = torch.randn(9, 20), torch.randn(4, 16, 20), torch.zeros(2, 16, 16)
+SCALE, OFFSET = torch.tensor(20.0), torch.full((20,), 8.0)
+NORM = (torch.rand(20), torch.rand(20))
+
+Calls = tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Tensor]
+CASES: dict[str, Calls] = {
+    "quantize": (
+        lambda x: ops.quantize(x, SCALE, OFFSET, 4, True),
+        lambda x: quantize.reference(x, SCALE, OFFSET, 4, True),
+        X,
+    ),
+    "layernorm_quantize": (
+        lambda x: ops.layernorm_quantize(x, *NORM, SCALE, OFFSET, 4),
+        lambda x: quantize.reference_layernorm(x, *NORM, SCALE, OFFSET, 4),
+        X,
+    ),
+    "quantize_tokens": (lambda x: ops.quantize_tokens(x, 4), lambda x: quantize.reference_tokens(x, 4), X),
+    "lowbit_linear": (
+        lambda x: ops.lowbit_linear(x, FC1, gelu="erf", out_dtype=torch.bfloat16),
+        lambda x: lowbit_linear.reference(x, FC1, gelu="erf", out_dtype=torch.bfloat16),
+        X,
+    ),
+    "lowbit_linear per token": (
+        lambda x: ops.lowbit_linear(x, TOKEN),
+        lambda x: lowbit_linear.reference(x, TOKEN),
+        X,
+    ),
+    "mlp": (
+        lambda x: ops.mlp(x, FC1, FC2, eps=1e-5, residual=x),
+        lambda x: mlp.reference(x, FC1, FC2, eps=1e-5, residual=x),
+        X,
+    ),
+    "window_attention": (
+        lambda x: ops.window_attention(x, ATTENTION, mask=MASK, residual=x),
+        lambda x: window_attention.reference(x, ATTENTION, mask=MASK, residual=x),
+        WINDOWS,
+    ),
+    "window_attention paper": (
+        lambda x: ops.window_attention(x, PAPER),
+        lambda x: window_attention.reference(x, PAPER),
+        WINDOWS,
+    ),
+}
+
+
+def same(left: Any, right: Any) -> bool:
+    if isinstance(left, Tensor):
+        return left.dtype == right.dtype and torch.equal(left, right)
+    return len(left) == len(right) and all(map(same, left, right))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eager_and_compiled_are_the_reference(name: str) -> None:
+    op, reference, x = CASES[name]
+    expected = reference(x)
+    assert same(op(x), expected)
+    torch._dynamo.reset()
+    assert same(torch.compile(op, fullgraph=True, backend="aot_eager")(x), expected)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exported_is_the_reference(name: str) -> None:
+    op, reference, x = CASES[name]
+
+    class Module(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            return op(x)
+
+    program = torch.export.export(Module(), (x,), dynamic_shapes={"x": {0: torch.export.Dim.AUTO}})
+    bigger = torch.cat([x, x])
+    assert same(program.module()(bigger), reference(bigger))
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        (ops.quantize, (X, SCALE, OFFSET, 4, True)),
+        (ops._lowbit_linear, (X, *ops.flatten_linear(FC1), "erf", None, torch.float16)),
+        (ops._fused_mlp, (X, *ops.flatten_linear(FC1), *ops.flatten_linear(FC2), "erf", None, X)),
+        (ops._window_attention, (WINDOWS, *ops.flatten_attention(PAPER), MASK, None, None, torch.float16)),
+    ],
+)
+def test_operators_keep_the_rules_of_torch(op: Any, arguments: tuple[Any, ...]) -> None:
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_operands_survive_flattening() -> None:
+    for operands in (ATTENTION, PAPER):
+        again = ops.restore_attention(*ops.flatten_attention(operands))
+        assert vars(again).keys() == vars(operands).keys()
+        assert (again.heads, again.cosine, again.left_bits) == (operands.heads, operands.cosine, operands.left_bits)
+        assert torch.equal(again.proj_heads.codes, operands.proj_heads.codes)
+    assert ops.restore_linear(*ops.flatten_linear(TOKEN)).total is TOKEN.total
