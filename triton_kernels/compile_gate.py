@@ -74,15 +74,24 @@ def measure(case: Case, architecture: str) -> Measured:
     return _measure_amd(compiled) if "amdgcn" in compiled.asm else _measure_nvidia(compiled)
 
 
-def _measure_nvidia(compiled: Any) -> Measured:
+def disassemble(compiled: Any) -> tuple[str, str]:
+    """Resource usage and SASS of a kernel compiled for NVIDIA."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        listing = _tool("nvdisasm", "-c", file.name)
-    kinds = [code.split(".")[0] for code in _INSTRUCTION.findall(listing)]
+        return _tool("cuobjdump", "-res-usage", file.name), _tool("nvdisasm", "-c", file.name)
+
+
+def opcodes_of(listing: str) -> list[str]:
+    """Opcodes of a SASS listing, without modifiers and padding."""
+    return [kind for code in _INSTRUCTION.findall(listing) if (kind := code.split(".")[0]) != "NOP"]
+
+
+def _measure_nvidia(compiled: Any) -> Measured:
+    usage, listing = disassemble(compiled)
+    kinds = opcodes_of(listing)
     return Measured(
-        instructions=len(kinds) - kinds.count("NOP"),
+        instructions=len(kinds),
         registers=_number(r"REG:(\d+)", usage),
         shared=int(compiled.metadata.shared),
         stack=_number(r"STACK:(\d+)", usage),

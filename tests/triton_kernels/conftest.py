@@ -1,4 +1,4 @@
-"""Kernels run in Triton's interpreter unless a test takes the fixture away."""
+"""Kernels run in Triton's interpreter. Tests of compiled code compile in a process of their own."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ from tests.triton_kernels.interpreter import interpreted
 
 
 @pytest.fixture(autouse=True)
-def _interpreter(request: pytest.FixtureRequest) -> Iterator[None]:
-    if "compiles" in request.keywords:
-        yield
-        return
+def _interpreter() -> Iterator[None]:
     with interpreted():
         yield
