@@ -5,6 +5,9 @@ constants. Quantized sites are not traced: each becomes the operations of `openv
 u8 x s8 products. Chains of transposes are merged (`openvino_views`). Every size is compiled by itself, and the last few
 are kept.
 
+Masks of shifted windows grow with the image and are written out for every block that has one: upscale large images in
+tiles, all of one size (``harmoq_ao.tiling.upscale``), which also compiles once.
+
 OpenVINO is optional: ``pip install "harmoq-ao[openvino]"``.
 """
 
