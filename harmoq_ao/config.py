@@ -92,9 +92,9 @@ class HarmoqConfig:
         weight_bits: 2 to 8, or 16 / 32 to leave weights in float (W32A4).
         act_bits: 2 to 8, or 16 / 32 to leave activations in float (W4A32).
         profile: ``paper``: static per-tensor bounds on all activations, attention operands included, comparable with
-            published tables. ``deploy``: what measured best and still runs in integer kernels: per-token dynamic bounds
-            at 4 to 7 bits, static ones at 8 (as good, and faster) and below 4 (minima and maxima waste too few levels),
-            attention products in 16 or more bits.
+            published tables. ``deploy``: what measured best and runs fastest: static per-tensor bounds on the inputs of
+            linears, attention products in 16 or more bits. Bounds per token (a rule with ``dynamic=True``) are better
+            at 4 bits before refinement, not after it, and no fused kernel takes them.
         rules: Ordered :class:`SiteRule`; the last that matches a site wins.
         observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A histogram is of
             all channels together: with it there are no joint scales.
@@ -174,8 +174,7 @@ class HarmoqConfig:
     def _specs(
         self, kind: str, weight_bits: int, act_bits: int, dynamic: bool | None
     ) -> tuple[QuantizerSpec, QuantizerSpec]:
-        if dynamic is None:
-            dynamic = self.profile == "deploy" and 4 <= act_bits < 8 and kind != "conv2d"
+        dynamic = bool(dynamic)
         if kind == "conv2d":  # zero padding enters from outside the quantizer: zero needs a code of its own
             act = QuantizerSpec(act_bits, Scheme.INTEGER_ZERO_POINT)
             return QuantizerSpec(weight_bits, _weight_scheme(weight_bits), Granularity.PER_CHANNEL, axis=0), act

@@ -42,7 +42,7 @@ from harmoq_ao.zoo import build_architecture
 logger = logging.getLogger(__name__)
 
 FORMAT = "harmoq-ao"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 _CONFIG = "config.json"
 _WEIGHTS = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 _LEFTOVER = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")

@@ -187,11 +187,11 @@ def test_the_last_matching_rule_wins() -> None:
 
 
 def test_a_rule_leaves_what_it_does_not_name() -> None:
-    rules = [SiteRule("a", weight_bits=3), SiteRule("a", act_bits=5), SiteRule("a", dynamic=False)]
+    rules = [SiteRule("a", weight_bits=3), SiteRule("a", act_bits=5), SiteRule("a", dynamic=True)]
     config = HarmoqConfig(4, 4, rules=rules)
     settings = config.settings("a", "linear")
-    assert (settings.weight.bits, settings.act.bits, settings.act.dynamic) == (3, 5, False)
-    assert config.settings("b", "linear").act.dynamic
+    assert (settings.weight.bits, settings.act.bits, settings.act.dynamic) == (3, 5, True)
+    assert not config.settings("b", "linear").act.dynamic
 
 
 def test_rules_select_by_kind() -> None:
@@ -252,10 +252,13 @@ def test_every_rule_must_match_even_if_overruled() -> None:
 
 
 @pytest.mark.parametrize("bits", QUANTIZED_BITS)
-def test_deploy_is_dynamic_per_token_at_four_to_seven_bits(bits: int) -> None:
+def test_bounds_are_static_unless_a_rule_says_per_token(bits: int) -> None:
     act = HarmoqConfig(8, bits).settings("a", "linear").act
-    assert act.dynamic == (4 <= bits < 8)
-    assert act.granularity is (Granularity.PER_TOKEN if 4 <= bits < 8 else Granularity.PER_TENSOR)
+    assert not act.dynamic
+    assert act.granularity is Granularity.PER_TENSOR
+    act = HarmoqConfig(8, bits, rules=(SiteRule("a", dynamic=True),)).settings("a", "linear").act
+    assert act.dynamic
+    assert act.granularity is Granularity.PER_TOKEN
 
 
 def test_paper_is_static_per_tensor_everywhere() -> None:

@@ -16,7 +16,7 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.lowering import onednn, reference
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
-from tests.models import build, calibrated, converted, images, run
+from tests.models import PER_TOKEN, build, calibrated, converted, images, run
 
 EXACT: dict[str, Any] = {"storage_dtype": "float32"}
 PAPER = HarmoqConfig(8, 8, "paper", **EXACT)
@@ -36,7 +36,9 @@ CONFIGS = [
     HarmoqConfig(32, 4, **EXACT),
     HarmoqConfig(32, 8, "paper", **EXACT),
     HarmoqConfig(5, 6, "paper", joint_scale="none", observer="histogram", **EXACT),
-    HarmoqConfig(4, 4, matmul_bits=7, **EXACT),
+    HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=7, **EXACT),
+    HarmoqConfig(4, 8, rules=PER_TOKEN, **EXACT),
+    HarmoqConfig(8, 4, rules=PER_TOKEN, **EXACT),
 ]
 
 
@@ -120,7 +122,7 @@ def test_integers_reach_every_contraction(name: str, contractions: list[Any]) ->
 
 
 @pytest.mark.skipif(not onednn.is_available(), reason="this processor has no exact int8 kernels")
-@pytest.mark.parametrize("config", [PAPER, HarmoqConfig(4, 4, **EXACT)], ids=["static", "per token"])
+@pytest.mark.parametrize("config", [PAPER, HarmoqConfig(4, 4, rules=PER_TOKEN, **EXACT)], ids=["static", "per token"])
 def test_unsigned_bytes_reach_the_kernel_of_every_linear(config: HarmoqConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     model, seen, original = converted("SwinIR/light", config), [], onednn._qlinear
 

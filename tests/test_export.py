@@ -15,11 +15,11 @@ from harmoq_ao.lowering import ops
 from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul
 from harmoq_ao.tracing import is_island
 from harmoq_ao.tracing.island import forget
-from tests.models import converted, images
+from tests.models import PER_TOKEN, converted, images
 
 CONFIGS = {
     "deploy W8A8": HarmoqConfig(8, 8),
-    "deploy W4A4": HarmoqConfig(4, 4),
+    "per token": HarmoqConfig(4, 4, rules=PER_TOKEN),
     "paper W3A3": HarmoqConfig(3, 3, "paper"),
     "weights alone": HarmoqConfig(4, 32),
     "convolutions": HarmoqConfig(4, 8, conv_bits=8),

@@ -10,10 +10,10 @@ import pytest
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.report import Report, SiteRow
-from tests.models import build, calibrated, converted, prepare
+from tests.models import PER_TOKEN, build, calibrated, converted, prepare
 
 PAPER = HarmoqConfig(4, 6, "paper", conv_bits=8)
-DEPLOY = HarmoqConfig(4, 4)
+DEPLOY = HarmoqConfig(4, 4, rules=PER_TOKEN)
 
 
 def test_rows_before_calibration_know_shapes_and_bits_alone() -> None:

@@ -27,7 +27,7 @@ from harmoq_ao import serialization
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.errors import HarmoqError, OutputError, SavedModelError
 from harmoq_ao.serialization import float_bytes, folder_bytes, stored_tensors, write_atomically
-from tests.models import build, converted, images, prepare, run
+from tests.models import PER_TOKEN, build, converted, images, prepare, run
 
 SMALL = "SwinIR/light"
 CONFIG = HarmoqConfig(4, 4, "paper")
@@ -42,7 +42,7 @@ CASES: list[tuple[str, HarmoqConfig, torch.dtype]] = [
     (SMALL, HarmoqConfig(8, 8, "paper", conv_bits=8), torch.float32),
     (SMALL, HarmoqConfig(4, 32), torch.float32),
     (SMALL, HarmoqConfig(32, 4, storage_dtype="bfloat16"), torch.float32),
-    (SMALL, HarmoqConfig(4, 4, matmul_bits=6, rules=[SiteRule("*.qkv", act_bits=8)]), torch.float32),
+    (SMALL, HarmoqConfig(4, 4, matmul_bits=6, rules=[*PER_TOKEN, SiteRule("*.qkv", act_bits=8)]), torch.float32),
 ]
 
 _LOAD_AND_RUN = """

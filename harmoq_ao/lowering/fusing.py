@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from harmoq_ao.modules.quantized import QuantizedLinear
@@ -37,7 +36,7 @@ def is_recognising() -> bool:
 
 def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:
     """Whether Triton kernels run a call: its tensors lie on a GPU, or the site was told to use them."""
-    if torch.compiler.is_compiling() or not isinstance(site, QuantizedLinear):
+    if not isinstance(site, QuantizedLinear):
         return False
     on_gpu = any(isinstance(operand, Tensor) and operand.is_cuda for operand in operands)
     return site.backend == "triton" or (site.backend == "auto" and on_gpu)

@@ -40,10 +40,12 @@ class FusedMlp:
         fc1, fc2 = module.get_submodule(self.fc1), module.get_submodule(self.fc2)
         assert isinstance(fc1, QuantizedLinear)
         assert isinstance(fc2, QuantizedLinear)
+        if torch.compiler.is_compiling() and not self.taken:
+            return None  # only what an eager call has tried
         trying = is_recognising()
         if self.reason is not None or not (trying or runs_triton(fc1, (x,))):
             return None
-        from harmoq_ao.triton_kernels import mlp
+        from harmoq_ao.triton_kernels import mlp, ops
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         try:
@@ -55,7 +57,8 @@ class FusedMlp:
         self.taken = True
         if trying:
             return None
-        return mlp.launch_mlp(rows, *packed, gelu=self.gelu).reshape(*x.shape[:-1], packed[1].rows)
+        launch = ops.mlp if torch.compiler.is_compiling() else mlp.launch_mlp
+        return launch(rows, *packed, gelu=self.gelu).reshape(*x.shape[:-1], packed[1].rows)
 
 
 def find_mlp(module: nn.Module) -> FusedMlp:

@@ -38,7 +38,7 @@ def survey(quantized: QuantizedModel) -> dict[str, Lowering]:
     """
     example = torch.rand(quantized.example_shapes[0])
     like = next(quantized.parameters(), example)
-    sites = quantized.sites().values()
+    sites = list(quantized.sites().values())
     backends = [site.backend for site in sites]
     try:
         for site in sites:
@@ -51,9 +51,9 @@ def survey(quantized: QuantizedModel) -> dict[str, Lowering]:
     found = {name: _single(site) for name, site in quantized.sites().items()}
     names = {id(site): name for name, site in quantized.sites().items()}
     for module in quantized.model.modules():
-        for kernel, sites, reason in _fused(module):
-            for site in sites:
-                name = names.get(id(site))
+        for kernel, parts, reason in _fused(module):
+            for part in parts:
+                name = names.get(id(part))
                 if name is not None:
                     found[name] = Lowering(kernel) if reason is None else Lowering(found[name].kernel, reason)
     return found

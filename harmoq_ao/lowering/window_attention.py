@@ -252,13 +252,15 @@ class LoweredAttention:
             return self.variant.run(module, *leaves)
         if not runs_triton(module.get_submodule(self.first), leaves) or not self.recognise(module, list(leaves)):
             return self.variant.run(module, *leaves)
-        from harmoq_ao.triton_kernels import window_attention
+        from harmoq_ao.triton_kernels import ops, window_attention
 
         assert self._found is not None
         _, found, packed = self._found
         tokens = leaves[found.image]
         mask = None if found.mask is None else leaves[found.mask].to(tokens.dtype).contiguous()
         compute = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float16
+        if torch.compiler.is_compiling():
+            return ops.window_attention(tokens, packed, mask=mask, compute=compute)
         return window_attention.launch_window_attention(tokens, packed, mask=mask, compute=compute)
 
     @property
@@ -271,6 +273,8 @@ class LoweredAttention:
 
     def recognise(self, module: nn.Module, leaves: list[Any]) -> bool:
         """Whether the kernel takes a call; tried once for each window size and set of weights."""
+        if torch.compiler.is_compiling():  # no trial: what an eager call found
+            return self._found is not None and self._found[0][2] == _shapes(leaves)
         key = self._key(module, leaves)
         if self._found is not None and self._found[0] == key:
             return True
@@ -293,8 +297,12 @@ class LoweredAttention:
             for m in module.modules()
             if isinstance(m, QuantizedLinear) and m.both_quantized
         )
-        shapes = tuple(tuple(leaf.shape[1:]) for leaf in leaves if isinstance(leaf, Tensor))
-        return tables, codes, shapes
+        return tables, codes, _shapes(leaves)
+
+
+def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...], ...]:
+    """Shapes of tensors but for the number of windows."""
+    return tuple(tuple(leaf.shape[1:]) for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def pack_attention(module: nn.Module, found: WindowAttention, device: torch.device) -> Any:

@@ -12,7 +12,7 @@ from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from tests.baselines.helpers import applied, changed
-from tests.models import calibrated, images
+from tests.models import PER_TOKEN, calibrated, images
 
 CONFIG = HarmoqConfig(2, 2, "paper", joint_scale="none")
 
@@ -41,7 +41,7 @@ def test_the_error_of_a_block_falls(name: str) -> None:
     [
         ("SwinIR/light", HarmoqConfig(3, 3, "paper")),
         ("linears", HarmoqConfig(8, 8, "paper")),
-        ("linears", HarmoqConfig(4, 4, "deploy")),
+        ("linears", HarmoqConfig(4, 4, "deploy", rules=PER_TOKEN)),
         ("forms", HarmoqConfig(3, 3, "paper", conv_bits=4)),
     ],
 )

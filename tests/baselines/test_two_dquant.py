@@ -8,7 +8,7 @@ import torch
 from harmoq_ao.baselines import learning
 from harmoq_ao.config import HarmoqConfig
 from tests.baselines.helpers import applied, changed, distillation_loss
-from tests.models import build, images
+from tests.models import PER_TOKEN, build, images
 
 BOUNDS = (".lower", ".upper")
 
@@ -32,7 +32,7 @@ def test_the_first_stage_is_dobi() -> None:
 
 
 def test_dynamic_activations_leave_the_bounds_of_weights_to_learn() -> None:
-    config = HarmoqConfig(4, 4, "deploy")
+    config = HarmoqConfig(4, 4, "deploy", rules=PER_TOKEN)
     names = changed(*(applied("2dquant", "linears", config, steps=steps) for steps in (0, 3)))
     assert names
     assert all(".right." in name for name in names)
@@ -41,5 +41,5 @@ def test_dynamic_activations_leave_the_bounds_of_weights_to_learn() -> None:
 def test_nothing_to_learn_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dynamic activations, and weights of 8 bits, whose codes are fixed around zero."""
     monkeypatch.setattr(learning, "refine", lambda *_, **__: pytest.fail("there is nothing to learn"))
-    prepared = applied("2dquant", "linears", HarmoqConfig(8, 4, "deploy"), steps=3)
+    prepared = applied("2dquant", "linears", HarmoqConfig(8, 4, "deploy", rules=PER_TOKEN), steps=3)
     assert torch.equal(prepared.model.one.weight, build("linears").one.weight)

@@ -20,7 +20,7 @@ from harmoq_ao.harmonize.capture import common_batch
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.modules.prepared import PreparedLinear
 from harmoq_ao.prepare import PreparedModel
-from tests.models import build, calibrated, images, prepare, run
+from tests.models import PER_TOKEN, build, calibrated, images, prepare, run
 
 SMALL = AlgorithmSettings(rows=256, updates=10)
 OFF = replace(SMALL, src=False, hso=False, abr=False)
@@ -32,7 +32,7 @@ CONFIGS = {
     "w8a8 min/max": replace(PAPER, weight_bits=8, act_bits=8, observer="minmax"),
     "w4a32": replace(PAPER, weight_bits=4, act_bits=32),
     "w32a4": replace(PAPER, weight_bits=32, act_bits=4),
-    "dynamic": HarmoqConfig(weight_bits=4, act_bits=4, profile="deploy", matmul_bits=4),
+    "dynamic": HarmoqConfig(4, 4, "deploy", rules=PER_TOKEN, matmul_bits=4),
     "one dynamic operand": replace(PAPER, rules=[SiteRule("*", "linear", dynamic=True)]),
     "convolutions": replace(PAPER, conv_bits=8),
 }

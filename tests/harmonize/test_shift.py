@@ -16,7 +16,7 @@ from harmoq_ao.lowering.reference import Affine, LinearOperands
 from harmoq_ao.modules.prepared import PreparedLinear
 from harmoq_ao.modules.quantized import QuantizedLinear
 from harmoq_ao.quantizer import Granularity, QuantizerSpec, Scheme, fake_quantize, quantize
-from tests.models import calibrated, images
+from tests.models import PER_TOKEN, calibrated, images
 from tests.strategies import float_tensors, joint_scales
 
 
@@ -107,5 +107,5 @@ def test_every_static_linear_of_a_model_is_shifted_and_the_bias_gives_it_back() 
 def test_without_it_nothing_is_shifted() -> None:
     prepared = calibrated("SwinIR/light", h.HarmoqConfig(2, 2, profile="paper", joint_shift=False))
     assert all(site.joint_shift is None for site in prepared.sites())
-    dynamic = calibrated("SwinIR/light", h.HarmoqConfig(4, 4))
+    dynamic = calibrated("SwinIR/light", h.HarmoqConfig(4, 4, rules=PER_TOKEN))
     assert all(site.joint_shift is None for site in dynamic.sites())

@@ -21,7 +21,7 @@ from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
 from harmoq_ao.triton_kernels import lowbit_linear, mlp, window_attention
 from recipes.architectures import ARCHITECTURES, Architecture
 from recipes.architectures import forward as run_model
-from tests.models import converted, images
+from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted
 
 
@@ -52,9 +52,7 @@ TWISTS = ("none", "relu", "scrambled", "columns", "residual", "squared")
 class Attention(nn.Module):
     """Window attention, usual in everything or unusual in one thing."""
 
-    def __init__(
-        self, heads: int, order: tuple[int, ...], scale: float, bias: bool, masked: bool, twist: str
-    ) -> None:
+    def __init__(self, heads: int, order: tuple[int, ...], scale: float, bias: bool, masked: bool, twist: str) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
         self.heads, self.order, self.scale, self.masked, self.twist = heads, order, scale, masked, twist
@@ -270,7 +268,7 @@ def test_the_report_names_the_kernels_of_a_gpu_without_one() -> None:
     assert all("triton" not in str(row.kernel) for row in here.rows)
     rows: dict[str, Any] = {row.name: row for row in there.rows if row.quantized and row.kind == "linear"}
     assert all(row.kernel == "triton lowbit_linear" and row.miss for row in rows.values())
-    dynamic = converted("SwinIR/light", HarmoqConfig(4, 4)).lowerings("cuda")
+    dynamic = converted("SwinIR/light", HarmoqConfig(4, 4, rules=PER_TOKEN)).lowerings("cuda")
     assert "per token" in str(next(low.reason for name, low in dynamic.items() if name.endswith("fc1")))
 
 

@@ -60,10 +60,10 @@ def test_static_linears_run_in_integers_at_every_width(bits: int) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        HarmoqConfig(4, 4),
+        HarmoqConfig(4, 4, rules=models.PER_TOKEN),
         HarmoqConfig(8, 8, conv_bits=8),
         HarmoqConfig(8, 8, conv_bits=4, profile="paper"),
-        HarmoqConfig(4, 4, matmul_bits=8),
+        HarmoqConfig(4, 4, rules=models.PER_TOKEN, matmul_bits=8),
         HarmoqConfig(4, 32, profile="paper"),
     ],
     ids=["per token", "convolutions", "products", "products per token", "weights only"],
@@ -155,7 +155,7 @@ def test_what_openvino_cannot_take_is_a_typed_error(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_quantized_model_is_left_as_it_was() -> None:
-    quantized = models.converted("forms", HarmoqConfig(4, 4, matmul_bits=8))
+    quantized = models.converted("forms", HarmoqConfig(4, 4, rules=models.PER_TOKEN, matmul_bits=8))
     image = models.images(1, seed=3)[0]
     before, names = quantized(image), set(quantized.state_dict())
     lower_openvino(quantized)(image)

@@ -1,0 +1,75 @@
+"""Models for one image size: the same numbers, constants computed once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.errors import InputError
+from harmoq_ao.lowering.fixed_size import fixed_size, fold_constants
+from tests.models import converted, images
+from tests.triton_kernels.interpreter import interpreted
+
+
+@pytest.mark.parametrize("name", ["SwinIR/light", "DAT", "HAT"])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [((16, 16), torch.float32), ((16, 24), torch.bfloat16), ((19, 13), torch.float32)]
+)
+def test_computes_the_same(name: str, size: tuple[int, int], dtype: torch.dtype) -> None:
+    model = converted(name, HarmoqConfig(8, 8), dtype)
+    first, second = images(2, size)
+    fixed = fixed_size(model, first)
+    for image in (first, second):
+        assert torch.equal(fixed(image), model(image))
+
+
+def test_masks_are_constants() -> None:
+    model, image = converted("SwinIR/light", HarmoqConfig(8, 8)), images(1, (16, 24))[0]
+    fixed = fixed_size(model, image)
+    names = [str(node.target) for node in fixed.graph.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if "masked_fill" in name or "masked" in name or "arange" in name]
+    assert any("harmoq.linear" in name for name in names)
+
+
+def test_fused_kernels_are_operators_of_the_graph() -> None:
+    """On a GPU, or where Triton is asked for; here the operators run their references."""
+    model, image = converted("SwinIR/light", HarmoqConfig(4, 4)), images(1, (16, 24))[0]
+    expected = model(image)
+    model.use_backend("triton")
+    with interpreted():
+        fixed = fixed_size(model, image)
+    names = [str(node.target) for node in fixed.graph.graph.nodes if node.op == "call_function"]
+    assert sum("harmoq.window_attention" in name for name in names) == 4
+    assert sum("harmoq.mlp" in name for name in names) == 4
+    torch.testing.assert_close(fixed(image), expected, rtol=0, atol=1e-3)
+
+
+def test_other_images_are_refused() -> None:
+    fixed = fixed_size(converted("linears", HarmoqConfig(8, 8)), images(1)[0])
+    for image in (images(1, (16, 24))[0], images(1)[0].double(), torch.rand(2, 3, 16, 16)):
+        with pytest.raises(InputError, match="one size"):
+            fixed(image)
+
+
+def test_cuda_graphs_need_a_gpu() -> None:
+    with pytest.raises(InputError, match="GPU"):
+        fixed_size(converted("linears", HarmoqConfig(8, 8)), images(1)[0], cuda_graph=True)
+
+
+def test_random_numbers_and_images_are_not_constants() -> None:
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight.exp().sum() + torch.rand(4)
+
+    module = torch.export.export(Noisy(), (torch.rand(4),)).module(check_guards=False)
+    fold_constants(module)
+    names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if "exp" in name or "sum" in name]
+    assert [name for name in names if "rand" in name]
+    assert not torch.equal(module(torch.zeros(4)), module(torch.zeros(4)))
