@@ -201,11 +201,11 @@ def _nncf(job: Job, precision: str) -> Run:
     return _openvino_run(model, precision)
 
 
-def _quantized(job: Job, bits: int, static: bool = False) -> h.QuantizedModel:
+def _quantized(job: Job, bits: int, per_token: bool = False) -> h.QuantizedModel:
     """Our model, from the work folder where it was made before."""
-    folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{'-static' if static else ''}"
+    folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{'-token' if per_token else ''}"
     if not folder.exists():
-        rules = [SiteRule(kind="linear", dynamic=False)] if static else []
+        rules = [SiteRule(kind="linear", dynamic=True)] if per_token else []
         prepared = h.prepare_harmoq(job.build(), h.HarmoqConfig(bits, bits, rules=rules))
         h.save_quantized(h.convert_harmoq(h.calibrate(prepared, job.crops(), show_progress=False)), folder)
     return h.load_quantized(folder)
@@ -215,8 +215,8 @@ def _native(job: Job, bits: int) -> Run:
     return _quantized(job, bits).set_float_dtype(torch.bfloat16)
 
 
-def _lowered(job: Job, bits: int, static: bool = False) -> Run:
-    return lower_openvino(_quantized(job, bits, static), keep=1)
+def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
+    return lower_openvino(_quantized(job, bits, per_token), keep=1)
 
 
 CONTENDERS: dict[str, Callable[[Job], Run]] = {
@@ -235,7 +235,7 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "harmoq W2A2": partial(_native, bits=2),
     "harmoq W8A8, OpenVINO": partial(_lowered, bits=8),
     "harmoq W4A4, OpenVINO": partial(_lowered, bits=4),
-    "harmoq W4A4 static, OpenVINO": partial(_lowered, bits=4, static=True),
+    "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),
     "harmoq W2A2, OpenVINO": partial(_lowered, bits=2),
 }
 
