@@ -48,7 +48,7 @@ from harmoq_ao.progress import progress_bar, track
 from harmoq_ao.report import Report, SiteRow
 from harmoq_ao.serialization import float_bytes, folder_bytes, load_quantized, save_quantized
 from harmoq_ao.tiling import Model
-from harmoq_ao.upscaler import Upscaler, open_float, open_model
+from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_float, open_model
 
 EXIT_PARTIAL = 1
 """Some images failed, the others were written."""
@@ -107,6 +107,10 @@ ModelArgument = Annotated[
 ]
 TileOption = Annotated[int | None, typer.Option(min=8, help="Upscale in tiles of this side, in input pixels.")]
 OverlapOption = Annotated[int, typer.Option(min=0, help="Pixels that adjacent tiles share.")]
+OpenVinoOption = Annotated[
+    bool,
+    typer.Option("--openvino", help=f"Let OpenVINO run a quantized model, in tiles of {OPENVINO_TILE} by default."),
+]
 DtypeOption = Annotated[FloatDtype | None, typer.Option(help="Type of the parts that are not integers.")]
 
 
@@ -278,12 +282,14 @@ def evaluate_command(
     reference: Annotated[str | None, typer.Option("--float", help="A second model to compare with.")] = None,
     bicubic: Annotated[bool, typer.Option("--bicubic", help="Compare with bicubic, too.")] = False,
     float_dtype: DtypeOption = None,
+    openvino: OpenVinoOption = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results here.")] = None,
 ) -> None:
     """PSNR and SSIM of luma on pairs of images, 8-bit, with a border of the scale left out."""
     dtype = None if float_dtype is None else float_dtype.torch
-    upscalers = [open_model(model, dtype)]
+    tile = tile or (OPENVINO_TILE if openvino else None)
+    upscalers = [open_model(model, dtype, openvino=openvino)]
     if reference is not None:
         upscalers.append(open_model(reference))
     factor = _common_scale(upscalers, scale)
@@ -369,13 +375,15 @@ def upscale_command(
     tile: TileOption = None,
     overlap: OverlapOption = 32,
     float_dtype: DtypeOption = None,
+    openvino: OpenVinoOption = False,
     suffix: Annotated[str, typer.Option(help="Appended to each name.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
 ) -> None:
     """Upscale images; transparency, gray and 16 bits are kept."""
     images = list_images(inputs)
     targets = _targets(images, output, suffix, overwrite)
-    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch)
+    tile = tile or (OPENVINO_TILE if openvino else None)
+    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -440,11 +448,12 @@ def inspect(
     model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Also list what stays in float.")] = False,
+    device: Annotated[str, typer.Option(help="Whose kernels to name: cpu or cuda (which need not be there).")] = "cpu",
 ) -> None:
     """What of a model is quantized and how; of a float checkpoint, which sites it has."""
     with err.status("Reading the model"):
         if Path(model).is_dir():
-            report = load_quantized(model).report()
+            report = load_quantized(model).report(device)
             size: int | None = folder_bytes(model)
         else:
             report = prepare_harmoq(open_float(model), HarmoqConfig()).report()

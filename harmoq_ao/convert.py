@@ -91,7 +91,12 @@ class QuantizedModel(nn.Module):
 
         Args:
             device: ``cpu`` or ``cuda``; by default where the model is. A GPU need not be there.
+
+        Raises:
+            ConfigError: Another device.
         """
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
         sites = self.sites()
         first = next(self.model.parameters(), None)
         here = "cpu" if first is None else first.device.type

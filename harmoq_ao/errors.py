@@ -64,5 +64,9 @@ class OutputError(HarmoqError, OSError):
     """An output could not be written; whatever was there before is untouched."""
 
 
+class OpenVinoError(HarmoqError, RuntimeError):
+    """OpenVINO is missing, or could not take a model."""
+
+
 class KernelError(HarmoqError, RuntimeError):
     """A low-bit kernel was called with operands it does not take."""

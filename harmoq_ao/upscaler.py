@@ -123,23 +123,39 @@ def open_float(name: str | Path) -> LoadedModel:
     return loaded
 
 
-def open_model(name: str | Path, float_dtype: torch.dtype | None = None) -> Upscaler:
+OPENVINO_TILE = 128
+"""Side of the tiles that OpenVINO gets unless another is asked for: it compiles one size, and needs memory for it."""
+
+
+def open_model(name: str | Path, float_dtype: torch.dtype | None = None, *, openvino: bool = False) -> Upscaler:
     """A saved model (a folder), a float checkpoint (a file), or an embedded float model.
 
     Args:
         name: Path, or `demo:x2`, `demo:x3`, `demo:x4`.
         float_dtype: Type of the parts that are not integers; None keeps the model's own.
+        openvino: Let OpenVINO run a saved model, with bfloat16 for the rest if no other type is asked for.
 
     Raises:
+        OpenVinoError: OpenVINO is not installed.
         SavedModelError: The folder holds no valid saved model.
         CheckpointError: See :func:`open_float`.
         ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
     """
     if Path(name).is_dir():
-        return _of_quantized(load_quantized(name), str(name), float_dtype)
+        lower = _in_openvino if openvino else _of_quantized
+        return lower(load_quantized(name), str(name), float_dtype)
+    if openvino:
+        raise ConfigError("OpenVINO runs quantized models here", found=name, expected="a folder from harmoq quantize")
     loaded = open_float(name)
     upscaler = of_loaded(loaded, str(name))
     return upscaler if float_dtype in (None, torch.float32) else _in_dtype(upscaler, float_dtype)
+
+
+def _in_openvino(quantized: QuantizedModel, name: str, float_dtype: torch.dtype | None) -> Upscaler:
+    from harmoq_ao.lowering.openvino import lower_openvino  # an optional package
+
+    lowered = lower_openvino(quantized, precision="f32" if float_dtype is torch.float32 else "bf16")
+    return replace(of_quantized(quantized, name), model=lowered)
 
 
 def of_loaded(loaded: LoadedModel, name: str) -> Upscaler:

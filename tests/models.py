@@ -14,8 +14,8 @@ import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from recipes.architectures import ARCHITECTURES, Architecture
 
-#: Bounds from each token instead of calibrated ones, for linears and products.
-PER_TOKEN = (SiteRule(kind="linear", dynamic=True), SiteRule(kind="matmul", dynamic=True))
+#: Bounds from each token instead of calibrated ones.
+PER_TOKEN = (SiteRule("*", dynamic=True),)
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 

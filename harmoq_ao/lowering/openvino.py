@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import check_image_tensor
-from harmoq_ao.errors import ConfigError, HarmoqError, InputError
+from harmoq_ao.errors import ConfigError, InputError, OpenVinoError
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite
 
 if TYPE_CHECKING:
@@ -33,10 +33,6 @@ if TYPE_CHECKING:
 
 Precision = Literal["bf16", "f32"]
 Size = tuple[int, int, int, int]
-
-
-class OpenVinoError(HarmoqError, RuntimeError):
-    """OpenVINO is missing, or could not take a model."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,277 @@
+"""Everything that a GPU has to show, in one command: are the kernels right, and how fast are whole models with them?
+
+    python -m benchmarks.gpu --output benchmarks/results/gpu.json
+
+First every Triton kernel is compared with its reference on fresh random inputs at odd sizes; integers must be equal.
+Then whole models with random weights, in the shapes of SwinIR-light, HAT-S and DAT-light, take turns on the same fresh
+random images: float32 and bfloat16 eager, bfloat16 under torch.compile (default, and max-autotune with CUDA graphs),
+torchao int8, and ours replayed as CUDA graphs. Ratios are medians within rounds. A contender that fails is recorded
+with its error. Shapes that are done are not measured again.
+
+Under ``compute-sanitizer python -m benchmarks.gpu --only kernels`` the first part checks memory accesses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import harmoq_ao as h
+from benchmarks.measuring import environment, paired_ratio, percentiles, write_json
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.lowering.fixed_size import fixed_size
+from harmoq_ao.lowering.reference import Affine, LinearOperands, linear_accumulate
+from harmoq_ao.packing import pack
+from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize
+from harmoq_ao.triton_kernels.operands import from_operands
+
+Run = Callable[[Tensor], Tensor]
+BITS = (8, 4, 3, 2)
+SIZES = ((1, 60, 180), (257, 144, 61), (4097, 90, 30))
+BASE = "float32 eager"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One whole-model measurement.
+
+    Attributes:
+        model: Key of :data:`MODELS`.
+        scale: Upscaling factor.
+        height: Of the input, in pixels.
+        width: Of the input, in pixels.
+        batch: Images in one call.
+    """
+
+    model: str
+    scale: int
+    height: int
+    width: int
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Such as ``swinir-light x2 256x256 b1``."""
+        return f"{self.model} x{self.scale} {self.height}x{self.width} b{self.batch}"
+
+
+def swinir_light(scale: int) -> nn.Module:
+    """SwinIR-light with random weights."""
+    from spandrel.architectures.SwinIR import SwinIR
+
+    return SwinIR(
+        upscale=scale, img_size=64, window_size=8, depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, mlp_ratio=2,
+        upsampler="pixelshuffledirect",
+    )  # fmt: skip
+
+
+def hat_s(scale: int) -> nn.Module:
+    """HAT-S with random weights."""
+    from spandrel.architectures.HAT import HAT
+
+    return HAT(
+        upscale=scale, img_size=64, window_size=16, compress_ratio=24, squeeze_factor=24, conv_scale=0.01,
+        overlap_ratio=0.5, depths=(6,) * 6, embed_dim=144, num_heads=(6,) * 6, mlp_ratio=2, upsampler="pixelshuffle",
+    )  # fmt: skip
+
+
+def dat_light(scale: int) -> nn.Module:
+    """DAT-light with random weights."""
+    from spandrel.architectures.DAT import DAT
+
+    return DAT(
+        upscale=scale, img_size=64, split_size=[8, 32], depth=[18], embed_dim=60, num_heads=[6], expansion_factor=2,
+        resi_connection="3conv", upsampler="pixelshuffledirect",
+    )  # fmt: skip
+
+
+MODELS: dict[str, Callable[[int], nn.Module]] = {"swinir-light": swinir_light, "hat-s": hat_s, "dat-light": dat_light}
+SHAPES = [Shape(m, s, 512 // s, 512 // s, b) for m in MODELS for s in (2, 4) for b in (1, 8)]
+SHAPES += [Shape(m, s, 720 // s, 1280 // s) for m in MODELS for s in (2, 4)]
+SHAPES += [Shape("swinir-light", 2, side, side) for side in (64, 128, 512, 1024, 2048)]
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def check_kernels(device: torch.device) -> list[dict[str, Any]]:
+    """Compare kernels with references; ``wrong`` counts integers that differ, ``error`` is the largest of floats."""
+    return [row for seed, bits in enumerate(BITS) for row in _check_bits(device, bits, seed)]
+
+
+def _check_bits(device: torch.device, bits: int, seed: int) -> Iterator[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    for rows, columns, outputs in SIZES:
+        first, second = (_random_linear(generator, *s, bits, device) for s in ((outputs, columns), (columns, outputs)))
+        x = torch.randn(rows, columns, generator=generator).to(device)
+        shape = f"{rows}x{columns}x{outputs}, {bits} bits"
+        packed = [from_operands(operands, codes, bits) for operands, codes in (first, second)]
+        reciprocal, offset = packed[0].reciprocal, packed[0].offset
+        assert reciprocal is not None
+        assert offset is not None
+        codes = quantize.launch_quantize(x, reciprocal, offset, bits)
+        yield _integers(f"quantize {shape}", codes, quantize.reference(x, reciprocal, offset, bits))
+        found = lowbit_linear.canonical(lowbit_linear.launch_accumulate(codes, packed[0]), codes, packed[0])
+        expected = linear_accumulate(codes.cpu(), first[0].weight.cpu())
+        yield _integers(f"lowbit_linear {shape}", found.cpu(), expected)
+        floats = lowbit_linear.launch_lowbit_linear(x, packed[0]), lowbit_linear.reference(x, packed[0])
+        yield _floats(f"lowbit_linear {shape}", *floats)
+        yield _floats(f"mlp {shape}", mlp.launch_mlp(x, *packed), mlp.reference(x, *packed))
+
+
+def _random_linear(
+    generator: torch.Generator, rows: int, columns: int, bits: int, device: torch.device
+) -> tuple[LinearOperands, Tensor]:
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    signed = (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    scale = (torch.rand(rows, generator=generator) + 0.5) / ((1 << bits) * columns**0.5)
+    act = Affine(torch.tensor(6.0 / ((1 << bits) - 1)), torch.tensor(-2.9), bits)
+    joint, bias = torch.rand(columns, generator=generator) + 0.5, torch.randn(rows, generator=generator)
+    shift = torch.full((rows,), 0.5 if bits < 8 else 0.0)
+    signed, scale, shift, bias, joint = (t.to(device) for t in (signed, scale, shift, bias, joint))
+    bounds = Affine(act.step.to(device), act.lower.to(device), bits)
+    return LinearOperands(signed, scale, shift, bias, bits, bounds, joint), pack(codes, bits).to(device)
+
+
+def _integers(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:
+    return {"check": name, "wrong": int((found != expected).sum()), "of": expected.numel()}
+
+
+def _floats(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:
+    error = (found.double() - expected.double()).abs().max() / expected.double().abs().max()
+    return {"check": name, "error": float(error)}
+
+
+# --- whole models -----------------------------------------------------------------------------------------------------
+
+
+def contenders(model: nn.Module, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """Name of each contender, and what makes it."""
+    bfloat16 = copy.deepcopy(model).bfloat16()
+
+    def cast(run: Run) -> Run:
+        return lambda x: run(x.bfloat16()).float()
+
+    yield BASE, lambda: model
+    yield "bfloat16 eager", lambda: cast(bfloat16)
+    yield "bfloat16 compile", lambda: cast(torch.compile(bfloat16))
+    yield "bfloat16 compile, CUDA graphs", lambda: cast(torch.compile(bfloat16, mode="max-autotune"))
+    yield "torchao int8 dynamic", lambda: _torchao(copy.deepcopy(model))
+    for bits in BITS:
+        yield f"W{bits}A{bits}", partial(_ours, model, example, bits)
+
+
+def _ours(model: nn.Module, example: Tensor, bits: int) -> Run:
+    return fixed_size(_quantized(model, example, bits), example)
+
+
+def _torchao(model: nn.Module) -> Run:
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig())
+    return torch.compile(model)
+
+
+def _quantized(model: nn.Module, example: Tensor, bits: int) -> QuantizedModel:
+    crops = [torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    prepared = h.prepare_harmoq(copy.deepcopy(model).cpu(), h.HarmoqConfig(bits, bits), [crops[0]])
+    quantized = h.convert_harmoq(h.calibrate(prepared, crops, show_progress=False), float_dtype=torch.bfloat16)
+    moved: QuantizedModel = quantized.to(example.device)
+    return moved
+
+
+@torch.no_grad()
+def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
+    """Milliseconds, ratio to float32 eager and peak memory in MB of every contender for one shape."""
+    torch.manual_seed(0)
+    model = MODELS[shape.model](shape.scale).eval().to(device)
+    size = (shape.batch, 3, shape.height, shape.width)
+    example = torch.rand(size, device=device)
+    runs: dict[str, Run] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, make in contenders(model, example):
+        try:
+            runs[name] = make()
+            rows[name] = {"peak_mb": _peak(runs[name], example)}
+        except Exception as error:  # whatever another library fails with is a result
+            rows[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            runs.pop(name, None)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for index in range(rounds + 3):
+        image = torch.rand(size, device=device)
+        for name, run in runs.items():
+            seconds = _seconds(run, image)
+            if index >= 3:
+                times[name].append(seconds)
+    for name, values in times.items():
+        ratio = paired_ratio(times[BASE], values)
+        rows[name] |= {**percentiles(values), "speed_vs_float32_eager": round(ratio, 3)}
+    return rows
+
+
+def _seconds(run: Run, image: Tensor) -> float:
+    if not image.is_cuda:
+        start = time.perf_counter()
+        run(image)
+        return time.perf_counter() - start
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    run(image)
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def _peak(run: Run, example: Tensor) -> float | None:
+    """Memory that a call takes beyond what is there before it."""
+    if not example.is_cuda:
+        run(example)
+        return None
+    run(example)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run(example)
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 1e6, 1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Check, measure, write; returns the number of kernels that are wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--only", choices=("kernels", "models"))
+    parser.add_argument("--shapes", nargs="*", help="names of shapes; all by default")
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        parser.error("there is no GPU here; without one, the kernels run in tests/triton_kernels and the compile gate")
+    device = torch.device("cuda")
+    known = json.loads(options.output.read_text()) if options.output.exists() else {}
+    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), **environment(("triton", "torchao", "spandrel"))}
+    result["models"] = known.get("models", {}) if known.get("gpu") == result["gpu"] else {}
+    if options.only != "models":
+        result["kernels"] = check_kernels(device)
+        print(json.dumps(result["kernels"], indent=1))
+    for shape in [s for s in SHAPES if options.only != "kernels" and s.name not in result["models"]]:
+        if options.shapes and shape.name not in options.shapes:
+            continue
+        result["models"][shape.name] = measure(shape, device, options.rounds)
+        print(shape.name, json.dumps(result["models"][shape.name], indent=1))
+        write_json(options.output, result)
+    write_json(options.output, result)
+    return sum(row.get("wrong", 0) > 0 for row in result.get("kernels", []))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
