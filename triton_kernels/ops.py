@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,15 +83,11 @@ def restore_attention(tensors: Sequence[Tensor | None], numbers: Sequence[int]) 
 # --- quantize ---------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("harmoq::quantize", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::quantize", mutates_args=())
 def quantize(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
     """`quantize.reference`."""
-    return _quantize.reference(x, reciprocal, offset, bits, packed)
-
-
-@quantize.register_kernel("cuda")
-def _(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
-    return _quantize.launch_quantize(x, reciprocal, offset, bits, packed)
+    run = _quantize.launch_quantize if x.is_cuda else _quantize.reference
+    return run(x, reciprocal, offset, bits, packed)
 
 
 @quantize.register_fake
@@ -98,7 +95,7 @@ def _(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = F
     return x.new_empty(x.shape[0], (x.shape[1] * bits + 7) // 8 if packed else x.shape[1], dtype=torch.uint8)
 
 
-@torch.library.custom_op("harmoq::layernorm_quantize", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::layernorm_quantize", mutates_args=())
 def layernorm_quantize(
     x: Tensor,
     weight: Tensor | None,
@@ -110,23 +107,10 @@ def layernorm_quantize(
     packed: bool = False,
 ) -> Tensor:
     """`quantize.reference_layernorm`."""
-    return _quantize.reference_layernorm(x, weight, bias, reciprocal, offset, bits, eps, packed)
-
-
-@layernorm_quantize.register_kernel("cuda")
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal: Tensor,
-    offset: Tensor,
-    bits: int,
-    eps: float = 1e-5,
-    packed: bool = False,
-) -> Tensor:
-    return _quantize.launch_quantize(
-        x, *_quantize.fold_norm(weight, bias, reciprocal, offset), bits, packed=packed, eps=eps
-    )
+    if not x.is_cuda:
+        return _quantize.reference_layernorm(x, weight, bias, reciprocal, offset, bits, eps, packed)
+    factor, shift = _quantize.fold_norm(weight, bias, reciprocal, offset)
+    return _quantize.launch_quantize(x, factor, shift, bits, packed=packed, eps=eps)
 
 
 @layernorm_quantize.register_fake
@@ -143,15 +127,11 @@ def _(
     return x.new_empty(x.shape[0], (x.shape[1] * bits + 7) // 8 if packed else x.shape[1], dtype=torch.uint8)
 
 
-@torch.library.custom_op("harmoq::quantize_tokens", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::quantize_tokens", mutates_args=())
 def quantize_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """`quantize.reference_tokens`."""
-    return _quantize.reference_tokens(x, bits, joint_scale)
-
-
-@quantize_tokens.register_kernel("cuda")
-def _(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    return _quantize.launch_quantize_tokens(x, bits, joint_scale)
+    run = _quantize.launch_quantize_tokens if x.is_cuda else _quantize.reference_tokens
+    return run(x, bits, joint_scale)
 
 
 @quantize_tokens.register_fake
@@ -163,7 +143,7 @@ def _(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, 
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("harmoq::lowbit_linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::lowbit_linear", mutates_args=())
 def _lowbit_linear(
     x: Tensor,
     tensors: Sequence[Tensor | None],
@@ -173,32 +153,13 @@ def _lowbit_linear(
     out_dtype: torch.dtype,
 ) -> Tensor:
     linear = restore_linear(tensors, numbers)
-    return _linear.reference(x, linear, gelu=gelu, residual=residual, out_dtype=out_dtype)
-
-
-@_lowbit_linear.register_kernel("cuda")
-def _(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    gelu: str,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    linear = restore_linear(tensors, numbers)
-    return _linear.launch_lowbit_linear(x, linear, gelu=gelu, residual=residual, out_dtype=out_dtype)
+    run = _linear.launch_lowbit_linear if x.is_cuda else _linear.reference
+    return run(x, linear, gelu=gelu, residual=residual, out_dtype=out_dtype)
 
 
 @_lowbit_linear.register_fake
-def _(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    gelu: str,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    return x.new_empty(x.shape[0], _rows(tensors), dtype=out_dtype)
+def _(x: Tensor, tensors: Sequence[Tensor | None], *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], _rows(tensors), dtype=rest[-1])
 
 
 def lowbit_linear(
@@ -217,7 +178,7 @@ def lowbit_linear(
 # --- mlp --------------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("harmoq::mlp", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::mlp", mutates_args=())
 def _fused_mlp(
     x: Tensor,
     tensors1: Sequence[Tensor | None],
@@ -229,35 +190,12 @@ def _fused_mlp(
     residual: Tensor | None,
 ) -> Tensor:
     fc1, fc2 = restore_linear(tensors1, numbers1), restore_linear(tensors2, numbers2)
-    return _mlp.reference(x, fc1, fc2, gelu=gelu, eps=eps, residual=residual)
-
-
-@_fused_mlp.register_kernel("cuda")
-def _(
-    x: Tensor,
-    tensors1: Sequence[Tensor | None],
-    numbers1: Sequence[int],
-    tensors2: Sequence[Tensor | None],
-    numbers2: Sequence[int],
-    gelu: str,
-    eps: float | None,
-    residual: Tensor | None,
-) -> Tensor:
-    fc1, fc2 = restore_linear(tensors1, numbers1), restore_linear(tensors2, numbers2)
-    return _mlp.launch_mlp(x, fc1, fc2, gelu=gelu, eps=eps, residual=residual)
+    run = _mlp.launch_mlp if x.is_cuda else _mlp.reference
+    return run(x, fc1, fc2, gelu=gelu, eps=eps, residual=residual)
 
 
 @_fused_mlp.register_fake
-def _(
-    x: Tensor,
-    tensors1: Sequence[Tensor | None],
-    numbers1: Sequence[int],
-    tensors2: Sequence[Tensor | None],
-    numbers2: Sequence[int],
-    gelu: str,
-    eps: float | None,
-    residual: Tensor | None,
-) -> Tensor:
+def _(x: Tensor, tensors1: Any, numbers1: Any, tensors2: Sequence[Tensor | None], *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], _rows(tensors2))
 
 
@@ -278,7 +216,7 @@ def mlp(
 # --- attention --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("harmoq::window_attention", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("harmoq::window_attention", mutates_args=())
 def _window_attention(
     x: Tensor,
     tensors: Sequence[Tensor | None],
@@ -288,33 +226,13 @@ def _window_attention(
     residual: Tensor | None,
     compute: torch.dtype,
 ) -> Tensor:
-    return _attention.reference(x, restore_attention(tensors, numbers), mask=mask, eps=eps, residual=residual)
-
-
-@_window_attention.register_kernel("cuda")
-def _(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    mask: Tensor | None,
-    eps: float | None,
-    residual: Tensor | None,
-    compute: torch.dtype,
-) -> Tensor:
+    run = _attention.launch_window_attention if x.is_cuda else _attention.reference
     operands = restore_attention(tensors, numbers)
-    return _attention.launch_window_attention(x, operands, mask=mask, eps=eps, residual=residual, compute=compute)
+    return run(x, operands, mask=mask, eps=eps, residual=residual, compute=compute)
 
 
 @_window_attention.register_fake
-def _(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    mask: Tensor | None,
-    eps: float | None,
-    residual: Tensor | None,
-    compute: torch.dtype,
-) -> Tensor:
+def _(x: Tensor, tensors: Sequence[Tensor | None], *rest: Any) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[1], _rows(tensors[len(_TENSORS) :]))
 
 

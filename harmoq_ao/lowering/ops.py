@@ -6,6 +6,8 @@ program runs wherever ``harmoq_ao`` is imported. The kernel is chosen at run tim
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -65,19 +67,7 @@ def linear(
 
 
 @linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    weight_scale: Tensor,
-    bias: Tensor | None,
-    act_bounds: Tensor | None,
-    joint_scale: Tensor | None,
-    joint_shift: Tensor | None,
-    weight_bits: int,
-    act_bits: int,
-    weight_shift: float,
-    backend: str,
-) -> Tensor:
+def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
@@ -128,16 +118,7 @@ def matmul(
 
 
 @matmul.register_fake
-def _(
-    left: Tensor,
-    right: Tensor,
-    left_bounds: Tensor | None,
-    right_bounds: Tensor | None,
-    joint_scale: Tensor | None,
-    left_bits: int,
-    right_bits: int,
-    backend: str,
-) -> Tensor:
+def _(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     return left.new_empty(*batch, left.shape[-2], right.shape[-1])
 

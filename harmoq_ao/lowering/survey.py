@@ -79,9 +79,12 @@ def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:
         return []
     rows: list[tuple[str, list[nn.Module], str | None]] = []
     for run in (variant.run for variant in island_state(module).all_variants()):
-        if isinstance(run, LoweredAttention) and run.sites:
-            rows.append(("triton window_attention", [module.get_submodule(name) for name in run.sites], None))
-        elif isinstance(run, LoweredAttention) and run.reason is not None:
+        if not isinstance(run, LoweredAttention):
+            continue
+        taken, reason = run.sites(module), run.state(module).reason
+        if taken:
+            rows.append(("triton window_attention", [module.get_submodule(name) for name in taken], None))
+        elif reason is not None:
             sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite)]
-            rows.append(("triton window_attention", sites, run.reason))
+            rows.append(("triton window_attention", sites, reason))
     return rows

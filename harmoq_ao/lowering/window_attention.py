@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -228,22 +229,41 @@ def lower_attention(module: nn.Module, variant: Variant) -> Variant:
     return replace(variant, run=LoweredAttention(variant, names[0])) if names else variant
 
 
+_KEY = "_harmoq_attention"
+_numbers = itertools.count()
+
+
+@dataclass
+class _State:
+    """What one island knows of one of its graphs.
+
+    Attributes:
+        reason: Why the kernel does not take it.
+        found: What it computes.
+        packed: The kernels' operands.
+        seen: Tensors that `packed` was made from, with their versions; held, so that no other takes their identity.
+        shapes: Shapes that were tried.
+    """
+
+    reason: str | None = None
+    found: WindowAttention | None = None
+    packed: Any = None
+    seen: tuple[tuple[Tensor, int], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
 class LoweredAttention:
-    """Runs a graph, or the fused kernel in its place.
+    """Runs a graph, or the fused kernel in its place. What it finds is kept with the island, and copied with it.
 
     Args:
         variant: The graph.
         first: Name of the linear whose backend decides.
-
-    Attributes:
-        reason: Why the kernel does not take this island, once that was tried; None if it does.
     """
 
     def __init__(self, variant: Variant, first: str) -> None:
         self.variant = variant
         self.first = first
-        self.reason: str | None = None
-        self._found: tuple[tuple[Any, ...], WindowAttention, Any] | None = None
+        self.number = next(_numbers)
 
     def __call__(self, module: nn.Module, *leaves: Any) -> Any:
         """The graph's result for these leaves."""
@@ -252,52 +272,61 @@ class LoweredAttention:
             return self.variant.run(module, *leaves)
         if not runs_triton(module.get_submodule(self.first), leaves) or not self.recognise(module, list(leaves)):
             return self.variant.run(module, *leaves)
-        from harmoq_ao.triton_kernels import ops, window_attention
+        return _launch(self.state(module), leaves)
 
-        assert self._found is not None
-        _, found, packed = self._found
-        tokens = leaves[found.image]
-        mask = None if found.mask is None else leaves[found.mask].to(tokens.dtype).contiguous()
-        compute = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float16
-        if torch.compiler.is_compiling():
-            return ops.window_attention(tokens, packed, mask=mask, compute=compute)
-        return window_attention.launch_window_attention(tokens, packed, mask=mask, compute=compute)
+    def state(self, module: nn.Module) -> _State:
+        """What an island knows of this graph."""
+        known: dict[int, _State] = module.__dict__.setdefault(_KEY, {})
+        return known.setdefault(self.number, _State())
 
-    @property
-    def sites(self) -> tuple[str, ...]:
+    def sites(self, module: nn.Module) -> tuple[str, ...]:
         """Names of the sites that the kernel computes, within the island; none where it does not take it."""
-        if self._found is None:
-            return ()
-        found = self._found[1]
-        return (found.qkv, found.proj, *(found.products or ()))
+        found = self.state(module).found
+        return () if found is None else (found.qkv, found.proj, *(found.products or ()))
 
     def recognise(self, module: nn.Module, leaves: list[Any]) -> bool:
         """Whether the kernel takes a call; tried once for each window size and set of weights."""
+        state, shapes = self.state(module), _shapes(leaves)
         if torch.compiler.is_compiling():  # no trial: what an eager call found
-            return self._found is not None and self._found[0][2] == _shapes(leaves)
-        key = self._key(module, leaves)
-        if self._found is not None and self._found[0] == key:
+            return state.found is not None and state.shapes == shapes
+        tensors = _tensors(module, leaves)
+        if state.found is not None and state.shapes == shapes and _unchanged(state.seen, tensors):
             return True
-        if self.reason is not None:
+        if state.reason is not None:
             return False
         try:
-            found = find_window_attention(module, self.variant, leaves)
+            state.found = find_window_attention(module, self.variant, leaves)
             device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-            self._found = (key, found, pack_attention(module, found, device))
+            state.packed = pack_attention(module, state.found, device)
         except (Misfit, KernelError) as error:
-            self.reason = str(error)
+            state.reason, state.found = str(error), None
             return False
+        state.shapes, state.seen = shapes, tuple((t, t._version) for t in tensors)
         return True
 
-    @staticmethod
-    def _key(module: nn.Module, leaves: list[Any]) -> tuple[Any, ...]:
-        tables = tuple((id(t), t._version) for t in leaves if isinstance(t, Tensor) and not t.is_floating_point())
-        codes = tuple(
-            (id(m.codes), m.codes._version)
-            for m in module.modules()
-            if isinstance(m, QuantizedLinear) and m.both_quantized
-        )
-        return tables, codes, _shapes(leaves)
+
+def _launch(state: _State, leaves: tuple[Any, ...]) -> Tensor:
+    from harmoq_ao.triton_kernels import ops, window_attention
+
+    assert state.found is not None
+    tokens, place = leaves[state.found.image], state.found.mask
+    mask = None if place is None else leaves[place].to(tokens.dtype).contiguous()
+    compute = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float16
+    if torch.compiler.is_compiling():
+        return ops.window_attention(tokens, state.packed, mask=mask, compute=compute)
+    return window_attention.launch_window_attention(tokens, state.packed, mask=mask, compute=compute)
+
+
+def _tensors(module: nn.Module, leaves: list[Any]) -> list[Tensor]:
+    """What the kernels' operands are made from: weight codes, and tables among the arguments."""
+    linears = [m for m in module.modules() if isinstance(m, QuantizedLinear) and m.both_quantized]
+    tables = [t for t in leaves if isinstance(t, Tensor) and not t.is_floating_point()]
+    return [*(m.codes for m in linears), *tables]
+
+
+def _unchanged(seen: tuple[tuple[Tensor, int], ...], tensors: list[Tensor]) -> bool:
+    same_count = len(seen) == len(tensors)
+    return same_count and all(k is t and v == t._version for (k, v), t in zip(seen, tensors, strict=True))
 
 
 def _shapes(leaves: list[Any]) -> tuple[tuple[int, ...], ...]:

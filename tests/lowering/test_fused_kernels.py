@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -153,6 +154,24 @@ def test_one_island_for_windows_with_and_without_mask() -> None:
         site = next(s for name, s in model.sites().items() if name.endswith("attn.qkv"))
         site.codes.copy_(site.codes.flip(0))
         assert not torch.equal(model(other), first)
+
+
+def test_a_copy_has_operands_of_its_own() -> None:
+    model, image = converted("SwinIR/light", HarmoqConfig(8, 8)), images(1)[0]
+    model.use_backend("triton")
+    with kernel_references():
+        before = model(image)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(image), before)
+        other = converted("SwinIR/light", HarmoqConfig(8, 8, seed=1))
+        for name, site in twin.sites().items():
+            site.codes.copy_(other.sites()[name].codes.flip(0))
+            site._derived.clear()
+        changed = twin(image)
+        assert not torch.equal(changed, before)
+        assert torch.equal(model(image), before)
+        twin.use_backend("reference")
+        assert_same_image(changed, twin(image))
 
 
 # --- perceptrons ------------------------------------------------------------------------------------------------------
