@@ -10,7 +10,7 @@ SOURCES := $(wildcard harmoq_ao recipes triton_kernels benchmarks tests)
 # One thread per test worker: two workers with two threads each are slower than two with one.
 SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test check format bench clean
+.PHONY: help install demo test check format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,7 +18,8 @@ help:
 	@echo 'make test     run the tests                   (ARGS="-k packing" is passed on to pytest)'
 	@echo 'make check    ruff and mypy'
 	@echo 'make format   let ruff format and fix the sources'
-	@echo 'make bench    run the benchmarks'
+	@echo 'make bench    run the CPU benchmarks of linears and of the model'
+	@echo 'make bench-gpu  check the kernels on a GPU and measure whole models; one command for all of it'
 	@echo 'make clean    remove the environment and everything built'
 	@echo 'PYTHON=python3.12 make ...   choose the interpreter of the environment'
 
@@ -56,7 +57,10 @@ format: $(STAMP)
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 
 bench: $(STAMP)
-	@set -e; for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python $$script $(ARGS); done
+	@set -e; for name in cpu_linear cpu_model; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+bench-gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
