@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from harmoq_ao.tracing.exchange import exchange_class
 from harmoq_ao.tracing.island import original_class
 from harmoq_ao.tracing.proxies import check_guard
 from harmoq_ao.tracing.tracer import SELF, Variant, compile_graph, op_of_site
@@ -55,16 +56,9 @@ def remember(module: nn.Module) -> None:
 
     Its class is exchanged for one derived from its own, so that names of parameters stay.
     """
-    cls = type(module)
-    if "harmoq_forward" in vars(cls):
+    if "harmoq_forward" in vars(type(module)):
         return
-    if cls not in _remembering:
-        members = {"forward": _remembered_forward, "harmoq_forward": cls.forward, "__module__": cls.__module__}
-        _remembering[cls] = type(cls)(f"{cls.__name__}Remembered", (cls,), members)  # type: ignore[misc]
-    module.__class__ = _remembering[cls]
-
-
-_remembering: dict[type[nn.Module], type[nn.Module]] = {}
+    exchange_class(module, "Remembered", lambda cls: {"forward": _remembered_forward, "harmoq_forward": cls.forward})
 
 
 def _remembered_forward(self: nn.Module, input: Tensor) -> Any:

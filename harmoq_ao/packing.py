@@ -91,6 +91,11 @@ def unpack(packed: Tensor, bits: int, length: int) -> Tensor:
     return codes[..., :length].contiguous()
 
 
+def unpack_signed(packed: Tensor, bits: int, length: int) -> Tensor:
+    """Like `unpack`, with the middle code at zero: `[..., length]` int8 in ``-2**(bits - 1) .. 2**(bits - 1) - 1``."""
+    return (unpack(packed, bits, length).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+
+
 def _check_bits(bits: int) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
         raise KernelError("Codes of this width cannot be packed", found=f"bits={bits!r}", expected="an integer in 2..8")

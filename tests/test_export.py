@@ -50,6 +50,14 @@ def test_an_exported_program_computes_the_same(name: str, config: HarmoqConfig) 
     assert called <= len(sites)  # those that fold into constants are not called
 
 
+@pytest.mark.parametrize("name", ["weights alone", "convolutions", "paper W3A3"])
+def test_export_right_after_conversion_leaves_the_model_as_it_was(name: str) -> None:
+    model, image = converted("SwinIR/light", CONFIGS[name]), images(1)[0]
+    program = torch.export.export(model, (image,), strict=False)
+    assert not [made for site in model.sites().values() for made in site._derived.values()]
+    assert torch.equal(model(image), program.module()(image))
+
+
 def test_no_float_weight_is_left_in_an_exported_program() -> None:
     model = converted("SwinIR/light", HarmoqConfig(4, 4))
     program = torch.export.export(model, (images(1)[0],), strict=False)

@@ -7,6 +7,7 @@ GPU that graph is captured as a CUDA graph and replayed with a single launch.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def fold_constants(module: fx.GraphModule) -> int:
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            values[node] = _attribute(module, str(node.target))
+            values[node] = attrgetter(str(node.target))(module)
         elif node.op == "call_function" and _pure(node) and all(n in values for n in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
@@ -116,13 +117,6 @@ def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
     known = sum(t.untyped_storage().nbytes() for t in sources)
     views = any(t.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for t in sources)
     return not views or value.numel() * value.element_size() <= _KEPT * max(known, 1)
-
-
-def _attribute(module: nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 class _Replay:

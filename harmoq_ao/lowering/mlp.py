@@ -12,6 +12,7 @@ from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.modules.quantized import QuantizedLinear
 from harmoq_ao.tracing import is_island
+from harmoq_ao.tracing.exchange import exchange_class
 
 _ROWS = (3, 5)
 _KINDS = {"erf": "none", "tanh": "tanh"}
@@ -140,7 +141,6 @@ class _Probe(fx.Interpreter):
 
 # --- in a model -------------------------------------------------------------------------------------------------------
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
 _KEY = "_harmoq_mlp"
 
 
@@ -153,7 +153,7 @@ def fuse_mlps(model: nn.Module) -> None:
             found = find_mlp(module)
         except Misfit:
             continue
-        module.__class__ = _fused_class(type(module))
+        exchange_class(module, "Fused", lambda cls: {"forward": _forward, "harmoq_forward": cls.forward})
         module.__dict__[_KEY] = found
 
 
@@ -161,13 +161,6 @@ def fused_mlp(module: nn.Module) -> FusedMlp | None:
     """What :func:`fuse_mlps` found of a module."""
     found: FusedMlp | None = module.__dict__.get(_KEY)
     return found
-
-
-def _fused_class(cls: type[nn.Module]) -> type[nn.Module]:
-    if cls not in _classes:
-        members = {"forward": _forward, "harmoq_forward": cls.forward, "__module__": cls.__module__}
-        _classes[cls] = type(cls)(f"{cls.__name__}Fused", (cls,), members)  # type: ignore[misc]
-    return _classes[cls]
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

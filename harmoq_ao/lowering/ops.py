@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from harmoq_ao.lowering import float_matmul, reference
 from harmoq_ao.lowering.linear import LinearKernel, check_backend
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
-from harmoq_ao.packing import unpack
+from harmoq_ao.packing import unpack_signed
 
 _kernels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
@@ -84,7 +84,7 @@ def linear_operands(
     weight_shift: float,
 ) -> LinearOperands:
     """The integer operands behind the tensors of :func:`linear`, for kernels and tests."""
-    signed = (unpack(codes, weight_bits, columns).to(torch.int16) - (1 << (weight_bits - 1))).to(torch.int8)
+    signed = unpack_signed(codes, weight_bits, columns)
     act = None if act_bounds is None else Affine(act_bounds[0], act_bounds[1], act_bits)
     shift = torch.full_like(weight_scale, weight_shift)
     return LinearOperands(signed, weight_scale, shift, bias, act_bits, act, joint_scale, joint_shift)

@@ -122,8 +122,8 @@ class MatmulOperand:
 def quantize_codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:
     """``clamp(round_half_even(x * reciprocal + offset), 0, 2**bits - 1)``, multiply and add each rounded to float32.
 
-    Infinities saturate to the end codes. NaN has no code: it is refused here (outside `torch.compile`, which cannot
-    branch on data; there the code of a NaN is unspecified).
+    Infinities saturate to the end codes. NaN has no code: it is refused here, where values can be looked at. Inside
+    `torch.compile` and while a CUDA graph is captured they cannot; there the code of a NaN is unspecified.
 
     Args:
         x: Any shape, floating point.
@@ -139,9 +139,13 @@ def quantize_codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> 
     """
     position = x.float() * reciprocal
     position = position + offset
-    if not torch.compiler.is_compiling() and bool(position.isnan().any()):
+    if _can_look(position) and bool(position.isnan().any()):
         raise nan_error()
     return position.round().clamp(0, (1 << bits) - 1).to(torch.uint8)
+
+
+def _can_look(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def nan_error() -> InputError:

@@ -225,6 +225,8 @@ def lower_attention(module: nn.Module, variant: Variant) -> Variant:
         module: The converted island.
         variant: One of its graphs, in its final form.
     """
+    if isinstance(variant.run, LoweredAttention):
+        return variant
     names = [n for n, m in module.named_modules() if isinstance(m, QuantizedLinear) and m.both_quantized]
     return replace(variant, run=LoweredAttention(variant, names[0])) if names else variant
 
@@ -267,12 +269,10 @@ class LoweredAttention:
 
     def __call__(self, module: nn.Module, *leaves: Any) -> Any:
         """The graph's result for these leaves."""
-        if is_recognising():
-            self.recognise(module, list(leaves))
-            return self.variant.run(module, *leaves)
-        if not runs_triton(module.get_submodule(self.first), leaves) or not self.recognise(module, list(leaves)):
-            return self.variant.run(module, *leaves)
-        return _launch(self.state(module), leaves)
+        trying = is_recognising()
+        asked = trying or runs_triton(module.get_submodule(self.first), leaves)
+        taken = asked and self.recognise(module, list(leaves))
+        return _launch(self.state(module), leaves) if taken and not trying else self.variant.run(module, *leaves)
 
     def state(self, module: nn.Module) -> _State:
         """What an island knows of this graph."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,12 @@ from harmoq_ao.lowering.linear import Backend, LinearKernel
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
-from harmoq_ao.packing import pack, packed_length, unpack
+from harmoq_ao.packing import pack, packed_length, unpack_signed
 from harmoq_ao.quantizer import QuantizerSpec, Scheme, quantize, step_size
 from harmoq_ao.sites import Site
 
 Rounding = Callable[[Tensor], Tensor]
+T = TypeVar("T")
 
 
 class QuantizedSite(nn.Module):
@@ -53,6 +54,13 @@ class QuantizedSite(nn.Module):
 
     def _active(self) -> bool:
         return True
+
+    def _derive(self, name: str, make: Callable[[], T]) -> T:
+        """What is made from the stored tensors once. A tracer looks on with stand-ins: what is made then is not kept."""
+        if name not in self._derived and torch.compiler.is_compiling():
+            return make()
+        made: T = self._derived[name] if name in self._derived else self._derived.setdefault(name, make())
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSite:
         """Codes, scales and bounds follow the model's device, never its float type."""
@@ -118,8 +126,7 @@ class WeightedSite(QuantizedSite):
 
     def weight_codes(self) -> Tensor:
         """Signed weight codes `[N, K]` int8."""
-        bits = self.settings.weight.bits
-        return (unpack(self.codes, bits, self.columns).to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+        return unpack_signed(self.codes, self.settings.weight.bits, self.columns)
 
     def weight_shift(self) -> Tensor:
         """Where the signed code 0 of each row lies, in steps, `[N]`."""
@@ -204,11 +211,12 @@ class QuantizedLinear(WeightedSite):
 
     def linear_kernel(self) -> LinearKernel:
         """The linear ready to run; both operands must be quantized."""
-        if "kernel" not in self._derived:
+
+        def make() -> LinearKernel:
             operands = ops.linear_operands(*self._tensors(), self.columns, *self._numbers())
-            self._derived["kernel"] = LinearKernel(operands, self.codes, self.settings.weight.bits)
-        kernel: LinearKernel = self._derived["kernel"]
-        return kernel
+            return LinearKernel(operands, self.codes, self.settings.weight.bits)
+
+        return self._derive("kernel", make)
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.both_quantized:
@@ -233,10 +241,9 @@ class QuantizedLinear(WeightedSite):
     def _half_float(self, x: Tensor) -> Tensor:
         if self.settings.act.enabled:
             x = _round_trip(x, self._act(), self.settings.act, self.joint_scale)
-        if "float_weight" not in self._derived:
-            self._derived["float_weight"] = self.float_weight()
+        weight = self._derive("float_weight", self.float_weight)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self._derived["float_weight"].to(x.dtype), bias)
+        return F.linear(x, weight.to(x.dtype), bias)
 
 
 class QuantizedConv2d(WeightedSite):
@@ -302,9 +309,8 @@ class QuantizedConv2d(WeightedSite):
         if self.act_bounds is not None:
             step, zero_point = self.act_bounds.unbind()
             x = _round_trip(x, Affine(step, -zero_point * step, self.settings.act.bits), self.settings.act, None)
-        if "float_weight" not in self._derived:
-            self._derived["float_weight"] = self.float_weight().reshape(self.site.shape)
-        y = _conv(x, self._derived["float_weight"].to(x.dtype), self.geometry)
+        weight = self._derive("float_weight", lambda: self.float_weight().reshape(self.site.shape))
+        y = _conv(x, weight.to(x.dtype), self.geometry)
         return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
 
 
@@ -354,10 +360,7 @@ class QuantizedMatmul(QuantizedSite):
 
     def operands(self) -> tuple[MatmulOperand, MatmulOperand]:
         """The quantizers of both operands, for kernels and tests; both must be quantized."""
-        if "operands" not in self._derived:
-            self._derived["operands"] = ops.matmul_operands(*self._tensors(), *self._bits())
-        left, right = self._derived["operands"]
-        return left, right
+        return self._derive("operands", lambda: ops.matmul_operands(*self._tensors(), *self._bits()))
 
     def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.left_bounds, self.right_bounds, self.joint_scale

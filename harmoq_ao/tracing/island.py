@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmoq_ao.errors import TraceError
+from harmoq_ao.tracing.exchange import exchange_class
 from harmoq_ao.tracing.proxies import GuardFailed
 from harmoq_ao.tracing.tracer import SELF, SiteFactory, Variant, dynamic_leaves, trace_island
 
@@ -142,23 +143,19 @@ def finish_graphs(module: nn.Module, finish: Callable[[nn.Module, Variant], Vari
     state.finish = finish
 
 
-_classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
 def make_island(module: nn.Module, state: IslandState) -> None:
     """Turn a module into an island in place: its class becomes one derived from its own, with another forward."""
-    cls = type(module)
-    if cls not in _classes:  # one base only: a mixin would change the object's layout, which forbids the exchange
-        members = {
-            "forward": _forward,
-            "_apply": _apply,
-            "harmoq_original_class": cls,
-            SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
-            "__module__": cls.__module__,
-        }
-        _classes[cls] = type(cls)(f"{cls.__name__}Island", (cls,), members)  # type: ignore[misc]
-    module.__class__ = _classes[cls]
+    exchange_class(module, "Island", _island_members)
     module.__dict__["_harmoq_island"] = state
+
+
+def _island_members(cls: type[nn.Module]) -> dict[str, Any]:
+    return {
+        "forward": _forward,
+        "_apply": _apply,
+        "harmoq_original_class": cls,
+        SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
+    }
 
 
 def is_island(module: nn.Module) -> bool:
