@@ -15,8 +15,9 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from harmoq_ao import __version__, cli, load_quantized
-from harmoq_ao.cli import app, parse_rule
+from harmoq_ao import __version__, load_quantized
+from harmoq_ao.cli import app, common
+from harmoq_ao.cli.quantize import parse_rule
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.presets import PRESETS, HarmonizeSettings
 from harmoq_ao.harmonize.refine import RefineSettings
@@ -26,12 +27,12 @@ BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 
 
 def harmoq(*arguments: object) -> Result:
-    widths = cli.out.width, cli.err.width
-    cli.out.width = cli.err.width = 400  # temporary folders have long names
+    widths = common.out.width, common.err.width
+    common.out.width = common.err.width = 400  # temporary folders have long names
     try:
         result: Any = CliRunner().invoke(app, [str(a) for a in arguments])
     finally:
-        cli.out.width, cli.err.width = widths
+        common.out.width, common.err.width = widths
     return result
 
 
@@ -253,7 +254,7 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmoq_ao.cli.save_image", interrupted)
+    monkeypatch.setattr("harmoq_ao.cli.upscale.save_image", interrupted)
     message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
     assert "Interrupted" in message
     assert list(tmp_path.iterdir()) == []

@@ -56,7 +56,7 @@ class QuantizedSite(nn.Module):
         return True
 
     def _derive(self, name: str, make: Callable[[], T]) -> T:
-        """What is made from the stored tensors once. A tracer looks on with stand-ins: what is made then is not kept."""
+        """What is made from the stored tensors once. Under a tracer, with its stand-ins, it is made and not kept."""
         if name not in self._derived and torch.compiler.is_compiling():
             return make()
         made: T = self._derived[name] if name in self._derived else self._derived.setdefault(name, make())

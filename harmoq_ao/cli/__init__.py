@@ -1,0 +1,12 @@
+"""The command `harmoq`, a file for each of its commands.
+
+The order of the imports is the order of the help.
+"""
+
+# isort: off
+from harmoq_ao.cli.common import app
+from harmoq_ao.cli import demo, quantize, evaluate, upscale, inspect
+
+# isort: on
+
+__all__ = ["app", "demo", "evaluate", "inspect", "quantize", "upscale"]

@@ -1,0 +1,129 @@
+"""`harmoq evaluate`: PSNR and SSIM on pairs of images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from harmoq_ao.cli.common import (
+    DtypeOption,
+    ModelArgument,
+    OpenVinoOption,
+    OverlapOption,
+    TileOption,
+    app,
+    out,
+)
+from harmoq_ao.data import (
+    ImagePair,
+    atomic_write,
+    load_pairs,
+)
+from harmoq_ao.errors import ConfigError
+from harmoq_ao.evaluation import EvaluationTable, evaluate
+from harmoq_ao.metrics import bicubic_upscale
+from harmoq_ao.progress import progress_bar
+from harmoq_ao.tiling import Model
+from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_model
+
+
+@app.command("evaluate")
+def evaluate_command(
+    model: ModelArgument,
+    hr: Annotated[Path, typer.Argument(metavar="HR_FOLDER", help="References, or a root with HR and LR_bicubic/X2.")],
+    lr: Annotated[Path | None, typer.Argument(metavar="[LR_FOLDER]", help="Low-resolution images by name.")] = None,
+    scale: Annotated[int | None, typer.Option(min=1, help="To check against the model's own.")] = None,
+    tile: TileOption = None,
+    overlap: OverlapOption = 32,
+    reference: Annotated[str | None, typer.Option("--float", help="A second model to compare with.")] = None,
+    bicubic: Annotated[bool, typer.Option("--bicubic", help="Compare with bicubic, too.")] = False,
+    float_dtype: DtypeOption = None,
+    openvino: OpenVinoOption = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results here.")] = None,
+) -> None:
+    """PSNR and SSIM of luma on pairs of images, 8-bit, with a border of the scale left out."""
+    dtype = None if float_dtype is None else float_dtype.torch
+    tile = tile or (OPENVINO_TILE if openvino else None)
+    upscalers = [open_model(model, dtype, openvino=openvino)]
+    if reference is not None:
+        upscalers.append(open_model(reference))
+    factor = _common_scale(upscalers, scale)
+    pairs = load_pairs(hr, lr, factor)
+    names = [u.name for u in upscalers] + (["bicubic"] if bicubic else [])
+    if len(set(names)) < len(names):
+        raise ConfigError("The model is compared with itself", found=names[0], expected="two different models")
+    callables: list[Model] = [partial(u, tile=tile, overlap=overlap) for u in upscalers]
+    if bicubic:
+        callables.append(partial(_bicubic, scale=factor))
+    tables = {name: _evaluated(name, call, pairs, factor) for name, call in zip(names, callables, strict=True)}
+    out.print(_score_table(tables, factor, hr))
+    if json_file is not None:
+        results = {"scale": factor, "models": {name: table.to_dict() for name, table in tables.items()}}
+        _write(json_file, json.dumps(results, indent=2) + "\n")
+    if csv_file is not None:
+        _write(csv_file, _csv(tables))
+
+
+def _common_scale(upscalers: list[Upscaler], given: int | None) -> int:
+    scales = {u.scale for u in upscalers} | ({given} if given is not None else set())
+    if len(scales) > 1:
+        found = ", ".join(f"x{u.scale} ({u.name})" for u in upscalers) + (f", --scale {given}" if given else "")
+        raise ConfigError("Scales do not agree", found=found, expected="one scale", remedy="leave out --scale")
+    return scales.pop()
+
+
+def _bicubic(image: torch.Tensor, scale: int) -> torch.Tensor:
+    codes = (image[0] * 255.0).round().to(torch.uint8).movedim(0, -1).numpy()
+    return torch.from_numpy(bicubic_upscale(codes, scale).copy()).movedim(-1, 0)[None].float() / 255.0
+
+
+def _evaluated(name: str, call: Model, pairs: list[ImagePair], scale: int) -> EvaluationTable:
+    with progress_bar() as progress:
+        task = progress.add_task(f"Evaluating {escape(name)}", total=len(pairs))
+        return evaluate(call, pairs, scale, on_image=lambda _: progress.advance(task))
+
+
+def _score_table(tables: dict[str, EvaluationTable], scale: int, folder: Path) -> Table:
+    table = Table(title=f"{escape(str(folder))}, x{scale}", title_justify="left")
+    table.add_column("image")
+    for name in tables:
+        heading = "" if len(tables) == 1 else f"{escape(Path(name).name)}\n"
+        for column in ("PSNR-Y", "SSIM-Y", "s"):
+            table.add_column(f"{heading}{column}", justify="right", min_width=6, overflow="fold")
+    for image in next(iter(tables.values())).scores:
+        cells = [_cells(t.scores[image].psnr, t.scores[image].ssim, t.seconds[image]) for t in tables.values()]
+        table.add_row(escape(image), *(text for group in cells for text in group))
+    table.add_section()
+    means = [_cells(t.mean.psnr, t.mean.ssim, t.mean_seconds) for t in tables.values()]
+    table.add_row("mean", *(text for group in means for text in group), style="bold")
+    return table
+
+
+def _cells(psnr: float, ssim: float, seconds: float) -> tuple[str, str, str]:
+    return f"{psnr:.3f}", f"{ssim:.4f}", f"{seconds:.2f}"
+
+
+def _csv(tables: dict[str, EvaluationTable]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["model", "image", "psnr_y", "ssim_y", "seconds"])
+    for name, table in tables.items():
+        for image, found in table.scores.items():
+            writer.writerow([name, image, f"{found.psnr:.6f}", f"{found.ssim:.6f}", f"{table.seconds[image]:.3f}"])
+        writer.writerow([name, "mean", f"{table.mean.psnr:.6f}", f"{table.mean.ssim:.6f}", f"{table.mean_seconds:.3f}"])
+    return text.getvalue()
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())

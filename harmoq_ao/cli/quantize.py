@@ -1,0 +1,149 @@
+"""`harmoq quantize`: a float checkpoint and photographs in, a saved model out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from harmoq_ao.cli.common import (
+    FloatDtype,
+    app,
+    err,
+    out,
+    summary,
+)
+from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRule
+from harmoq_ao.convert import convert_harmoq
+from harmoq_ao.data import (
+    CalibrationCrops,
+    list_images,
+    luma,
+    split_photographs,
+)
+from harmoq_ao.errors import ConfigError
+from harmoq_ao.harmonize.presets import PRESETS
+from harmoq_ao.harmonize.presets import preset as preset_of
+from harmoq_ao.methods import METHODS, check_method, prepare_with
+from harmoq_ao.progress import track
+from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
+from harmoq_ao.upscaler import open_float
+
+_RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>\d+)[Aa](?P<act>\d+)")
+_KINDS = ("linear", "matmul", "conv2d")
+
+
+@app.command()
+def quantize(
+    checkpoint: Annotated[str, typer.Argument(help="A .pth or .safetensors that spandrel knows, or demo:x2, x3, x4.")],
+    output: Annotated[Path, typer.Argument(help="Folder for the saved model.")],
+    calibration: Annotated[Path, typer.Option(help="Folder of photographs to calibrate on.")],
+    weight_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
+    act_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
+    profile: Annotated[str, typer.Option(help="deploy or paper.")] = "deploy",
+    matmul_bits: Annotated[int | None, typer.Option(help="Attention products; the profile chooses.")] = None,
+    conv_bits: Annotated[int, typer.Option(help="Convolutions; 32 leaves them in float.")] = 32,
+    observer: Annotated[str, typer.Option(help="minmax, percentile, mse or histogram.")] = "mse",
+    joint_scale: Annotated[str, typer.Option(help="hso, search or none.")] = "hso",
+    rule: Annotated[
+        list[str] | None, typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins.")
+    ] = None,
+    method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "harmoq",
+    preset: Annotated[
+        str,
+        typer.Option(help=f"How much optimisation: {', '.join(PRESETS)}; auto is none at 8 bits and fast below."),
+    ] = "auto",
+    crops: Annotated[int | None, typer.Option(min=1, help="Number of calibration crops; the preset's choice.")] = None,
+    crop_size: Annotated[int, typer.Option(min=8, help="Side of a crop in low-resolution pixels.")] = 64,
+    downscale: Annotated[
+        bool,
+        typer.Option("--downscale/--lr", help="Photographs are high-resolution (default), or low-resolution already."),
+    ] = True,
+    seed: Annotated[int, typer.Option(help="Of the crops and of the observers' samples.")] = 0,
+    float_dtype: Annotated[
+        FloatDtype, typer.Option(help="Type of the parts that are not integers.")
+    ] = FloatDtype.float32,
+) -> None:
+    """Quantize a float checkpoint with a folder of photographs, and save it."""
+    config = _config(
+        weight_bits=weight_bits,
+        act_bits=act_bits,
+        profile=profile,
+        matmul_bits=matmul_bits,
+        conv_bits=conv_bits,
+        observer=observer,
+        joint_scale=joint_scale,
+        rules=tuple(map(parse_rule, rule or ())),
+        seed=seed,
+    )
+    check_method(method)
+    chosen = _preset_for(preset, weight_bits, act_bits)
+    settings = preset_of(chosen)
+    photographs = list_images(calibration, recursive=True)
+    loaded = open_float(checkpoint)
+    learned, held_out = split_photographs(photographs, seed)
+    factor = loaded.scale if downscale else 1
+    cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
+    progress = output.with_name(f"{output.name}.progress.safetensors")
+    prepared = prepare_with(
+        method,
+        loaded,
+        cut(learned, crops or settings.crops),
+        config,
+        preset=chosen,
+        held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
+        checkpoint=progress,
+    )
+    with err.status("Converting to integers"):
+        quantized = convert_harmoq(prepared, float_dtype=float_dtype.torch)
+    save_quantized(quantized, output)
+    progress.unlink(missing_ok=True)
+    report = quantized.report()
+    size, reference = folder_bytes(output), float_bytes(loaded.model)
+    out.print(
+        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, W{weight_bits}A{act_bits}, {profile}, "
+        f"{method}, {chosen}"
+    )
+    out.print(summary(report), highlight=False)
+    out.print(f"{size:,} bytes, {reference / size:.2f}x smaller than {reference:,} bytes of float32", highlight=False)
+
+
+def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:
+    """`auto`: 8 bits lose nothing that optimisation could win back."""
+    if preset != "auto":
+        return preset
+    return "none" if min(weight_bits, act_bits) >= 8 else "fast"
+
+
+def _crops(photographs: Sequence[Path], count: int, *, loaded: Any, size: int, factor: int, seed: int) -> list[Any]:
+    """Crops for a model; for one of a single channel their luma."""
+    cut = CalibrationCrops(photographs, size, count, factor, seed)
+    return [crop if loaded.input_channels == 3 else luma(crop) for crop in track(cut, "Cutting crops")]
+
+
+def parse_rule(text: str) -> SiteRule:
+    """`GLOB:W8A8` (or a kind of site for the glob) as a rule.
+
+    Raises:
+        ConfigError: Another form, or bits out of range.
+    """
+    match = _RULE.fullmatch(text)
+    if match is None:
+        raise ConfigError(
+            "A rule is not readable", found=text, expected="GLOB:W8A8, such as '*.attn.qkv:W8A8' or 'matmul:W8A8'"
+        )
+    sites, weight, act = match["sites"], int(match["weight"]), int(match["act"])
+    if sites in _KINDS:
+        return SiteRule(kind=sites, weight_bits=weight, act_bits=act)  # type: ignore[arg-type]
+    return SiteRule(sites, weight_bits=weight, act_bits=act)
+
+
+def _config(*, profile: str, observer: str, joint_scale: str, **settings: Any) -> HarmoqConfig:
+    """Text options are checked by the configuration itself, which says what it would have taken."""
+    chosen: tuple[Profile, Observer, JointScale] = (profile, observer, joint_scale)  # type: ignore[assignment]
+    return HarmoqConfig(profile=chosen[0], observer=chosen[1], joint_scale=chosen[2], **settings)
