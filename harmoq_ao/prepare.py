@@ -189,7 +189,7 @@ def attach_quantizers(module: PreparedSite, config: HarmoqConfig) -> None:
         right = _quantizer(site, settings.weight, config, -2, joint)
     else:
         left = _quantizer(site, settings.act, config, 1 if site.kind == "conv2d" else -1, site.kind == "linear")
-        right = _weight_quantizer(site, settings.weight)
+        right = weight_quantizer(site, settings.weight)
     module.attach(left, right)
 
 
@@ -224,7 +224,8 @@ def _quantizer(
     return quantizer
 
 
-def _weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | None:
+def weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | None:
+    """Fake-quantizer of a weight, with rounding off, or None where the specification is off."""
     if not spec.enabled:
         return None
     quantizer = HarmoqFakeQuantize(spec, (site.shape[0],) + (1,) * (len(site.shape) - 1))

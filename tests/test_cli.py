@@ -113,6 +113,17 @@ def test_quantize_by_method_and_preset(
     assert config.observer == ("minmax" if method == "minmax" else "mse")
 
 
+def test_quantize_chooses_bits_by_need(folder: Path, tmp_path: Path) -> None:
+    given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    printed = succeeds(*given, "--crops", 2, "--crop-size", 16, "--max-drop", 0.5)
+    assert "below float on held-out crops" in printed
+    rules = load_quantized(tmp_path / "out").config.rules
+    assert {rule.weight_bits for rule in rules} <= {2, 3, 4}
+    assert "--method harmoq" in fails(*given, "--max-drop", 0.5, "--method", "minmax")
+    assert "leave out --lr" in fails(*given, "--max-drop", 0.5, "--lr")
+    assert "One aim" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
+
+
 def test_quantize_refuses_unknown_methods_and_presets(folder: Path, tmp_path: Path) -> None:
     given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
     assert "minmax" in fails(*given, "--method", "magic")

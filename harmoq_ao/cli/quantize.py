@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,11 +31,14 @@ from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.presets import PRESETS
 from harmoq_ao.harmonize.presets import preset as preset_of
 from harmoq_ao.methods import METHODS, check_method, prepare_with
+from harmoq_ao.mixed_precision import Measured, mix_bits
 from harmoq_ao.progress import track
 from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.upscaler import open_float
 
 _RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>\d+)[Aa](?P<act>\d+)")
+_MEASURED_CROPS = 6  # of photographs kept aside, to measure bits by need on
+_MEASURED_SIDE = 48  # at most; every site runs them at every width
 _KINDS = ("linear", "matmul", "conv2d")
 
 
@@ -52,6 +56,13 @@ def quantize(
     joint_scale: Annotated[str, typer.Option(help="hso, search or none.")] = "hso",
     rule: Annotated[
         list[str] | None, typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins.")
+    ] = None,
+    max_drop: Annotated[
+        float | None,
+        typer.Option(help="Fewest weight bits per site that lose at most so many dB on photographs kept aside."),
+    ] = None,
+    target_size: Annotated[
+        int | None, typer.Option(min=1, help="Best weight bits per site for a saved model of so many bytes.")
     ] = None,
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "harmoq",
     preset: Annotated[
@@ -89,11 +100,17 @@ def quantize(
     learned, held_out = split_photographs(photographs, seed)
     factor = loaded.scale if downscale else 1
     cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
+    seen = cut(learned, crops or settings.crops)
+    if max_drop is not None or target_size is not None:
+        kept = _with_references(held_out, loaded, min(crop_size, _MEASURED_SIDE), factor, seed)
+        mixture = mix_bits(loaded, seen, kept, _mixable(config, method), max_drop=max_drop, max_bytes=target_size)
+        config = replace(config, rules=(*config.rules, *mixture.rules()))
+        out.print(mixture.describe(), highlight=False)
     progress = output.with_name(f"{output.name}.progress.safetensors")
     prepared = prepare_with(
         method,
         loaded,
-        cut(learned, crops or settings.crops),
+        seen,
         config,
         preset=chosen,
         held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
@@ -106,11 +123,18 @@ def quantize(
     report = quantized.report()
     size, reference = folder_bytes(output), float_bytes(loaded.model)
     out.print(
-        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, W{weight_bits}A{act_bits}, {profile}, "
+        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, {_widths(config)}, {profile}, "
         f"{method}, {chosen}"
     )
     out.print(summary(report), highlight=False)
     out.print(f"{size:,} bytes, {reference / size:.2f}x smaller than {reference:,} bytes of float32", highlight=False)
+
+
+def _widths(config: HarmoqConfig) -> str:
+    """`W8A8`, or `W2..8A8` where rules ask for other weight bits."""
+    bits = {config.weight_bits, *(r.weight_bits for r in config.rules if r.weight_bits is not None)}
+    weights = f"{min(bits)}..{max(bits)}" if len(bits) > 1 else f"{config.weight_bits}"
+    return f"W{weights}A{config.act_bits}"
 
 
 def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:
@@ -124,6 +148,28 @@ def _crops(photographs: Sequence[Path], count: int, *, loaded: Any, size: int, f
     """Crops for a model; for one of a single channel their luma."""
     cut = CalibrationCrops(photographs, size, count, factor, seed)
     return [crop if loaded.input_channels == 3 else luma(crop) for crop in track(cut, "Cutting crops")]
+
+
+def _with_references(photographs: Sequence[Path], loaded: Any, size: int, factor: int, seed: int) -> list[Measured]:
+    """Crops with what the photographs have in their place, to measure losses on."""
+    if not photographs or factor < 2:
+        raise ConfigError(
+            "Bits by need are chosen on high-resolution photographs that are kept aside",
+            found=f"{len(photographs)} kept aside, made low-resolution by {factor}",
+            expected="two photographs or more, larger than what the model takes",
+            remedy="leave out --lr, and give two photographs or more",
+        )
+    cut = CalibrationCrops(photographs, size, _MEASURED_CROPS, factor, seed)
+    gray = loaded.input_channels == 1
+    pairs = [(cut[i], cut.reference(i)) for i in range(len(cut))]
+    return [Measured(luma(x), luma(y)) if gray else Measured(x, y) for x, y in pairs]
+
+
+def _mixable(config: HarmoqConfig, method: str) -> HarmoqConfig:
+    """Sensitivities are those of HarmoQ's calibration."""
+    if method != "harmoq":
+        raise ConfigError("Bits by need are HarmoQ's", found=f"--method {method}", expected="--method harmoq")
+    return config
 
 
 def parse_rule(text: str) -> SiteRule:

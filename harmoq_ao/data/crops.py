@@ -104,15 +104,24 @@ class CalibrationCrops(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         if not 0 <= index < self.count:
             raise IndexError(f"crop {index} of {self.count}")
+        pixels, top, left = self._place(index)
+        return _as_tensor(_low_resolution_crop(pixels, top, left, self.size, self.downscale))
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self[index] for index in range(self.count))
+
+    def reference(self, index: int) -> torch.Tensor:
+        """The crop as the photograph has it, before it was made low-resolution: `[3, size * downscale, ...]`."""
+        pixels, top, left = self._place(index)
+        rows, columns = (slice(s * self.downscale, (s + self.size) * self.downscale) for s in (top, left))
+        return _as_tensor(pixels[rows, columns])
+
+    def _place(self, index: int) -> tuple[npt.NDArray[np.uint8], int, int]:
         pixels = self._decode(self._order[self._turn(index)])
         position = np.random.default_rng((self.seed, index))
         top = int(position.integers(pixels.shape[0] // self.downscale - self.size + 1))
         left = int(position.integers(pixels.shape[1] // self.downscale - self.size + 1))
-        crop = _low_resolution_crop(pixels, top, left, self.size, self.downscale)
-        return torch.from_numpy(crop.astype(np.float32) / np.float32(255.0)).movedim(-1, 0).contiguous()
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self[index] for index in range(self.count))
+        return pixels, top, left
 
     def _turn(self, index: int) -> int:
         """With more images than crops the first of the order get one each; otherwise all get equal shares."""
@@ -249,6 +258,10 @@ def _low_resolution_crop(
     ]
     small = np.asarray(Image.fromarray(region).resize((columns, rows), Image.Resampling.BICUBIC))
     return small[above : above + size, beside : beside + size]
+
+
+def _as_tensor(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
+    return torch.from_numpy(pixels.astype(np.float32) / np.float32(255.0)).movedim(-1, 0).contiguous()
 
 
 def _mirrored_to(pixels: npt.NDArray[np.uint8], least: int) -> npt.NDArray[np.uint8]:
