@@ -4,7 +4,7 @@ Any program that reads the architecture's checkpoints (spandrel, and what is bui
 computes with quantized weights and float activations. Joint scales and shifts have no place in such a file, so they are
 undone in the weights::
 
-    W = W~ / joint_scale        b = b~ - W joint_shift        as the quantized site computes W~ ((x - shift) / scale) + b~
+    W~ ((x - shift) / scale) + b~  =  W x + b        with W = W~ / scale and b = b~ - W shift
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import ExportError, HarmoqError
 from harmoq_ao.export.common import check_exportable, example_for
-from harmoq_ao.export.onnx_sites import dequantize_weight, fits_int4, quantize_dequantize, rewrite_sites
+from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
 from harmoq_ao.lowering.fixed_size import fixed_size
 
 if TYPE_CHECKING:
@@ -260,9 +260,7 @@ def _narrow_weights(model: onnx_ir.Model) -> None:
             codes.type = ir.TensorType(ir.DataType.INT4)
 
 
-def _describe(
-    model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None
-) -> None:
+def _describe(model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None) -> None:
     """Where the file comes from and what its images must look like, as metadata."""
     model.producer_name, model.producer_version = "harmoq-ao", harmoq_ao.__version__
     fixed = "any" if size is None else f"{size[0]}x{size[1]} ({note})"

@@ -14,8 +14,8 @@ does what fewer levels would: rounding and a clip at whole numbers commute. A co
 code of their own there: its DequantizeLinear has the zero point.
 
 Weights: signed codes in int4 at 2 to 4 bits, in int8 above. Mid-rise codes ``w`` stand for ``w + 1/2``; where
-``2 w + 1`` fits the same type it is stored, with half the step. At 4 bits it does not fit: a linear stores ``w`` and adds
-half a step times the sum of its input, a convolution stores ``2 w + 1`` in int8.
+``2 w + 1`` fits the same type it is stored, with half the step. At 4 bits it does not fit: a linear stores ``w`` and
+adds half a step times the sum of its input, a convolution stores ``2 w + 1`` in int8.
 """
 
 from __future__ import annotations

@@ -91,7 +91,12 @@ def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             values[node] = attrgetter(str(node.target))(module)
-        elif node.op == "call_function" and node.target not in keep and _pure(node) and all(n in values for n in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and node.target not in keep
+            and _pure(node)
+            and all(n in values for n in node.all_input_nodes)
+        ):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
     before = len(module.graph.nodes)
