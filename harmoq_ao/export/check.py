@@ -86,8 +86,8 @@ def compare(
     """
     if size is not None and size[0] != size[1]:
         raise ExportError("Tiles are square", found=f"{size[0]}x{size[1]}", expected="a square size for a comparison")
-    runs: dict[str, Run] = engines(path, kind)
-    if not runs:
+    found = engines(path, kind)
+    if not found:
         raise ExportError(
             "Nothing is installed that runs this file",
             expected="onnxruntime or openvino",
@@ -95,7 +95,8 @@ def compare(
         )
     tile = None if size is None else size[0]
     results: dict[str, EvaluationTable] = {}
-    for name, run in {"harmoq_ao": upscaler.model, **runs}.items():
+    runs: dict[str, Run] = {"harmoq_ao": upscaler.model, **found}
+    for name, run in runs.items():
         tiled = replace(upscaler, model=_OneSize(run, tile, upscaler.scale))
         results[name] = evaluate(_Call(tiled, tile), pairs, upscaler.scale, on_image=on_image)
     return results

@@ -189,17 +189,14 @@ def _translated(program: torch.export.ExportedProgram) -> onnx_ir.Model:
 
 def _quantize_dequantize(position: Any, step: float, zero_point: int) -> Any:
     """Node for node :func:`~harmoq_ao.export.onnx_sites.quantize_dequantize`."""
-    from onnxscript import opset21 as op
-
+    op = _opset()
     codes = op.QuantizeLinear(position, op.Constant(value=_scalar(1.0)), op.Constant(value=_byte(0)))
     return op.DequantizeLinear(codes, op.Constant(value=_scalar(step)), op.Constant(value=_byte(zero_point)))
 
 
 def _dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
     """Node for node :func:`~harmoq_ao.export.onnx_sites.dequantize_weight`."""
-    from onnxscript import opset21 as op
-
-    return op.DequantizeLinear(codes, scale, axis=axis)
+    return _opset().DequantizeLinear(codes, scale, axis=axis)
 
 
 def _attention(
@@ -214,8 +211,8 @@ def _attention(
 ) -> Any:
     """``F.scaled_dot_product_attention`` of any rank; torch's own translation takes four axes only."""
     import onnx_ir as ir
-    from onnxscript import opset21 as op
 
+    op = _opset()
     if is_causal or enable_gqa:
         raise NotImplementedError("scaled_dot_product_attention with is_causal or enable_gqa")
     rank = len(query.shape)
@@ -228,6 +225,12 @@ def _attention(
     if attn_mask is not None:
         scores = op.Add(scores, attn_mask)
     return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _opset() -> Any:
+    from onnxscript import opset21
+
+    return opset21
 
 
 def _scalar(value: float) -> Any:

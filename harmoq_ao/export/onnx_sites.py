@@ -57,12 +57,11 @@ def _(codes: Tensor, scale: Tensor, axis: int) -> Tensor:
 
 def rewrite_sites(model: nn.Module) -> None:
     """Exchange every quantized site of a model, in place, for its form with quantize and dequantize operators."""
+    views: dict[type, type] = {QuantizedLinear: _Linear, QuantizedConv2d: _Conv2d, QuantizedMatmul: _Matmul}
     for module in list(model.modules()):
         if isinstance(module, QuantizedSite):
-            kind = next(view for view in (_Linear, _Conv2d, _Matmul) if isinstance(module, view.__base__))
-            module.__class__ = kind
-            with torch.no_grad():
-                module.setup()
+            module.__class__ = views[type(module)]
+            module.setup()  # type: ignore[operator]
 
 
 def _keep(module: nn.Module, **tensors: Tensor | None) -> None:
@@ -73,6 +72,15 @@ def _keep(module: nn.Module, **tensors: Tensor | None) -> None:
 
 class _Linear(QuantizedLinear):
     """A quantized linear in quantize and dequantize operators; ``setup`` comes before the first call."""
+
+    onnx_codes: Tensor
+    onnx_scale: Tensor
+    onnx_rest: Tensor | None
+    onnx_factor: Tensor | None
+    onnx_offset: Tensor
+    onnx_constant: Tensor | None
+    onnx_total: Tensor
+    onnx_inverse: Tensor | None
 
     def setup(self) -> None:
         """Derive the constants of the graph."""
@@ -114,6 +122,9 @@ class _Linear(QuantizedLinear):
 
 class _Conv2d(QuantizedConv2d):
     """A quantized convolution in quantize and dequantize operators; ``setup`` comes before the first call."""
+
+    onnx_codes: Tensor
+    onnx_scale: Tensor
 
     def setup(self) -> None:
         """Derive the constants of the graph."""
