@@ -82,6 +82,7 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
         note = note or "asked for"
     model = _translated(program)
     _narrow_weights(model)
+    _share_constants(model)
     _describe(model, quantized, size, note)
     data = _serialized(model)
     with atomic_write(path) as file:
@@ -261,6 +262,13 @@ def _narrow_weights(model: onnx_ir.Model) -> None:
             narrow = values.astype(ml_dtypes.int4)
             codes.const_value = ir.Tensor(narrow, dtype=ir.DataType.INT4, name=codes.name)
             codes.type = ir.TensorType(ir.DataType.INT4)
+
+
+def _share_constants(model: onnx_ir.Model) -> None:
+    """Keep equal tables once: each block with shifted windows brings the same mask."""
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+    DeduplicateHashedInitializersPass(size_limit=1 << 40)(model)
 
 
 def _describe(model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None) -> None:

@@ -125,6 +125,8 @@ class _Conv2d(QuantizedConv2d):
 
     onnx_codes: Tensor
     onnx_scale: Tensor
+    onnx_factor: Tensor
+    onnx_offset: Tensor
 
     def setup(self) -> None:
         """Derive the constants of the graph."""
@@ -132,12 +134,16 @@ class _Conv2d(QuantizedConv2d):
             codes, factor = onednn.effective_codes(self.weight_codes(), self.weight_shift())
             assert factor  # an 8-bit weight has a level at zero, so its shift is none
             _keep(self, codes=codes.reshape(self.site.shape), scale=self.weight_scale / factor)
+        if self.act_bounds is not None:
+            step, zero_point = self.act_bounds.unbind()
+            _keep(self, factor=1.0 / step, offset=zero_point)
+            self.onnx_step, self.onnx_zero_point = float(step), int(zero_point)
 
     def forward(self, input: Tensor) -> Tensor:
         x = input
         if self.act_bounds is not None:
-            step, zero_point = (float(v) for v in self.act_bounds)
-            x = _codes(x * (1.0 / self.act_bounds[0]) + zero_point, self.settings.act.bits, step, int(zero_point))
+            position = x * self.onnx_factor + self.onnx_offset
+            x = _codes(position, self.settings.act.bits, self.onnx_step, self.onnx_zero_point)
         if self.settings.weight.enabled:
             weight = dequantize_weight(self.onnx_codes, self.onnx_scale, 0)
         else:

@@ -13,9 +13,8 @@ from harmoq_ao.export.program import export_program, load_program
 from tests.models import converted, images
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT"])
-def test_a_program_computes_the_same_bits(tmp_path: Path, name: str) -> None:
-    model, image = converted(name, HarmoqConfig(4, 4)), images(1, (16, 24), seed=7)[0]
+def test_a_program_computes_the_same_bits(tmp_path: Path) -> None:
+    model, image = converted("SwinIR/light", HarmoqConfig(4, 4)), images(1, (16, 24), seed=7)[0]
     assert export_program(model, tmp_path / "m.pt2", (16, 24)) == (16, 24)
     assert [p.name for p in tmp_path.iterdir()] == ["m.pt2"]
     with torch.no_grad():
