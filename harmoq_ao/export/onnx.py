@@ -266,8 +266,14 @@ def _narrow_weights(model: onnx_ir.Model) -> None:
 
 def _share_constants(model: onnx_ir.Model) -> None:
     """Keep equal tables once: each block with shifted windows brings the same mask."""
+    import numpy as np
+    import onnx_ir as ir
     from onnx_ir.passes.common import DeduplicateHashedInitializersPass
 
+    for value in model.graph.initializers.values():
+        array = None if value.const_value is None else value.const_value.numpy()
+        if array is not None and not array.flags.c_contiguous:  # the pass hashes memory as it lies
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
     DeduplicateHashedInitializersPass(size_limit=1 << 40)(model)
 
 
