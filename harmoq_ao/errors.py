@@ -68,5 +68,9 @@ class OpenVinoError(HarmoqError, RuntimeError):
     """OpenVINO is missing, or could not take a model."""
 
 
+class ExportError(HarmoqError, RuntimeError):
+    """A model could not be exported, or the package that it takes is missing."""
+
+
 class KernelError(HarmoqError, RuntimeError):
     """A low-bit kernel was called with operands it does not take."""

@@ -7,6 +7,7 @@ GPU that graph is captured as a CUDA graph and replayed with a single launch.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
 
@@ -55,13 +56,16 @@ class FixedSizeModel(nn.Module):
         return output
 
 
-def fixed_size(quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None) -> FixedSizeModel:
+def fixed_size(
+    quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None, keep: Collection[Any] = ()
+) -> FixedSizeModel:
     """Specialise a quantized model to one size.
 
     Args:
         quantized: A :class:`~harmoq_ao.convert.QuantizedModel`; left as it is, its weights are shared.
         example: Image batch `[B, C, H, W]` in 0..1 of the shape, type and device to specialise to.
         cuda_graph: Replay a CUDA graph; by default on GPUs.
+        keep: Operators (overloads) to leave in the graph even where their result is constant.
 
     Raises:
         InputError: The example is no image batch for this model.
@@ -71,13 +75,15 @@ def fixed_size(quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None
         program = torch.export.export(quantized, (example,), strict=False)
         program = program.run_decompositions({})  # makes autocast's conversions explicit: one flat graph
     module = program.module(check_guards=False)
-    fold_constants(module)
+    fold_constants(module, keep)
     return FixedSizeModel(module, example, example.is_cuda if cuda_graph is None else cuda_graph)
 
 
 @torch.no_grad()
-def fold_constants(module: fx.GraphModule) -> int:
+def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
     """Compute once, in place, what does not depend on the input; returns the number of operators that are gone.
+
+    Operators in `keep`, and what follows from them, are left to be computed.
 
     A constant that is much larger than what it is made from (an expanded mask) is left to be computed.
     """
@@ -85,7 +91,12 @@ def fold_constants(module: fx.GraphModule) -> int:
     for node in module.graph.nodes:
         if node.op == "get_attr":
             values[node] = attrgetter(str(node.target))(module)
-        elif node.op == "call_function" and _pure(node) and all(n in values for n in node.all_input_nodes):
+        elif (
+            node.op == "call_function"
+            and node.target not in keep
+            and _pure(node)
+            and all(n in values for n in node.all_input_nodes)
+        ):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
     before = len(module.graph.nodes)

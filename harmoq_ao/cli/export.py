@@ -1,0 +1,147 @@
+"""`harmoq export`: a saved model for other tools."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from harmoq_ao.cli.common import app, err, out
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.data import load_pairs
+from harmoq_ao.errors import ConfigError, OutputError
+from harmoq_ao.progress import progress_bar
+from harmoq_ao.serialization import load_quantized
+from harmoq_ao.upscaler import of_quantized
+
+
+class Format(StrEnum):
+    """What a model is exported to."""
+
+    onnx = "onnx"
+    program = "program"
+    checkpoint = "checkpoint"
+
+
+_SUFFIXES = {Format.onnx: ".onnx", Format.program: ".pt2", Format.checkpoint: ".safetensors"}
+_SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
+
+
+@app.command("export")
+def export_command(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved model's folder.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File: .onnx, .pt2 or .safetensors.")],
+    kind: Annotated[
+        Format | None,
+        typer.Option("--format", help="ONNX with integer weights, torch.export program, or float checkpoint."),
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(help="Input pixels, 128 or HEIGHTxWIDTH; ONNX: any where the graph allows, else 128."),
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(metavar="HR_FOLDER", help="Compare PSNR of the model and of the file on these images."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+) -> None:
+    """Export a quantized model: ONNX, a torch.export program, or a float checkpoint with the quantized weights."""
+    kind = _format(output, kind)
+    wanted = _size(size, kind)
+    _check_output(output, overwrite)
+    if not Path(model).is_dir():
+        raise ConfigError("Only quantized models are exported", found=model, expected="a folder from harmoq quantize")
+    with err.status("Reading the model"):
+        quantized = load_quantized(model)
+    pairs = None if check is None else load_pairs(check, None, quantized.traits.scale)
+    with err.status(f"Exporting to {kind.value}"):
+        found, remark = _exported(quantized, output, kind, wanted)
+    place = "" if kind is Format.checkpoint else ", images of any size" if found is None else f", images {_text(found)}"
+    out.print(f"{escape(str(output))}: {output.stat().st_size:,} bytes{place}", highlight=False)
+    if remark:
+        out.print(escape(remark), highlight=False, soft_wrap=True)
+    if pairs is None:
+        return
+    from harmoq_ao.export.check import compare
+
+    with progress_bar() as progress:
+        task = progress.add_task("Comparing", total=None)
+        tables = compare(
+            output, kind.value, of_quantized(quantized, model), found, pairs, lambda _: progress.advance(task)
+        )
+    out.print(_psnr_table({name: table.mean.psnr for name, table in tables.items()}, str(check)))
+
+
+def _exported(
+    quantized: QuantizedModel, output: Path, kind: Format, size: tuple[int, int] | None
+) -> tuple[tuple[int, int] | None, str | None]:
+    """Write the file; the size of its images, and a remark."""
+    if kind is Format.onnx:
+        from harmoq_ao.export.onnx import export_onnx
+
+        made = export_onnx(quantized, output, size)
+        return made.size, None if size is not None or made.note is None else f"One size only: {made.note}"
+    if kind is Format.program:
+        from harmoq_ao.export.program import export_program
+
+        return export_program(quantized, output, size), None
+    from harmoq_ao.export.checkpoint import export_checkpoint
+
+    export_checkpoint(quantized, output)
+    return None, "Weights are quantized, activations are not: they have no place in a float checkpoint."
+
+
+def _format(output: Path, given: Format | None) -> Format:
+    known = {suffix: kind for kind, suffix in _SUFFIXES.items()}
+    kind = given or known.get(output.suffix.lower())
+    if kind is None:
+        raise ConfigError(
+            "The format is not clear from the name of the output",
+            found=output.name,
+            expected=", ".join(known),
+            remedy="pass --format onnx, program or checkpoint",
+        )
+    if kind is Format.checkpoint and output.suffix.lower() != ".safetensors":
+        raise ConfigError("A checkpoint is written as safetensors", found=output.name, expected="a .safetensors file")
+    return kind
+
+
+def _size(text: str | None, kind: Format) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text)
+    if match is None or kind is Format.checkpoint:
+        expected = "no --size: a checkpoint has none" if kind is Format.checkpoint else "128, or HEIGHTxWIDTH"
+        raise ConfigError("The size does not fit", found=text, expected=expected)
+    height = int(match[1])
+    return height, int(match[2] or height)
+
+
+def _check_output(output: Path, overwrite: bool) -> None:
+    if output.is_dir() or not output.parent.is_dir():
+        raise OutputError(
+            f"{output} cannot be written",
+            found="a folder" if output.is_dir() else f"no folder {output.parent}",
+            expected="a file in a folder that exists",
+        )
+    if output.exists() and not overwrite:
+        raise OutputError(f"{output} exists already", remedy="pass --overwrite, or another name")
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def _psnr_table(psnr: dict[str, float], folder: str) -> Table:
+    table = Table(title=escape(folder), title_justify="left")
+    for column in ("engine", "PSNR-Y dB", "difference"):
+        table.add_column(column, justify="left" if column == "engine" else "right")
+    own = psnr["harmoq_ao"]
+    for name, value in psnr.items():
+        table.add_row(name, f"{value:.3f}", "" if name == "harmoq_ao" else f"{value - own:+.4f}")
+    return table

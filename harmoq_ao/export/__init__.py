@@ -1,0 +1,14 @@
+"""Quantized models for other tools: ONNX with quantize/dequantize nodes, `torch.export` programs, float checkpoints."""
+
+from harmoq_ao.export.checkpoint import checkpoint_state, export_checkpoint
+from harmoq_ao.export.onnx import OnnxExport, export_onnx
+from harmoq_ao.export.program import export_program, load_program
+
+__all__ = [
+    "OnnxExport",
+    "checkpoint_state",
+    "export_checkpoint",
+    "export_onnx",
+    "export_program",
+    "load_program",
+]

@@ -1,0 +1,131 @@
+"""Exported files in the engines that are installed, beside the model they were made from."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.data import ImagePair
+from harmoq_ao.errors import ExportError
+from harmoq_ao.evaluation import EvaluationTable, evaluate
+from harmoq_ao.export.program import load_program
+from harmoq_ao.tiling import pad_to_multiple
+from harmoq_ao.upscaler import Upscaler, open_float
+
+Run = Callable[[Tensor], Tensor]
+"""Maps `[1, C, H, W]` to `[1, C, H * scale, W * scale]`."""
+
+
+def onnx_engines(path: Path) -> dict[str, Run]:
+    """ONNX Runtime and OpenVINO on an ONNX file, on the CPU in float32, as far as they are installed."""
+    found: dict[str, Run] = {}
+    if importlib.util.find_spec("onnxruntime") is not None:
+        found["ONNX Runtime"] = _onnxruntime(path)
+    if importlib.util.find_spec("openvino") is not None:
+        found["OpenVINO"] = _openvino(path)
+    return found
+
+
+def _onnxruntime(path: Path) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Its own choice for int4 weights rounds float activations to 8 bits, block by block.
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return lambda image: torch.from_numpy(session.run(None, {name: image.contiguous().numpy()})[0])
+
+
+def _openvino(path: Path) -> Run:
+    import openvino as ov
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = ov.Core().compile_model(str(path), "CPU", options)
+    return lambda image: torch.from_numpy(compiled(image.contiguous().numpy())[0].copy())
+
+
+def engines(path: Path, kind: str) -> dict[str, Run]:
+    """What can run an exported file, by name.
+
+    Args:
+        path: The file.
+        kind: ``onnx``, ``program`` or ``checkpoint``.
+    """
+    if kind == "onnx":
+        return onnx_engines(path)
+    if kind == "program":
+        return {"torch.export": load_program(path)}
+    return {"float checkpoint": open_float(path).model}
+
+
+def compare(
+    path: Path,
+    kind: str,
+    upscaler: Upscaler,
+    size: tuple[int, int] | None,
+    pairs: list[ImagePair],
+    on_image: Callable[[str], None] | None = None,
+) -> dict[str, EvaluationTable]:
+    """Fidelity of the model and of its exported file in each engine, with the same tiles.
+
+    Args:
+        path: The file.
+        kind: ``onnx``, ``program`` or ``checkpoint``.
+        upscaler: The model it was made from.
+        size: Size of its images, which becomes that of the tiles, or None where it is free.
+        pairs: Low-resolution images and their references.
+        on_image: Called with its name after each image of each engine.
+
+    Raises:
+        ExportError: The size is not square, or no engine is installed.
+    """
+    if size is not None and size[0] != size[1]:
+        raise ExportError("Tiles are square", found=f"{size[0]}x{size[1]}", expected="a square size for a comparison")
+    found = engines(path, kind)
+    if not found:
+        raise ExportError(
+            "Nothing is installed that runs this file",
+            expected="onnxruntime or openvino",
+            remedy='pip install "harmoq-ao[onnx]"',
+        )
+    tile = None if size is None else size[0]
+    results: dict[str, EvaluationTable] = {}
+    runs: dict[str, Run] = {"harmoq_ao": upscaler.model, **found}
+    for name, run in runs.items():
+        tiled = replace(upscaler, model=_OneSize(run, tile, upscaler.scale))
+        results[name] = evaluate(_Call(tiled, tile), pairs, upscaler.scale, on_image=on_image)
+    return results
+
+
+class _Call:
+    """An upscaler with its tile."""
+
+    def __init__(self, upscaler: Upscaler, tile: int | None) -> None:
+        self.upscaler, self.tile = upscaler, tile
+
+    def __call__(self, image: Tensor) -> Tensor:
+        return self.upscaler(image, self.tile, 32 if self.tile is None or self.tile > 32 else self.tile // 2)
+
+
+class _OneSize(nn.Module):
+    """A model for images of one size; smaller ones are mirrored up to it and cropped back."""
+
+    def __init__(self, run: Run, side: int | None, scale: int) -> None:
+        super().__init__()
+        self.run, self.side, self.scale = run, side, scale
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        padded, (height, width) = pad_to_multiple(image, self.side or 1)
+        rows = [self.run(row) for row in padded.split(1)]  # gray models get the channels as a batch
+        return torch.cat(rows)[..., : height * self.scale, : width * self.scale]
+
+
+__all__ = ["compare", "engines", "onnx_engines"]

@@ -1,0 +1,49 @@
+"""What every export checks first: that there is a converted model, and an image size that it takes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.errors import ExportError
+
+DEFAULT_SIDE = 128
+"""Height and width of the images of a file for one size, unless others are asked for; in input pixels."""
+
+
+def check_exportable(quantized: object) -> None:
+    """Raise ExportError unless this is a converted model on the CPU."""
+    if not isinstance(quantized, QuantizedModel):
+        raise ExportError(
+            "Only quantized models are exported",
+            found=type(quantized).__name__,
+            expected="the result of convert_harmoq, or of load_quantized",
+        )
+    place = next((p.device for p in quantized.parameters() if p.device.type != "meta"), torch.device("cpu"))
+    if place.type != "cpu":
+        raise ExportError("The model is not on the CPU", found=place, expected="cpu", remedy='model.to("cpu") first')
+
+
+def example_for(quantized: QuantizedModel, size: tuple[int, int] | None) -> Tensor:
+    """A random image batch `[1, C, H, W]` of a size, by default the smallest the model takes from 128 x 128 on.
+
+    Raises:
+        ExportError: The model does not take images of this size.
+    """
+    traits = quantized.traits
+    multiple, least = max(1, traits.size_multiple), max(1, traits.size_minimum)
+    if size is None:
+        side = -(-max(DEFAULT_SIDE, least) // multiple) * multiple
+        size = (side, side)
+    if min(size) < least or any(side % multiple for side in size):
+        raise ExportError(
+            "The model does not take images of this size",
+            found="{}x{}".format(*size),
+            expected=f"sides of at least {least}" + (f", multiples of {multiple}" if multiple > 1 else ""),
+            remedy="choose another --size",
+        )
+    return torch.rand(1, quantized.example_shapes[0][1], *size, generator=torch.Generator().manual_seed(0))
+
+
+__all__ = ["DEFAULT_SIDE", "check_exportable", "example_for"]

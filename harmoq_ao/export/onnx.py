@@ -1,0 +1,334 @@
+"""A quantized model as an ONNX file (opset 21) with integer weights and quantize/dequantize nodes.
+
+Where the graph of the architecture holds for every size, height and width of the file are free. Most transformers build
+masks and index tables from the size in Python; then the file is for images of one size, larger images go through it in
+tiles, and the reason stands in the file's metadata (``harmoq_size``).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+import harmoq_ao
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.data import atomic_write
+from harmoq_ao.errors import ExportError, HarmoqError
+from harmoq_ao.export.common import check_exportable, example_for
+from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
+from harmoq_ao.lowering.fixed_size import fixed_size
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+OPSET = 21
+"""First opset with int4."""
+_TOLERANCE = 1e-3  # of a program with free sizes, against the model itself: a tie of rounding, not another graph
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        size: Height and width of its images, or None where they are free.
+        note: Why the size is fixed, or None.
+        multiple: Sides of the images must be multiples of this.
+    """
+
+    path: Path
+    size: tuple[int, int] | None
+    note: str | None
+    multiple: int = 1
+
+
+def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> OnnxExport:
+    """Write a quantized model as ONNX. The input is ``image``, the output ``upscaled``, both `[1, C, H, W]` in 0..1.
+
+    Args:
+        quantized: From :func:`~harmoq_ao.convert_harmoq` or a saved model; left as it is.
+        path: The file, replaced if it is there.
+        size: Height and width of the images, for a file of one size. None leaves them free where the graph of the
+            architecture allows, and else takes 128 x 128.
+
+    Raises:
+        ExportError: onnx or onnxscript is not installed, the size is none that the model takes, or a part of the model
+            has no counterpart in ONNX.
+        OutputError: The file cannot be written.
+    """
+    require_onnx()
+    twin = _twin(quantized)
+    note: str | None = None
+    program = None
+    if size is None:
+        program, note = _free_size(twin, quantized)
+        note = None if program is not None else note
+    if program is None:
+        example = example_for(quantized, size)
+        size = (example.shape[-2], example.shape[-1])
+        program = _one_size(twin, example)
+        note = note or "asked for"
+    model = _translated(program)
+    _narrow_weights(model)
+    _share_constants(model)
+    _describe(model, quantized, size, note)
+    data = _serialized(model)
+    with atomic_write(path) as file:
+        file.write(data)
+    return OnnxExport(Path(path), size, note, max(1, quantized.traits.size_multiple))
+
+
+def require_onnx() -> None:
+    """Raise ExportError, with what to install, unless onnx and onnxscript can be imported."""
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ExportError(
+            "ONNX is not installed",
+            found=str(error),
+            expected="the packages onnx and onnxscript",
+            remedy='pip install "harmoq-ao[onnx]"',
+        ) from error
+
+
+# --- from modules to a program ----------------------------------------------------------------------------------------
+
+
+def _twin(quantized: QuantizedModel) -> QuantizedModel:
+    """A copy in float32 with its sites in quantize and dequantize operators."""
+    check_exportable(quantized)
+    twin = copy.deepcopy(quantized)
+    if twin.float_dtype is not torch.float32:
+        twin.set_float_dtype(torch.float32)  # parameters are rounded already
+    rewrite_sites(twin.model)
+    return twin
+
+
+def _one_size(twin: QuantizedModel, example: Tensor) -> torch.export.ExportedProgram:
+    """The program for one size, with everything that only the size decides as constants."""
+    try:
+        flat = fixed_size(twin, example, cuda_graph=False, keep=(torch.ops.harmoq.dequantize_weight.default,))
+        with torch.no_grad():
+            return torch.export.export(flat.graph, (example,), strict=False)
+    except HarmoqError:
+        raise
+    except Exception as error:  # an author's forward may fail under export in any way
+        raise _untaken("torch.export cannot take this model at this size", error, tuple(example.shape)) from error
+
+
+def _free_size(
+    twin: QuantizedModel, quantized: QuantizedModel
+) -> tuple[torch.export.ExportedProgram | None, str | None]:
+    """The program with free height and width, or None and why there is none."""
+    first, second = example_for(quantized, (64, 64)), example_for(quantized, (96, 80))
+    free: Any = torch.export.Dim.DYNAMIC
+    try:
+        with torch.no_grad(), _silent():
+            twin(first)
+            expected = quantized(second)
+            program = torch.export.export(
+                _Image(twin), (first,), dynamic_shapes={"image": {2: free, 3: free}}, strict=False
+            )
+            found = program.module()(second)
+    except Exception as error:  # whatever the author's Python does with a size that is not known
+        return None, f"the graph holds for one size only: {_first_line(error)}"
+    if found.shape != expected.shape or float((found - expected).abs().max()) > _TOLERANCE:
+        return None, "the graph holds for one size only: at another it gives another result"
+    return program, None
+
+
+class _Image(nn.Module):
+    """A model with one named argument."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.model(image)
+        return result
+
+
+# --- from a program to ONNX -------------------------------------------------------------------------------------------
+
+
+def _translated(program: torch.export.ExportedProgram) -> onnx_ir.Model:
+    table: dict[Any, Any] = {
+        torch.ops.harmoq.quantize_dequantize.default: _quantize_dequantize,
+        torch.ops.harmoq.dequantize_weight.default: _dequantize_weight,
+        torch.ops.aten.scaled_dot_product_attention.default: _attention,
+    }
+    try:
+        with _silent():
+            found = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["image"],
+                output_names=["upscaled"],
+                custom_translation_table=table,
+                verbose=False,
+            )
+    except Exception as error:
+        raise _untaken("A part of this model has no counterpart in ONNX", error, None) from error
+    assert found is not None
+    return found.model
+
+
+def _quantize_dequantize(position: Any, step: float, zero_point: int) -> Any:
+    """Node for node :func:`~harmoq_ao.export.onnx_sites.quantize_dequantize`."""
+    op = _opset()
+    codes = op.QuantizeLinear(position, op.Constant(value=_scalar(1.0)), op.Constant(value=_byte(0)))
+    return op.DequantizeLinear(codes, op.Constant(value=_scalar(step)), op.Constant(value=_byte(zero_point)))
+
+
+def _dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
+    """Node for node :func:`~harmoq_ao.export.onnx_sites.dequantize_weight`."""
+    return _opset().DequantizeLinear(codes, scale, axis=axis)
+
+
+def _attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """``F.scaled_dot_product_attention`` of any rank; torch's own translation takes four axes only."""
+    import onnx_ir as ir
+
+    op = _opset()
+    if is_causal or enable_gqa:
+        raise NotImplementedError("scaled_dot_product_attention with is_causal or enable_gqa")
+    rank = len(query.shape)
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    factor = int(query.shape[-1]) ** -0.5 if scale is None else scale
+    scores = op.MatMul(op.Mul(query, op.Constant(value=_scalar(factor))), op.Transpose(key, perm=order))
+    if attn_mask is not None and attn_mask.dtype == ir.DataType.BOOL:
+        zero, never = op.Constant(value=_scalar(0.0)), op.Constant(value=_scalar(-math.inf))
+        attn_mask = op.Where(attn_mask, zero, never)
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
+
+
+def _opset() -> Any:
+    from onnxscript import opset21
+
+    return opset21
+
+
+def _scalar(value: float) -> Any:
+    import numpy as np
+    import onnx
+
+    return onnx.numpy_helper.from_array(np.array(value, np.float32))
+
+
+def _byte(value: int) -> Any:
+    import numpy as np
+    import onnx
+
+    return onnx.numpy_helper.from_array(np.array(value, np.uint8))
+
+
+def _narrow_weights(model: onnx_ir.Model) -> None:
+    """Store weight codes in int4 where they all fit."""
+    import ml_dtypes
+    import onnx_ir as ir
+
+    for node in model.graph:
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        if codes is None or codes.const_value is None or codes.dtype is not ir.DataType.INT8:
+            continue
+        values = codes.const_value.numpy()
+        if fits_int4(torch.from_numpy(values.copy())):
+            narrow = values.astype(ml_dtypes.int4)
+            codes.const_value = ir.Tensor(narrow, dtype=ir.DataType.INT4, name=codes.name)
+            codes.type = ir.TensorType(ir.DataType.INT4)
+
+
+def _share_constants(model: onnx_ir.Model) -> None:
+    """Keep equal tables once: each block with shifted windows brings the same mask."""
+    import numpy as np
+    import onnx_ir as ir
+    from onnx_ir.passes.common import DeduplicateHashedInitializersPass
+
+    for value in model.graph.initializers.values():
+        array = None if value.const_value is None else value.const_value.numpy()
+        if array is not None and not array.flags.c_contiguous:  # the pass hashes memory as it lies
+            value.const_value = ir.Tensor(np.ascontiguousarray(array), name=value.name)
+    DeduplicateHashedInitializersPass(size_limit=1 << 40)(model)
+
+
+def _describe(model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None) -> None:
+    """Where the file comes from and what its images must look like, as metadata."""
+    model.producer_name, model.producer_version = "harmoq-ao", harmoq_ao.__version__
+    fixed = "any" if size is None else f"{size[0]}x{size[1]} ({note})"
+    traits = quantized.traits
+    model.metadata_props.update(
+        harmoq_size=fixed,
+        harmoq_scale=str(traits.scale),
+        harmoq_size_multiple=str(max(1, traits.size_multiple)),
+        harmoq_config=json.dumps(quantized.config.to_dict(), sort_keys=True),
+    )
+
+
+def _serialized(model: onnx_ir.Model) -> bytes:
+    """The file's bytes, once `onnx.checker` has passed them."""
+    import onnx
+    import onnx_ir as ir
+
+    proto = ir.to_proto(model)
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except Exception as error:
+        raise _untaken("The translated model is not valid ONNX", error, None) from error
+    data: bytes = proto.SerializeToString()
+    return data
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Within, the exporter keeps its remarks to itself: what fails is told by an error."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _untaken(what: str, error: Exception, shape: tuple[int, ...] | None) -> ExportError:
+    place = "" if shape is None else f"{shape}: "
+    return ExportError(
+        what, found=f"{place}{type(error).__name__}: {_first_line(error)}", remedy="run the quantized model itself"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+__all__ = ["OPSET", "OnnxExport", "export_onnx", "require_onnx"]

@@ -1,0 +1,70 @@
+"""A quantized model as a `torch.export` program: one `.pt2` file that runs wherever `harmoq_ao` is installed."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import torch
+
+import harmoq_ao
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.data import atomic_write
+from harmoq_ao.errors import ExportError, HarmoqError
+from harmoq_ao.export.common import check_exportable, example_for
+
+
+def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
+    """Write the program of a quantized model for images of one size.
+
+    Args:
+        quantized: From :func:`~harmoq_ao.convert_harmoq` or a saved model; left as it is.
+        path: The file, replaced if it is there.
+        size: Height and width of the images; 128 x 128, or what the model takes next to it, by default.
+
+    Returns:
+        Height and width.
+
+    Raises:
+        ExportError: The model does not take images of this size, or torch.export cannot take the model.
+        OutputError: The file cannot be written.
+    """
+    check_exportable(quantized)
+    image = example_for(quantized, size)
+    file = io.BytesIO()
+    try:
+        with torch.no_grad():
+            quantized(image)  # graphs of islands for this size exist from here on
+            program = torch.export.export(quantized, (image,), strict=False)
+        torch.export.save(program, file, extra_files={"harmoq_ao": harmoq_ao.__version__})
+    except HarmoqError:
+        raise
+    except Exception as error:  # an author's forward may fail under export in any way
+        raise ExportError(
+            "torch.export cannot take this model at this size",
+            found=f"{tuple(image.shape)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            remedy="run the quantized model itself",
+        ) from error
+    with atomic_write(path) as target:
+        target.write(file.getvalue())
+    return image.shape[-2], image.shape[-1]
+
+
+def load_program(path: str | Path) -> torch.nn.Module:
+    """The module of a program; call it with an image batch of the size it was exported at.
+
+    Raises:
+        ExportError: The file is no program.
+    """
+    try:
+        program = torch.export.load(str(path))
+    except Exception as error:  # a damaged archive fails in every way there is
+        raise ExportError(
+            f"{path} cannot be read as a torch.export program",
+            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            expected="a .pt2 file from harmoq export --format program",
+        ) from error
+    return program.module()
+
+
+__all__ = ["export_program", "load_program"]

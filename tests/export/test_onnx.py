@@ -1,0 +1,127 @@
+"""ONNX files: valid, with our integers in them, and the same outputs in other engines."""
+
+from __future__ import annotations
+
+import builtins
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from harmoq_ao.config import HarmoqConfig, SiteRule
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.errors import ExportError, OutputError
+from harmoq_ao.export.check import onnx_engines
+from harmoq_ao.export.onnx import OPSET, OnnxExport, export_onnx
+from harmoq_ao.modules.quantized import QuantizedLinear
+from tests.models import PER_TOKEN, converted, images
+
+onnx = pytest.importorskip("onnx", reason="needs ONNX: pip install harmoq-ao[onnx]")
+pytest.importorskip("onnxscript", reason="needs ONNX: pip install harmoq-ao[onnx]")
+
+LEVEL = 1 / 255
+
+
+def exported(model: QuantizedModel, path: Path, size: tuple[int, int] | None = (16, 16)) -> tuple[OnnxExport, Any]:
+    written = export_onnx(model, path, size)
+    proto = onnx.load(str(path))
+    onnx.checker.check_model(proto, full_check=True)
+    assert [(o.domain, o.version) for o in proto.opset_import if not o.domain] == [("", OPSET)]
+    return written, proto
+
+
+def assert_same_in_every_engine(model: QuantizedModel, path: Path, image: Tensor) -> None:
+    """Within a level nearly everywhere: a tie of rounding may take a code to the other side."""
+    expected = model(image)
+    engines = onnx_engines(path)
+    assert engines
+    for name, run in engines.items():
+        found = run(image)
+        assert found.shape == expected.shape, name
+        levels = (found - expected).abs() / LEVEL
+        assert (levels > 1).double().mean() <= 0.002, name
+        assert levels.median() < 0.05, name
+
+
+def initializers(proto: Any, kinds: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer if i.data_type in kinds}
+
+
+@pytest.mark.parametrize(
+    ("bits", "kind", "stored"),
+    [
+        (8, "INT8", lambda w: w),
+        (4, "INT4", lambda w: w),
+        (3, "INT4", lambda w: 2 * w + 1),
+        (5, "INT8", lambda w: 2 * w + 1),
+    ],
+    ids=["8", "4", "3", "5"],
+)
+def test_weights_are_our_codes_and_sizes_are_free(tmp_path: Path, bits: int, kind: str, stored: Any) -> None:
+    model = converted("linears", HarmoqConfig(bits, 8))
+    written, proto = exported(model, tmp_path / "m.onnx", None)
+    assert (written.size, written.note) == (None, None)
+    found = initializers(proto, (getattr(onnx.TensorProto, kind),))
+    sites = [s for s in model.sites().values() if isinstance(s, QuantizedLinear)]
+    assert len(found) == len(sites) == 2
+    for site in sites:
+        codes = stored(site.weight_codes().numpy().astype(int)).T
+        assert any(v.shape == codes.shape and np.array_equal(v.astype(int), codes) for v in found.values())
+    quantizing = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"]
+    assert len(quantizing) == len(sites)
+    for size in ((16, 16), (24, 40)):
+        assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, size, seed=7)[0])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        HarmoqConfig(4, 4, rules=PER_TOKEN),
+        HarmoqConfig(4, 6, conv_bits=6, matmul_bits=8, rules=(SiteRule("*", dynamic=False),)),
+        HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=8),
+        HarmoqConfig(4, 32),
+    ],
+    ids=["per token", "convolutions and products", "products per token", "weights alone"],
+)
+def test_every_kind_of_site(tmp_path: Path, config: HarmoqConfig) -> None:
+    model = converted("forms", config)
+    _, proto = exported(model, tmp_path / "m.onnx")
+    assert any(n.op_type == "DequantizeLinear" for n in proto.graph.node)
+    assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, seed=7)[0])
+
+
+@pytest.mark.parametrize("name", ["SwinIR/light", "DAT"])
+def test_transformers_at_8_bits(tmp_path: Path, name: str) -> None:
+    model = converted(name, HarmoqConfig(8, 8))
+    image = images(1, seed=7)[0]
+    before = model(image)
+    _, proto = exported(model, tmp_path / "m.onnx")
+    assert torch.equal(model(image), before)
+    assert_same_in_every_engine(model, tmp_path / "m.onnx", image)
+    sites = [s for s in model.sites().values() if isinstance(s, QuantizedLinear)]
+    assert len(initializers(proto, (onnx.TensorProto.INT8,))) == len(sites)
+    metadata = {p.key: p.value for p in proto.metadata_props}
+    assert metadata["harmoq_size"] == "16x16 (asked for)"
+    assert metadata["harmoq_scale"] == str(model.traits.scale)
+
+
+def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted("linears", HarmoqConfig(8, 8))
+    with pytest.raises(OutputError):
+        export_onnx(model, tmp_path / "nowhere" / "m.onnx", (16, 16))
+    with pytest.raises(ExportError, match="convert_harmoq"):
+        export_onnx(torch.nn.Identity(), tmp_path / "m.onnx")  # type: ignore[arg-type]
+    real = builtins.__import__
+
+    def without(name: str, *given: Any, **options: Any) -> Any:
+        if name == "onnxscript":
+            raise ImportError(f"No module named {name!r}")
+        return real(name, *given, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ExportError, match=r"harmoq-ao\[onnx\]"):
+        export_onnx(model, tmp_path / "m.onnx")
+    assert not list(tmp_path.iterdir())
