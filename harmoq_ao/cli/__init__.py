@@ -5,8 +5,8 @@ The order of the imports is the order of the help.
 
 # isort: off
 from harmoq_ao.cli.common import app
-from harmoq_ao.cli import demo, quantize, evaluate, upscale, inspect
+from harmoq_ao.cli import demo, quantize, evaluate, upscale, inspect, report
 
 # isort: on
 
-__all__ = ["app", "demo", "evaluate", "inspect", "quantize", "upscale"]
+__all__ = ["app", "demo", "evaluate", "inspect", "quantize", "report", "upscale"]
