@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from harmoq_ao.errors import SavedModelError
@@ -133,7 +134,7 @@ def _thinned(points: Sequence[tuple[int, float]]) -> Curve:
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     count = min(MAX_POINTS, len(finite))
     cuts = [len(finite) * i // count for i in range(count + 1)] if count else []
-    parts = [finite[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [finite[a:b] for a, b in pairwise(cuts)]
     return tuple((part[-1][0], _short(math.fsum(v for _, v in part) / len(part))) for part in parts)
 
 

@@ -97,7 +97,7 @@ def write_report(scene: Scene, path: str | Path) -> Path:
     """
     text = build_report(scene)
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="replace"))  # file names may hold bytes that are no text
     return Path(path)
 
 
@@ -113,13 +113,7 @@ def build_report(scene: Scene) -> str:
     """
     report = scene.model.report(scene.device)
     worst = worst_sites(report.rows, scene.worst)
-    pictures = []
-    with recorded(scene.model, [row.name for row in worst]) as histograms:
-        for source in track(scene.sources, "Upscaling"):
-            pictures.append(compare(source, scene.quantized, scene.reference, scene.tile, scene.overlap))
-            if len(pictures) == 1:
-                distributions = [(row, histograms.get(row.name, [])) for row in worst]
-                histograms = dict.fromkeys(histograms, [])
+    pictures, histograms = _pictures(scene, [row.name for row in worst])
     context = {
         "name": Path(scene.quantized.name).name or scene.quantized.name,
         "summary": _summary(scene, report),
@@ -129,11 +123,22 @@ def build_report(scene: Scene) -> str:
         "with_sensitivity": any(row.sensitivity_db is not None for row in report.rows),
         "device": scene.device,
         **_picture_facts(scene, pictures),
-        "distributions": [_distribution(row, found) for row, found in distributions],
+        "distributions": [_distribution(row, histograms.get(row.name, [])) for row in worst],
         "history": _history_facts(scene.model.history),
         **_size_facts(scene),
     }
     return _rendered(context)
+
+
+def _pictures(scene: Scene, names: Sequence[str]) -> tuple[list[Picture], dict[str, list[Histogram]]]:
+    """Every picture, and what reached the sites of these names on the first one."""
+    pictures: list[Picture] = []
+    histograms: dict[str, list[Histogram]] = {}
+    for source in track(scene.sources, "Upscaling"):
+        with recorded(scene.model, () if pictures else names) as found:
+            pictures.append(compare(source, scene.quantized, scene.reference, scene.tile, scene.overlap))
+        histograms |= found
+    return pictures, histograms
 
 
 def _rendered(context: dict[str, Any]) -> str:
