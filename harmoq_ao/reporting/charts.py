@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 from harmoq_ao.reporting.distributions import Histogram
 
 WIDTH, HEIGHT = 380, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 12, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
 Point = tuple[float, float]
 
 
@@ -123,7 +123,7 @@ def histogram_chart(histogram: Histogram, title: str) -> Markup:
         if c
     )
     decades = [math.log10(1 + 10.0**d) for d in range(0, int(math.log10(most)) + 1, 2 if most > 1e4 else 1)]
-    labels = [f"{10**d:,}" for d in range(0, int(math.log10(most)) + 1, 2 if most > 1e4 else 1)]
+    labels = [_thousands(10**d) for d in range(0, int(math.log10(most)) + 1, 2 if most > 1e4 else 1)]
     parts = [_axes(across, up, "value", "values in a bin", list(zip(decades, labels, strict=True)))]
     parts.append(Markup('<path class="bars" d="{}"/>').format(bars))
     for index, bound in enumerate(histogram.bounds or ()):
@@ -177,4 +177,11 @@ def _dot(x: float, y: float, title: str | None) -> Markup:
 
 
 def _number(value: float) -> str:
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
     return f"{value:.3g}" if abs(value) < 1e4 else f"{value:,.0f}"
+
+
+def _thousands(value: int) -> str:
+    """``1``, ``10k``, ``1M``."""
+    return next((f"{value // unit}{name}" for unit, name in ((10**6, "M"), (10**3, "k")) if value >= unit), str(value))

@@ -29,7 +29,7 @@ class Histogram:
         low: Left edge of the first bin.
         high: Right edge of the last bin.
         bounds: What values are clipped to; None where each token has its own.
-        outside: Share of the values beyond the bounds.
+        outside: Share of the values that lie more than half a step beyond the bounds: rounding moves no others as far.
         bits: Of the quantizer.
     """
 
@@ -95,7 +95,8 @@ def _histogram(operand: str, values: Tensor, spec: QuantizerSpec, affine: Tensor
     if affine is not None:
         step, lower = (float(v) for v in affine)
         bounds = (lower, lower + step * spec.qmax)
-        outside = float(((flat < bounds[0]) | (flat > bounds[1])).float().mean())
+        beyond = (flat < bounds[0] - step / 2) | (flat > bounds[1] + step / 2)
+        outside = float(beyond.float().mean())
         low, high = min(low, bounds[0]), max(high, bounds[1])
     if high <= low:
         high = low + 1.0

@@ -149,7 +149,13 @@ def _rendered(context: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"decibel": _decibel, "ssim": _ssim, "short": _short, "bar": charts.bar}
+    environment.filters |= {
+        "decibel": _decibel,
+        "ssim": _ssim,
+        "short": _short,
+        "bar": charts.bar,
+        "breakable": _breakable,
+    }
     style, script = _inlined("report.css"), _inlined("report.js")
     hashes = {"style_hash": _csp_hash(style), "script_hash": _csp_hash(script)}
     return environment.get_template("report.html").render(context, style=style, script=script, **hashes)
@@ -182,7 +188,9 @@ def _summary(scene: Scene, report: Report) -> dict[str, str]:
         "Scale": f"x{scene.quantized.scale}",
         "Bits": f"W{config.weight_bits}A{config.act_bits}",
         "Profile": config.profile,
-        "Method": f"{history.method}, {history.preset or 'own settings'}" if history and known else "not recorded",
+        "Method": f"{history.method}, {'own settings' if history.preset is None else f'preset {history.preset}'}"
+        if history and known
+        else "not recorded",
         "Bytes": size,
         "Sites quantized": f"{done} of {len(report.sites)} (linears and attention products)",
         "Multiply-accumulates": f"{100 * report.macs_share:.1f} % on quantized operands",
@@ -280,6 +288,11 @@ def _decibel(value: float | None, digits: int = 2) -> str:
 
 def _ssim(value: float) -> str:
     return "too small" if math.isnan(value) else f"{value:.4f}"
+
+
+def _breakable(name: str) -> Markup:
+    """A dotted name that may be broken after its dots."""
+    return Markup(".<wbr>").join(name.split("."))
 
 
 def _short(value: float) -> str:
