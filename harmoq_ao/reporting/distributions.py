@@ -73,7 +73,7 @@ def _record(found: dict[str, list[Histogram]], name: str, site: QuantizedSite, a
 
 def _operands(site: QuantizedSite, args: tuple[Any, ...]) -> list[tuple[str, Tensor, QuantizerSpec, Tensor | None]]:
     """Name, values in the quantizer's domain, quantizer, and (step, lower bound) of every activation."""
-    settings, scale = site.settings, site.joint_scale
+    settings, scale = site.settings, getattr(site, "joint_scale", None)  # a convolution has none
     if isinstance(site, QuantizedMatmul):
         left, right = site.form.canonical(*args)
         if scale is not None:
