@@ -15,6 +15,7 @@ from harmoq_ao.config import HarmoqConfig, StorageDtype
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_variant, remember
+from harmoq_ao.history import History
 from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.lowering.linear import check_backend
 from harmoq_ao.lowering.mlp import fuse_mlps
@@ -40,6 +41,7 @@ class QuantizedModel(nn.Module):
         example_shapes: Image shapes it was prepared on.
         traits: Scale, size requirements and architecture.
         float_dtype: Type of the parts that stay float.
+        history: How it was made, or None if that is not known.
     """
 
     def __init__(
@@ -57,6 +59,7 @@ class QuantizedModel(nn.Module):
         self.example_shapes = example_shapes
         self.traits = traits
         self.float_dtype = torch.float32
+        self.history: History | None = None
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upscale an image batch `[B, C, H, W]` in 0..1; the result has the type of the input.
@@ -168,6 +171,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     stored = _rounding(prepared.config.storage_dtype)
     replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored))
     quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
+    quantized.history = prepared.history
     if float_dtype is not torch.float32:
         return quantized.set_float_dtype(float_dtype)
     finalize(quantized)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.apply import harmonize
 from harmoq_ao.harmonize.presets import preset as preset_of
 from harmoq_ao.harmonize.refine import RefineSettings
+from harmoq_ao.history import History
 from harmoq_ao.prepare import PreparedModel, prepare_harmoq
 from harmoq_ao.zoo import LoadedModel
 
@@ -66,6 +68,7 @@ def prepare_with(
         prepared = prepare_harmoq(model, config)
         calibrate(prepared, crops, show_progress=show_progress)
         harmonize(prepared, crops, settings, held_out=held_out, checkpoint=checkpoint, show_progress=show_progress)
+        prepared.history = replace(prepared.history or History(), method=method, preset=preset)
         return prepared
     baseline = BASELINES[method]
     prepared = prepare_harmoq(model, baseline.configure(config))
@@ -80,4 +83,5 @@ def prepare_with(
         show_progress=show_progress,
     )
     enable_fake_quant(prepared)
+    prepared.history = History(method, preset)
     return prepared

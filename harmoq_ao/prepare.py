@@ -17,6 +17,7 @@ from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import HarmoqError, InputError, SavedModelError, TraceError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.history import History
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import (
     PreparedAttention,
@@ -96,6 +97,7 @@ class PreparedModel(nn.Module):
         example_shapes: Shapes of the image batches it was prepared on.
         traits: Scale, size requirements and architecture.
         order: Paths of the sites in execution order.
+        history: How its sites were solved, once they are.
     """
 
     def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
@@ -106,6 +108,7 @@ class PreparedModel(nn.Module):
         self.example_shapes: list[tuple[int, ...]] = []
         self.order: list[str] = []
         self.traits = traits
+        self.history: History | None = None
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model on an image batch `[B, C, H, W]` in 0..1.

@@ -33,6 +33,7 @@ class SiteRow:
         miss: Why that is no fused kernel, where there are such.
         macs: Multiply-accumulates on the example image.
         reason: Why it stays in float.
+        sensitivity_db: What quantizing this site alone costs the network's output, in dB, where that was measured.
     """
 
     name: str
@@ -47,6 +48,7 @@ class SiteRow:
     miss: str | None = None
     macs: int = 0
     reason: str | None = None
+    sensitivity_db: float | None = None
 
     @property
     def depends_on_image(self) -> bool:

@@ -1,6 +1,7 @@
 """Saved models: a folder with ``config.json`` and one safetensors file. Never a pickle, never code.
 
-``config.json`` names the architecture, the configuration and the weights file, and carries the SHA-256 of both; a file
+``config.json`` names the architecture, the configuration and the weights file, carries the SHA-256 of both and, where
+it is known, how the model was made (:class:`~harmoq_ao.history.History`, which older readers skip); a file
 with a changed or missing byte is refused. It is written last, by a rename, so that an interrupted save leaves the model
 that was there before. What the constructor of the architecture recomputes (masks, index tables) is not stored.
 
@@ -33,6 +34,7 @@ import harmoq_ao
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.convert import QuantizedModel, finalize, replace_sites
 from harmoq_ao.errors import ConfigError, OutputError, SavedModelError
+from harmoq_ao.history import History
 from harmoq_ao.modules.prepared import PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, empty_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_joint_scale, wants_joint_shift
@@ -165,6 +167,7 @@ def _assembled(config: dict[str, Any], tensors: dict[str, Tensor], model: nn.Mod
     prepared.traits = traits
     _apply_measurements(prepared, config["sqnr_db"])
     quantized = _empty_model(prepared)
+    quantized.history = History.from_dict(config["history"]) if "history" in config else None
     _fill(quantized, _unflattened(tensors, config["weights"]["layout"], _state(quantized)))
     if config["float_dtype"] == "bfloat16":
         return quantized.set_float_dtype(torch.bfloat16)
@@ -223,6 +226,15 @@ def stored_tensors(model: QuantizedModel) -> dict[str, Tensor]:
     state = _state(model)
     skip = _recomputed(model, state)
     return {name: tensor.detach().cpu() for name, tensor in state.items() if name not in skip}
+
+
+def stored_bytes(model: QuantizedModel) -> dict[str, int]:
+    """Bytes that each tensor of a saved model takes in the file, by name."""
+
+    def dtype(tensor: Tensor) -> torch.dtype:
+        return _FLOATS.get(_letter(tensor), tensor.dtype) if tensor.is_floating_point() else tensor.dtype
+
+    return {name: tensor.numel() * dtype(tensor).itemsize for name, tensor in stored_tensors(model).items()}
 
 
 def _flattened(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
@@ -293,7 +305,9 @@ def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
 
 
 def _config_of(model: QuantizedModel) -> dict[str, Any]:
+    history = {} if model.history is None else {"history": model.history.to_dict()}
     return {
+        **history,
         "format": FORMAT,
         "schema_version": SCHEMA_VERSION,
         "library_version": harmoq_ao.__version__,
@@ -513,4 +527,12 @@ def _check_values(name: str, tensor: Tensor) -> None:
         raise SavedModelError(f"{name} must be positive", found=float(positive.min()), remedy=_REMEDY)
 
 
-__all__ = ["float_bytes", "folder_bytes", "load_quantized", "save_quantized", "stored_tensors", "write_atomically"]
+__all__ = [
+    "float_bytes",
+    "folder_bytes",
+    "load_quantized",
+    "save_quantized",
+    "stored_bytes",
+    "stored_tensors",
+    "write_atomically",
+]

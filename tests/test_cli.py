@@ -76,7 +76,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_version_and_help() -> None:
     assert __version__ in succeeds("--version")
-    for command in ("demo", "quantize", "evaluate", "upscale", "inspect", "export"):
+    for command in ("demo", "quantize", "evaluate", "upscale", "inspect", "report", "export"):
         assert command in succeeds("--help")
         assert "Usage" in succeeds(command, "--help")
 

@@ -14,6 +14,7 @@ from harmoq_ao.harmonize.algorithm import AlgorithmTrace, run_algorithm
 from harmoq_ao.harmonize.presets import HarmonizeSettings
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.refine import RefineTrace, refine
+from harmoq_ao.history import History
 from harmoq_ao.prepare import PreparedModel
 
 
@@ -64,6 +65,9 @@ def harmonize(
             deterministic, is repeated on resuming.
         show_progress: Show progress bars; by default where standard error is a terminal.
 
+    Returns:
+        The whole trace; what is saved with the model stays in ``prepared.history``.
+
     Raises:
         CalibrationError: Not calibrated, or no crops.
         CheckpointError: The checkpoint belongs to other work.
@@ -77,4 +81,5 @@ def harmonize(
         trace.refine = refine(
             prepared, crops, settings.refine, held_out=held_out, checkpoint=checkpoint, show_progress=show_progress
         )
+    prepared.history = History.of(trace, method="harmoq")
     return trace

@@ -1,0 +1,104 @@
+"""What reaches a quantized site on one picture, beside the bounds it is clipped to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite
+from harmoq_ao.quantizer import QuantizerSpec
+from harmoq_ao.report import SiteRow
+
+BINS = 72
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Values of one operand, as its quantizer sees them: shifted and divided by the joint ones.
+
+    Args:
+        operand: ``input``, or ``left`` and ``right`` of a product.
+        counts: By bin, from `low` to `high`.
+        low: Left edge of the first bin.
+        high: Right edge of the last bin.
+        bounds: What values are clipped to; None where each token has its own.
+        outside: Share of the values that lie more than half a step beyond the bounds: rounding moves no others as far.
+        bits: Of the quantizer.
+    """
+
+    operand: str
+    counts: tuple[int, ...]
+    low: float
+    high: float
+    bounds: tuple[float, float] | None
+    outside: float
+    bits: int
+
+
+@contextmanager
+def recorded(model: QuantizedModel, names: Sequence[str]) -> Iterator[dict[str, list[Histogram]]]:
+    """Histograms of the operands of sites, by name, filled at the first call of each inside the block.
+
+    Args:
+        model: On the CPU, or on a GPU with kernels that run site by site: a fused kernel calls no site.
+        names: Of quantized sites.
+    """
+    found: dict[str, list[Histogram]] = {}
+    sites = model.sites()
+    handles = [sites[name].register_forward_pre_hook(partial(_record, found, name)) for name in names if name in sites]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def worst_sites(rows: Sequence[SiteRow], count: int) -> list[SiteRow]:
+    """The quantized sites of the lowest signal to noise ratio, lowest first; those without one do not count."""
+    measured = [(row.sqnr_db, index) for index, row in enumerate(rows) if row.quantized and row.sqnr_db is not None]
+    return [rows[index] for _, index in sorted(measured)[:count]]
+
+
+def _record(found: dict[str, list[Histogram]], name: str, site: QuantizedSite, args: tuple[Any, ...]) -> None:
+    if name not in found and args:
+        found[name] = [_histogram(*operand) for operand in _operands(site, args) if operand[2].enabled]
+
+
+def _operands(site: QuantizedSite, args: tuple[Any, ...]) -> list[tuple[str, Tensor, QuantizerSpec, Tensor | None]]:
+    """Name, values in the quantizer's domain, quantizer, and (step, lower bound) of every activation."""
+    settings, scale = site.settings, getattr(site, "joint_scale", None)  # a convolution has none
+    if isinstance(site, QuantizedMatmul):
+        left, right = site.form.canonical(*args)
+        if scale is not None:
+            left, right = left / scale, right * scale[:, None]
+        return [("left", left, settings.act, site.left_bounds), ("right", right, settings.weight, site.right_bounds)]
+    x, bounds = args[0], getattr(site, "act_bounds", None)
+    if isinstance(site, QuantizedConv2d):  # holds its zero point instead of the lower bound
+        lower = None if bounds is None else torch.stack([bounds[0], -bounds[1] * bounds[0]])
+        return [("input", x, settings.act, lower)]
+    shift = getattr(site, "joint_shift", None)
+    x = x if shift is None else x - shift
+    return [("input", x if scale is None else x / scale, settings.act, bounds)]
+
+
+def _histogram(operand: str, values: Tensor, spec: QuantizerSpec, affine: Tensor | None) -> Histogram:
+    flat = values.detach().float().flatten()
+    low, high = float(flat.min()), float(flat.max())
+    bounds, outside = None, 0.0
+    if affine is not None:
+        step, lower = (float(v) for v in affine)
+        bounds = (lower, lower + step * spec.qmax)
+        beyond = (flat < bounds[0] - step / 2) | (flat > bounds[1] + step / 2)
+        outside = float(beyond.float().mean())
+        low, high = min(low, bounds[0]), max(high, bounds[1])
+    if high <= low:
+        high = low + 1.0
+    counts = torch.histc(flat, BINS, low, high)
+    return Histogram(operand, tuple(int(c) for c in counts), low, high, bounds, outside, spec.bits)
