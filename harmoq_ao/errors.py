@@ -68,5 +68,9 @@ class OpenVinoError(HarmoqError, RuntimeError):
     """OpenVINO is missing, or could not take a model."""
 
 
+class RankLostError(HarmoqError, RuntimeError):
+    """Another process of a distributed run failed, was killed, or did not answer in time."""
+
+
 class KernelError(HarmoqError, RuntimeError):
     """A low-bit kernel was called with operands it does not take."""
