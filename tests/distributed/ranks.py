@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import multiprocessing
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-
-ROOT = Path(__file__).parents[2]
 
 
 def join(number: int, count: int, folder: Path, timeout: float = 60.0) -> None:
@@ -21,25 +19,20 @@ def join(number: int, count: int, folder: Path, timeout: float = 60.0) -> None:
     dist.init_process_group("gloo", store=store, rank=number, world_size=count, timeout=timedelta(seconds=timeout))
 
 
-def start(script: Path, *arguments: object) -> subprocess.Popen[str]:
-    """Run a script with the repository on its path."""
-    return subprocess.Popen(
-        [sys.executable, str(script), *map(str, arguments)],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PATH": ""},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def run(target: Callable[..., None], count: int, *arguments: object, timeout: float = 120.0) -> list[int | None]:
+    """Exit codes of ranks that call ``target(number, count, *arguments)``, all started from one process.
 
-
-def finished(process: subprocess.Popen[str], timeout: float = 120.0) -> tuple[int, str]:
-    """Exit code and output."""
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
+    That process imports torch once, and has neither threads nor a state of its own to hand down.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([target.__module__])
+    processes = [context.Process(target=target, args=(number, count, *arguments)) for number in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout)
         process.kill()
-    return process.returncode, output
+    return [process.exitcode for process in processes]
 
 
 class Tiny(nn.Module):

@@ -21,29 +21,22 @@ from harmoq_ao.distributed import (
 )
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.observers import OBSERVERS
-from tests.distributed import work
-from tests.distributed.ranks import finished, start
+from tests.distributed import ranks, work
 
-SCRIPT = Path(work.__file__)
 State = dict[str, Tensor]
 
 
-def run(task: str, folder: Path, count: int = 2) -> list[tuple[int, str]]:
-    """All ranks of a task; exit codes and outputs."""
+def run(task: str, folder: Path, count: int = 2) -> list[int | None]:
+    """Exit codes of all ranks of a task."""
     (folder / "store").unlink(missing_ok=True)
-    processes = [start(SCRIPT, task, number, count, folder) for number in range(count)]
-    return [finished(process) for process in processes]
-
-
-def succeed(results: list[tuple[int, str]]) -> None:
-    assert [code for code, _ in results] == [0] * len(results), results
+    return ranks.run(work.main, count, task, folder)
 
 
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two ranks leave that calibrate with every observer, and refine."""
     folder = tmp_path_factory.mktemp("ranks")
-    succeed(run("calibrate", folder))
+    assert run("calibrate", folder) == [0, 0]
     return folder
 
 
@@ -98,12 +91,12 @@ def test_two_ranks_refine_as_one(two_ranks: Path) -> None:
 
 
 def test_a_killed_rank_is_told_and_the_run_resumes(two_ranks: Path, tmp_path: Path) -> None:
-    (first, message), (second, _) = run("die", tmp_path)
-    assert (first, second) == (work.LOST, 9), message
+    assert run("die", tmp_path) == [work.LOST, 9]
+    message = (tmp_path / "error.0").read_text()
     assert "Another rank was lost" in message
     assert "resumes" in message
     assert (tmp_path / "progress.safetensors").exists()
-    succeed(run("refine", tmp_path))
+    assert run("refine", tmp_path) == [0, 0]
     resumed, whole = load(tmp_path / "refined.0"), load(two_ranks / "refined.0")
     assert all(torch.equal(resumed[key], value) for key, value in whole.items())
     assert (tmp_path / "trace.0").read_text() == (two_ranks / "trace.0").read_text()

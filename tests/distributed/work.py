@@ -1,4 +1,4 @@
-"""What the ranks of the tests do: one script for calibration, refinement and a death in the middle of it."""
+"""What the ranks of the tests do: one function for calibration, refinement and a death in the middle of it."""
 
 from __future__ import annotations
 
@@ -80,25 +80,19 @@ def _dying_after(steps: int) -> None:
     Learner.step = dies  # type: ignore[method-assign]
 
 
-def main(task: str, number: int, count: int, folder: Path) -> int:
+def main(number: int, count: int, task: str, folder: Path) -> None:
     """Do a task as one of the ranks, and keep what came out of it in the folder."""
     join(number, count, folder)
     if task == "calibrate":
         for observer in OBSERVERS:
             prepared, known = calibrated(observer)
             torch.save((prepared.state_dict(), known), folder / f"{observer}.{number}")
-        task = "refine"
     if task == "die" and number == count - 1:
         _dying_after(5)
     try:
         prepared, trace = refined(folder / "progress.safetensors")
     except RankLostError as error:
-        print(error)  # noqa: T201
-        return LOST
+        (folder / f"error.{number}").write_text(str(error))
+        sys.exit(LOST)
     torch.save(prepared.state_dict(), folder / f"refined.{number}")
     (folder / f"trace.{number}").write_text(json.dumps(trace))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])))
