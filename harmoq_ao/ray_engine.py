@@ -1,8 +1,8 @@
 """Upscaling image files on a Ray cluster: workers that hold the model take one image after the other.
 
-Actors and not Ray Data: its pools of actors by default repeat what a worker died on without a limit, while an image that
-kills its worker again and again (too large for the memory, say) must end as one line in the list of failures. A result
-appears under its name whole or not at all, so repeating an image is harmless.
+Actors and not Ray Data: its pools of actors by default repeat what a worker died on without a limit, while an image
+that kills its worker again and again (too large for the memory, say) must end as one line in the list of failures. A
+result appears under its name whole or not at all, so repeating an image is harmless.
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from harmoq_ao import ray_engine
 from harmoq_ao.errors import ConfigError, ImageError, RayError
 from harmoq_ao.image_files import Job, UpscaleFile, upscale_here
-from harmoq_ao.ray_engine import ATTEMPTS, upscale_on_ray
+from harmoq_ao.ray_engine import upscale_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +62,19 @@ def trouble(folder: Path) -> Callable[[], UpscaleFile]:
 
 
 @pytest.mark.usefixtures("_cluster")
-def test_every_image_ends_once_whatever_happens_to_the_workers(tmp_path: Path) -> None:
+def test_every_image_ends_once_whatever_happens_to_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_engine, "ATTEMPTS", 2)  # a worker takes seconds to start
     jobs = jobs_in(tmp_path, "akxcbedfgh")
     ended: list[None] = []
     failures = upscale_on_ray(jobs, trouble(tmp_path), lambda: ended.append(None))
     reasons = {path.stem: reason for path, reason in failures}
     assert list(reasons) == ["x", "b", "e"]
-    assert f"{ATTEMPTS} workers died" in reasons["x"]
+    assert "2 workers died" in reasons["x"]
     assert "repair it" in reasons["b"]
     assert "a bug" in reasons["e"]
     assert len(ended) == len(jobs)
     tried = {path.name[-1]: path.stat().st_size for path in tmp_path.glob("tried-*")}
-    assert tried == dict.fromkeys("abcdefgh", 1) | {"k": 2, "x": ATTEMPTS}
+    assert tried == dict.fromkeys("abcdefgh", 1) | {"k": 2, "x": 2}
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{name}.png" for name in "acdfghk"]
     for index, job in enumerate(jobs):
         if job.target.exists():
@@ -92,11 +94,11 @@ def test_what_fits_no_image_or_no_worker_ends_everything(tmp_path: Path) -> None
     def open_nothing() -> UpscaleFile:
         raise RuntimeError("no such model here")
 
-    jobs = jobs_in(tmp_path, "ab")
+    jobs = jobs_in(tmp_path, "a")
     with pytest.raises(ConfigError, match="overlap"):
         upscale_on_ray(jobs, open_strict, lambda: None)
     with pytest.raises(RayError, match="no such model here"):
-        upscale_on_ray(jobs, open_nothing, lambda: None, workers=1)
+        upscale_on_ray(jobs, open_nothing, lambda: None)
 
 
 def test_without_ray_the_error_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
