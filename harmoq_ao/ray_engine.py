@@ -7,6 +7,7 @@ result appears under its name whole or not at all, so repeating an image is harm
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,7 +148,7 @@ def _cluster() -> Iterator[Any]:
     started = not ray.is_initialized()
     if started:
         try:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (RuntimeError, ConnectionError, OSError, ValueError) as error:
             raise RayError(
                 "Ray does not start",
