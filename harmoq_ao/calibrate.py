@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from harmoq_ao import distributed
 from harmoq_ao.bounds import weight_bounds
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.data import check_image_tensor
@@ -18,7 +19,7 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize import joint_scale, joint_shift, pair_scale, search_exponent
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite
-from harmoq_ao.observers import OperandObserver
+from harmoq_ao.observers import Call, OperandObserver
 from harmoq_ao.prepare import PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.progress import track
 from harmoq_ao.quantizer import dynamic_bounds_for, fake_quantize
@@ -38,6 +39,10 @@ def calibrate(
 
     Memory does not grow with the amount of data: each operand keeps its channel ranges and a sample of fixed size.
 
+    Of several ranks (`harmoq_ao.distributed`) each is given the same data, observes its share, and settles the same
+    bounds as a single process: the samples are drawn from the whole stream, whoever observes it. Only histograms are
+    added up approximately.
+
     Args:
         prepared: From :func:`~harmoq_ao.prepare.prepare_harmoq`; changed in place.
         data: Low-resolution image batches `[B, C, H, W]` or images `[C, H, W]` in 0..1; of a tuple or a dictionary the
@@ -51,23 +56,72 @@ def calibrate(
     Raises:
         CalibrationError: No data, or a site that no image reached.
         InputError: A batch is no image, not finite, or of another number of channels.
+        RankLostError: Another rank did not finish its share.
     """
     _check_arguments(prepared, data, max_batches)
     disable_fake_quant(prepared)
     enable_observers(prepared)
     like = next((p for p in prepared.parameters() if p.is_floating_point()), torch.empty(0))
+    shares = _Shares(prepared)
     seen = 0
     with torch.no_grad():
         for batch in track(cast(Iterable[Any], data), "Calibrating", total=max_batches, show=show_progress):
-            prepared(_checked_image(batch, prepared).to(like))
+            shares.observe(seen, _checked_image(batch, prepared).to(like))
             seen += 1
             if max_batches is not None and seen >= max_batches:
                 break
+        shares.merge()
     if seen == 0:
         raise CalibrationError("No calibration images", found="an empty iterable", expected="at least one image batch")
     compute_qparams(prepared, show_progress=show_progress)
     enable_fake_quant(prepared)
     return prepared
+
+
+class _Shares:
+    """One calibration run over the ranks.
+
+    What enters an observer's random sample depends on how many values it meets, not on the values. So each rank draws
+    for the images of the others too, and holds only those rows that it saw; how many values an image has at each
+    observer is counted once for each shape of images.
+    """
+
+    def __init__(self, prepared: PreparedModel) -> None:
+        self.prepared = prepared
+        self._counted: dict[torch.Size, list[tuple[OperandObserver, list[Call]]]] = {}
+        self._observers = [q.observer for q in _quantizers(prepared) if q.observer is not None]
+        if distributed.is_distributed():
+            for observer in self._observers:
+                observer.begin_share()
+
+    def observe(self, index: int, image: Tensor) -> None:
+        """Observe an image batch `[B, C, H, W]`, or note that another rank does."""
+        with distributed.own_share():
+            if distributed.is_mine(index):
+                self.prepared(image)
+                return
+            if image.shape not in self._counted:
+                self._counted[image.shape] = self._count(image)
+        for observer, calls in self._counted[image.shape]:
+            for call in calls:
+                observer.pass_over(call)
+
+    def merge(self) -> None:
+        """Give every rank the statistics of all."""
+        if distributed.is_distributed():
+            for observer in self._observers:
+                observer.merge()
+
+    def _count(self, image: Tensor) -> list[tuple[OperandObserver, list[Call]]]:
+        noted: list[tuple[OperandObserver, list[Call]]] = [(observer, []) for observer in self._observers]
+        try:
+            for observer, calls in noted:
+                observer.calls = calls
+            self.prepared(image)
+        finally:
+            for observer, _ in noted:
+                observer.calls = None
+        return noted
 
 
 def image_of(batch: Any) -> Tensor:

@@ -72,5 +72,13 @@ class ExportError(HarmoqError, RuntimeError):
     """A model could not be exported, or the package that it takes is missing."""
 
 
+class RankLostError(HarmoqError, RuntimeError):
+    """Another process of a distributed run failed, was killed, or did not answer in time."""
+
+
+class RayError(HarmoqError, RuntimeError):
+    """Ray is missing, does not start, or cannot run the model."""
+
+
 class KernelError(HarmoqError, RuntimeError):
     """A low-bit kernel was called with operands it does not take."""

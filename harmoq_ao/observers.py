@@ -10,6 +10,8 @@ An observer sees every calibration tensor of its operand once and keeps
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,12 +19,28 @@ from torch import Tensor
 from torchao.quantization.pt2e import ObserverBase
 
 from harmoq_ao.bounds import search_histogram_bounds, search_tensor_bounds
+from harmoq_ao.distributed import all_gather, all_max, all_min, is_first
 from harmoq_ao.errors import CalibrationError, ConfigError
 from harmoq_ao.quantizer import QuantizerSpec, Scheme, snap_bounds, step_size
 from harmoq_ao.reservoir import Reservoir
 
 ROW_BUDGET = 4
 """The row reservoir may hold this many times `reservoir_values` numbers, however many channels there are."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of an operand without its values.
+
+    Args:
+        values: Number of values.
+        channels: Length of the contracted axis.
+        device: Where it lies.
+    """
+
+    values: int
+    channels: int
+    device: torch.device
 
 
 class OperandObserver(ObserverBase):
@@ -46,7 +64,8 @@ class OperandObserver(ObserverBase):
 
     Attributes:
         site_name: Used in error messages.
-        rows_seen: Rows (tokens) observed so far.
+        rows_seen: Rows (tokens) observed so far, by all ranks.
+        calls: If a list, calls are noted there and not observed.
     """
 
     def __init__(
@@ -78,6 +97,8 @@ class OperandObserver(ObserverBase):
         self._range: tuple[Tensor, Tensor] | None = None
         self._channel_range: tuple[Tensor, Tensor] | None = None
         self._reservoir: Reservoir | None = None
+        self._last_call: Call | None = None
+        self.calls: list[Call] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Add `x` to the statistics and return it.
@@ -89,12 +110,48 @@ class OperandObserver(ObserverBase):
             return x
         values = x.detach()
         rows = values.movedim(self.contracted_axis, -1) if values.dim() else values.reshape(1, 1)
-        if self.tracks_channels and self._channels_changed(rows):
-            self._forget_channels()
+        call = Call(rows.numel(), rows.shape[-1], rows.device)
+        if self.calls is not None:
+            self.calls.append(call)
+            return x
+        self._check_channels(call)
         self._update_range(rows)
         self._update_sample(rows)
-        self.rows_seen += rows.numel() // rows.shape[-1]
+        self._count_rows(call)
         return x
+
+    # --- several processes -------------------------------------------------------------------------------------------
+
+    def begin_share(self) -> None:
+        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        if self._reservoir is not None:
+            self._reservoir.own(is_first())
+
+    def pass_over(self, call: Call) -> None:
+        """Count a call that another rank observes."""
+        self._check_channels(call)
+        self._pass_over_sample(call)
+        self._count_rows(call)
+
+    def merge(self) -> None:
+        """Put the statistics of all ranks together; afterwards every rank has those of one process that saw all.
+
+        Raises:
+            RankLostError: A rank did not take part.
+        """
+        if self._last_call is None:
+            return  # nothing was seen on any rank
+        self._range = _over_ranks(self._range, (), self._last_call.device)
+        if self.tracks_channels:
+            shape = (self._last_call.channels,)
+            self._channel_range = _over_ranks(self._channel_range, shape, self._last_call.device)
+        self._merge_sample()
+
+    def _merge_sample(self) -> None:
+        if self._reservoir is not None:
+            self._reservoir.merge()
+
+    # --- what was seen -----------------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:
@@ -179,8 +236,13 @@ class OperandObserver(ObserverBase):
             )
         return flat
 
-    def _channels_changed(self, rows: Tensor) -> bool:
-        return self._channel_range is not None and self._channel_range[0].numel() != rows.shape[-1]
+    def _check_channels(self, call: Call) -> None:
+        if self.tracks_channels and self._last_call is not None and self._last_call.channels != call.channels:
+            self._forget_channels()
+
+    def _count_rows(self, call: Call) -> None:
+        self._last_call = call
+        self.rows_seen += call.values // call.channels
 
     def _forget_channels(self) -> None:
         self.tracks_channels = False
@@ -200,13 +262,18 @@ class OperandObserver(ObserverBase):
         self._range = _merged(self._range, lo.float(), hi.float())
 
     def _update_sample(self, rows: Tensor) -> None:
+        self._sample_for(rows.shape[-1], rows.device).add(rows)
+
+    def _pass_over_sample(self, call: Call) -> None:
+        self._sample_for(call.channels, call.device).pass_over(call.values)
+
+    def _sample_for(self, channels: int, device: torch.device) -> Reservoir:
         if self._reservoir is None:
-            channels = rows.shape[-1]
             fitting = max(1, ROW_BUDGET * self.reservoir_values // channels)
             capacity = min(self.reservoir_rows, fitting) if self.tracks_channels else self.reservoir_values
             shape = (channels,) if self.tracks_channels else ()
-            self._reservoir = Reservoir(capacity, shape, seed=self.seed, device=rows.device)
-        self._reservoir.add(rows)
+            self._reservoir = Reservoir(capacity, shape, seed=self.seed, device=device)
+        return self._reservoir
 
     def _check_finite(self, lo: Tensor, hi: Tensor) -> None:
         """The extremes tell: NaN and infinity both propagate into them."""
@@ -244,6 +311,14 @@ def _channel_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
     parts = [rest] if even == 0 else [wide.amin(0).view(fold, width), wide.amax(0).view(fold, width), rest]
     few = torch.cat(parts)
     return few.amin(0).float(), few.amax(0).float()
+
+
+def _over_ranks(
+    own: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum over the ranks; `own` is None on one that saw nothing."""
+    lo, hi = own or (torch.full(shape, math.inf, device=device), torch.full(shape, -math.inf, device=device))
+    return all_min(lo), all_max(hi)
 
 
 def _merged(old: tuple[Tensor, Tensor] | None, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
@@ -379,6 +454,36 @@ class HistogramObserver(OperandObserver):
         index = ((chunk.float() - self._start) * (self.bins / self._width)).long().clamp_(0, self.bins - 1)
         self._counts += torch.bincount(index, minlength=self.bins)
 
+    def begin_share(self) -> None:
+        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        if self._counts is not None and not is_first():
+            self._counts.zero_()
+
+    def _pass_over_sample(self, call: Call) -> None:
+        """A histogram is merged by its counts alone."""
+
+    def _merge_sample(self) -> None:
+        """Add up all histograms on the bins of the first rank that has one, grown to cover everything seen.
+
+        Counts go to the new bins in proportion to the overlap. The bins depend on the order of images, so the counts
+        are those of a single process only up to about one bin in place, unless no image was outside of the first one's
+        range.
+        """
+        lo, hi = (float(bound) for bound in self.value_range())
+        device = self._last_call.device if self._last_call is not None else None
+        own = self._counts if self._counts is not None else torch.zeros(self.bins, dtype=torch.float64, device=device)
+        grids = [(float(g[0]), float(g[1])) for g in all_gather(own.new_tensor([self._start, self._width]))]
+        counts = all_gather(own)
+        self._start, self._width = next(grid for grid in grids if grid[1] > 0)
+        self._counts = torch.zeros_like(own)
+        self._grow(lo, hi)
+        edges, _ = self.histogram()
+        for (start, width), part in zip(grids, counts, strict=True):
+            if (start, width) == (self._start, self._width):
+                self._counts += part
+            elif width > 0:
+                self._counts += _cumulative(part, start, width, edges).diff()
+
     def _grow(self, lo: float, hi: float) -> None:
         """Double the range downwards or upwards until it covers ``[lo, hi]``."""
         assert self._counts is not None
@@ -389,6 +494,14 @@ class HistogramObserver(OperandObserver):
             self._counts = torch.cat((empty, merged) if downwards else (merged, empty))
             self._start -= self._width if downwards else 0.0
             self._width *= 2
+
+
+def _cumulative(counts: Tensor, start: float, width: float, edges: Tensor) -> Tensor:
+    """How many of the values of a histogram lie below each of `edges`; within a bin they count as evenly spread."""
+    total = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    place = ((edges - start) * (len(counts) / width)).clamp(0, len(counts))
+    bin_ = place.long().clamp_max(len(counts) - 1)
+    return total[bin_].lerp(total[bin_ + 1], place - bin_)
 
 
 def _in_memory_order(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from harmoq_ao.distributed import is_first
+
 T = TypeVar("T")
 
 
@@ -21,15 +23,18 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, sho
         total: Number of items, where ``len`` does not tell.
         show: Whether to show the bar; None shows it where standard error is a terminal.
     """
-    if show is None:
-        show = sys.stderr.isatty()
-    if not show:
+    if not is_shown(show):
         yield from items
         return
     if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar() as progress:
         yield from progress.track(items, total=total, description=description)
+
+
+def is_shown(show: bool | None) -> bool:
+    """Whether there is a bar: as asked for, by default on a terminal, and of several ranks only on the first."""
+    return is_first() and (sys.stderr.isatty() if show is None else show)
 
 
 def progress_bar() -> Progress:

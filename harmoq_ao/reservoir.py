@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from harmoq_ao.distributed import all_sum
+
 
 class Reservoir:
     """Keeps `capacity` items of everything added, every subset of that size being equally likely.
@@ -25,6 +27,7 @@ class Reservoir:
         self.seen = 0
         self._rng = np.random.default_rng(seed)
         self._keys = np.empty(0)
+        self._mine = np.ones(capacity, dtype=bool)  # slots filled by this process
         self._items = torch.empty((capacity, *item_shape), dtype=torch.float32, device=device)
 
     @property
@@ -43,13 +46,31 @@ class Reservoir:
 
     def add(self, rows: Tensor) -> None:
         """Offer every item of `rows`: its rows along the last axis, or its single values if items are values."""
-        count = rows.numel() // max(1, self._items[0].numel())
-        keys, chosen = self._draw(count)
-        self.seen += count
-        slots, entering = self._place(keys)
+        slots, chosen = self._admit(rows.numel())
+        self._mine[slots] = True
         if len(slots):
-            picked = self._pick(rows, torch.from_numpy(chosen[entering]))
+            picked = self._pick(rows, torch.from_numpy(chosen))
             self._items[torch.from_numpy(slots).to(self._items.device)] = picked.to(self._items)
+
+    def pass_over(self, values: int) -> None:
+        """As :meth:`add` for a number of values that another process holds: which of them enter depends on no value."""
+        slots, _ = self._admit(values)
+        self._mine[slots] = False
+
+    def own(self, own: bool) -> None:
+        """Say whether this process or another one puts what was kept so far into :meth:`merge`."""
+        self._mine[:] = own
+
+    def merge(self) -> None:
+        """Fill the slots of items that other ranks hold; on every rank the sample of one process that saw all.
+
+        Raises:
+            RankLostError: A rank did not take part.
+        """
+        held = self.items()
+        mine = torch.from_numpy(self._mine[: len(held)]).to(held.device)
+        mine = mine.view(-1, *(1,) * (held.dim() - 1))
+        held.copy_(all_sum(torch.where(mine, held, torch.zeros_like(held))))
 
     def flattened(self, capacity: int) -> Reservoir:
         """A reservoir of single values that goes on from this one of rows.
@@ -67,11 +88,20 @@ class Reservoir:
         flat._keys = self._rng.random(size) * self._threshold(size, flat.seen)
         keep = torch.from_numpy(self._rng.choice(values.numel(), size, replace=False))
         flat._items[:size] = values[keep.to(values.device)]
+        flat._mine[:size] = np.repeat(self._mine[: len(self._keys)], width)[keep.numpy()]
         return flat
 
     def _threshold(self, size: int, seen: int) -> float:
         """A draw of the smallest of `seen` uniform keys but `size`; below it those `size` keys are uniform."""
         return 1.0 if size == seen else float(self._rng.beta(size + 1, seen - size))
+
+    def _admit(self, values: int) -> tuple[np.ndarray, np.ndarray]:
+        """Slots that some of the items in `values` new values take, and the positions of these items."""
+        count = values // max(1, self._items[0].numel())
+        keys, chosen = self._draw(count)
+        self.seen += count
+        slots, entering = self._place(keys)
+        return slots, chosen[entering]
 
     def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Keys and positions of those among `count` new items that could enter, at most `capacity` of them."""

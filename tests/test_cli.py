@@ -292,7 +292,7 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmoq_ao.cli.upscale.save_image", interrupted)
+    monkeypatch.setattr("harmoq_ao.image_files.save_image", interrupted)
     message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
     assert "Interrupted" in message
     assert list(tmp_path.iterdir()) == []

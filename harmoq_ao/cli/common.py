@@ -15,6 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from harmoq_ao import __version__
+from harmoq_ao.distributed import is_first, is_own, launched_by_torchrun
 from harmoq_ao.errors import HarmoqError
 from harmoq_ao.report import Report
 from harmoq_ao.upscaler import OPENVINO_TILE
@@ -106,7 +107,21 @@ def main(
         torch.set_num_threads(threads)
 
 
+def work_together(ctx: typer.Context) -> None:
+    """Until the command ends, the processes that torchrun started are ranks of one run, and only the first prints.
+
+    Raises:
+        ConfigError: torchrun's environment variables are not usable.
+        RankLostError: The other ranks cannot be reached.
+    """
+    ctx.with_resource(launched_by_torchrun())
+    out.quiet = err.quiet = not is_first()
+
+
 def _print_error(error: HarmoqError) -> None:
+    if is_own(error):  # of one rank, whichever it is
+        err.quiet = False
+        err.print(f"[red]{escape(error.__notes__[0])}[/]:", highlight=False)
     err.print(f"[bold red]Error:[/] [red]{escape(error.what.rstrip('.'))}.[/]", highlight=False, soft_wrap=True)
     for label, text in (("found", error.found), ("expected", error.expected), ("what to do", error.remedy)):
         if text is not None:

@@ -18,6 +18,7 @@ from harmoq_ao.cli.common import (
     err,
     out,
     summary,
+    work_together,
 )
 from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRule
 from harmoq_ao.convert import convert_harmoq
@@ -27,6 +28,7 @@ from harmoq_ao.data import (
     luma,
     split_photographs,
 )
+from harmoq_ao.distributed import is_first, wait_for_all
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.presets import PRESETS
 from harmoq_ao.harmonize.presets import preset as preset_of
@@ -44,6 +46,7 @@ _KINDS = ("linear", "matmul", "conv2d")
 
 @app.command()
 def quantize(
+    ctx: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A .pth or .safetensors that spandrel knows, or demo:x2, x3, x4.")],
     output: Annotated[Path, typer.Argument(help="Folder for the saved model.")],
     calibration: Annotated[Path, typer.Option(help="Folder of photographs to calibrate on.")],
@@ -80,7 +83,11 @@ def quantize(
         FloatDtype, typer.Option(help="Type of the parts that are not integers.")
     ] = FloatDtype.float32,
 ) -> None:
-    """Quantize a float checkpoint with a folder of photographs, and save it."""
+    """Quantize a float checkpoint with a folder of photographs, and save it.
+
+    Under torchrun the processes share calibration and refinement; the first one prints and writes.
+    """
+    work_together(ctx)
     config = _config(
         weight_bits=weight_bits,
         act_bits=act_bits,
@@ -116,10 +123,14 @@ def quantize(
         held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
         checkpoint=progress,
     )
+    if not is_first():
+        wait_for_all()
+        return
     with err.status("Converting to integers"):
         quantized = convert_harmoq(prepared, float_dtype=float_dtype.torch)
     save_quantized(quantized, output)
     progress.unlink(missing_ok=True)
+    wait_for_all()
     report = quantized.report()
     size, reference = folder_bytes(output), float_bytes(loaded.model)
     out.print(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +13,7 @@ from rich.markup import escape
 from harmoq_ao.cli.common import (
     EXIT_PARTIAL,
     DtypeOption,
+    FloatDtype,
     ModelArgument,
     OpenVinoOption,
     OverlapOption,
@@ -19,15 +22,20 @@ from harmoq_ao.cli.common import (
     err,
     out,
 )
-from harmoq_ao.data import (
-    list_images,
-    load_image,
-    save_image,
-)
+from harmoq_ao.data import list_images
 from harmoq_ao.data.images import WRITABLE
-from harmoq_ao.errors import ConfigError, DatasetError, HarmoqError, OutputError
+from harmoq_ao.errors import ConfigError, DatasetError, OutputError
+from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
 from harmoq_ao.progress import progress_bar
-from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_model
+from harmoq_ao.ray_engine import upscale_on_ray
+from harmoq_ao.upscaler import OPENVINO_TILE, open_model
+
+
+class Engine(StrEnum):
+    """Where images are upscaled."""
+
+    local = "local"
+    ray = "ray"
 
 
 @app.command("upscale")
@@ -41,29 +49,33 @@ def upscale_command(
     openvino: OpenVinoOption = False,
     suffix: Annotated[str, typer.Option(help="Appended to each name.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
+    engine: Annotated[Engine, typer.Option(help="Upscale in this process, or on a Ray cluster.")] = Engine.local,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes of one CPU each that Ray starts; one per CPU by default.")
+    ] = None,
 ) -> None:
     """Upscale images; transparency, gray and 16 bits are kept."""
     images = list_images(inputs)
-    targets = _targets(images, output, suffix, overwrite)
+    jobs = list(map(Job, images, _targets(images, output, suffix, overwrite)))
+    if workers is not None and engine is not Engine.ray:
+        raise ConfigError("Workers are Ray's", found=f"--workers with --engine {engine}", expected="--engine ray")
     tile = tile or (OPENVINO_TILE if openvino else None)
-    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
+    name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may be in other folders
+    opened = partial(_open, name, float_dtype, openvino, tile, overlap)
+    upscale = opened()  # for Ray too: a model that cannot be opened is told before anything starts
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"{output} cannot be created", found=error.strerror, remedy="choose another folder"
         ) from error
-    failures: list[tuple[Path, str]] = []
     with progress_bar() as progress:
-        task = progress.add_task("Upscaling", total=len(images))
-        for image, target in zip(images, targets, strict=True):
-            try:
-                _upscale_file(upscaler, image, target, tile, overlap)
-            except ConfigError:  # the same for every image
-                raise
-            except HarmoqError as error:
-                failures.append((image, str(error)))
-            progress.advance(task)
+        task = progress.add_task("Upscaling", total=len(jobs))
+        if engine is Engine.ray:
+            jobs = [Job(job.image.resolve(), job.target.resolve()) for job in jobs]
+            failures = upscale_on_ray(jobs, opened, lambda: progress.advance(task), workers=workers)
+        else:
+            failures = upscale_here(jobs, upscale, lambda: progress.advance(task))
     out.print(
         f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}", highlight=False
     )
@@ -71,6 +83,11 @@ def upscale_command(
         err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False, soft_wrap=True)
     if failures:
         raise typer.Exit(EXIT_PARTIAL)
+
+
+def _open(model: str, float_dtype: FloatDtype | None, openvino: bool, tile: int | None, overlap: int) -> FileUpscaler:
+    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
+    return FileUpscaler(upscaler, tile, overlap)
 
 
 def _targets(images: list[Path], output: Path, suffix: str, overwrite: bool) -> list[Path]:
@@ -95,9 +112,3 @@ def _targets(images: list[Path], output: Path, suffix: str, overwrite: bool) -> 
             f"{len(there)} of the images exist already", found=there[0], remedy="pass --overwrite, or another --output"
         )
     return targets
-
-
-def _upscale_file(upscaler: Upscaler, image: Path, target: Path, tile: int | None, overlap: int) -> None:
-    record = load_image(image)
-    result = upscaler(record.pixels[None], tile, overlap)
-    save_image(target, result, like=record)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.distributed import is_distributed, sum_gradients
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.harmonize.hso import SCALE_LIMITS
@@ -68,6 +69,7 @@ class Learner:
         rest: Parameters of the rest, by name.
         warm_up: Steps over which the rates rise from zero.
         max_norm: Gradients are scaled down to this global norm.
+        shared: The loss of a step is the sum of those of all ranks (`harmoq_ao.distributed`).
     """
 
     def __init__(
@@ -79,10 +81,12 @@ class Learner:
         rest: Iterable[tuple[str, nn.Parameter]] = (),
         warm_up: int = 0,
         max_norm: float = 1.0,
+        shared: bool = False,
     ) -> None:
         self.sites = list(sites)
         self._rates = rates
         self._max_norm = max_norm
+        self._shared = shared and is_distributed()
         self._named: dict[str, nn.Parameter] = {}
         self._known: set[nn.Parameter] = set()
         self._logs: dict[str, tuple[PreparedSite, nn.Parameter]] = {}
@@ -109,12 +113,15 @@ class Learner:
             self.steps_done += 1
             return
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss.requires_grad or not self._shared:  # a rank may have no image in this step
+            loss.backward()
         for site, log in self._logs.values():
             scale = site.joint_scale
             assert scale is not None
             log.grad = None if scale.grad is None else scale.grad * scale.detach()
             scale.grad = None
+        if self._shared:
+            sum_gradients(self._named.values())
         torch.nn.utils.clip_grad_norm_([p for p in self._named.values() if p.grad is not None], self._max_norm)
         factor = self._schedule(self.steps_done)
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):

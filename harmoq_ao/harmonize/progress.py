@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from harmoq_ao.progress import progress_bar
+from harmoq_ao.progress import is_shown, progress_bar
 
 
 @contextmanager
@@ -19,7 +18,7 @@ def open_progress(title: str, steps: int, done: int, show: bool | None) -> Itera
         done: Steps done already.
         show: Whether to show the bar; None shows it where standard error is a terminal.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not is_shown(show):
         yield lambda done, words: None
         return
     with progress_bar() as bar:

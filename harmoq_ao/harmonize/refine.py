@@ -19,13 +19,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
+from harmoq_ao import distributed
 from harmoq_ao.calibrate import disable_observers, enable_fake_quant
-from harmoq_ao.errors import CalibrationError, ConfigError
+from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
 from harmoq_ao.harmonize.reference import float_reference, frozen
 from harmoq_ao.harmonize.stages import find_stages, first_tensor
-from harmoq_ao.harmonize.state import Checkpoint
+from harmoq_ao.harmonize.state import Checkpoint, Progress
 from harmoq_ao.prepare import PreparedModel
 
 Precision = Literal["float32", "bfloat16"]
@@ -120,6 +121,10 @@ def refine(
     The loss of a crop is ``mean |y~ - y| + feature_weight * mean_l ||f~_l - f_l||^2 / Var(f_l)`` over the outputs `f_l`
     of the blocks (:func:`~harmoq_ao.harmonize.stages.find_stages`), with the float network's `y`, `f_l` as targets.
 
+    Of several ranks (`harmoq_ao.distributed`) each is given the same crops and computes its share of every batch; the
+    gradients are added up. Losses and gradients are those of a single process but for the order of float32 sums. The
+    first rank writes the checkpoint, and all resume from it, also in another number.
+
     Args:
         prepared: Calibrated; changed in place.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
@@ -134,10 +139,12 @@ def refine(
 
     Raises:
         CalibrationError: No crops, crops of different sizes, no bounds yet, or a loss that is not finite.
-        CheckpointError: The checkpoint belongs to another model or other settings.
+        CheckpointError: The checkpoint belongs to another model or other settings, or not every rank can read it.
+        RankLostError: Another rank failed.
     """
     settings = settings or RefineSettings()
     _check_crops(crops)
+    distributed.broadcast_state(prepared)
     enable_fake_quant(prepared)
     disable_observers(prepared)
     with frozen(prepared):
@@ -170,22 +177,18 @@ class _Refinement:
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
         rest = trainable_rest(prepared.model, prepared.sites()) if settings.rates.rest else ()
         rates = settings.rates.at(_fewest_bits(prepared)) if settings.by_bits else settings.rates
-        self.learner = Learner(prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up)
+        self.learner = Learner(
+            prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up, shared=True
+        )
         self.blocks = [stage.name for stage in find_stages(prepared)] if settings.feature_weight else []
         self.trace = RefineTrace()
         self.best = (-math.inf, self.learner.snapshot())
 
     def step(self) -> None:
         """One gradient step."""
-        batch = self._batch(self.learner.steps_done)
-        with torch.no_grad(), features_of(self.reference, self.blocks) as wanted:
-            target = first_tensor(self.reference(batch))
-        with self._mixed(batch), self._recomputing(), features_of(self.prepared, self.blocks) as reached:
-            output = first_tensor(self.prepared(batch))
-        loss = (output.float() - target.float()).abs().mean()
-        if self.blocks:
-            loss = loss + self.settings.feature_weight * feature_error(reached, wanted)
-        value = float(loss.detach())
+        with distributed.own_share():
+            loss = self._loss(self._images(self.learner.steps_done))
+        value = float(distributed.all_sum(loss.detach()))
         if not math.isfinite(value):
             raise CalibrationError(
                 f"The loss is not finite at step {self.learner.steps_done}",
@@ -195,12 +198,30 @@ class _Refinement:
         self.trace.losses.append(value)
         self.learner.step(loss)
 
+    def _loss(self, images: list[Tensor]) -> Tensor:
+        """What the images of this rank add to the loss of the batch."""
+        share = len(images) / self.settings.batch_size
+        wanted: dict[str, Tensor] = {}
+        if images:
+            batch = torch.stack(images).to(self.like)
+            with torch.no_grad(), features_of(self.reference, self.blocks) as wanted:
+                target = first_tensor(self.reference(batch))
+        variances = shared_variances(wanted, self.blocks, self.like) if distributed.is_distributed() else None
+        if not images:
+            return torch.zeros((), device=self.like.device)
+        with self._mixed(batch), self._recomputing(), features_of(self.prepared, self.blocks) as reached:
+            output = first_tensor(self.prepared(batch))
+        loss = (output.float() - target.float()).abs().mean()
+        if self.blocks:
+            loss = loss + self.settings.feature_weight * feature_error(reached, wanted, variances)
+        return loss if share == 1 else loss * share
+
     def check(self) -> None:
         """Measure the held-out crops and remember the state if it is the best so far."""
         if not self.held_out:
             self.trace.best_step = self.learner.steps_done
             return
-        psnr = held_out_psnr(self.prepared, self._targets, self.like)
+        psnr = self._held_out_psnr()
         self.trace.held_out.append((self.learner.steps_done, psnr))
         if psnr > self.best[0]:
             self.best = (psnr, self.learner.snapshot())
@@ -220,7 +241,7 @@ class _Refinement:
 
     def resume(self, store: Checkpoint) -> None:
         """Go on from a checkpoint, or look at where things start."""
-        found = store.load()
+        found = self._checked(store.load())
         if found is None:
             self.check()
             return
@@ -234,22 +255,50 @@ class _Refinement:
 
     def save(self, store: Checkpoint) -> None:
         """Write everything that :meth:`resume` needs."""
+        if not distributed.is_first():
+            return
         tensors = self.learner.state() | {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         store.save(tensors, {"trace": self.trace.to_dict(), "best": self.best[0], "step": self.learner.steps_done})
 
-    def _batch(self, step: int) -> Tensor:
+    def _images(self, step: int) -> list[Tensor]:
+        """This rank's share of the images of a step."""
         size, count = self.settings.batch_size, len(self.crops)
         chosen = [sample_order(count, self.settings.seed, step * size + i) for i in range(size)]
         images = [mirrored(self.crops[index], turn) for index, turn in chosen]
         if self.side is not None:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 7919 * step)
             images = [random_cut(image, self.side, generator) for image in images]
-        return torch.stack(images).to(self.like)
+        return [image for index, image in enumerate(images) if distributed.is_mine(index)]
 
     @cached_property
     def _targets(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's share of the held-out images, and the float network's outputs."""
+        own = [image for index, image in enumerate(self.held_out) if distributed.is_mine(index)]
         with torch.no_grad():
-            return [(image, first_tensor(self.reference(image[None].to(self.like)))) for image in self.held_out]
+            return [(image, first_tensor(self.reference(image[None].to(self.like)))) for image in own]
+
+    def _held_out_psnr(self) -> float:
+        """Mean over all held-out images, added up in their order whoever measured them."""
+        size = distributed.world_size()
+        measured = torch.zeros(math.ceil(len(self.held_out) / size), dtype=torch.float64, device=self.like.device)
+        with distributed.own_share():
+            for index, target in enumerate(self._targets):
+                measured[index] = held_out_psnr(self.prepared, [target], self.like)
+        everyone = torch.stack(distributed.all_gather(measured), 1).flatten().tolist()
+        return sum(everyone[: len(self.held_out)]) / len(self.held_out)
+
+    def _checked(self, found: Progress | None) -> Progress | None:
+        """Raise unless all ranks go on from the same step."""
+        step = -1 if found is None else int(found[1]["step"])
+        steps = [int(s) for s in distributed.all_gather(torch.tensor([step], device=self.like.device))]
+        if len(set(steps)) > 1:
+            raise CheckpointError(
+                "The ranks do not find the same checkpoint",
+                found=f"steps {steps} (-1 is no file)",
+                expected="one file that all of them read",
+                remedy="choose an output on a file system that all ranks share",
+            )
+        return found
 
     def _mixed(self, batch: Tensor) -> Any:
         return torch.autocast(batch.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
@@ -268,6 +317,10 @@ class _Refinement:
 
 def _fewest_bits(prepared: PreparedModel) -> int:
     return min((q.spec.bits for site in prepared.sites() for q in site.quantizers()), default=8)
+
+
+def _deviations(values: Tensor) -> Tensor:
+    return (values.double() - values.double().mean()).square().sum()
 
 
 # --- parts of it ------------------------------------------------------------------------------------------------------
@@ -292,13 +345,29 @@ def features_of(model: PreparedModel, names: Sequence[str]) -> Iterator[dict[str
             handle.remove()
 
 
-def feature_error(reached: dict[str, Tensor], wanted: dict[str, Tensor]) -> Tensor:
-    """Mean over the features of ``||f~ - f||^2 / Var(f)``."""
-    errors = [
-        F.mse_loss(reached[name].float(), target.float()) / target.float().var().clamp_min(1e-12)
-        for name, target in wanted.items()
-    ]
+def feature_error(
+    reached: dict[str, Tensor], wanted: dict[str, Tensor], variances: dict[str, Tensor] | None = None
+) -> Tensor:
+    """Mean over the features of ``||f~ - f||^2 / Var(f)``; the variances are those of `wanted` unless given."""
+    errors = []
+    for name, target in wanted.items():
+        variance = target.float().var() if variances is None else variances[name]
+        errors.append(F.mse_loss(reached[name].float(), target.float()) / variance.clamp_min(1e-12))
     return torch.stack(errors).mean()
+
+
+def shared_variances(wanted: dict[str, Tensor], names: Sequence[str], like: Tensor) -> dict[str, Tensor]:
+    """Variances of features over the images of all ranks; a rank without images has none in `wanted`."""
+    own = torch.zeros((len(names), 3), dtype=torch.float64, device=like.device)  # count, mean, squared deviations
+    for row, name in zip(own, names, strict=True):
+        if name in wanted:
+            values = wanted[name].float()
+            row.copy_(torch.stack((row.new_tensor(values.numel()), values.double().mean(), _deviations(values))))
+    count, mean, squares = torch.stack(distributed.all_gather(own)).unbind(-1)  # each [ranks, names]
+    total = count.sum(0)
+    centre = (count * mean).sum(0) / total
+    variance = (squares + count * (mean - centre).square()).sum(0) / (total - 1)
+    return dict(zip(names, variance.float().unbind(), strict=True))
 
 
 @torch.no_grad()

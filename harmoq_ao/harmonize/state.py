@@ -13,6 +13,8 @@ from torch import Tensor
 from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import CheckpointError
 
+Progress = tuple[dict[str, Tensor], dict[str, Any]]
+"""What a file holds: tensors by name, and JSON-able data."""
 _KEY = "harmoq_ao_progress"
 
 
@@ -41,7 +43,7 @@ class Checkpoint:
         with atomic_write(self.path) as file:
             file.write(content)
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def load(self) -> Progress | None:
         """What was saved; None without a file.
 
         Raises:
