@@ -22,7 +22,8 @@ from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRu
 from harmoq_ao.convert import convert_harmoq
 from harmoq_ao.data import (
     CalibrationCrops,
-    list_images,
+    EncodedImage,
+    find_images,
     luma,
     split_photographs,
 )
@@ -42,7 +43,10 @@ _KINDS = ("linear", "matmul", "conv2d")
 def quantize(
     checkpoint: Annotated[str, typer.Argument(help="A .pth or .safetensors that spandrel knows, or demo:x2, x3, x4.")],
     output: Annotated[Path, typer.Argument(help="Folder for the saved model.")],
-    calibration: Annotated[Path, typer.Option(help="Folder of photographs to calibrate on.")],
+    calibration: Annotated[
+        str,
+        typer.Option(help="Photographs: a folder, a pattern, a list of paths (.txt), a .parquet, or hf:NAME[:SPLIT]."),
+    ],
     weight_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
     act_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
     profile: Annotated[str, typer.Option(help="deploy or paper.")] = "deploy",
@@ -64,12 +68,13 @@ def quantize(
         bool,
         typer.Option("--downscale/--lr", help="Photographs are high-resolution (default), or low-resolution already."),
     ] = True,
+    column: Annotated[str | None, typer.Option(help="A data set's column of images, where it has several.")] = None,
     seed: Annotated[int, typer.Option(help="Of the crops and of the observers' samples.")] = 0,
     float_dtype: Annotated[
         FloatDtype, typer.Option(help="Type of the parts that are not integers.")
     ] = FloatDtype.float32,
 ) -> None:
-    """Quantize a float checkpoint with a folder of photographs, and save it."""
+    """Quantize a float checkpoint with a few photographs, and save it."""
     config = _config(
         weight_bits=weight_bits,
         act_bits=act_bits,
@@ -84,7 +89,8 @@ def quantize(
     check_method(method)
     chosen = _preset_for(preset, weight_bits, act_bits)
     settings = preset_of(chosen)
-    photographs = list_images(calibration, recursive=True)
+    count = crops or settings.crops
+    photographs = find_images(calibration, learned=count, column=column)
     loaded = open_float(checkpoint)
     learned, held_out = split_photographs(photographs, seed)
     factor = loaded.scale if downscale else 1
@@ -93,7 +99,7 @@ def quantize(
     prepared = prepare_with(
         method,
         loaded,
-        cut(learned, crops or settings.crops),
+        cut(learned, count),
         config,
         preset=chosen,
         held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
@@ -120,7 +126,9 @@ def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:
     return "none" if min(weight_bits, act_bits) >= 8 else "fast"
 
 
-def _crops(photographs: Sequence[Path], count: int, *, loaded: Any, size: int, factor: int, seed: int) -> list[Any]:
+def _crops(
+    photographs: Sequence[Path | EncodedImage], count: int, *, loaded: Any, size: int, factor: int, seed: int
+) -> list[Any]:
     """Crops for a model; for one of a single channel their luma."""
     cut = CalibrationCrops(photographs, size, count, factor, seed)
     return [crop if loaded.input_channels == 3 else luma(crop) for crop in track(cut, "Cutting crops")]

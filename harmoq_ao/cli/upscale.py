@@ -20,7 +20,7 @@ from harmoq_ao.cli.common import (
     out,
 )
 from harmoq_ao.data import (
-    list_images,
+    image_files,
     load_image,
     save_image,
 )
@@ -33,7 +33,10 @@ from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_model
 @app.command("upscale")
 def upscale_command(
     model: ModelArgument,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files or folders of them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Image files, folders of them, patterns, or lists of paths (.txt)."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the upscaled images.")],
     tile: TileOption = None,
     overlap: OverlapOption = 32,
@@ -43,7 +46,7 @@ def upscale_command(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
 ) -> None:
     """Upscale images; transparency, gray and 16 bits are kept."""
-    images = list_images(inputs)
+    images = image_files(inputs)
     targets = _targets(images, output, suffix, overwrite)
     tile = tile or (OPENVINO_TILE if openvino else None)
     upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
