@@ -27,7 +27,7 @@ from harmoq_ao.data import (
     luma,
     split_photographs,
 )
-from harmoq_ao.errors import ConfigError
+from harmoq_ao.errors import ConfigError, shown
 from harmoq_ao.harmonize.presets import PRESETS
 from harmoq_ao.harmonize.presets import preset as preset_of
 from harmoq_ao.methods import METHODS, check_method, prepare_with
@@ -35,7 +35,7 @@ from harmoq_ao.progress import track
 from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.upscaler import open_float
 
-_RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>\d+)[Aa](?P<act>\d+)")
+_RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>[0-9]{1,4})[Aa](?P<act>[0-9]{1,4})")
 _KINDS = ("linear", "matmul", "conv2d")
 
 
@@ -143,7 +143,9 @@ def parse_rule(text: str) -> SiteRule:
     match = _RULE.fullmatch(text)
     if match is None:
         raise ConfigError(
-            "A rule is not readable", found=text, expected="GLOB:W8A8, such as '*.attn.qkv:W8A8' or 'matmul:W8A8'"
+            "A rule is not readable",
+            found=shown(text),
+            expected="GLOB:W8A8, such as '*.attn.qkv:W8A8' or 'matmul:W8A8'",
         )
     sites, weight, act = match["sites"], int(match["weight"]), int(match["act"])
     if sites in _KINDS:
