@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from harmoq_ao.errors import ConfigError
+from harmoq_ao.errors import ConfigError, shown
 from harmoq_ao.quantizer import Granularity, QuantizerSpec, Scheme, check_bits
 
 Profile = Literal["deploy", "paper"]
@@ -46,8 +46,10 @@ class SiteRule:
 
     def __post_init__(self) -> None:
         if not isinstance(self.sites, str) or not self.sites:
-            raise ConfigError("A rule needs a glob of site names", found=repr(self.sites), expected="a text like '*'")
-        object.__setattr__(self, "kind", _KIND_ALIASES.get(str(self.kind), self.kind))
+            raise ConfigError("A rule needs a glob of site names", found=shown(self.sites), expected="a text like '*'")
+        object.__setattr__(
+            self, "kind", _KIND_ALIASES.get(self.kind, self.kind) if isinstance(self.kind, str) else self.kind
+        )
         _check_choice("kind", self.kind, (*get_args(Kind), None))
         _check_choice("joint_scale", self.joint_scale, (*get_args(JointScale), None))
         _check_choice("dynamic", self.dynamic, (True, False, None))
@@ -133,7 +135,7 @@ class HarmoqConfig:
         _check_choice("joint_shift", self.joint_shift, (True, False))
         _check_choice("storage_dtype", self.storage_dtype, get_args(StorageDtype))
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
-            raise ConfigError("seed must be a whole number", found=repr(self.seed)[:80], expected="0 to 2**63 - 1")
+            raise ConfigError("seed must be a whole number", found=shown(self.seed), expected="0 to 2**63 - 1")
         object.__setattr__(self, "rules", _as_rules(self.rules))
 
     def settings(self, name: str, kind: str) -> SiteSettings:
@@ -219,7 +221,7 @@ class HarmoqConfig:
         unknown = sorted(set(map(str, data)) - known)
         if unknown:
             close = difflib.get_close_matches(unknown[0], known, 3)
-            raise ConfigError("Unknown setting", found=unknown[0], expected=" or ".join(close) or sorted(known))
+            raise ConfigError("Unknown setting", found=unknown[0][:120], expected=" or ".join(close) or sorted(known))
         return cls(**data)
 
     def with_bits(self, weight_bits: int, act_bits: int) -> HarmoqConfig:
@@ -240,16 +242,16 @@ def _as_rule(rule: Any) -> SiteRule:
         known = {f.name for f in fields(SiteRule)}
         unknown = sorted(set(map(str, rule)) - known)
         if unknown:
-            raise ConfigError("Unknown setting in a rule", found=unknown[0], expected=sorted(known))
+            raise ConfigError("Unknown setting in a rule", found=unknown[0][:120], expected=sorted(known))
         return SiteRule(**rule)
-    raise ConfigError("A rule is a SiteRule or a mapping", found=repr(rule))
+    raise ConfigError("A rule is a SiteRule or a mapping", found=shown(rule))
 
 
 def _check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     if not any(value is c or (type(value) is type(c) and value == c) for c in choices):
-        close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1)
+        close = difflib.get_close_matches(shown(value).strip("'"), [str(c) for c in choices], 1)
         hint = f"did you mean {close[0]!r}?" if close else None
-        raise ConfigError(f"Unknown {name}", found=repr(value), expected=", ".join(map(repr, choices)), remedy=hint)
+        raise ConfigError(f"Unknown {name}", found=shown(value), expected=", ".join(map(repr, choices)), remedy=hint)
 
 
 def _near_misses(rule: SiteRule, sites: Sequence[tuple[str, str]]) -> list[str]:

@@ -3,6 +3,18 @@
 from __future__ import annotations
 
 
+def shown(value: object, most: int = 120) -> str:
+    """A value from anywhere as a message shows it: cut, and never an error of its own.
+
+    Python refuses to write out integers of many digits and containers nested deeply.
+    """
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"{type(value).__name__} that cannot be written out"
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
 class HarmoqError(Exception):
     """Base of all errors raised on purpose by harmoq_ao.
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmoq_ao.errors import ConfigError
+from harmoq_ao.errors import ConfigError, shown
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bit widths that quantize."""
@@ -108,7 +108,7 @@ def check_bits(bits: int) -> None:
     if isinstance(bits, bool) or not isinstance(bits, int) or bits not in QUANTIZED_BITS + OFF_BITS:
         raise ConfigError(
             "Unsupported bit width",
-            found=repr(bits),
+            found=shown(bits),
             expected="an integer from 2 to 8, or 16 or 32",
             remedy="choose 2 to 8 bits to quantize, 16 or 32 to leave the operand in floating point",
         )
@@ -119,7 +119,7 @@ def _member(kind: type[Enum], value: object, name: str) -> Enum:
         return kind(value)
     except ValueError:
         choices = ", ".join(str(member.value) for member in kind)
-        raise ConfigError(f"Unknown quantizer {name}", found=repr(value), expected=choices) from None
+        raise ConfigError(f"Unknown quantizer {name}", found=shown(value), expected=choices) from None
 
 
 def step_size(lo: Tensor, hi: Tensor, bits: int) -> Tensor:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import harmoq_ao
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.convert import QuantizedModel, finalize, replace_sites
-from harmoq_ao.errors import ConfigError, OutputError, SavedModelError
+from harmoq_ao.errors import ConfigError, OutputError, SavedModelError, shown
 from harmoq_ao.history import History
 from harmoq_ao.modules.prepared import PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, empty_site
@@ -370,7 +370,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("schema_version") != SCHEMA_VERSION:
         raise SavedModelError(
             f"{path} is of another version of the format",
-            found=config.get("schema_version"),
+            found=shown(config.get("schema_version")),
             expected=SCHEMA_VERSION,
             remedy="use the version of harmoq-ao that wrote it",
         )
@@ -398,7 +398,7 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
     }
     for name, valid in kinds.items():
         if name not in config or not valid(config[name]):
-            raise SavedModelError(f"{path} has no valid {name!r}", found=repr(config.get(name))[:120], remedy=_REMEDY)
+            raise SavedModelError(f"{path} has no valid {name!r}", found=shown(config.get(name)), remedy=_REMEDY)
 
 
 def _are_shapes(value: Any) -> bool:
@@ -414,7 +414,7 @@ def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
     path = folder / name
     if not _WEIGHTS.fullmatch(name):
         raise SavedModelError(
-            f"{folder} names its weights oddly", found=repr(name[:80]), expected="model-<12 digits>.safetensors"
+            f"{folder} names its weights oddly", found=shown(name), expected="model-<12 digits>.safetensors"
         )
     try:
         data = path.read_bytes()

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .errors import CheckpointError, SavedModelError
+from .errors import CheckpointError, SavedModelError, shown
 
 MAX_INTEGER = 4096
 """Largest integer accepted as a hyperparameter (images' sides, channels, depths)."""
@@ -345,7 +345,7 @@ def build_architecture(spec: object) -> nn.Module:
     cls = _architecture_class(spec.get("class"))
     encoded = spec.get("hyperparameters")
     if not isinstance(encoded, Mapping):
-        raise _malformed("has no hyperparameters", found=repr(encoded)[:80], expected="a JSON object")
+        raise _malformed("has no hyperparameters", found=shown(encoded), expected="a JSON object")
     arguments = {name: _decode(value, str(name)) for name, value in encoded.items()}
     _check_arguments(cls, arguments)
     try:
@@ -367,7 +367,7 @@ def _architecture_class(reference: object) -> type[nn.Module]:
     if match is None:
         raise _malformed(
             "names no model class of spandrel",
-            found=repr(reference)[:120],
+            found=shown(reference),
             expected="spandrel.architectures.<...>:<class>",
         )
     try:
@@ -399,7 +399,9 @@ def _check_arguments(cls: type[nn.Module], arguments: Mapping[str, Any]) -> None
         expected, found = _kind(parameters[name].default), _kind(value)
         if "other" not in (expected, found) and expected != found:
             raise _malformed(
-                f"gives {cls.__name__}'s {name} the wrong type", found=f"a {found}, {value!r}", expected=f"a {expected}"
+                f"gives {cls.__name__}'s {name} the wrong type",
+                found=f"a {found}, {shown(value)}",
+                expected=f"a {expected}",
             )
 
 
@@ -449,14 +451,12 @@ def _decode(value: object, name: str, depth: int = 0) -> Any:
         if set(value) == {"tuple"} and isinstance(value["tuple"], list):
             return tuple(_decode(value["tuple"], name, depth))
         return {str(key): _decode(item, name, depth + 1) for key, item in value.items()}
-    raise _malformed(
-        f"holds an unusable hyperparameter {name}", found=repr(value)[:80], expected="numbers, strings, lists"
-    )
+    raise _malformed(f"holds an unusable hyperparameter {name}", found=shown(value), expected="numbers, strings, lists")
 
 
 def _within(name: str, value: Any, accepted: bool, expected: str) -> Any:
     if not accepted:
-        raise _malformed(f"holds an implausible hyperparameter {name}", found=repr(value)[:80], expected=expected)
+        raise _malformed(f"holds an implausible hyperparameter {name}", found=shown(value), expected=expected)
     return value
 
 

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import safetensors.torch
@@ -97,6 +98,25 @@ def test_quantize_writes_a_model_and_a_summary(folder: Path, tmp_path: Path) -> 
     assert config.settings("layers.0.x", "linear").weight.bits == 8
     assert config.settings("layers.1.x", "matmul").act.bits == 8
     assert config.settings("layers.1.x", "linear").weight.bits == 4
+
+
+def test_quantize_on_a_data_set(folder: Path, tmp_path: Path) -> None:
+    cells = [{"bytes": path.read_bytes(), "path": None} for path in sorted((folder / "photographs").iterdir())]
+    table = datasets.Dataset.from_dict({"one": cells, "other": cells})
+    table.to_parquet(tmp_path / "photographs.parquet")
+    given = (
+        "quantize",
+        folder / "model.safetensors",
+        tmp_path / "out",
+        "--calibration",
+        tmp_path / "photographs.parquet",
+    )
+    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16, "--preset", "none")
+    assert "image columns: one, other" in fails(*given, *options)
+    succeeds(*given, *options, "--column", "one")
+    quantized, reference = load_quantized(tmp_path / "out"), load_quantized(folder / "w4")
+    expected = reference.model.state_dict()
+    assert all(bool((tensor == expected[name]).all()) for name, tensor in quantized.model.state_dict().items())
 
 
 @pytest.mark.parametrize("method", ["minmax", "harmoq"])
@@ -203,6 +223,17 @@ def test_upscale_keeps_the_form_and_goes_on_after_a_bad_file(folder: Path, tmp_p
     for mode in ("RGB", "RGBA", "L"):
         with Image.open(tmp_path / "out" / f"{mode}_x2.png") as image:
             assert (image.mode, image.size) == (mode, (42, 36))
+
+
+def test_upscale_by_pattern_and_list(folder: Path, tmp_path: Path) -> None:
+    source = folder / "photographs"
+    succeeds("upscale", folder / "w4", source / "[0].png", "-o", tmp_path / "pattern")
+    assert [path.name for path in (tmp_path / "pattern").iterdir()] == ["0.png"]
+    (tmp_path / "list.txt").write_text(f"{source / '1.png'}\n{source / '0.png'}\n")
+    succeeds("upscale", folder / "w4", tmp_path / "list.txt", "-o", tmp_path / "list")
+    assert sorted(path.name for path in (tmp_path / "list").iterdir()) == ["0.png", "1.png"]
+    assert (tmp_path / "list" / "0.png").read_bytes() == (tmp_path / "pattern" / "0.png").read_bytes()
+    assert "files are needed" in fails("upscale", folder / "w4", "hf:some/set", "-o", tmp_path / "out")
 
 
 def test_upscale_in_tiles(folder: Path, tmp_path: Path) -> None:

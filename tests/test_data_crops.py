@@ -177,7 +177,8 @@ def test_every_kind_of_source_gives_the_same_record(tmp_path: Path) -> None:
     [
         (7, ImageError, "This is not an image. Found: int"),
         ({"bytes": None, "path": None}, ImageError, "A cell holds no image"),
-        ({"bytes": b"text"}, ImageError, "A cell's bytes are not an image"),
+        ({"bytes": b"text"}, ImageError, "A cell's image is not an image"),
+        ({"bytes": 7}, ImageError, "A cell holds no image. Found: int"),
         (torch.zeros(1, 3, 4, 4), InputError, "wrong rank"),
         (torch.full((3, 4, 4), float("nan")), InputError, "48 NaN or infinite"),
     ],

@@ -24,12 +24,13 @@ from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRu
 from harmoq_ao.convert import convert_harmoq
 from harmoq_ao.data import (
     CalibrationCrops,
-    list_images,
+    EncodedImage,
+    find_images,
     luma,
     split_photographs,
 )
 from harmoq_ao.distributed import is_first, wait_for_all
-from harmoq_ao.errors import ConfigError
+from harmoq_ao.errors import ConfigError, shown
 from harmoq_ao.harmonize.presets import PRESETS
 from harmoq_ao.harmonize.presets import preset as preset_of
 from harmoq_ao.methods import METHODS, check_method, prepare_with
@@ -38,7 +39,7 @@ from harmoq_ao.progress import track
 from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.upscaler import open_float
 
-_RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>\d+)[Aa](?P<act>\d+)")
+_RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>[0-9]{1,4})[Aa](?P<act>[0-9]{1,4})")
 _MEASURED_CROPS = 6  # of photographs kept aside, to measure bits by need on
 _MEASURED_SIDE = 48  # at most; every site runs them at every width
 _KINDS = ("linear", "matmul", "conv2d")
@@ -49,7 +50,10 @@ def quantize(
     ctx: typer.Context,
     checkpoint: Annotated[str, typer.Argument(help="A .pth or .safetensors that spandrel knows, or demo:x2, x3, x4.")],
     output: Annotated[Path, typer.Argument(help="Folder for the saved model.")],
-    calibration: Annotated[Path, typer.Option(help="Folder of photographs to calibrate on.")],
+    calibration: Annotated[
+        str,
+        typer.Option(help="Photographs: a folder, a pattern, a list of paths (.txt), a .parquet, or hf:NAME[:SPLIT]."),
+    ],
     weight_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
     act_bits: Annotated[int, typer.Option(help="2 to 8; 16 or 32 is off.")] = 8,
     profile: Annotated[str, typer.Option(help="deploy or paper.")] = "deploy",
@@ -78,12 +82,13 @@ def quantize(
         bool,
         typer.Option("--downscale/--lr", help="Photographs are high-resolution (default), or low-resolution already."),
     ] = True,
+    column: Annotated[str | None, typer.Option(help="A data set's column of images, where it has several.")] = None,
     seed: Annotated[int, typer.Option(help="Of the crops and of the observers' samples.")] = 0,
     float_dtype: Annotated[
         FloatDtype, typer.Option(help="Type of the parts that are not integers.")
     ] = FloatDtype.float32,
 ) -> None:
-    """Quantize a float checkpoint with a folder of photographs, and save it.
+    """Quantize a float checkpoint with a few photographs, and save it.
 
     Under torchrun the processes share calibration and refinement; the first one prints and writes.
     """
@@ -102,12 +107,13 @@ def quantize(
     check_method(method)
     chosen = _preset_for(preset, weight_bits, act_bits)
     settings = preset_of(chosen)
-    photographs = list_images(calibration, recursive=True)
+    count = crops or settings.crops
+    photographs = find_images(calibration, learned=count, column=column)
     loaded = open_float(checkpoint)
     learned, held_out = split_photographs(photographs, seed)
     factor = loaded.scale if downscale else 1
     cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
-    seen = cut(learned, crops or settings.crops)
+    seen = cut(learned, count)
     if max_drop is not None or target_size is not None:
         kept = _with_references(held_out, loaded, min(crop_size, _MEASURED_SIDE), factor, seed)
         mixture = mix_bits(loaded, seen, kept, _mixable(config, method), max_drop=max_drop, max_bytes=target_size)
@@ -155,13 +161,17 @@ def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:
     return "none" if min(weight_bits, act_bits) >= 8 else "fast"
 
 
-def _crops(photographs: Sequence[Path], count: int, *, loaded: Any, size: int, factor: int, seed: int) -> list[Any]:
+def _crops(
+    photographs: Sequence[Path | EncodedImage], count: int, *, loaded: Any, size: int, factor: int, seed: int
+) -> list[Any]:
     """Crops for a model; for one of a single channel their luma."""
     cut = CalibrationCrops(photographs, size, count, factor, seed)
     return [crop if loaded.input_channels == 3 else luma(crop) for crop in track(cut, "Cutting crops")]
 
 
-def _with_references(photographs: Sequence[Path], loaded: Any, size: int, factor: int, seed: int) -> list[Measured]:
+def _with_references(
+    photographs: Sequence[Path | EncodedImage], loaded: Any, size: int, factor: int, seed: int
+) -> list[Measured]:
     """Crops with what the photographs have in their place, to measure losses on."""
     if not photographs or factor < 2:
         raise ConfigError(
@@ -192,7 +202,9 @@ def parse_rule(text: str) -> SiteRule:
     match = _RULE.fullmatch(text)
     if match is None:
         raise ConfigError(
-            "A rule is not readable", found=text, expected="GLOB:W8A8, such as '*.attn.qkv:W8A8' or 'matmul:W8A8'"
+            "A rule is not readable",
+            found=shown(text),
+            expected="GLOB:W8A8, such as '*.attn.qkv:W8A8' or 'matmul:W8A8'",
         )
     sites, weight, act = match["sites"], int(match["weight"]), int(match["act"])
     if sites in _KINDS:

@@ -22,7 +22,7 @@ from harmoq_ao.cli.common import (
     err,
     out,
 )
-from harmoq_ao.data import list_images
+from harmoq_ao.data import image_files
 from harmoq_ao.data.images import WRITABLE
 from harmoq_ao.errors import ConfigError, DatasetError, OutputError
 from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
@@ -41,7 +41,10 @@ class Engine(StrEnum):
 @app.command("upscale")
 def upscale_command(
     model: ModelArgument,
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Image files or folders of them.")],
+    inputs: Annotated[
+        list[str],
+        typer.Argument(metavar="INPUT...", help="Image files, folders of them, patterns, or lists of paths (.txt)."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the upscaled images.")],
     tile: TileOption = None,
     overlap: OverlapOption = 32,
@@ -55,7 +58,7 @@ def upscale_command(
     ] = None,
 ) -> None:
     """Upscale images; transparency, gray and 16 bits are kept."""
-    images = list_images(inputs)
+    images = image_files(inputs)
     jobs = list(map(Job, images, _targets(images, output, suffix, overwrite)))
     if workers is not None and engine is not Engine.ray:
         raise ConfigError("Workers are Ray's", found=f"--workers with --engine {engine}", expected="--engine ray")

@@ -1,4 +1,4 @@
-"""Images in and out: files, folders, pairs of a benchmark, and crops for calibration."""
+"""Images in and out: files, folders, data sets, pairs of a benchmark, and crops for calibration."""
 
 from harmoq_ao.data.crops import (
     CALIBRATION_PHOTOGRAPHS,
@@ -15,6 +15,7 @@ from harmoq_ao.data.folders import IMAGE_SUFFIXES, ImagePair, list_images, load_
 from harmoq_ao.data.images import (
     MAX_PIXELS,
     WRITABLE,
+    EncodedImage,
     ImageRecord,
     atomic_write,
     check_image_tensor,
@@ -24,6 +25,7 @@ from harmoq_ao.data.images import (
     load_image,
     save_image,
 )
+from harmoq_ao.data.sources import find_images, image_files
 
 __all__ = [
     "CALIBRATION_PHOTOGRAPHS",
@@ -32,13 +34,16 @@ __all__ = [
     "MAX_PIXELS",
     "WRITABLE",
     "CalibrationCrops",
+    "EncodedImage",
     "ImageColumn",
     "ImagePair",
     "ImageRecord",
     "as_record",
     "atomic_write",
     "check_image_tensor",
+    "find_images",
     "from_hf_dataset",
+    "image_files",
     "image_from_array",
     "image_from_pillow",
     "image_size",

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch.utils.data import Dataset
 
 from harmoq_ao.data.images import (
+    EncodedImage,
     ImageRecord,
     check_image_tensor,
     image_from_array,
@@ -24,8 +24,11 @@ from harmoq_ao.data.images import (
 )
 from harmoq_ao.errors import CalibrationError, ConfigError, DatasetError, ImageError
 
-ImageSource = str | Path | npt.NDArray[Any] | torch.Tensor | Image.Image | ImageRecord
-"""A file, an array as in `image_from_array`, a tensor `[3, H, W]` in 0..1, a Pillow image, or a record."""
+ImageSource = str | Path | npt.NDArray[Any] | torch.Tensor | Image.Image | ImageRecord | EncodedImage
+"""A file (also one in memory), an array as in `image_from_array`, a tensor `[3, H, W]` in 0..1, a Pillow image, or a
+record."""
+
+Orderable = TypeVar("Orderable", bound=Path | EncodedImage)
 
 HELD_OUT_SHARE = 10
 """Of so many photographs one is kept aside to choose between states."""
@@ -175,6 +178,8 @@ def as_record(source: ImageSource | Mapping[str, Any]) -> ImageRecord:
         return source
     if isinstance(source, str | Path):
         return load_image(source)
+    if isinstance(source, EncodedImage):
+        return source.load()
     if isinstance(source, np.ndarray):
         return image_from_array(source)
     if isinstance(source, Image.Image):
@@ -207,13 +212,13 @@ def from_hf_dataset(dataset: Any, column: str | None = None) -> ImageColumn:
     """
     features = getattr(dataset, "features", None)
     if isinstance(features, Mapping) and features:
-        return ImageColumn(dataset, _choose(column, list(features), _image_features(features)))
+        return ImageColumn(dataset, choose_column(column, list(features), image_features(features)))
     first = next(iter(dataset), None)
     if first is None:
         raise DatasetError("The data set is empty", found="0 rows", expected="at least one image")
     if not isinstance(first, Mapping):
         return ImageColumn(dataset, None)
-    return ImageColumn(dataset, _choose(column, list(first), [name for name in first if _is_image(first[name])]))
+    return ImageColumn(dataset, choose_column(column, list(first), [name for name in first if _is_image(first[name])]))
 
 
 def skimage_photographs(split: Literal["calibration", "evaluation"]) -> dict[str, Path]:
@@ -278,16 +283,17 @@ def _from_cell(cell: Mapping[str, Any]) -> ImageRecord:
         if path is None:
             raise ImageError("A cell holds no image", found="neither bytes nor a path", remedy="leave the row out")
         return load_image(path)
-    try:
-        image = Image.open(io.BytesIO(data))
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ImageError(
-            "A cell's bytes are not an image", found=str(error), expected="an encoded image", remedy="leave the row out"
-        ) from error
-    return image_from_pillow(image)
+    if not isinstance(data, bytes):
+        raise ImageError("A cell holds no image", found=type(data).__name__, expected="the bytes of an image file")
+    return EncodedImage(0, str(cell.get("path") or "A cell's image"), data).load()
 
 
-def _choose(wanted: str | None, columns: Sequence[str], candidates: Sequence[str]) -> str:
+def choose_column(wanted: str | None, columns: Sequence[str], candidates: Sequence[str]) -> str:
+    """The column asked for, or else the only candidate.
+
+    Raises:
+        DatasetError: It does not exist, or there are none or several candidates; all columns are listed.
+    """
     if wanted is not None and wanted not in columns:
         raise DatasetError(
             "The data set has no such column", found=f"columns {', '.join(columns)}", expected=f"'{wanted}' among them"
@@ -304,11 +310,17 @@ def _choose(wanted: str | None, columns: Sequence[str], candidates: Sequence[str
     return candidates[0]
 
 
-def _image_features(features: Mapping[str, Any]) -> list[str]:
+def image_features(features: Mapping[str, Any]) -> list[str]:
+    """Names of the columns that hold images, by their types."""
     # Whoever passes a Hugging Face data set has the package; nobody else pays for the import.
     from datasets import Image as ImageFeature
 
-    return [name for name, feature in features.items() if isinstance(feature, ImageFeature)]
+    # A Parquet file that no such library wrote has the parts of a cell, and not the type.
+    return [
+        name
+        for name, feature in features.items()
+        if isinstance(feature, ImageFeature) or (isinstance(feature, Mapping) and set(feature) == {"bytes", "path"})
+    ]
 
 
 def _is_image(cell: Any) -> bool:
@@ -317,7 +329,7 @@ def _is_image(cell: Any) -> bool:
     return isinstance(cell, Image.Image | ImageRecord | Path) or (isinstance(cell, Mapping) and "bytes" in cell)
 
 
-def split_photographs(files: Sequence[Path], seed: int = 0) -> tuple[list[Path], list[Path]]:
+def split_photographs(files: Sequence[Orderable], seed: int = 0) -> tuple[list[Orderable], list[Orderable]]:
     """Photographs to learn from, and one in ten, at least one, kept aside; a single one is not split.
 
     Args:

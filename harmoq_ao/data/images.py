@@ -15,9 +15,9 @@ import sys
 import uuid
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -118,31 +118,60 @@ def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
     """
     path = Path(path)
     _check_file(path)
+    return replace(_decoded(lambda: path, str(path), path.stat().st_size, max_pixels), path=path)
+
+
+@dataclass(frozen=True, order=True)
+class EncodedImage:
+    """An image file in memory, decoded when asked for.
+
+    Attributes:
+        row: Its place among the others; images are ordered by it.
+        name: What errors call it.
+        data: The bytes of the file.
+    """
+
+    row: int
+    name: str
+    data: bytes = field(repr=False)
+
+    def load(self) -> ImageRecord:
+        """Decode it, as `load_image` does with a file.
+
+        Raises:
+            ImageError: As in `load_image`.
+        """
+        return _decoded(lambda: io.BytesIO(self.data), self.name, len(self.data), MAX_PIXELS)
+
+
+def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int) -> ImageRecord:
+    """The image of a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour."""
     try:
-        with _without_bomb_warning(), Image.open(path) as image:
+        with _without_bomb_warning(), Image.open(opened()) as image:
             _check_size(image.size, max_pixels)
             rawmode = _colour_rawmode(image)
-            deep = _read_deep_colour(path, rawmode) if ";16" in rawmode else None
-            record = _record_from_pillow(image) if deep is None else deep
+            deep = _read_deep_colour(opened, name, rawmode) if ";16" in rawmode else None
+            return _record_from_pillow(image, name) if deep is None else deep
     except Image.DecompressionBombError as error:
-        raise _in_file(path, _too_large(str(error).rstrip("."), max_pixels)) from error
+        raise _in_file(name, _too_large(str(error).rstrip("."), max_pixels)) from error
     except UnidentifiedImageError as error:
         raise ImageError(
-            f"{path} is not an image",
-            found=f"{path.stat().st_size} bytes of no known image format",
+            f"{name} is not an image",
+            found=f"{size} bytes of no known image format",
             expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
             remedy="check that the file was downloaded or copied as a whole, and is what its name says",
         ) from error
     except ImageError as error:
-        raise _in_file(path, error) from error
+        raise _in_file(name, error) from error
+    except PermissionError as error:
+        raise ImageError(f"{name} may not be read", found="permission denied", remedy="change its mode") from error
     except _DECODE_ERRORS as error:
         raise ImageError(
-            f"{path} is corrupt or truncated",
+            f"{name} is corrupt or truncated",
             found=f"{type(error).__name__}: {error}",
             expected="a complete image file",
             remedy="download or copy the file again, or leave it out",
         ) from error
-    return replace(record, path=path)
 
 
 def image_from_pillow(image: Image.Image) -> ImageRecord:
@@ -153,7 +182,7 @@ def image_from_pillow(image: Image.Image) -> ImageRecord:
     """
     _check_size(image.size, MAX_PIXELS)
     try:
-        return _record_from_pillow(image)
+        return _record_from_pillow(image, getattr(image, "filename", "") or "An image")
     except ImageError:
         raise
     except _DECODE_ERRORS as error:
@@ -362,8 +391,8 @@ def _without_bomb_warning() -> Iterator[None]:
         yield
 
 
-def _in_file(path: Path, error: ImageError) -> ImageError:
-    return ImageError(f"{path}: {error.what}", found=error.found, expected=error.expected, remedy=error.remedy)
+def _in_file(name: str, error: ImageError) -> ImageError:
+    return ImageError(f"{name}: {error.what}", found=error.found, expected=error.expected, remedy=error.remedy)
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
@@ -383,9 +412,9 @@ def _too_large(found: str, max_pixels: int) -> ImageError:
     )
 
 
-def _record_from_pillow(image: Image.Image) -> ImageRecord:
+def _record_from_pillow(image: Image.Image, name: str = "An image") -> ImageRecord:
     if getattr(image, "n_frames", 1) > 1:
-        logger.warning("%s has several frames; only the first is used", getattr(image, "filename", "") or "An image")
+        logger.warning("%s has several frames; only the first is used", name)
     mode = image.mode
     image.load()
     return _finished(image, _array_from_pillow(image), mode)
@@ -473,7 +502,7 @@ def _colour_rawmode(image: Image.Image) -> str:
     return rawmode if isinstance(rawmode, str) else ""
 
 
-def _read_deep_colour(path: Path, rawmode: str) -> ImageRecord | None:
+def _read_deep_colour(opened: Callable[[], Path | BinaryIO], name: str, rawmode: str) -> ImageRecord | None:
     """16-bit colour at full precision, or ``None`` for layouts of which only 8 bits can be read.
 
     Pillow keeps the high byte of each sample. Told that the byte order is the other one it keeps the low byte, so two
@@ -481,16 +510,16 @@ def _read_deep_colour(path: Path, rawmode: str) -> ImageRecord | None:
     """
     swapped = _LOW_BYTES.get(rawmode)
     if swapped is None:
-        logger.warning("%s has 16 bits per channel but is read at 8: layout %s is not handled", path, rawmode)
+        logger.warning("%s has 16 bits per channel but is read at 8: layout %s is not handled", name, rawmode)
         return None
-    with Image.open(path) as low:
+    with Image.open(opened()) as low:
         low.tile = [_with_rawmode(tile, swapped) for tile in low.tile]
         low.load()
         low_bytes = np.asarray(low)
     if rawmode == "LA;16B":  # four bytes a pixel, which the swapped mode read as they are
         array = low_bytes.view(">u2").astype(np.uint16)
         return _finished(low, array, "LA;16")
-    with Image.open(path) as high:
+    with Image.open(opened()) as high:
         high.load()
         array = np.asarray(high).astype(np.uint16) << 8 | low_bytes
     return _finished(high, array, f"{high.mode};16")
