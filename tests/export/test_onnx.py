@@ -93,9 +93,8 @@ def test_every_kind_of_site(tmp_path: Path, config: HarmoqConfig) -> None:
     assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, seed=7)[0])
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT"])
-def test_transformers_at_8_bits(tmp_path: Path, name: str) -> None:
-    model = converted(name, HarmoqConfig(8, 8))
+def test_a_transformer_at_8_bits(tmp_path: Path) -> None:
+    model = converted("SwinIR/light", HarmoqConfig(8, 8))
     image = images(1, seed=7)[0]
     before = model(image)
     _, proto = exported(model, tmp_path / "m.onnx")
