@@ -202,7 +202,7 @@ def no_state_dict(rng: Random) -> FileCase:
 
 @CHECKPOINTS.add
 def junk_in_the_state_dict(rng: Random) -> FileCase:
-    junk = rng.choice((None, "x", [torch.zeros(1)], {"a": {}}, 3.0, torch.zeros(2, 2).to_sparse(), set()))
+    junk: Any = rng.choice((None, "x", [torch.zeros(1)], {"a": {}}, 3.0, torch.zeros(2, 2).to_sparse(), set()))
     return FileCase(saved({**state(), "junk": junk}), ".pth")
 
 

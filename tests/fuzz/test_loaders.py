@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import warnings
 from collections import Counter
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 import harmoq_ao as h
+from harmoq_ao import serialization
 from harmoq_ao.cli.quantize import parse_rule
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.data import image_size, load_image
@@ -108,7 +110,21 @@ def test_checkpoints(tmp_path: Path) -> None:
     survive(CHECKPOINTS, "checkpoints", load, check)
 
 
-def test_saved_models(tmp_path: Path) -> None:
+def _prepare_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trace the network once for each configuration and examples' shapes; hundreds of cases share the intact ones."""
+    traced: dict[str, h.PreparedModel] = {}
+
+    def prepare(model: torch.nn.Module, config: HarmoqConfig, examples: list[torch.Tensor]) -> h.PreparedModel:
+        key = f"{config.to_dict()}, {[tuple(example.shape) for example in examples]}"
+        if key not in traced:
+            traced[key] = h.prepare_harmoq(model, config, examples)
+        return copy.deepcopy(traced[key])
+
+    monkeypatch.setattr(serialization, "prepare_harmoq", prepare)
+
+
+def test_saved_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _prepare_once(monkeypatch)
     source = h.save_quantized(converted("linears", HarmoqConfig(4, 4)), tmp_path / "source")
     weights = next(source.glob("*.safetensors"))
     folder = Folder((source / "config.json").read_bytes(), weights.read_bytes())

@@ -16,6 +16,11 @@ from tests.reporting.conftest import HOSTILE
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
+def _refuse(dialog: Any, complaints: list[str]) -> None:
+    complaints.append(dialog.message)
+    dialog.dismiss()
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium: one on PATH, or playwright's own."""
@@ -38,7 +43,7 @@ def opened(browser: Any, page: Path) -> Iterator[Any]:
     complaints: list[str] = []
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
+    tab.on("dialog", lambda dialog: _refuse(dialog, complaints))
     tab.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
     tab.goto(page.as_uri())
     tab.locator(".slide output").first.wait_for()

@@ -1,0 +1,80 @@
+"""Memory of large images in tiles, and of many calls."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.tiling import upscale
+from tests.models import converted
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+
+MIB = 1 << 20
+
+
+def _resident(field: str = "VmRSS") -> int:
+    """Bytes of this process in memory, now or (VmHWM) at most."""
+    status = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in status if line.startswith(field)).split()[1]) * 1024
+
+
+def _peak(call: Callable[[], object]) -> int:
+    """Bytes that a call needed beyond what was there before."""
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    except OSError:
+        pytest.skip("the peak of memory cannot be reset here")
+    before = _resident()
+    call()
+    return _resident("VmHWM") - before
+
+
+class Wide(nn.Module):
+    """Trivial, with 128 channels in between at full size: 512 bytes for each pixel of the input."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        wide = image.repeat(1, 128 // image.shape[1] + 1, 1, 1)
+        return wide[:, :3].repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+def test_memory_of_a_large_image_is_that_of_a_tile() -> None:
+    side = 768
+    image = torch.rand(1, 3, side, side)
+    inside = 512 * side * side
+    output = 3 * 4 * side * side * 4
+    assert _peak(lambda: upscale(Wide(), image, 2)) > inside, "the whole image at once needs it all"
+    # The result, a padded copy of the image with its checks, and a few tiles.
+    tiled = _peak(lambda: upscale(Wide(), image, 2, tile=64, overlap=8))
+    assert tiled < output + 2 * image.nbytes + 24 * MIB < inside / 4
+
+
+@pytest.mark.parametrize(("name", "multiple", "calls"), [("linears", 1, 500), ("forms", 4, 20)])
+def test_memory_does_not_grow_with_calls(name: str, multiple: int, calls: int) -> None:
+    model = converted(name, HarmoqConfig(4, 4, "paper"))
+    sides = [multiple * step for step in range(2, 8 if multiple == 1 else 4)]
+    generator = torch.Generator().manual_seed(0)
+
+    def run(count: int) -> tuple[int, int]:
+        for _ in range(count):
+            height, width = (sides[int(torch.randint(len(sides), (), generator=generator))] for _ in range(2))
+            with torch.no_grad():
+                assert model(torch.rand(1, 3, height, width, generator=generator)).shape[-2:] == (height, width)
+        gc.collect()
+        return sum(issubclass(type(item), Tensor) for item in gc.get_objects()), _resident()
+
+    for height in sides:  # every size once: what is kept for a size is there from then on
+        for width in sides:
+            model(torch.rand(1, 3, height, width))
+    tensors, memory = run(calls // 4)
+    later_tensors, later_memory = run(calls)
+    assert later_tensors <= tensors
+    assert later_memory - memory < 8 * MIB
