@@ -224,6 +224,13 @@ class HarmoqConfig:
             raise ConfigError("Unknown setting", found=unknown[0][:120], expected=" or ".join(close) or sorted(known))
         return cls(**data)
 
+    @property
+    def widths(self) -> str:
+        """`W8A8`, or `W2..8A8` where rules ask for other weight bits than the rest."""
+        bits = {self.weight_bits, *(r.weight_bits for r in self.rules if r.weight_bits is not None)}
+        weights = f"{min(bits)}..{max(bits)}" if len(bits) > 1 else f"{self.weight_bits}"
+        return f"W{weights}A{self.act_bits}"
+
     def with_bits(self, weight_bits: int, act_bits: int) -> HarmoqConfig:
         """The same configuration at other widths."""
         return replace(self, weight_bits=weight_bits, act_bits=act_bits)

@@ -140,7 +140,11 @@ class QuantizedModel(nn.Module):
         Args:
             device: Whose kernels to name, as in :meth:`lowerings`.
         """
-        return quantized_report(self, device)
+        report = quantized_report(self, device)
+        measured = {} if self.history is None else self.history.sensitivities
+        for row in report.rows:
+            row.sensitivity_db = measured.get(row.name)
+        return report
 
 
 def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.float32) -> QuantizedModel:

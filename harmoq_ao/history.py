@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -53,6 +53,8 @@ class History:
         losses: Training loss of the refinement, thinned; empty where it did not run.
         held_out: Fidelity to the float network on the held-out crops, PSNR in dB.
         best_step: Steps of the refinement that the kept state had behind it, or None.
+        choice: How bits were chosen by need, in words, or None.
+        sensitivities: What each site alone costs at its bits, in dB, where that was measured.
     """
 
     method: str | None = None
@@ -61,6 +63,8 @@ class History:
     losses: Curve = ()
     held_out: Curve = ()
     best_step: int | None = None
+    choice: str | None = None
+    sensitivities: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, trace: HarmonizeTrace, method: str | None = None, preset: str | None = None) -> History:
@@ -84,6 +88,8 @@ class History:
             "losses": [list(point) for point in self.losses],
             "held_out": [list(point) for point in self.held_out],
             "best_step": self.best_step,
+            "choice": self.choice,
+            "sensitivities": self.sensitivities,
         }
 
     @classmethod
@@ -101,6 +107,8 @@ class History:
                 _curve(data["losses"]),
                 _curve(data["held_out"]),
                 None if data["best_step"] is None else _step(data["best_step"]),
+                _text(data["choice"]),
+                _by_site(data["sensitivities"]),
             )
             known = set(data) == set(history.to_dict())
         except (TypeError, KeyError, ValueError) as error:
@@ -167,6 +175,12 @@ def _step(value: Any) -> int:
 
 def _curve(value: Any) -> Curve:
     return tuple((_step(step), _number(number)) for step, number in _entries(value))
+
+
+def _by_site(value: Any) -> dict[str, float]:
+    if not isinstance(value, dict) or len(value) > _MAX_STORED:
+        raise ValueError("not a mapping, or too long a one")
+    return {str(_text(name)): _number(number) for name, number in value.items()}
 
 
 def _site(entry: Any) -> SiteChange:

@@ -29,6 +29,7 @@ from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.convert import convert_harmoq
 from harmoq_ao.data import luma
 from harmoq_ao.errors import CalibrationError, ConfigError
+from harmoq_ao.history import History
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite, quiet
 from harmoq_ao.prepare import PreparedModel, prepare_harmoq, weight_quantizer
 from harmoq_ao.progress import track
@@ -117,6 +118,11 @@ class Mixture:
     def rules(self) -> tuple[SiteRule, ...]:
         """As rules for a configuration, one for each site below the largest width."""
         return tuple(_rule(name, bits) for name, bits in self.bits.items() if bits != self.largest)
+
+    def recorded(self, history: History | None) -> History:
+        """A history that tells the choice, to be saved with the model."""
+        costs = {site.name: float(f"{site.sensitivity_db[self.bits[site.name]]:.3g}") for site in self.sites}
+        return replace(history or History(), choice=self.describe(), sensitivities=costs)
 
     def describe(self) -> str:
         """Bits before and after, how many sites have which, and the loss."""

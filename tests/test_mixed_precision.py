@@ -16,7 +16,7 @@ from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare
 from harmoq_ao.data import luma
 from harmoq_ao.errors import CalibrationError, ConfigError
 from harmoq_ao.mixed_precision import Measured, Mixture, SiteBits, bits_after, cheapest_steps, mix_bits
-from harmoq_ao.serialization import folder_bytes, save_quantized
+from harmoq_ao.serialization import folder_bytes, load_quantized, save_quantized
 from tests.models import build, images
 
 WIDTHS = (8, 4, 3, 2)
@@ -99,6 +99,20 @@ def test_a_loss_is_kept_to_with_fewer_bits() -> None:
     config = HarmoqConfig(rules=found.rules())
     assert measured_drop(config) == pytest.approx(found.drop_db, abs=1e-3)  # images one by one, not as a batch
     assert f"{found.total_bits:,}" in found.describe()
+
+
+def test_the_choice_is_saved_with_the_model_and_reported(tmp_path: Path) -> None:
+    found = mixed(max_drop=0.3)
+    config = HarmoqConfig(rules=found.rules())
+    prepared = calibrate(prepare_harmoq(build("SwinIR/light"), config), images(3))
+    prepared.history = found.recorded(prepared.history)
+    loaded = load_quantized(save_quantized(convert_harmoq(prepared), tmp_path / "mixed"))
+    assert loaded.history is not None
+    assert loaded.history.choice == found.describe()
+    costs = {row.name: row.sensitivity_db for row in loaded.report().rows}
+    for site in found.sites:
+        assert costs[site.name] == pytest.approx(site.sensitivity_db[found.bits[site.name]], rel=0.01, abs=1e-12)
+    assert loaded.config.widths in ("W2..8A8", "W3..8A8")
 
 
 def test_a_larger_loss_takes_no_more_bits() -> None:

@@ -114,6 +114,7 @@ def quantize(
     factor = loaded.scale if downscale else 1
     cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
     seen = cut(learned, count)
+    mixture = None
     if max_drop is not None or target_size is not None:
         kept = _with_references(held_out, loaded, min(crop_size, _MEASURED_SIDE), factor, seed)
         mixture = mix_bits(loaded, seen, kept, _mixable(config, method), max_drop=max_drop, max_bytes=target_size)
@@ -129,6 +130,8 @@ def quantize(
         held_out=cut(held_out, settings.held_out) if held_out and settings.refine is not None else (),
         checkpoint=progress,
     )
+    if mixture is not None:
+        prepared.history = mixture.recorded(prepared.history)
     if not is_first():
         wait_for_all()
         return
@@ -140,18 +143,11 @@ def quantize(
     report = quantized.report()
     size, reference = folder_bytes(output), float_bytes(loaded.model)
     out.print(
-        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, {_widths(config)}, {profile}, "
+        f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, {config.widths}, {profile}, "
         f"{method}, {chosen}"
     )
     out.print(summary(report), highlight=False)
     out.print(f"{size:,} bytes, {reference / size:.2f}x smaller than {reference:,} bytes of float32", highlight=False)
-
-
-def _widths(config: HarmoqConfig) -> str:
-    """`W8A8`, or `W2..8A8` where rules ask for other weight bits."""
-    bits = {config.weight_bits, *(r.weight_bits for r in config.rules if r.weight_bits is not None)}
-    weights = f"{min(bits)}..{max(bits)}" if len(bits) > 1 else f"{config.weight_bits}"
-    return f"W{weights}A{config.act_bits}"
 
 
 def _preset_for(preset: str, weight_bits: int, act_bits: int) -> str:

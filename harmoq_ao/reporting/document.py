@@ -186,7 +186,8 @@ def _summary(scene: Scene, report: Report) -> dict[str, str]:
     return {
         "Architecture": "not of spandrel" if spec is None else str(spec.get("architecture", "unknown")),
         "Scale": f"x{scene.quantized.scale}",
-        "Bits": f"W{config.weight_bits}A{config.act_bits}",
+        "Bits": config.widths,
+        **({"Bits by need": history.choice} if history and history.choice else {}),
         "Profile": config.profile,
         "Method": f"{history.method}, {'own settings' if history.preset is None else f'preset {history.preset}'}"
         if history and known
