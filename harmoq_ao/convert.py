@@ -143,7 +143,7 @@ class QuantizedModel(nn.Module):
         report = quantized_report(self, device)
         measured = {} if self.history is None else self.history.sensitivities
         for row in report.rows:
-            row.sensitivity_db = measured.get(row.name)
+            row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
         return report
 
 
