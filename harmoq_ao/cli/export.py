@@ -60,8 +60,8 @@ def export_command(
         quantized = load_quantized(model)
     pairs = None if check is None else load_pairs(check, None, quantized.traits.scale)
     with err.status(f"Exporting to {kind.value}"):
-        found, remark = _exported(quantized, output, kind, wanted)
-    place = "" if kind is Format.checkpoint else ", images of any size" if found is None else f", images {_text(found)}"
+        found, multiple, remark = _exported(quantized, output, kind, wanted)
+    place = "" if kind is Format.checkpoint else f", images {_text(found)}" if found else _free_text(multiple)
     out.print(f"{escape(str(output))}: {output.stat().st_size:,} bytes{place}", highlight=False)
     if remark:
         out.print(escape(remark), highlight=False, soft_wrap=True)
@@ -72,28 +72,33 @@ def export_command(
     with progress_bar() as progress:
         task = progress.add_task("Comparing", total=None)
         tables = compare(
-            output, kind.value, of_quantized(quantized, model), found, pairs, lambda _: progress.advance(task)
+            output, kind.value, of_quantized(quantized, model), found, pairs, multiple, lambda _: progress.advance(task)
         )
     out.print(_psnr_table({name: table.mean.psnr for name, table in tables.items()}, str(check)))
 
 
 def _exported(
     quantized: QuantizedModel, output: Path, kind: Format, size: tuple[int, int] | None
-) -> tuple[tuple[int, int] | None, str | None]:
-    """Write the file; the size of its images, and a remark."""
+) -> tuple[tuple[int, int] | None, int, str | None]:
+    """Write the file; the size of its images or what their sides are multiples of, and a remark."""
     if kind is Format.onnx:
         from harmoq_ao.export.onnx import export_onnx
 
         made = export_onnx(quantized, output, size)
-        return made.size, None if size is not None or made.note is None else f"One size only: {made.note}"
+        remark = None if size is not None or made.note is None else f"One size only: {made.note}"
+        return made.size, made.multiple, remark
     if kind is Format.program:
         from harmoq_ao.export.program import export_program
 
-        return export_program(quantized, output, size), None
+        return export_program(quantized, output, size), 1, None
     from harmoq_ao.export.checkpoint import export_checkpoint
 
     export_checkpoint(quantized, output)
-    return None, "Weights are quantized, activations are not: they have no place in a float checkpoint."
+    return None, 1, "Weights are quantized, activations are not: they have no place in a float checkpoint."
+
+
+def _free_text(multiple: int) -> str:
+    return ", images of any size" if multiple == 1 else f", images with sides in multiples of {multiple}"
 
 
 def _format(output: Path, given: Format | None) -> Format:

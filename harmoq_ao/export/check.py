@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,17 +18,26 @@ from harmoq_ao.export.program import load_program
 from harmoq_ao.tiling import pad_to_multiple
 from harmoq_ao.upscaler import Upscaler, open_float
 
+logger = logging.getLogger(__name__)
+
 Run = Callable[[Tensor], Tensor]
 """Maps `[1, C, H, W]` to `[1, C, H * scale, W * scale]`."""
 
 
 def onnx_engines(path: Path) -> dict[str, Run]:
-    """ONNX Runtime and OpenVINO on an ONNX file, on the CPU in float32, as far as they are installed."""
+    """ONNX Runtime and OpenVINO on an ONNX file, on the CPU in float32, as far as they are installed and take it.
+
+    OpenVINO refuses some graphs that draw attention masks for free sizes; that is logged as a warning.
+    """
+    openers = {"ONNX Runtime": ("onnxruntime", _onnxruntime), "OpenVINO": ("openvino", _openvino)}
     found: dict[str, Run] = {}
-    if importlib.util.find_spec("onnxruntime") is not None:
-        found["ONNX Runtime"] = _onnxruntime(path)
-    if importlib.util.find_spec("openvino") is not None:
-        found["OpenVINO"] = _openvino(path)
+    for name, (package, opened) in openers.items():
+        if importlib.util.find_spec(package) is None:
+            continue
+        try:
+            found[name] = opened(path)
+        except Exception as error:  # engines raise what they like
+            logger.warning("%s does not take %s: %s", name, path.name, str(error).strip().splitlines()[-1])
     return found
 
 
@@ -71,6 +81,7 @@ def compare(
     upscaler: Upscaler,
     size: tuple[int, int] | None,
     pairs: list[ImagePair],
+    multiple: int = 1,
     on_image: Callable[[str], None] | None = None,
 ) -> dict[str, EvaluationTable]:
     """Fidelity of the model and of its exported file in each engine, with the same tiles.
@@ -81,6 +92,7 @@ def compare(
         upscaler: The model it was made from.
         size: Size of its images, which becomes that of the tiles, or None where it is free.
         pairs: Low-resolution images and their references.
+        multiple: What sides must be multiples of where the size is free.
         on_image: Called with its name after each image of each engine.
 
     Raises:
@@ -99,7 +111,7 @@ def compare(
     results: dict[str, EvaluationTable] = {}
     runs: dict[str, Run] = {"harmoq_ao": upscaler.model, **found}
     for name, run in runs.items():
-        tiled = replace(upscaler, model=_OneSize(run, tile, upscaler.scale))
+        tiled = replace(upscaler, model=_OneSize(run, tile or multiple, upscaler.scale))
         results[name] = evaluate(_Call(tiled, tile), pairs, upscaler.scale, on_image=on_image)
     return results
 
@@ -115,15 +127,15 @@ class _Call:
 
 
 class _OneSize(nn.Module):
-    """A model for images of one size; smaller ones are mirrored up to it and cropped back."""
+    """A model for sides that are multiples of one number; others are mirrored up to that and cropped back."""
 
-    def __init__(self, run: Run, side: int | None, scale: int) -> None:
+    def __init__(self, run: Run, side: int, scale: int) -> None:
         super().__init__()
         self.run, self.side, self.scale = run, side, scale
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        padded, (height, width) = pad_to_multiple(image, self.side or 1)
+        padded, (height, width) = pad_to_multiple(image, self.side)
         rows = [self.run(row) for row in padded.split(1)]  # gray models get the channels as a batch
         return torch.cat(rows)[..., : height * self.scale, : width * self.scale]
 

@@ -1,8 +1,8 @@
 """A quantized model as an ONNX file (opset 21) with integer weights and quantize/dequantize nodes.
 
-Where the graph of the architecture holds for every size, height and width of the file are free. Most transformers build
-masks and index tables from the size in Python; then the file is for images of one size, larger images go through it in
-tiles, and the reason stands in the file's metadata (``harmoq_size``).
+Where the graph of the architecture holds for every multiple of its windows, height and width of the file are free. Some
+transformers build masks and index tables from the size in Python; then the file is for images of one size, larger
+images go through it in tiles, and the reason stands in the file's metadata (``harmoq_size``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 OPSET = 21
 """First opset with int4."""
+_DOUBLINGS = 7  # windows of up to 64 times what a model demands
 _TOLERANCE = 1e-3  # of a program with free sizes, against the model itself: a tie of rounding, not another graph
 
 
@@ -71,10 +72,12 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
     require_onnx()
     twin = _twin(quantized)
     note: str | None = None
-    program = None
+    program, multiple = None, max(1, quantized.traits.size_multiple)
     if size is None:
-        program, note = _free_size(twin, quantized)
-        note = None if program is not None else note
+        try:
+            program, multiple = _free_size(twin, quantized)
+        except _OneSizeError as error:
+            note = str(error)
     if program is None:
         example = example_for(quantized, size)
         size = (example.shape[-2], example.shape[-1])
@@ -83,11 +86,11 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
     model = _translated(program)
     _narrow_weights(model)
     _share_constants(model)
-    _describe(model, quantized, size, note)
+    _describe(model, quantized, size, note, multiple)
     data = _serialized(model)
     with atomic_write(path) as file:
         file.write(data)
-    return OnnxExport(Path(path), size, note, max(1, quantized.traits.size_multiple))
+    return OnnxExport(Path(path), size, note, multiple)
 
 
 def require_onnx() -> None:
@@ -129,26 +132,45 @@ def _one_size(twin: QuantizedModel, example: Tensor) -> torch.export.ExportedPro
         raise _untaken("torch.export cannot take this model at this size", error, tuple(example.shape)) from error
 
 
-def _free_size(
-    twin: QuantizedModel, quantized: QuantizedModel
-) -> tuple[torch.export.ExportedProgram | None, str | None]:
-    """The program with free height and width, or None and why there is none."""
+class _OneSizeError(Exception):
+    """Why height and width cannot be free."""
+
+
+def _free_size(twin: QuantizedModel, quantized: QuantizedModel) -> tuple[torch.export.ExportedProgram, int]:
+    """The program with free height and width, and what they must be multiples of.
+
+    Padding to whole windows is often decided in Python, for the size that is traced: then only sizes that need none are
+    computed as the model does.
+    """
     height, width = quantized.example_shapes[0][-2:]
-    step = max(1, quantized.traits.size_multiple) * 8
-    first, second = (example_for(quantized, (height + n, width + 2 * n)) for n in (0, step))
+    example = example_for(quantized, (height, width))
     free: Any = torch.export.Dim.DYNAMIC
     try:
         with torch.no_grad(), _silent():
-            twin(first)
+            twin(example)
             program = torch.export.export(
-                _Image(twin), (first,), dynamic_shapes={"image": {2: free, 3: free}}, strict=False
+                _Image(twin), (example,), dynamic_shapes={"image": {2: free, 3: free}}, strict=False
             )
-            found, expected = program.module()(second), quantized(second)
     except Exception as error:  # whatever the author's Python does with a size that is not known
-        return None, f"the graph holds for one size only: {_first_line(error)}"
-    if found.shape != expected.shape or float((found - expected).abs().max()) > _TOLERANCE:
-        return None, "the graph holds for one size only: at another it gives another result"
-    return program, None
+        raise _OneSizeError(f"the graph holds for one size only: {_first_line(error)}") from error
+    step = max(1, quantized.traits.size_multiple)
+    for multiple in (step << n for n in range(_DOUBLINGS)):
+        aligned = height % multiple == width % multiple == 0
+        others = ((height + multiple, width + 2 * multiple), (height + 3 * multiple, width + multiple))
+        if aligned and all(_holds(program, quantized, other) for other in others):
+            return program, multiple
+    raise _OneSizeError("the graph holds for one size only: at others it fails or gives another result")
+
+
+def _holds(program: torch.export.ExportedProgram, quantized: QuantizedModel, size: tuple[int, int]) -> bool:
+    """Whether the program computes what the model does at a size."""
+    image = example_for(quantized, size)
+    try:
+        with torch.no_grad(), _silent():
+            found, expected = program.module()(image), quantized(image)
+    except Exception:  # a guard, or a shape that does not fit
+        return False
+    return found.shape == expected.shape and float((found - expected).abs().max()) <= _TOLERANCE
 
 
 class _Image(nn.Module):
@@ -278,7 +300,9 @@ def _share_constants(model: onnx_ir.Model) -> None:
     DeduplicateHashedInitializersPass(size_limit=1 << 40)(model)
 
 
-def _describe(model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None) -> None:
+def _describe(
+    model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None, multiple: int
+) -> None:
     """Where the file comes from and what its images must look like, as metadata."""
     model.producer_name, model.producer_version = "harmoq-ao", harmoq_ao.__version__
     fixed = "any" if size is None else f"{size[0]}x{size[1]} ({note})"
@@ -286,7 +310,7 @@ def _describe(model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, 
     model.metadata_props.update(
         harmoq_size=fixed,
         harmoq_scale=str(traits.scale),
-        harmoq_size_multiple=str(max(1, traits.size_multiple)),
+        harmoq_size_multiple=str(multiple),
         harmoq_config=json.dumps(quantized.config.to_dict(), sort_keys=True),
     )
 

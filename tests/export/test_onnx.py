@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.errors import ExportError, OutputError
 from harmoq_ao.export.check import onnx_engines
 from harmoq_ao.export.onnx import OPSET, OnnxExport, export_onnx
 from harmoq_ao.modules.quantized import QuantizedLinear
-from tests.models import PER_TOKEN, converted, images
+from tests.models import PER_TOKEN, build, converted, images
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX: pip install harmoq-ao[onnx]")
 pytest.importorskip("onnxscript", reason="needs ONNX: pip install harmoq-ao[onnx]")
@@ -124,3 +125,15 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"harmoq-ao\[onnx\]"):
         export_onnx(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_free_sizes_are_said_only_where_they_hold(tmp_path: Path) -> None:
+    prepared = h.calibrate(h.prepare_harmoq(build("SwinIR/light")), images(1, (24, 24)))
+    model = h.convert_harmoq(prepared)
+    written, proto = exported(model, tmp_path / "free.onnx", None)
+    assert written.size is None, written.note
+    assert written.multiple == 8, "its windows"
+    assert {"harmoq_size_multiple": "8"}.items() <= {p.key: p.value for p in proto.metadata_props}.items()
+    assert "ONNX Runtime" in onnx_engines(tmp_path / "free.onnx")
+    for size in ((8, 24), (40, 16)):
+        assert_same_in_every_engine(model, tmp_path / "free.onnx", images(1, size)[0])
