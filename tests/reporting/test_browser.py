@@ -16,11 +16,6 @@ from tests.reporting.conftest import HOSTILE
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
 
-def _refuse(dialog: Any, complaints: list[str]) -> None:
-    complaints.append(dialog.message)
-    dialog.dismiss()
-
-
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium: one on PATH, or playwright's own."""
@@ -43,14 +38,16 @@ def opened(browser: Any, page: Path) -> Iterator[Any]:
     complaints: list[str] = []
     tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
-    tab.on("dialog", lambda dialog: _refuse(dialog, complaints))
-    tab.on("request", lambda r: None if r.url.startswith(("file:", "data:")) else complaints.append(r.url))
+    tab.on("dialog", lambda dialog: complaints.append(dialog.message))
+    requests: list[str] = []
+    tab.on("request", lambda request: requests.append(request.url))
     tab.goto(page.as_uri())
     tab.locator(".slide output").first.wait_for()
     tab.locator(".frame[style*='width']").nth(1).wait_for()  # the pictures are decoded and set up
     yield tab
     context.close()
     assert not complaints
+    assert all(url.startswith(("file:", "data:")) for url in requests)
 
 
 def at(tab: Any) -> float:
