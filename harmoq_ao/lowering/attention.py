@@ -48,6 +48,11 @@ def score_stand_in(query: Tensor, key: Tensor) -> Tensor:
     return query.new_zeros(()).expand(*batch, query.shape[-2], key.shape[-1])
 
 
+def widened(term: Tensor, like: Tensor) -> Tensor:
+    """`term` broadcast against `like`, in its type, without memory of its own where the type is the same."""
+    return term.to(like.dtype).expand(torch.broadcast_shapes(term.shape, like.shape))
+
+
 @dataclass(frozen=True)
 class _Match:
     """One attention found in a graph.
@@ -110,7 +115,7 @@ def _chain(module: nn.Module, node: Any, depth: int = 8) -> list[fx.Node] | None
         return None
     if _is_float_product(module, node):
         return [node]
-    if node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs:
+    if _is_sum(node):
         candidates: tuple[Any, ...] = node.args
     elif node.op == "call_method" and node.target in _VIEWS:
         candidates = node.args[:1]
@@ -121,6 +126,12 @@ def _chain(module: nn.Module, node: Any, depth: int = 8) -> list[fx.Node] | None
         if found is not None:
             return [*found, node]
     return None
+
+
+def _is_sum(node: fx.Node) -> bool:
+    """An addition of two values of the graph."""
+    plain = node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
+    return plain and all(isinstance(arg, fx.Node) for arg in node.args)
 
 
 def _used_within(node: fx.Node, attention: list[fx.Node]) -> bool:
@@ -172,19 +183,9 @@ def _rewrite(graph: fx.Graph, match: _Match) -> None:
     with graph.inserting_before(match.scores):
         stand_in = graph.call_function(score_stand_in, (query, key))
     bias: Any = None
-    if any(n.op == "call_method" for n in match.chain):  # a mask added in another view: run the chain on zeros
-        match.scores.replace_all_uses_with(stand_in)
-        bias = match.chain[-1]
-    else:
-        previous = match.scores
+    for term in _terms(graph, match, stand_in):
         with graph.inserting_before(match.product):
-            for node in match.chain:
-                term = node.args[1] if node.args[0] is previous else node.args[0]
-                bias = term if bias is None else graph.call_function(operator.add, (bias, term))
-                previous = node
-        for node in [match.scores, *match.chain]:
-            for user in [u for u in node.users if _asks_metadata(u)]:
-                user.replace_input_with(node, stand_in)
+            bias = term if bias is None else graph.call_function(operator.add, (bias, term))
     with graph.inserting_before(match.product):
         fused = graph.call_function(fused_attention, (query, key, match.product.args[1], bias))
     match.product.replace_all_uses_with(fused)
@@ -195,7 +196,38 @@ def _rewrite(graph: fx.Graph, match: _Match) -> None:
             graph.erase_node(dead)
 
 
+def _terms(graph: fx.Graph, match: _Match, stand_in: fx.Node) -> list[fx.Node]:
+    """What is added to the scores, in the shape that the softmax sees.
+
+    Views between the additions are applied to each term by itself, widened without memory and in the scores' own type:
+    a mask per window and a bias per head meet in one addition instead of two passes over a map of the whole image.
+    """
+    viewed = any(node.op == "call_method" for node in match.chain)
+    terms: list[fx.Node] = []
+    previous, current = match.scores, stand_in
+    _ask_instead(previous, current)
+    for node in match.chain:
+        with graph.inserting_before(node):
+            if node.op == "call_method":
+                terms = [graph.call_method("reshape", (term, *node.args[1:]), node.kwargs) for term in terms]
+                current = graph.call_method("reshape", (current, *node.args[1:]), node.kwargs)
+            else:
+                term = node.args[1] if node.args[0] is previous else node.args[0]
+                assert isinstance(term, fx.Node)
+                terms.append(graph.call_function(widened, (term, current)) if viewed else term)
+                current = graph.call_function(widened, (current, term))
+        _ask_instead(node, current)
+        previous = node
+    return terms
+
+
+def _ask_instead(node: fx.Node, other: fx.Node) -> None:
+    """Put questions about a value's shape and type to another of the same shape and type."""
+    for user in [u for u in node.users if _asks_metadata(u)]:
+        user.replace_input_with(node, other)
+
+
 def _drop_unused(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        if node.target in (score_stand_in, getattr) and not node.users:
+        if node.target in (score_stand_in, widened, getattr, "reshape") and not node.users:
             graph.erase_node(node)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao
-from harmoq_ao.lowering.attention import fused_attention, score_stand_in
+from harmoq_ao.lowering.attention import fused_attention, score_stand_in, widened
 from harmoq_ao.tracing import is_island, island_state
 
 
@@ -30,8 +30,8 @@ class Attention(nn.Module):
         if self.bias is not None:
             attention = attention + self.bias
         if self.masked:
-            mask = torch.where(x[:1, :, :1] > 0, 0.0, -2.0).transpose(1, 2).expand(1, n, n)
-            attention = attention.view(b, 1, attention.shape[1], n, n) + mask.unsqueeze(1).unsqueeze(0)
+            mask = torch.where(x[..., :1] > 0, 0.0, -2.0).transpose(1, 2).expand(b, n, n)  # another for each window
+            attention = attention.view(1, b, attention.shape[1], n, n) + mask.unsqueeze(1).unsqueeze(0)
             attention = attention.view(-1, 2, n, n)
         attention = attention.softmax(-1) if self.softmax is None else self.softmax(attention)
         attention = self.drop(attention)
@@ -120,3 +120,12 @@ def test_stand_in_has_the_shape_of_the_scores_and_no_memory() -> None:
     zeros = score_stand_in(torch.rand(4, 2, 16, 3), torch.rand(1, 2, 3, 9))
     assert zeros.shape == (4, 2, 16, 9)
     assert zeros.untyped_storage().nbytes() == 4
+
+
+def test_widening_takes_no_memory_where_the_type_is_the_same() -> None:
+    term, like = torch.rand(2, 1, 9), torch.zeros(()).expand(4, 2, 16, 9)
+    wide = widened(term, like)
+    assert wide.data_ptr() == term.data_ptr()
+    torch.testing.assert_close(wide, term.expand(4, 2, 16, 9))
+    assert widened(term, like.bfloat16()).dtype is torch.bfloat16
+    assert widened(like, torch.rand(3, 4, 2, 16, 9)).shape == (3, 4, 2, 16, 9)
