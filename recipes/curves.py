@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import Any
 
@@ -10,14 +11,15 @@ from .drawing import Curve
 
 _TINY = 1e-30
 _UPDATES = "updates of the bounds; median over the sites"
+_STAGES = "0 calibrated, 1 SRC and HSO, then updates; median over the sites"
 
 
 def convergence_curves(label: str, trace: Mapping[str, Any]) -> list[Curve]:
     """Curves of one model.
 
-    Of Algorithm 1 the medians over the sites, by update of the bounds: the objective relative to its start, and the
-    imbalance of the operands' shares of the error, ``|left - right| / (left + right)``. A site that stopped early keeps
-    its last value. Of the refinement the training loss, averaged over a fortieth of the steps, and the fidelity to the
+    Of Algorithm 1 the medians over the sites: the objective that would be kept if it ended there, relative to that of
+    the calibrated site, and by update of the bounds the imbalance of the operands' shares of the error,
+    ``|left - right| / (left + right)``. A site that stopped early keeps its last value. Of the refinement the training loss, averaged over a fortieth of the steps, and the fidelity to the
     float network on the held-out crops.
 
     Args:
@@ -39,12 +41,12 @@ def convergence_curves(label: str, trace: Mapping[str, Any]) -> list[Curve]:
 
 
 def _algorithm_curves(label: str, sites: Sequence[Mapping[str, Any]]) -> list[Curve]:
-    objectives = [[v / max(s["objectives"][0], _TINY) for v in s["objectives"]] for s in sites if s["objectives"]]
+    objectives = [_kept([s["start"], *s["objectives"]]) for s in sites if s["objectives"]]
     curves = []
     if objectives:
         steps = range(max(map(len, objectives)))
         values = [median(line[min(step, len(line) - 1)] for line in objectives) for step in steps]
-        curves.append(Curve("Algorithm 1: objective, start = 1", label, steps, values, _UPDATES, logarithmic=False))
+        curves.append(Curve("Algorithm 1: objective, start = 1", label, steps, values, _STAGES, logarithmic=False))
     balances = [{int(u): abs(a - b) / max(a + b, _TINY) for u, a, b in s["balances"]} for s in sites if s["balances"]]
     if balances:
         updates = sorted({update for line in balances for update in line})
@@ -52,6 +54,11 @@ def _algorithm_curves(label: str, sites: Sequence[Mapping[str, Any]]) -> list[Cu
         title = "Algorithm 1: imbalance of the operands' errors"
         curves.append(Curve(title, label, updates, values, _UPDATES, logarithmic=False))
     return curves
+
+
+def _kept(objectives: Sequence[float]) -> list[float]:
+    """The smallest value so far, relative to the first: what is worse is rolled back."""
+    return [value / max(objectives[0], _TINY) for value in accumulate(objectives, min)]
 
 
 def _latest(line: Mapping[int, float], update: int) -> float:

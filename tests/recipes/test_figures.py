@@ -196,13 +196,13 @@ def test_weight_changes_of_a_restored_model_are_against_the_float_weights(tmp_pa
 
 
 def site(objectives: list[float], balances: list[tuple[int, float, float]]) -> dict[str, object]:
-    return {"objectives": objectives, "balances": [list(b) for b in balances]}
+    return {"start": 4.0, "objectives": objectives, "balances": [list(b) for b in balances]}
 
 
-def test_a_site_that_stopped_early_keeps_its_last_value() -> None:
-    sites = [site([4.0, 2.0, 1.0], [(1, 3.0, 1.0)]), site([2.0, 1.0], [(1, 1.0, 1.0), (2, 1.0, 0.0)]), site([], [])]
+def test_a_site_that_stopped_early_keeps_its_last_value_and_none_ends_above_its_best() -> None:
+    sites = [site([2.0, 3.0, 1.0], [(1, 3.0, 1.0)]), site([4.0, 2.0], [(1, 1.0, 1.0), (2, 1.0, 0.0)]), site([], [])]
     objective, imbalance = convergence_curves("W2A2", {"algorithm": {"sites": sites}, "refine": None})
-    assert (list(objective.steps), objective.values) == ([0, 1, 2], [1.0, 0.5, 0.375])
+    assert (list(objective.steps), objective.values) == ([0, 1, 2, 3], [1.0, 0.75, 0.5, 0.375])
     assert (list(imbalance.steps), imbalance.values) == ([1, 2], [0.25, 0.75])
 
 
