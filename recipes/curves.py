@@ -19,8 +19,8 @@ def convergence_curves(label: str, trace: Mapping[str, Any]) -> list[Curve]:
 
     Of Algorithm 1 the medians over the sites: the objective that would be kept if it ended there, relative to that of
     the calibrated site, and by update of the bounds the imbalance of the operands' shares of the error,
-    ``|left - right| / (left + right)``. A site that stopped early keeps its last value. Of the refinement the training loss, averaged over a fortieth of the steps, and the fidelity to the
-    float network on the held-out crops.
+    ``|left - right| / (left + right)``. A site that stopped early keeps its last value. Of the refinement the training
+    loss, averaged over a fortieth of the steps, and the fidelity to the float network on the held-out crops.
 
     Args:
         label: Name of the model.
