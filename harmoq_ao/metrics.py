@@ -240,6 +240,31 @@ def bicubic_upscale(lr: npt.NDArray[np.uint8], scale: int) -> npt.NDArray[np.uin
     return np.asarray(upscaled)
 
 
+def bicubic_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """`bicubic_upscale` of a batch, called as a model is.
+
+    Args:
+        images: `[B, C, H, W]` in 0..1 with C of 1 or 3, rounded to 8 bits first.
+        scale: Upscaling factor, at least 1.
+
+    Returns:
+        `[B, C, H * scale, W * scale]` in 0..1, float32 on the CPU, in steps of 1/255.
+
+    Raises:
+        InputError: If this is no such batch, or the scale is below 1.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise InputError(
+            "Bicubic upscaling needs a batch of images",
+            found=f"shape {list(images.shape)}",
+            expected="[B, C, H, W] with C of 1 or 3, not empty",
+        )
+    codes = to_uint8(images)
+    grids = [bicubic_upscale(image[..., 0] if image.shape[2] == 1 else image, scale) for image in codes]
+    upscaled = np.stack(grids).reshape(len(codes), *grids[0].shape[:2], codes.shape[3])
+    return torch.from_numpy(upscaled).movedim(-1, 1).float() / _PEAK
+
+
 def _as_pixels(image: ImageLike) -> npt.NDArray[np.generic]:
     """Any accepted image as `[H, W, 1]` or `[H, W, 3]`; tensors are rounded to 8 bits."""
     pixels: npt.NDArray[np.generic]
