@@ -8,23 +8,19 @@ top left to a multiple of the scale. PSNR and SSIM themselves are scikit-image's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from skimage.metrics import mean_squared_error, structural_similarity
+from skimage import metrics as skimage_metrics  # brings scipy on first use
 
 from harmoq_ao.errors import InputError
 
 ImageLike = npt.NDArray[np.generic] | torch.Tensor
 """An 8-bit array `[H, W, 3]` or `[H, W]`, or a float tensor `[3, H, W]`, `[1, H, W]` or `[1, C, H, W]` in 0..1."""
-
-# The library is not annotated.
-_structural_similarity: Callable[..., Any] = structural_similarity
 
 _BT601 = np.array([65.481, 128.553, 24.966]) / 255.0
 _BT601_OFFSET = 16.0
@@ -145,7 +141,7 @@ def psnr_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
         InputError: If the sizes differ, the border leaves nothing, or an array is not 8-bit.
     """
     upscaled, reference = _luma_pair(sr, hr, border)
-    error = float(mean_squared_error(reference, upscaled))
+    error = float(skimage_metrics.mean_squared_error(reference, upscaled))
     return math.inf if error == 0.0 else 10.0 * math.log10(_PEAK**2 / error)
 
 
@@ -172,7 +168,7 @@ def ssim_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
             remedy="leave this image out, or measure its PSNR only",
         )
     return float(
-        _structural_similarity(
+        skimage_metrics.structural_similarity(
             upscaled,
             reference,
             gaussian_weights=True,
