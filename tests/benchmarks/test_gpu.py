@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
+from benchmarks.peers import Run
 from tests.triton_kernels.interpreter import interpreted
 
 
@@ -28,7 +29,7 @@ def test_contenders_take_turns_and_failures_are_results(monkeypatch: pytest.Monk
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.pixel_shuffle(self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 2)
 
-    def broken(model: nn.Module) -> gpu.Run:
+    def broken(model: nn.Module) -> Run:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(gpu.MODELS, "tiny", lambda scale: Twice())
