@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
-from benchmarks.peers import Run, bfloat16_run, for_size
+from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.config import SiteRule
 from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
 from harmoq_ao.evaluation import evaluate
@@ -101,11 +101,7 @@ def _compiled(job: Job) -> Run:
 
 
 def _torchao(job: Job) -> Run:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = for_size(job.build(), (job.size, job.size))
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+    return torchao_int8(for_size(job.build(), (job.size, job.size)))
 
 
 def _onnx_file(job: Job) -> Path:

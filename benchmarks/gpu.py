@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, write_json
-from benchmarks.peers import Run, bfloat16_run, for_size
+from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.lowering.fixed_size import fixed_size
 from harmoq_ao.lowering.reference import Affine, LinearOperands, linear_accumulate
@@ -163,20 +163,13 @@ def contenders(model: nn.Module, example: Tensor) -> Iterator[tuple[str, Callabl
     yield "bfloat16 eager", lambda: bfloat16_run(bfloat16)
     yield "bfloat16 compile", lambda: bfloat16_run(torch.compile(bfloat16))
     yield "bfloat16 compile, CUDA graphs", lambda: bfloat16_run(torch.compile(bfloat16, mode="max-autotune"))
-    yield "torchao int8 dynamic", lambda: _torchao(for_size(copy.deepcopy(model), size))
+    yield "torchao int8 dynamic", lambda: torch.compile(torchao_int8(for_size(copy.deepcopy(model), size)))
     for bits in BITS:
         yield f"W{bits}A{bits}", partial(_ours, model, example, bits)
 
 
 def _ours(model: nn.Module, example: Tensor, bits: int) -> Run:
     return fixed_size(_quantized(model, example, bits), example)
-
-
-def _torchao(model: nn.Module) -> Run:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model)
 
 
 def _quantized(model: nn.Module, example: Tensor, bits: int) -> QuantizedModel:

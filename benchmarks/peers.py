@@ -32,8 +32,9 @@ def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     """
     masks = _Masks(next(iter(model.parameters())))
     for module in model.modules():
-        if isinstance(vars(module).get("mean"), Tensor):  # no buffer: it would move with the first image
-            module.mean = masks.as_weights(module.mean)
+        mean = vars(module).get("mean")
+        if isinstance(mean, Tensor):  # no buffer: it would move with the first image
+            module.mean = masks.as_weights(mean)
         if isinstance(module, SwinTransformerBlock):
             module.input_resolution = _padded(size, module.window_size)  # the size of the mask it stores
             if module.shift_size:
@@ -48,9 +49,20 @@ def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     return model
 
 
-def bfloat16_run(model: nn.Module) -> Run:
+def bfloat16_run(model: Run) -> Run:
     """A model of bfloat16 as a function from float32 to float32."""
     return lambda x: model(x.bfloat16()).float()
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    """The model itself, its linears at 8 bits by torchao: weights by row, activations by token."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def fits(module: nn.Module, _: str) -> bool:  # torchao 0.18 fails on DAT's position biases, [3, 1]
+        return isinstance(module, nn.Linear) and module.in_features > 1
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=fits)
+    return model
 
 
 class _Masks:

@@ -33,7 +33,7 @@ def test_contenders_take_turns_and_failures_are_results(monkeypatch: pytest.Monk
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(gpu.MODELS, "tiny", lambda scale: Twice())
-    monkeypatch.setattr(gpu, "_torchao", broken)
+    monkeypatch.setattr(gpu, "torchao_int8", broken)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     rows = gpu.measure(gpu.Shape("tiny", 2, 8, 8), torch.device("cpu"), 3)
     assert rows[gpu.BASE]["speed_vs_float32_eager"] == 1.0
