@@ -284,13 +284,14 @@ class _Board:
     ) -> None:
         self.largest = max(candidates)
         self.names = tuple(names)
-        self._images = torch.stack([pair.image for pair in held_out])
         self._sites = {bits: {s.site.name: s for s in model.sites()} for bits, model in candidates.items()}
         self.model = copy.deepcopy(candidates[self.largest])
         self._own = {s.site.name: s for s in self.model.sites()}
+        like = next(p for p in self.model.parameters() if p.is_floating_point())
+        self._images = torch.stack([pair.image for pair in held_out]).to(like)
         with quiet():
             self._float = self._outputs()
-        self._references = [self._inner(pair.reference) for pair in held_out]
+        self._references = [self._inner(pair.reference.to(like.device)) for pair in held_out]
         self._misses = [max(_mse(y, r), _LEAST) for y, r in zip(self._float, self._references, strict=True)]
 
     def sensitivities(self, widths: Sequence[int], show_progress: bool | None = None) -> list[SiteBits]:
@@ -361,6 +362,7 @@ def _calibrated_widths(
         for module in candidate.sites():
             if isinstance(module, PreparedLinear):
                 module.attach(module.left, weight_quantizer(module.site, candidate.settings(module.site).weight))
+                module.to(module.weight.device)
         compute_qparams(candidate, show_progress=show_progress)
         enable_fake_quant(candidate)
         candidates[bits] = candidate
