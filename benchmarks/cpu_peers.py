@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,7 +30,8 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, write_json
+from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
+from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.config import SiteRule
 from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
 from harmoq_ao.evaluation import evaluate
@@ -38,11 +39,11 @@ from harmoq_ao.lowering.openvino import lower_openvino
 from harmoq_ao.tiling import pad_to_multiple
 from recipes.charts import new_figure, save_figure, styled
 
-Run = Callable[[Tensor], Tensor]
 SCALE = 2
 CROPS = 32
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao", "spandrel")
+_FAILED = "failed: "
 _SWINIR_LIGHT = {
     "upscale": SCALE,
     "img_size": 64,
@@ -92,20 +93,15 @@ def _eager(job: Job) -> Run:
 
 
 def _bfloat16(job: Job) -> Run:
-    model = job.build().bfloat16()
-    return lambda x: model(x.bfloat16()).float()
+    return bfloat16_run(for_size(job.build().bfloat16(), (job.size, job.size)))
 
 
 def _compiled(job: Job) -> Run:
-    return torch.compile(job.build(), dynamic=False)
+    return torch.compile(for_size(job.build(), (job.size, job.size)), dynamic=False)
 
 
 def _torchao(job: Job) -> Run:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    model = job.build()
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return model
+    return torchao_int8(for_size(job.build(), (job.size, job.size)))
 
 
 def _onnx_file(job: Job) -> Path:
@@ -246,18 +242,27 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
 def serve(name: str, job: Job, set5: Path | None) -> None:
     """Build a contender, then answer lines on standard input: ``run SEED`` with seconds, ``psnr`` with decibels."""
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print must not be taken for an answer
-    with torch.no_grad():
-        model = CONTENDERS[name](job)
-        model(random_image(job.size, 0))
-        print("ready", file=answers, flush=True)
-        for line in sys.stdin:
-            if line.startswith("run"):
-                image = random_image(job.size, int(line.split()[1]))
-                start = time.perf_counter()
-                model(image)
-                print(time.perf_counter() - start, file=answers, flush=True)
-            else:
-                print("nan" if set5 is None else _psnr(model, job, set5), file=answers, flush=True)
+    try:
+        for answer in _answers(name, job, set5):
+            print(answer, file=answers, flush=True)
+    except Exception as error:
+        print(f"{_FAILED}{one_line(error)}", file=answers, flush=True)
+        raise
+
+
+@torch.no_grad()
+def _answers(name: str, job: Job, set5: Path | None) -> Iterator[str | float]:
+    model = CONTENDERS[name](job)
+    model(random_image(job.size, 0))
+    yield "ready"
+    for line in sys.stdin:
+        if line.startswith("run"):
+            image = random_image(job.size, int(line.split()[1]))
+            start = time.perf_counter()
+            model(image)
+            yield time.perf_counter() - start
+        else:
+            yield "nan" if set5 is None else _psnr(model, job, set5)
 
 
 def _psnr(model: Run, job: Job, set5: Path) -> float:
@@ -290,7 +295,7 @@ class Worker:
         """Until the contender is built.
 
         Raises:
-            RuntimeError: It could not be.
+            RuntimeError: It could not be; says why.
         """
         if self._answer() != "ready":
             raise RuntimeError(f"{self.name} gave an unexpected answer")
@@ -299,7 +304,7 @@ class Worker:
         """The answer to one line.
 
         Raises:
-            RuntimeError: The process died.
+            RuntimeError: The contender failed; says why.
         """
         assert self.process.stdin is not None
         self.process.stdin.write(question + "\n")
@@ -309,8 +314,10 @@ class Worker:
     def _answer(self) -> str:
         assert self.process.stdout is not None
         line = self.process.stdout.readline().strip()
+        if line.startswith(_FAILED):
+            raise RuntimeError(line.removeprefix(_FAILED))
         if not line:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}; see its messages above")
+            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}")
         return line
 
 
@@ -382,7 +389,8 @@ def markdown(found: dict[str, Any]) -> str:
     for name in [n for n in CONTENDERS if n in found["results"]]:
         row = found["results"][name]
         if "error" in row:
-            lines.append(f"| {name} | {row['error']} | | | | | |")
+            reason = row["error"].replace("|", "\\|")
+            lines.append(f"| {name} | {reason} | | | | | |")
             continue
         values = [row[key] for key in ("p20_ms", "p50_ms", "p80_ms")]
         values += [f"{row[f'speed_vs_{key.replace(chr(32), chr(95))}']:.2f}" for key in YARDSTICKS]

@@ -5,8 +5,8 @@
 First every Triton kernel is compared with its reference on fresh random inputs at odd sizes; integers must be equal.
 Then whole models with random weights, in the shapes of SwinIR-light, HAT-S and DAT-light, take turns on the same fresh
 random images: float32 and bfloat16 eager, bfloat16 under torch.compile (default, and max-autotune with CUDA graphs),
-torchao int8, and ours replayed as CUDA graphs. Ratios are medians within rounds. A contender that fails is recorded
-with its error. Shapes that are done are not measured again.
+torchao int8, and ours replayed as CUDA graphs; all but the first are prepared for the size of the image. Ratios are
+medians within rounds. A contender that fails is recorded with its error. Shapes that are done are not measured again.
 
 Under ``compute-sanitizer python -m benchmarks.gpu --only kernels`` the first part checks memory accesses.
 """
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import environment, paired_ratio, percentiles, write_json
+from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, write_json
+from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.lowering.fixed_size import fixed_size
 from harmoq_ao.lowering.reference import Affine, LinearOperands, linear_accumulate
@@ -35,7 +36,6 @@ from harmoq_ao.packing import pack
 from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize
 from harmoq_ao.triton_kernels.operands import from_operands
 
-Run = Callable[[Tensor], Tensor]
 BITS = (8, 4, 3, 2)
 SIZES = ((1, 60, 180), (257, 144, 61), (4097, 90, 30))
 BASE = "float32 eager"
@@ -157,29 +157,19 @@ def _floats(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:
 
 def contenders(model: nn.Module, example: Tensor) -> Iterator[tuple[str, Callable[[], Run]]]:
     """Name of each contender, and what makes it."""
-    bfloat16 = copy.deepcopy(model).bfloat16()
-
-    def cast(run: Run) -> Run:
-        return lambda x: run(x.bfloat16()).float()
-
+    size = example.shape[-2:]
+    bfloat16 = for_size(copy.deepcopy(model).bfloat16(), size)
     yield BASE, lambda: model
-    yield "bfloat16 eager", lambda: cast(bfloat16)
-    yield "bfloat16 compile", lambda: cast(torch.compile(bfloat16))
-    yield "bfloat16 compile, CUDA graphs", lambda: cast(torch.compile(bfloat16, mode="max-autotune"))
-    yield "torchao int8 dynamic", lambda: _torchao(copy.deepcopy(model))
+    yield "bfloat16 eager", lambda: bfloat16_run(bfloat16)
+    yield "bfloat16 compile", lambda: bfloat16_run(torch.compile(bfloat16))
+    yield "bfloat16 compile, CUDA graphs", lambda: bfloat16_run(torch.compile(bfloat16, mode="max-autotune"))
+    yield "torchao int8 dynamic", lambda: torch.compile(torchao_int8(for_size(copy.deepcopy(model), size)))
     for bits in BITS:
         yield f"W{bits}A{bits}", partial(_ours, model, example, bits)
 
 
 def _ours(model: nn.Module, example: Tensor, bits: int) -> Run:
     return fixed_size(_quantized(model, example, bits), example)
-
-
-def _torchao(model: nn.Module) -> Run:
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-
-    quantize_(model, Int8DynamicActivationInt8WeightConfig())
-    return torch.compile(model)
 
 
 def _quantized(model: nn.Module, example: Tensor, bits: int) -> QuantizedModel:
@@ -204,7 +194,7 @@ def measure(shape: Shape, device: torch.device, rounds: int) -> dict[str, Any]:
             runs[name] = make()
             rows[name] = {"peak_mb": _peak(runs[name], example)}
         except Exception as error:  # whatever another library fails with is a result
-            rows[name] = {"error": f"{type(error).__name__}: {error}"[:300]}
+            rows[name] = {"error": one_line(error)}
             runs.pop(name, None)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for index in range(rounds + 3):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
@@ -17,6 +18,7 @@ from harmoq_ao.data import atomic_write
 
 ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
 """Set to 1 GiB, large outputs are not returned to the system after every call, for every contender alike."""
+_FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
 
 def random_image(size: int, seed: int) -> torch.Tensor:
@@ -66,6 +68,12 @@ def version_of(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def one_line(error: Exception) -> str:
+    """Type and first line of an error, without the folders of this machine, for a table of results."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {_FOLDERS.sub('', text)}"[:300]
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -81,6 +81,11 @@ class QuantizedModel(nn.Module):
             output = self.model(image.to(self.float_dtype), *args, **kwargs)
         return output.to(image.dtype) if isinstance(output, Tensor) else output
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
+        """As any module's, but weights that were released have no memory on any device."""
+        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+        return self
+
     def sites(self) -> dict[str, QuantizedSite]:
         """Quantized modules by site name."""
         return {m.site.name: m for m in self.model.modules() if isinstance(m, QuantizedSite)}
@@ -173,7 +178,8 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     model = _detached_copy(prepared)
     round_float_state(model, prepared.config.storage_dtype)
     stored = _rounding(prepared.config.storage_dtype)
-    replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored))
+    place = next((p.device for p in prepared.parameters()), None)
+    replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored).to(place))
     quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
     quantized.history = prepared.history
     if float_dtype is not torch.float32:

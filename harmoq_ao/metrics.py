@@ -8,23 +8,19 @@ top left to a multiple of the scale. PSNR and SSIM themselves are scikit-image's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from skimage.metrics import mean_squared_error, structural_similarity
+from skimage import metrics as skimage_metrics  # brings scipy on first use
 
 from harmoq_ao.errors import InputError
 
 ImageLike = npt.NDArray[np.generic] | torch.Tensor
 """An 8-bit array `[H, W, 3]` or `[H, W]`, or a float tensor `[3, H, W]`, `[1, H, W]` or `[1, C, H, W]` in 0..1."""
-
-# The library is not annotated.
-_structural_similarity: Callable[..., Any] = structural_similarity
 
 _BT601 = np.array([65.481, 128.553, 24.966]) / 255.0
 _BT601_OFFSET = 16.0
@@ -145,7 +141,7 @@ def psnr_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
         InputError: If the sizes differ, the border leaves nothing, or an array is not 8-bit.
     """
     upscaled, reference = _luma_pair(sr, hr, border)
-    error = float(mean_squared_error(reference, upscaled))
+    error = float(skimage_metrics.mean_squared_error(reference, upscaled))
     return math.inf if error == 0.0 else 10.0 * math.log10(_PEAK**2 / error)
 
 
@@ -172,7 +168,7 @@ def ssim_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
             remedy="leave this image out, or measure its PSNR only",
         )
     return float(
-        _structural_similarity(
+        skimage_metrics.structural_similarity(
             upscaled,
             reference,
             gaussian_weights=True,
@@ -238,6 +234,31 @@ def bicubic_upscale(lr: npt.NDArray[np.uint8], scale: int) -> npt.NDArray[np.uin
     height, width = lr.shape[:2]
     upscaled = Image.fromarray(lr).resize((width * scale, height * scale), Image.Resampling.BICUBIC)
     return np.asarray(upscaled)
+
+
+def bicubic_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
+    """`bicubic_upscale` of a batch, called as a model is.
+
+    Args:
+        images: `[B, C, H, W]` in 0..1 with C of 1 or 3, rounded to 8 bits first.
+        scale: Upscaling factor, at least 1.
+
+    Returns:
+        `[B, C, H * scale, W * scale]` in 0..1, float32 on the CPU, in steps of 1/255.
+
+    Raises:
+        InputError: If this is no such batch, or the scale is below 1.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise InputError(
+            "Bicubic upscaling needs a batch of images",
+            found=f"shape {list(images.shape)}",
+            expected="[B, C, H, W] with C of 1 or 3, not empty",
+        )
+    codes = to_uint8(images)
+    grids = [bicubic_upscale(image[..., 0] if image.shape[2] == 1 else image, scale) for image in codes]
+    upscaled = np.stack(grids).reshape(len(codes), *grids[0].shape[:2], codes.shape[3])
+    return torch.from_numpy(upscaled).movedim(-1, 1).float() / _PEAK
 
 
 def _as_pixels(image: ImageLike) -> npt.NDArray[np.generic]:

@@ -172,12 +172,13 @@ def mix_bits(
         taken = _steps_to_size(
             sites, steps, widths[0], max_bytes - _bytes_beside(copy.deepcopy(candidates[widths[0]]), sites, widths[0])
         )
+        drop = board.drop(bits_after(sites, steps[:taken])) if taken else uniform
     else:
         assert max_drop is not None
-        taken = _steps_to_drop(board, sites, steps, uniform, max_drop, widths[0])
+        taken, drop = _steps_to_drop(board, sites, steps, uniform, max_drop, widths[0])
     lowered = bits_after(sites, steps[:taken])
     bits = {site.name: lowered.get(site.name, widths[0]) for site in sites}
-    return Mixture(tuple(sites), bits, board.drop(lowered) if taken else uniform, uniform, widths[0])
+    return Mixture(tuple(sites), bits, drop, uniform, widths[0])
 
 
 def cheapest_steps(sites: Sequence[SiteBits], widths: Sequence[int]) -> list[Step]:
@@ -246,8 +247,8 @@ def _bytes_beside(prepared: PreparedModel, sites: Sequence[SiteBits], bits: int)
 
 def _steps_to_drop(
     board: _Board, sites: Sequence[SiteBits], steps: Sequence[Step], uniform: float, max_drop: float, largest: int
-) -> int:
-    """The most steps whose measured loss is allowed, by bisection: it grows with the steps but for noise."""
+) -> tuple[int, float]:
+    """The most steps whose measured loss is allowed, and that loss; by bisection, as it grows but for noise."""
     if uniform > max_drop:
         raise ConfigError(
             "The loss allowed is less than what the model loses at the largest width",
@@ -255,14 +256,15 @@ def _steps_to_drop(
             expected=f"at most {max_drop:g} dB",
             remedy="allow a larger loss, or more bits for activations (--act-bits)",
         )
-    fits, breaks = 0, len(steps) + 1
+    fits, breaks, loss = 0, len(steps) + 1, uniform
     while breaks - fits > 1:
         middle = (fits + breaks) // 2
-        if board.drop(bits_after(sites, steps[:middle])) <= max_drop:
-            fits = middle
+        measured = board.drop(bits_after(sites, steps[:middle]))
+        if measured <= max_drop:
+            fits, loss = middle, measured
         else:
             breaks = middle
-    return fits
+    return fits, loss
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -282,13 +284,14 @@ class _Board:
     ) -> None:
         self.largest = max(candidates)
         self.names = tuple(names)
-        self._images = torch.stack([pair.image for pair in held_out])
         self._sites = {bits: {s.site.name: s for s in model.sites()} for bits, model in candidates.items()}
         self.model = copy.deepcopy(candidates[self.largest])
         self._own = {s.site.name: s for s in self.model.sites()}
+        like = next(p for p in self.model.parameters() if p.is_floating_point())
+        self._images = torch.stack([pair.image for pair in held_out]).to(like)
         with quiet():
             self._float = self._outputs()
-        self._references = [self._inner(pair.reference) for pair in held_out]
+        self._references = [self._inner(pair.reference.to(like.device)) for pair in held_out]
         self._misses = [max(_mse(y, r), _LEAST) for y, r in zip(self._float, self._references, strict=True)]
 
     def sensitivities(self, widths: Sequence[int], show_progress: bool | None = None) -> list[SiteBits]:
@@ -359,6 +362,7 @@ def _calibrated_widths(
         for module in candidate.sites():
             if isinstance(module, PreparedLinear):
                 module.attach(module.left, weight_quantizer(module.site, candidate.settings(module.site).weight))
+                module.to(module.weight.device)
         compute_qparams(candidate, show_progress=show_progress)
         enable_fake_quant(candidate)
         candidates[bits] = candidate

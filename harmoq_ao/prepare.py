@@ -177,12 +177,18 @@ def prepare_harmoq(
     names = [(m.site.name, m.site.kind) for m in prepared.sites()]
     config.check_rules(names + [(f.name, f.kind) for f in prepared.floats])
     for module in prepared.sites():
-        attach_quantizers(module, config)
+        attach_quantizers(module, config, examples[0].device)
     return prepared
 
 
-def attach_quantizers(module: PreparedSite, config: HarmoqConfig) -> None:
-    """Give a site the observers and fake-quantizers its settings ask for, observing, with rounding off."""
+def attach_quantizers(module: PreparedSite, config: HarmoqConfig, device: torch.device) -> None:
+    """Give a site the observers and fake-quantizers its settings ask for, observing, with rounding off.
+
+    Args:
+        module: The site.
+        config: Whose settings hold.
+        device: Where the model is.
+    """
     site = module.site
     settings = config.settings(site.name, site.kind)
     site.reason = settings.reason
@@ -194,6 +200,7 @@ def attach_quantizers(module: PreparedSite, config: HarmoqConfig) -> None:
         left = _quantizer(site, settings.act, config, 1 if site.kind == "conv2d" else -1, site.kind == "linear")
         right = weight_quantizer(site, settings.weight)
     module.attach(left, right)
+    module.to(device)
 
 
 def wants_joint_scale(site: Site, settings: SiteSettings) -> bool:
@@ -404,7 +411,8 @@ class SiteFactory:
         root.add_module(attribute, module)
         for site in module.modules():
             if isinstance(site, PreparedSite) and self.ready:
-                attach_quantizers(site, self.config)
+                operand = next(a for a in contraction.args if isinstance(a, Tensor))
+                attach_quantizers(site, self.config, operand.device)
                 logger.warning("%s was met only now, after preparation", site.site.name)
         return attribute
 

@@ -17,6 +17,7 @@ import torch
 
 from harmoq_ao.errors import ConfigError, HarmoqError, RayError
 from harmoq_ao.image_files import Failure, Job, UpscaleFile
+from harmoq_ao.optional import require
 
 ATTEMPTS = 3
 """Workers that an image may cost before it counts as failed."""
@@ -139,12 +140,7 @@ class _Pool:
 @contextmanager
 def _cluster() -> Iterator[Any]:
     """Ray, started if it was not, and then ended again."""
-    try:
-        import ray
-    except ImportError as error:
-        raise RayError(
-            "Ray is not installed", found=str(error), remedy="pip install 'harmoq-ao[ray]', or use --engine local"
-        ) from error
+    ray = require("Ray", ("ray",), RayError, extra="ray", otherwise=", or use --engine local")
     started = not ray.is_initialized()
     if started:
         try:

@@ -11,6 +11,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from harmoq_ao.data import (
 from harmoq_ao.errors import OutputError
 from harmoq_ao.evaluation import evaluate
 from harmoq_ao.methods import prepare_with
-from harmoq_ao.metrics import bicubic_upscale, rgb_to_y, to_uint8
+from harmoq_ao.metrics import bicubic_batch, rgb_to_y, to_uint8
 from harmoq_ao.progress import progress_bar, track
 from harmoq_ao.serialization import float_bytes, folder_bytes
 from harmoq_ao.upscaler import Upscaler, of_loaded, of_quantized
@@ -252,7 +253,7 @@ def _compare(
 ) -> dict[str, dict[str, Pixels]]:
     """Score every method and fill in its row; returns the pictures by method and image."""
     pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
-    methods: dict[str, Method] = {"bicubic": lambda image: _bicubic(image, scale), **models}
+    methods: dict[str, Method] = {"bicubic": partial(bicubic_batch, scale=scale), **models}
     with progress_bar() as progress:
         task = progress.add_task("Upscaling", total=len(methods) * len(images))
         for name, method in methods.items():
@@ -277,11 +278,6 @@ class _Keeping:
         result = self._method(image)
         self.last = to_uint8(result[0].expand(3, -1, -1))
         return result
-
-
-def _bicubic(image: torch.Tensor, scale: int) -> torch.Tensor:
-    codes = bicubic_upscale(to_uint8(image[0]), scale)
-    return image_from_array(codes).pixels[None]
 
 
 def median_seconds(models: dict[str, Upscaler], settings: DemoSettings) -> dict[str, float]:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,11 @@ from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.calibrate import disable_observers
-from harmoq_ao.data import ImagePair, atomic_write, image_from_array, load_pairs
+from harmoq_ao.data import ImagePair, atomic_write, load_pairs
 from harmoq_ao.errors import DatasetError
 from harmoq_ao.evaluation import EvaluationTable, evaluate
 from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.metrics import bicubic_upscale, to_uint8
+from harmoq_ao.metrics import bicubic_batch, to_uint8
 from harmoq_ao.progress import progress_bar
 from harmoq_ao.upscaler import of_loaded, of_quantized
 from harmoq_ao.zoo import LoadedModel
@@ -232,7 +233,7 @@ class Study:
     def upscaler(self, cell: Cell) -> Upscale:
         """The cell's model as a function of `[1, 3, H, W]`, quantized now unless it was before."""
         if cell.method == BICUBIC:
-            return lambda image: _bicubic(image, cell.scale)
+            return partial(bicubic_batch, scale=cell.scale)
         loaded, device = self.loaded(cell.scale), self.settings.device
         upscaler = of_loaded(loaded, cell.name)
         if cell.method != FLOAT:
@@ -342,7 +343,3 @@ def agree(recorded: Any, current: Any) -> bool:
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         return all(agree(recorded[key], current[key]) for key in recorded if key in current)
     return bool(recorded == current)
-
-
-def _bicubic(image: Tensor, scale: int) -> Tensor:
-    return image_from_array(bicubic_upscale(to_uint8(image[0]), scale)).pixels[None]

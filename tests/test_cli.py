@@ -144,6 +144,28 @@ def test_quantize_chooses_bits_by_need(folder: Path, tmp_path: Path) -> None:
     assert "One aim" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
 
 
+def test_quantize_on_a_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    options = ("--weight-bits", 4, "--act-bits", 4, "--crops", 2, "--crop-size", 16, "--preset", "none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "sees 0 GPUs" in fails(*given, *options, "--device", "cuda")
+    assert "expected: cpu, cuda, or cuda:0" in fails(*given, *options, "--device", "meta")
+    assert not (tmp_path / "out").exists()
+    succeeds(*given, *options, "--device", "cpu")
+    for name in ("config.json", *(path.name for path in (folder / "w4").glob("*.safetensors"))):
+        assert (tmp_path / "out" / name).read_bytes() == (folder / "w4" / name).read_bytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+def test_quantize_on_a_gpu(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PRESETS, "fast", HarmonizeSettings(None, RefineSettings(steps=2, checks=1, crop_size=16)))
+    state = dict(BY_NAME["DAT/light"].build().state_dict())  # with linears that conversion runs
+    safetensors.torch.save_file(state, tmp_path / "dat.safetensors")
+    given = ("quantize", tmp_path / "dat.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
+    succeeds(*given, "--crops", 2, "--crop-size", 16, "--max-drop", 0.5, "--preset", "fast", "--device", "cuda")
+    assert all(tensor.device.type == "cpu" for tensor in load_quantized(tmp_path / "out").state_dict().values())
+
+
 def test_quantize_refuses_unknown_methods_and_presets(folder: Path, tmp_path: Path) -> None:
     given = ("quantize", folder / "model.safetensors", tmp_path / "out", "--calibration", folder / "photographs")
     assert "minmax" in fails(*given, "--method", "magic")

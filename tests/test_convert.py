@@ -283,6 +283,10 @@ def test_a_weight_shared_by_a_functional_call_is_released() -> None:
     model = converted("forms", PAPER)
     assert model.model.shared.device.type == "meta"
     assert model.model.shared_bias.device.type == "cpu"
+    image = images(1)[0]
+    before = run(model, image)
+    assert torch.equal(run(model.to("cpu"), image), before)
+    assert model.model.shared.device.type == "meta"
 
 
 def test_contractions_beyond_the_range_of_float32_stay_exact() -> None:

@@ -16,6 +16,7 @@ from harmoq_ao.errors import InputError
 from harmoq_ao.metrics import (
     Score,
     ScoreTable,
+    bicubic_batch,
     bicubic_upscale,
     crop_to_multiple,
     psnr_y,
@@ -157,6 +158,19 @@ def test_bicubic_weights_are_keys_with_a_half() -> None:
     assert row[7] == row[10] == round(200 * kernel[1])
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_bicubic_of_a_batch_is_that_of_each_image(channels: int) -> None:
+    codes = [picture(7, 9, seed)[..., :channels] for seed in range(2)]
+    batch = torch.stack([torch.from_numpy(c.copy()).movedim(-1, 0) for c in codes]).float() / 255
+    upscaled = bicubic_batch(batch, 3)
+    assert upscaled.shape == (2, channels, 21, 27)
+    assert upscaled.dtype == torch.float32
+    for found, image in zip(to_uint8(upscaled), codes, strict=True):
+        assert np.array_equal(found.squeeze(), bicubic_upscale(image.squeeze(), 3))
+    rounded = bicubic_batch((batch + 0.4 / 255).clamp(0, 1), 3)
+    assert torch.equal(rounded, upscaled), "images are rounded to 8 bits first"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -175,6 +189,9 @@ def test_bicubic_weights_are_keys_with_a_half() -> None:
         (lambda a: bicubic_upscale(a.astype(np.float32), 2), "needs an 8-bit image. Found: dtype float32"),
         (lambda a: bicubic_upscale(a[:0], 2), "shape [0, 20, 3]"),
         (lambda a: bicubic_upscale(a, 0), "not an upscaling factor. Found: 0"),
+        (lambda a: bicubic_batch(torch.zeros(3, 4, 4), 2), "needs a batch of images. Found: shape [3, 4, 4]"),
+        (lambda a: bicubic_batch(torch.zeros(1, 2, 4, 4), 2), "Found: shape [1, 2, 4, 4]"),
+        (lambda a: bicubic_batch(torch.zeros(1, 3, 4, 4), 0), "not an upscaling factor. Found: 0"),
         (lambda a: score_all([("x", a, a), ("x", a, a)], 2), "Two images carry the same name. Found: x"),
         (lambda a: ScoreTable().mean, "no mean of no images"),
     ],

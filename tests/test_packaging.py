@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -33,3 +35,10 @@ def test_the_published_versions_agree() -> None:
     version = importlib.import_module("harmoq_ao").__version__
     assert PROJECT["project"]["version"] == version
     assert version in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_command_starts_without_what_only_some_of_it_needs() -> None:
+    heavy = ("datasets", "jinja2", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "pandas", "ray", "scipy")
+    code = f"import sys, harmoq_ao.cli; print(*[name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.errors import ConfigError, InputError, TraceError
 from harmoq_ao.modules import PreparedConv2d, PreparedLinear, PreparedMatmul
-from harmoq_ao.prepare import ModelTraits, PreparedModel
+from harmoq_ao.prepare import ModelTraits, PreparedModel, attach_quantizers
 from harmoq_ao.zoo import LoadedModel
 from recipes.architectures import ARCHITECTURES, Architecture, forward
 
@@ -293,3 +293,12 @@ def test_a_converted_model_may_be_shared_by_threads() -> None:
     for one, other in zip(expected, actual, strict=True):
         assert isinstance(other, Tensor), other
         assert torch.equal(one, other)
+
+
+def test_quantizers_lie_where_the_model_is() -> None:
+    prepared = _prepare(HarmoqConfig(4, 4, "paper"))
+    for site in prepared.sites():
+        attach_quantizers(site, prepared.config, torch.device("meta"))
+        tensors = [t for q in site.quantizers() for t in (*q.parameters(), *q.buffers())]
+        assert tensors
+        assert all(t.is_meta for t in tensors)

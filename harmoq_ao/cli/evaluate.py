@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -30,7 +29,7 @@ from harmoq_ao.data import (
 )
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.evaluation import EvaluationTable, evaluate
-from harmoq_ao.metrics import bicubic_upscale
+from harmoq_ao.metrics import bicubic_batch
 from harmoq_ao.progress import progress_bar
 from harmoq_ao.tiling import Model
 from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_model
@@ -64,7 +63,7 @@ def evaluate_command(
         raise ConfigError("The model is compared with itself", found=names[0], expected="two different models")
     callables: list[Model] = [partial(u, tile=tile, overlap=overlap) for u in upscalers]
     if bicubic:
-        callables.append(partial(_bicubic, scale=factor))
+        callables.append(partial(bicubic_batch, scale=factor))
     tables = {name: _evaluated(name, call, pairs, factor) for name, call in zip(names, callables, strict=True)}
     out.print(_score_table(tables, factor, hr))
     if json_file is not None:
@@ -80,11 +79,6 @@ def _common_scale(upscalers: list[Upscaler], given: int | None) -> int:
         found = ", ".join(f"x{u.scale} ({u.name})" for u in upscalers) + (f", --scale {given}" if given else "")
         raise ConfigError("Scales do not agree", found=found, expected="one scale", remedy="leave out --scale")
     return scales.pop()
-
-
-def _bicubic(image: torch.Tensor, scale: int) -> torch.Tensor:
-    codes = (image[0] * 255.0).round().to(torch.uint8).movedim(0, -1).numpy()
-    return torch.from_numpy(bicubic_upscale(codes, scale).copy()).movedim(-1, 0)[None].float() / 255.0
 
 
 def _evaluated(name: str, call: Model, pairs: list[ImagePair], scale: int) -> EvaluationTable:

@@ -29,6 +29,7 @@ from harmoq_ao.data import (
     luma,
     split_photographs,
 )
+from harmoq_ao.devices import device_named
 from harmoq_ao.distributed import is_first, wait_for_all
 from harmoq_ao.errors import ConfigError, shown
 from harmoq_ao.harmonize.presets import PRESETS
@@ -87,6 +88,7 @@ def quantize(
     float_dtype: Annotated[
         FloatDtype, typer.Option(help="Type of the parts that are not integers.")
     ] = FloatDtype.float32,
+    device: Annotated[str, typer.Option(help="Where to calibrate and refine: cpu, cuda, or cuda:1.")] = "cpu",
 ) -> None:
     """Quantize a float checkpoint with a few photographs, and save it.
 
@@ -105,11 +107,13 @@ def quantize(
         seed=seed,
     )
     check_method(method)
+    place = device_named(device)
     chosen = _preset_for(preset, weight_bits, act_bits)
     settings = preset_of(chosen)
     count = crops or settings.crops
     photographs = find_images(calibration, learned=count, column=column)
     loaded = open_float(checkpoint)
+    loaded.model.to(place)
     learned, held_out = split_photographs(photographs, seed)
     factor = loaded.scale if downscale else 1
     cut = partial(_crops, loaded=loaded, size=crop_size, factor=factor, seed=seed)
@@ -136,7 +140,7 @@ def quantize(
         wait_for_all()
         return
     with err.status("Converting to integers"):
-        quantized = convert_harmoq(prepared, float_dtype=float_dtype.torch)
+        quantized = convert_harmoq(prepared, float_dtype=float_dtype.torch).cpu()
     save_quantized(quantized, output)
     progress.unlink(missing_ok=True)
     wait_for_all()

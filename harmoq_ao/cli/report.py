@@ -9,13 +9,13 @@ import typer
 from rich.markup import escape
 
 from harmoq_ao.cli.common import OverlapOption, TileOption, app, err, out
-from harmoq_ao.data import list_images, load_image, load_pairs
+from harmoq_ao.data import ImageRecord, list_images, load_image, load_pairs
 from harmoq_ao.errors import ConfigError, OutputError
-from harmoq_ao.reporting import Scene, Source, write_report
 from harmoq_ao.serialization import folder_bytes
 from harmoq_ao.upscaler import open_model
 
 _DEMO_SIDE = 256
+_Shown = tuple[str, ImageRecord, ImageRecord | None]  # name, input and original
 
 
 @app.command("report")
@@ -39,17 +39,19 @@ def report_command(
     overlap: OverlapOption = 32,
 ) -> None:
     """Write one HTML page: pictures beside the float model's, every site, distributions, convergence and size."""
+    from harmoq_ao.reporting import Scene, Source, write_report  # matplotlib and jinja2 are needed here only
+
     _check_paths(model, output)
     with err.status("Reading the model"):
         quantized = open_model(model)
         compared = None if reference is None else open_model(reference)
-    sources, given = _sources(images or [], hr, quantized.scale, pictures)
+    shown, given = _images(images or [], hr, quantized.scale, pictures)
     scene = Scene(
         quantized,
         folder_bytes(model),
-        sources,
+        [Source(*image) for image in shown],
         compared,
-        left_out=given - len(sources),
+        left_out=given - len(shown),
         device=device,
         worst=worst,
         tile=tile,
@@ -57,7 +59,7 @@ def report_command(
     )
     write_report(scene, output)
     against = "bicubic (pass --float for the float model)" if reference is None else escape(reference)
-    out.print(f"[bold]{escape(str(output))}[/]: {len(sources)} of {given} pictures, against {against}", highlight=False)
+    out.print(f"[bold]{escape(str(output))}[/]: {len(shown)} of {given} pictures, against {against}", highlight=False)
     out.print(f"{output.stat().st_size:,} bytes; opens in any browser, without a network", highlight=False)
 
 
@@ -75,7 +77,7 @@ def _check_paths(model: Path, output: Path) -> None:
         )
 
 
-def _sources(images: list[Path], hr: Path | None, scale: int, most: int) -> tuple[list[Source], int]:
+def _images(images: list[Path], hr: Path | None, scale: int, most: int) -> tuple[list[_Shown], int]:
     """The first images that were asked for, decoded, and how many there were."""
     if hr is not None:
         if len(images) > 1 or any(not path.is_dir() for path in images):
@@ -85,11 +87,11 @@ def _sources(images: list[Path], hr: Path | None, scale: int, most: int) -> tupl
                 expected="--images FOLDER --hr FOLDER, or --hr ROOT alone",
             )
         pairs = load_pairs(hr, images[0] if images else None, scale)
-        return [Source(pair.name, *pair.load()) for pair in pairs[:most]], len(pairs)
+        return [(pair.name, *pair.load()) for pair in pairs[:most]], len(pairs)
     if images:
         paths = list_images(images)
-        return [Source(path.name, load_image(path)) for path in paths[:most]], len(paths)
+        return [(path.name, load_image(path), None) for path in paths[:most]], len(paths)
     from harmoq_ao.recipes.demo import evaluation_images  # the recipes are needed here only
 
     found = evaluation_images(scale, _DEMO_SIDE)
-    return [Source(name, low, high) for name, (low, high) in list(found.items())[:most]], len(found)
+    return [(name, low, high) for name, (low, high) in list(found.items())[:most]], len(found)

@@ -28,6 +28,7 @@ from harmoq_ao.errors import ExportError, HarmoqError
 from harmoq_ao.export.common import check_exportable, example_for
 from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
 from harmoq_ao.lowering.fixed_size import fixed_size
+from harmoq_ao.optional import require
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -95,16 +96,7 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
 
 def require_onnx() -> None:
     """Raise ExportError, with what to install, unless onnx and onnxscript can be imported."""
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ExportError(
-            "ONNX is not installed",
-            found=str(error),
-            expected="the packages onnx and onnxscript",
-            remedy='pip install "harmoq-ao[onnx]"',
-        ) from error
+    require("ONNX", ("onnx", "onnxscript"), ExportError, extra="onnx", expected="the packages onnx and onnxscript")
 
 
 # --- from modules to a program ----------------------------------------------------------------------------------------

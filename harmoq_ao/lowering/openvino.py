@@ -27,6 +27,7 @@ from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import ConfigError, InputError, OpenVinoError
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite
+from harmoq_ao.optional import require
 
 if TYPE_CHECKING:
     import openvino
@@ -184,15 +185,9 @@ def lower_openvino(
 
 def require_openvino() -> None:
     """Raise OpenVinoError, with what to install, unless OpenVINO can be imported."""
-    try:
-        import openvino  # noqa: F401
-    except ImportError as error:
-        raise OpenVinoError(
-            "OpenVINO is not installed",
-            found=str(error),
-            expected="the package openvino, 2025.0 or later",
-            remedy='pip install "harmoq-ao[openvino]"',
-        ) from error
+    require(
+        "OpenVINO", ("openvino",), OpenVinoError, extra="openvino", expected="the package openvino, 2025.0 or later"
+    )
 
 
 # --- from modules to an OpenVINO model --------------------------------------------------------------------------------

@@ -11,13 +11,12 @@ from dataclasses import dataclass
 import matplotlib
 import numpy as np
 import numpy.typing as npt
-import torch
 from PIL import Image
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
 from harmoq_ao.data import ImageRecord
-from harmoq_ao.metrics import SSIM_WINDOW, Score, bicubic_upscale, crop_to_multiple, psnr_y, score, to_uint8
+from harmoq_ao.metrics import SSIM_WINDOW, Score, bicubic_batch, crop_to_multiple, psnr_y, score, to_uint8
 from harmoq_ao.upscaler import Upscaler
 
 Pixels = npt.NDArray[np.uint8]
@@ -114,14 +113,14 @@ def compare(
     """
     image, scale = source.low.pixels[None], quantized.scale
     ours = _colour(quantized(image, tile, overlap))
-    bicubic = bicubic_upscale(source.low.to_uint8(), scale)
-    theirs = _from_codes(bicubic) if reference is None else _colour(reference(image, tile, overlap))
+    bicubic = bicubic_batch(image, scale)[0]
+    theirs = bicubic if reference is None else _colour(reference(image, tile, overlap))
     error = (255.0 * (ours - theirs).abs().mean(0)).numpy()
-    codes = {"quantized": to_uint8(ours), "bicubic": bicubic}
+    codes = {"quantized": to_uint8(ours), "bicubic": to_uint8(bicubic)}
     if reference is not None:
         codes = {"float": to_uint8(theirs), **codes}
     window = _window(error)
-    shown = bicubic if reference is None else codes["float"]
+    shown = codes["bicubic" if reference is None else "float"]
     return Picture(
         source.name,
         source.low.size,
@@ -171,10 +170,6 @@ def _data_uri(picture: Image.Image) -> str:
 def _colour(batch: Tensor) -> Tensor:
     """`[3, H, W]` in 0..1 of a batch of one, gray or colour."""
     return batch[0].float().clamp(0.0, 1.0).expand(3, -1, -1).cpu()
-
-
-def _from_codes(codes: Pixels) -> Tensor:
-    return torch.from_numpy(codes.copy()).movedim(-1, 0).float() / 255.0
 
 
 def _score(codes: Pixels, high: ImageRecord, scale: int) -> Score:

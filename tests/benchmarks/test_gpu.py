@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import gpu
+from benchmarks.peers import Run
 from tests.triton_kernels.interpreter import interpreted
 
 
@@ -28,11 +29,11 @@ def test_contenders_take_turns_and_failures_are_results(monkeypatch: pytest.Monk
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return nn.functional.pixel_shuffle(self.mix(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), 2)
 
-    def broken(model: nn.Module) -> gpu.Run:
+    def broken(model: nn.Module) -> Run:
         raise RuntimeError("no such kernel")
 
     monkeypatch.setitem(gpu.MODELS, "tiny", lambda scale: Twice())
-    monkeypatch.setattr(gpu, "_torchao", broken)
+    monkeypatch.setattr(gpu, "torchao_int8", broken)
     monkeypatch.setattr(torch, "compile", lambda model, **options: model)
     rows = gpu.measure(gpu.Shape("tiny", 2, 8, 8), torch.device("cpu"), 3)
     assert rows[gpu.BASE]["speed_vs_float32_eager"] == 1.0

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, write_json
+from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
 
 
 def test_percentiles_are_in_milliseconds() -> None:
@@ -19,6 +19,13 @@ def test_ratios_are_taken_within_rounds() -> None:
     assert paired_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 1.0]) == 2.0
     with pytest.raises(ValueError, match=r"shorter|longer"):
         paired_ratio([1.0], [1.0, 2.0])
+
+
+def test_an_error_fits_in_a_line_and_names_no_folder() -> None:
+    error = OSError("\n  cannot open '/opt/some-where/lib/kernels.so', see https://example.org/a/b for 1/2 GB\nmore")
+    assert one_line(error) == "OSError: cannot open 'kernels.so', see https://example.org/a/b for 1/2 GB"
+    assert one_line(KeyError()) == "KeyError: "
+    assert len(one_line(ValueError("x" * 1000))) == 300
 
 
 def test_images_repeat_by_seed() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import builtins
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -114,14 +114,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         export_onnx(model, tmp_path / "nowhere" / "m.onnx", (16, 16))
     with pytest.raises(ExportError, match="convert_harmoq"):
         export_onnx(torch.nn.Identity(), tmp_path / "m.onnx")  # type: ignore[arg-type]
-    real = builtins.__import__
-
-    def without(name: str, *given: Any, **options: Any) -> Any:
-        if name == "onnxscript":
-            raise ImportError(f"No module named {name!r}")
-        return real(name, *given, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ExportError, match=r"harmoq-ao\[onnx\]"):
         export_onnx(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())

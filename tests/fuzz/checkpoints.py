@@ -19,7 +19,7 @@ import torch
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor
 
-from tests.fuzz.registry import FileCase, Registry, cut, flipped
+from tests.fuzz.registry import FileCase, Registry, add_damage
 
 CHECKPOINTS: Registry[FileCase] = Registry()
 MARK = "HARMOQ_FUZZ_EXECUTED"
@@ -77,27 +77,7 @@ def _safetensors(header: Any, body: bytes = b"") -> FileCase:
     return FileCase(struct.pack("<Q", len(text)) + text + body, ".safetensors")
 
 
-@CHECKPOINTS.add
-def intact(rng: Random) -> FileCase:
-    return FileCase(*_any(rng))
-
-
-@CHECKPOINTS.add
-def truncated(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(cut(data, rng), suffix)
-
-
-@CHECKPOINTS.add
-def flipped_bytes(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(flipped(data, rng), suffix)
-
-
-@CHECKPOINTS.add
-def flipped_header(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(flipped(data[:300], rng) + data[300:], suffix)
+add_damage(CHECKPOINTS, _any, header=300, most=8)
 
 
 @CHECKPOINTS.add

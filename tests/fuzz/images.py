@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.fuzz.registry import FileCase, Registry, cut, flipped
+from tests.fuzz.registry import FileCase, Registry, add_damage, flipped
 
 IMAGES: Registry[FileCase] = Registry()
 
@@ -60,27 +60,7 @@ def png(width: int, height: int, *, depth: int = 8, colour: int = 2, data: bytes
     return b"\x89PNG\r\n\x1a\n" + body
 
 
-@IMAGES.add
-def intact(rng: Random) -> FileCase:
-    return FileCase(*_any(rng))
-
-
-@IMAGES.add
-def truncated(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(cut(data, rng), suffix)
-
-
-@IMAGES.add
-def flipped_bytes(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(flipped(data, rng), suffix)
-
-
-@IMAGES.add
-def flipped_header(rng: Random) -> FileCase:
-    data, suffix = _any(rng)
-    return FileCase(flipped(data[:64], rng, 3) + data[64:], suffix)
+add_damage(IMAGES, _any, header=64, most=3)
 
 
 @IMAGES.add

@@ -55,6 +55,32 @@ class Registry(Generic[Made]):
             yield f"{name}-{index}", self.mutations[name](Random(f"{seed}/{name}/{index}"))
 
 
+def add_damage(
+    registry: Registry[FileCase], intact: Callable[[Random], tuple[bytes, str]], header: int, most: int
+) -> None:
+    """Register what any kind of file may have suffered, and the file that has not.
+
+    Args:
+        registry: Of the kind.
+        intact: Makes a valid file: its bytes and suffix.
+        header: Length of the part that counts as its header.
+        most: Bytes of the header that are replaced at most.
+    """
+
+    def damage(name: str, change: Callable[[bytes, Random], bytes]) -> None:
+        def mutation(rng: Random) -> FileCase:
+            data, suffix = intact(rng)
+            return FileCase(change(data, rng), suffix)
+
+        mutation.__name__ = name
+        registry.add(mutation)
+
+    damage("intact", lambda data, rng: data)
+    damage("truncated", cut)
+    damage("flipped_bytes", flipped)
+    damage("flipped_header", lambda data, rng: flipped(data[:header], rng, most) + data[header:])
+
+
 def flipped(data: bytes, rng: Random, most: int = 8) -> bytes:
     """Up to ``most`` bytes replaced."""
     changed = bytearray(data)

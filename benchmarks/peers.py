@@ -1,0 +1,96 @@
+"""Float models prepared for one image size, as whoever wants them fast would prepare them.
+
+SwinIR, HAT and DAT make the masks of their shifted windows anew in every call unless the image has the size they were
+built for (HAT: always). They make them on the CPU, in the way of CUDA graphs, and SwinIR makes them in float32, which
+its attention refuses in a model of bfloat16. Masks depend on nothing but the size, so here they are made once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import MethodType
+from typing import Any
+
+from spandrel.architectures.DAT.__arch.DAT import Adaptive_Spatial_Attention
+from spandrel.architectures.HAT import HAT
+from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], Tensor]
+_KIND = ("window_size", "split_size", "shift_size")
+
+
+def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
+    """Change a SwinIR, HAT or DAT so that it finds its masks ready; others are left as they are.
+
+    Args:
+        model: In its final type, on its final device.
+        size: Height and width of the images that it will take, in pixels.
+
+    Returns:
+        The model itself.
+    """
+    masks = _Masks(next(iter(model.parameters())))
+    for module in model.modules():
+        mean = vars(module).get("mean")
+        if isinstance(mean, Tensor):  # no buffer: it would move with the first image
+            module.mean = masks.as_weights(mean)
+        if isinstance(module, SwinTransformerBlock):
+            module.input_resolution = _padded(size, module.window_size)  # the size of the mask it stores
+            if module.shift_size:
+                module.attn_mask = masks(module, module.input_resolution)
+        elif isinstance(module, HAT):
+            mask = masks(module, _padded(size, module.window_size), masks.like.dtype)
+            module.register_buffer("attn_mask", mask, persistent=False)
+            module.calculate_mask = MethodType(_hat_mask, module)
+        elif isinstance(module, Adaptive_Spatial_Attention) and module.attn_mask_0 is not None:
+            module.attn_mask_0, module.attn_mask_1 = masks(module, *_padded(size, max(module.split_size)))
+            module.calculate_mask = MethodType(_dat_masks, module)
+    return model
+
+
+def bfloat16_run(model: Run) -> Run:
+    """A model of bfloat16 as a function from float32 to float32."""
+    return lambda x: model(x.bfloat16()).float()
+
+
+def torchao_int8(model: nn.Module) -> nn.Module:
+    """The model itself, its linears at 8 bits by torchao: weights by row, activations by token."""
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+
+    def fits(module: nn.Module, _: str) -> bool:  # torchao 0.18 fails on DAT's position biases, [3, 1]
+        return isinstance(module, nn.Linear) and module.in_features > 1
+
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=fits)
+    return model
+
+
+class _Masks:
+    """What ``calculate_mask`` gives, once for all blocks of a kind, in the type and on the device of the weights."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.like = like
+        self._made: dict[str, Any] = {}
+
+    def __call__(self, module: Any, *given: Any) -> Any:
+        kind = repr([getattr(module, name, None) for name in _KIND])
+        if kind not in self._made:
+            found = module.calculate_mask(*given)
+            pair = isinstance(found, tuple)
+            self._made[kind] = tuple(map(self.as_weights, found)) if pair else self.as_weights(found)
+        return self._made[kind]
+
+    def as_weights(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.like.device, self.like.dtype)
+
+
+def _padded(size: Sequence[int], multiple: int) -> tuple[int, ...]:
+    return tuple(-(-side // multiple) * multiple for side in size)
+
+
+def _hat_mask(module: Any, *_: Any, **__: Any) -> Tensor:
+    return module.attn_mask
+
+
+def _dat_masks(module: Any, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    return module.attn_mask_0, module.attn_mask_1

@@ -1,0 +1,108 @@
+"""Peers of the benchmarks that are prepared for one size: right, and in bfloat16 at sizes they were not built for."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from spandrel.architectures.DAT.__arch.DAT import Adaptive_Spatial_Attention
+from spandrel.architectures.HAT import HAT
+from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
+from torch import Tensor, nn
+
+from benchmarks import cpu_peers, gpu
+from benchmarks.measuring import random_image
+from benchmarks.peers import Run, for_size, torchao_int8
+from recipes.architectures import ARCHITECTURES
+
+TINY = {"swinir-light": "SwinIR/light", "hat-s": "HAT", "dat-light": "DAT/light"}
+"""Small instances of what `benchmarks.gpu` measures, built for images of 16x16."""
+SIZES = ((24, 24), (16, 40), (20, 13))
+
+
+def tiny(name: str) -> nn.Module:
+    return next(entry for entry in ARCHITECTURES if entry.name == TINY[name]).build()
+
+
+def close(found: Tensor, expected: Tensor) -> bool:
+    """Whether it is the same picture with the rounding of bfloat16."""
+    assert found.shape == expected.shape
+    assert found.dtype == torch.float32
+    return bool((found - expected).abs().mean() < 0.03 * expected.std())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", TINY)
+@torch.no_grad()
+def test_masks_made_once_are_those_of_the_size(name: str, size: tuple[int, int], monkeypatch: Any) -> None:
+    def again(*_: Any, **__: Any) -> None:
+        raise AssertionError("a mask is made anew")
+
+    model, image = tiny(name), torch.rand(2, 3, *size)
+    expected = model(image)
+    prepared = for_size(model, size)
+    for owner in (SwinTransformerBlock, HAT, Adaptive_Spatial_Attention):
+        monkeypatch.setattr(owner, "calculate_mask", again)
+    assert torch.equal(prepared(image), expected)
+
+
+@pytest.mark.parametrize("name", gpu.MODELS)
+@torch.no_grad()
+def test_every_bfloat16_contender_on_a_gpu_is_close_to_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="eager", fullgraph=True))
+    model, image = tiny(name), torch.rand(2, 3, 24, 32)
+    expected = model(image)
+    found = {label: make for label, make in gpu.contenders(model, image) if "bfloat16" in label}
+    assert len(found) == 3
+    for label, make in found.items():
+        assert close(make()(image), expected), label
+
+
+@pytest.mark.parametrize("name", ["swinir-light", "dat-light"])
+@torch.no_grad()
+def test_bfloat16_on_a_cpu_is_close_to_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_peers.Job, "build", lambda job: tiny(job.model))
+    job, image = cpu_peers.Job(name, 24, Path()), random_image(24, 0)
+    assert close(cpu_peers.CONTENDERS["bfloat16 eager"](job)(image), tiny(name)(image))
+
+
+@torch.no_grad()
+def test_torchao_takes_all_linears_but_those_of_one_input() -> None:
+    model = nn.Sequential(nn.Linear(6, 1), nn.Linear(1, 3), nn.Linear(3, 8))  # as in DAT's position biases
+    image = torch.rand(5, 6)
+    expected = model(image)
+    found = torchao_int8(model)(image)
+    assert [type(layer.weight) is nn.Parameter for layer in model] == [False, True, False]
+    assert (found - expected).abs().max() < 0.05
+
+
+def test_what_a_contender_failed_with_reaches_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(job: cpu_peers.Job) -> Run:
+        raise RuntimeError("no kernel | for this\nsee elsewhere")
+
+    class Ended:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            self.stdout = io.StringIO(said.getvalue())
+
+        def wait(self) -> int:
+            return -9
+
+    said, job = io.StringIO(), cpu_peers.Job("dat-light", 24, Path())
+    monkeypatch.setitem(cpu_peers.CONTENDERS, "torchao int8 dynamic", broken)
+    monkeypatch.setattr(sys, "stdout", said)
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    with pytest.raises(RuntimeError, match=r"^torchao int8 dynamic ended with status -9$"):
+        cpu_peers.Worker("torchao int8 dynamic", job, None, 1).wait()
+    with pytest.raises(RuntimeError, match="no kernel"):
+        cpu_peers.serve("torchao int8 dynamic", job, None)
+    with pytest.raises(RuntimeError, match=r"^RuntimeError: no kernel \| for this$"):
+        cpu_peers.Worker("torchao int8 dynamic", job, None, 1).wait()
+    row = {"torchao int8 dynamic": {"error": "RuntimeError: no kernel | for this"}}
+    found = {"model": "dat-light x2", "image": [1, 3, 24, 24], "rounds": 2, "results": row}
+    assert "| torchao int8 dynamic | RuntimeError: no kernel \\| for this |" in cpu_peers.markdown(found)
