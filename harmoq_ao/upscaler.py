@@ -85,13 +85,13 @@ class Upscaler:
     ) -> Iterator[Tensor]:
         """Upscale one RGB image, and give the finished rows from top to bottom: those of one row of tiles at a time.
 
-        Beside the image, memory is needed for one row of tiles and its result.
+        Beside the image, memory is needed for one row of tiles and its result. `save_rows` puts them into a file.
 
         Args:
-            image: As for a call.
-            tile: As for a call.
-            overlap: As for a call.
-            progress: As for a call.
+            image: A decoded image, of which floats are made a row of tiles at a time; or `[1, 3, H, W]`, 0..1.
+            tile: Side of a tile in input pixels; None takes the image whole.
+            overlap: Pixels that adjacent tiles share.
+            progress: Called after each tile with the number of tiles done and their total.
 
         Returns:
             `[1, 3, h, W * scale]`, or `[1, 1, ...]`, one after the other; the heights add up to ``H * scale``.

@@ -27,6 +27,9 @@ FURTHER = (
     "data.crops.CalibrationCrops",
     "evaluation.evaluate",
     "upscaler.Upscaler",
+    "data.reading.load_image",
+    "data.writing.save_image",
+    "data.writing.save_rows",
     "lowering.openvino.lower_openvino",
     "lowering.fixed_size.fixed_size",
 )
