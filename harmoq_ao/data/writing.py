@@ -45,6 +45,7 @@ _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _STRIP_PIXELS = 1 << 18
+_ICC_PROFILE_TAG = (34675, 7)  # its code and its type, bytes without a meaning
 _CLASSIC_TIFF_BYTES = 2**32 - 2**25  # 32-bit offsets, with room for directories
 
 
@@ -264,7 +265,7 @@ def _resized_alpha(source: ImageRecord, start: int, stop: int, size: tuple[int, 
 def _write_tiff(file: BinaryIO, strips: Iterator[Array], form: _Form) -> None:
     import tifffile
 
-    height, width = form.size
+    (height, width), profile = form.size, form.icc_profile
     shape = form.size if form.channels == 1 else (*form.size, form.channels)
     large = height * width * form.channels * form.depth // 8 > _CLASSIC_TIFF_BYTES
     with tifffile.TiffWriter(file, bigtiff=large, byteorder="<") as writer:
@@ -277,7 +278,7 @@ def _write_tiff(file: BinaryIO, strips: Iterator[Array], form: _Form) -> None:
             extrasamples=None if form.translucent is None else ["unassalpha"],
             compression="zlib",
             rowsperstrip=form.strip_height,
-            iccprofile=form.icc_profile,
+            extratags=[] if profile is None else [(*_ICC_PROFILE_TAG, len(profile), profile, True)],
             metadata=None,
         )
     for _ in strips:  # tifffile takes as many as it needs; one more is an error, of which the strips tell
