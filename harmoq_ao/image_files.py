@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmoq_ao.data import load_image, save_image
+from harmoq_ao.data import load_image, save_rows
 from harmoq_ao.errors import ConfigError, HarmoqError
+from harmoq_ao.tiling import Progress
 from harmoq_ao.upscaler import Upscaler
 
 
@@ -38,21 +39,27 @@ class FileUpscaler:
         upscaler: The model.
         tile: Side of a tile in input pixels; None takes images whole.
         overlap: Pixels that adjacent tiles share.
+        progress: Called after each tile.
     """
 
     upscaler: Upscaler
     tile: int | None = None
     overlap: int = 32
+    progress: Progress | None = None
 
     def __call__(self, job: Job) -> None:
         """Upscale one image; transparency, gray and 16 bits are kept.
+
+        In tiles, PNG and TIFF are written row of tiles by row of tiles, and the result is never in memory as a whole.
 
         Raises:
             ConfigError: Tile or overlap are out of range, for any image.
             HarmoqError: This image cannot be read, upscaled or written.
         """
         record = load_image(job.image)
-        save_image(job.target, self.upscaler(record.pixels[None], self.tile, self.overlap), like=record)
+        height, width = (side * self.upscaler.scale for side in record.size)
+        rows = self.upscaler.rows(record, self.tile, self.overlap, self.progress)
+        save_rows(job.target, rows, (height, width), like=record)
 
 
 def upscale_here(jobs: Sequence[Job], upscale: UpscaleFile, advance: Callable[[], None]) -> list[Failure]:

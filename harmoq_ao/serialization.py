@@ -18,9 +18,7 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from harmoq_ao.errors import ConfigError, OutputError, SavedModelError, shown
 from harmoq_ao.history import History
 from harmoq_ao.modules.prepared import PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, empty_site
+from harmoq_ao.output import atomic_write, make_folder
 from harmoq_ao.prepare import ModelTraits, PreparedModel, prepare_harmoq, wants_joint_scale, wants_joint_shift
 from harmoq_ao.report import prepared_report
 from harmoq_ao.zoo import build_architecture
@@ -87,7 +86,7 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
     config = _dump(_seal({**_config_of(model), "weights": entry}))
     try:
         _check_target(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         _write_model(folder, entry["file"], weights, config)
     except OutputError:
         raise
@@ -104,8 +103,9 @@ def _write_model(folder: Path, name: str, weights: bytes, config: bytes) -> None
     """Weights, then the config that makes them the model of the folder; on any error the folder is as it was."""
     fresh = not (folder / name).exists()
     try:
-        write_atomically(folder / name, weights)
-        write_atomically(folder / _CONFIG, config)
+        for target, data in ((name, weights), (_CONFIG, config)):
+            with atomic_write(folder / target) as file:
+                file.write(data)
     except BaseException:
         if fresh and not _is_current(folder, name):
             (folder / name).unlink(missing_ok=True)
@@ -183,25 +183,6 @@ def folder_bytes(path: str | Path) -> int:
 def float_bytes(model: nn.Module) -> int:
     """Bytes of a float model's parameters in float32; buffers do not count."""
     return sum(p.numel() * 4 for p in model.parameters())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file beside its target and rename it over; on any error the target is as it was.
-
-    Raises:
-        OSError: As the system reports it; the temporary file is gone.
-    """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 # --- what is stored ---------------------------------------------------------------------------------------------------
@@ -534,5 +515,4 @@ __all__ = [
     "save_quantized",
     "stored_bytes",
     "stored_tensors",
-    "write_atomically",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.convert import QuantizedModel
+from harmoq_ao.data import ImageRecord
 from harmoq_ao.errors import CheckpointError, ConfigError, InputError
 from harmoq_ao.serialization import load_quantized
-from harmoq_ao.tiling import Progress, pad_to_multiple, upscale
+from harmoq_ao.tiling import Progress, join_rows, upscale_rows
 from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 
 EMBEDDED = ("demo:x2", "demo:x3", "demo:x4")
@@ -55,14 +57,15 @@ class Upscaler:
         return isinstance(self.model, QuantizedModel)
 
     def __call__(
-        self, image: Tensor, tile: int | None = None, overlap: int = 32, progress: Progress | None = None
+        self, image: Tensor | ImageRecord, tile: int | None = None, overlap: int = 32, progress: Progress | None = None
     ) -> Tensor:
         """Upscale one RGB image, whole or in tiles.
 
         A model of one channel upscales each channel by itself; equal channels (a gray picture) only once.
 
         Args:
-            image: `[1, 3, H, W]`, 0..1, any size: it is mirrored up to what the model takes, and cropped back.
+            image: `[1, 3, H, W]`, 0..1, any size: it is mirrored up to what the model takes, and cropped back. Or a
+                decoded image, which takes less memory in tiles.
             tile: Side of a tile in input pixels; None takes the image whole.
             overlap: Pixels that adjacent tiles share.
             progress: Called after each tile.
@@ -74,21 +77,51 @@ class Upscaler:
             ConfigError: Tile or overlap are out of range.
             InputError: The image is not finite, or too large for the memory.
         """
-        x = image.float() if self.channels == 3 else _as_batch(image.float())
-        padded, (height, width) = pad_to_multiple(x, self._multiple(x, tile))
+        height = image.size[0] if isinstance(image, ImageRecord) else image.shape[-2]
+        return join_rows(self.rows(image, tile, overlap, progress), height * self.scale)
+
+    def rows(
+        self, image: Tensor | ImageRecord, tile: int | None = None, overlap: int = 32, progress: Progress | None = None
+    ) -> Iterator[Tensor]:
+        """Upscale one RGB image, and give the finished rows from top to bottom: those of one row of tiles at a time.
+
+        Beside the image, memory is needed for one row of tiles and its result. `save_rows` puts them into a file.
+
+        Args:
+            image: A decoded image, of which floats are made a row of tiles at a time; or `[1, 3, H, W]`, 0..1.
+            tile: Side of a tile in input pixels; None takes the image whole.
+            overlap: Pixels that adjacent tiles share.
+            progress: Called after each tile with the number of tiles done and their total.
+
+        Returns:
+            `[1, 3, h, W * scale]`, or `[1, 1, ...]`, one after the other; the heights add up to ``H * scale``.
+
+        Raises:
+            ConfigError: Tile or overlap are out of range.
+            InputError: The image is not finite, or (while iterating) too large for the memory.
+        """
+        x = image.colour_codes() if isinstance(image, ImageRecord) else image.float()
+        if self.channels == 1:
+            x = _as_batch(x)
+        window, multiple = self.size_multiple, self._multiple(x, tile)
+        bands = upscale_rows(self.model, x, self.scale, tile, overlap, window, progress, pad_multiple=multiple)
+        return self._in_memory(bands, (x.shape[-2], x.shape[-1]))
+
+    def _in_memory(self, bands: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
+        """The bands as colour, or else an error that says how to need less memory."""
         try:
-            result = upscale(self.model, padded, self.scale, tile, overlap, self.size_multiple, progress)
+            for band in bands:
+                yield band if self.channels == 3 else band.movedim(0, 1)
+                del band  # before the next one is made
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
             raise InputError(
                 "The image does not fit into memory",
-                found=f"{height}x{width} pixels",
+                found=f"{size[0]}x{size[1]} pixels",
                 expected="an image, or a tile, that fits",
                 remedy="upscale in tiles: --tile 256",
             ) from error
-        result = result[..., : height * self.scale, : width * self.scale]
-        return result if self.channels == 3 else result.movedim(0, 1)
 
     def _multiple(self, x: Tensor, tile: int | None) -> int:
         """What to pad both sides to: the model's multiple, its minimum, or the longer side where it wants squares."""

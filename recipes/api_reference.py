@@ -15,7 +15,7 @@ import griffe
 from griffe2md import ConfigDict, render_object_docs  # type: ignore[import-untyped]
 
 import harmoq_ao
-from harmoq_ao.data import atomic_write
+from harmoq_ao.output import atomic_write
 
 FURTHER = (
     "errors.HarmoqError",
@@ -27,6 +27,9 @@ FURTHER = (
     "data.crops.CalibrationCrops",
     "evaluation.evaluate",
     "upscaler.Upscaler",
+    "data.reading.load_image",
+    "data.writing.save_image",
+    "data.writing.save_rows",
     "lowering.openvino.lower_openvino",
     "lowering.fixed_size.fixed_size",
 )

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import harmoq_ao as h
-from harmoq_ao.data import atomic_write
+from harmoq_ao.output import atomic_write, make_folder
 from harmoq_ao.progress import track
 from harmoq_ao.report import Report
 from recipes.architectures import ARCHITECTURES, CONVOLUTIONAL, Architecture, forward
@@ -137,7 +137,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/coverage.md"))
     output = parser.parse_args().output
     found = [cover(architecture) for architecture in track(ARCHITECTURES, "Covering")]
-    output.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(output.parent)
     with atomic_write(output) as file:
         file.write(markdown(found).encode())
 

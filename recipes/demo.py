@@ -33,10 +33,10 @@ from harmoq_ao.data import (
     skimage_photographs,
     split_photographs,
 )
-from harmoq_ao.errors import OutputError
 from harmoq_ao.evaluation import evaluate
 from harmoq_ao.methods import prepare_with
 from harmoq_ao.metrics import bicubic_batch, rgb_to_y, to_uint8
+from harmoq_ao.output import make_folder
 from harmoq_ao.progress import progress_bar, track
 from harmoq_ao.serialization import float_bytes, folder_bytes
 from harmoq_ao.upscaler import Upscaler, of_loaded, of_quantized
@@ -148,12 +148,7 @@ def run_demo(
     """
     settings, console = settings or DemoSettings(), console or Console()
     start = time.perf_counter()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be created", found=error.strerror, remedy="choose another folder"
-        ) from error
+    make_folder(output)
     loaded = load()
     images = evaluation_images(loaded.scale, settings.evaluation_size)
     models = {"float": of_loaded(loaded, "float")}

@@ -25,9 +25,9 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.data import atomic_write
-from harmoq_ao.errors import OutputError, SavedModelError
+from harmoq_ao.errors import SavedModelError
 from harmoq_ao.modules.prepared import PreparedSite
+from harmoq_ao.output import atomic_write, make_folder
 from harmoq_ao.tracing.island import DERIVED
 
 from .cells import to_plain
@@ -67,13 +67,8 @@ class Store:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        try:
-            for folder in ("cells", "states", "failures", "pictures"):
-                (output / folder).mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise OutputError(
-                f"{output} cannot be created", found=error.strerror, remedy="choose another folder"
-            ) from error
+        for folder in ("cells", "states", "failures", "pictures"):
+            make_folder(output / folder)
 
     def result(self, identity: str, set_name: str, converted: bool = False) -> Result | None:
         """What was measured, or None."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ from click.testing import Result
 from PIL import Image
 from typer.testing import CliRunner
 
-from harmoq_ao import __version__, load_quantized
+from harmoq_ao import __version__, load_quantized, upscaler
 from harmoq_ao.cli import app, common
 from harmoq_ao.cli.quantize import parse_rule
+from harmoq_ao.cli.upscale import _tiles_shown
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.presets import PRESETS, HarmonizeSettings
 from harmoq_ao.harmonize.refine import RefineSettings
+from harmoq_ao.progress import progress_bar
 from recipes.architectures import ARCHITECTURES
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
@@ -345,10 +348,38 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmoq_ao.image_files.save_image", interrupted)
+    monkeypatch.setattr("harmoq_ao.image_files.save_rows", interrupted)
     message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
     assert "Interrupted" in message
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_in_the_middle_of_an_image_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, rows = photograph(tmp_path / "in" / "a.png", 24, 40), upscaler.upscale_rows
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield next(rows(*arguments, **options))
+        assert list((tmp_path / "out").iterdir()), "the file is begun"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upscaler, "upscale_rows", interrupted)
+    tiles = ("--tile", 16, "--overlap", 8)
+    fails("upscale", folder / "w4", source, "-o", tmp_path / "out", *tiles, code=130)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_tiles_of_a_large_image_have_a_bar_of_their_own() -> None:
+    bar = progress_bar()
+    show = _tiles_shown(bar)
+    shown = []
+    for total in (1, 3, 1):
+        for done in range(1, total + 1):
+            show(done, total)
+            (task,) = bar.tasks
+            shown.append((task.visible, task.completed, task.total))
+    assert shown == [(False, 1, 1), (True, 1, 3), (True, 2, 3), (True, 3, 3), (False, 1, 1)]
 
 
 def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:

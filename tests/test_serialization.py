@@ -23,10 +23,10 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao import serialization
+from harmoq_ao import output, serialization
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.errors import HarmoqError, OutputError, SavedModelError
-from harmoq_ao.serialization import float_bytes, folder_bytes, stored_tensors, write_atomically
+from harmoq_ao.serialization import float_bytes, folder_bytes, stored_tensors
 from tests.models import PER_TOKEN, build, converted, images, prepare, run
 
 SMALL = "SwinIR/light"
@@ -494,22 +494,20 @@ def test_packed_codes_with_set_padding_bits_are_refused(tmp_path: Path) -> None:
 
 # --- interruption -----------------------------------------------------------------------------------------------------
 
-STEPS = ["mkstemp", "fdopen", "fsync", "chmod", "replace"]
+STEPS = ["open", "fsync", "replace"]
 FAILURES = [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()]
 
 
 def _fail_at(patch: pytest.MonkeyPatch, step: str, call: int, failure: BaseException) -> None:
-    owner: Any = serialization.tempfile if step == "mkstemp" else os
-    original, calls = getattr(owner, step), iter(range(100))
+    owner: Any = output if step == "open" else os
+    original, calls = getattr(owner, step, open), iter(range(100))
 
     def failing(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == call:
-            if step == "fdopen":
-                os.close(args[0])
             raise failure
         return original(*args, **kwargs)
 
-    patch.setattr(owner, step, failing)
+    patch.setattr(owner, step, failing, raising=False)
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=["disk full", "interrupt"])
@@ -562,16 +560,6 @@ def test_failing_to_remove_the_old_weights_is_no_failure(folder: Path, monkeypat
         patch.setattr(Path, "unlink", refuse)
         h.save_quantized(new, folder)
     assert torch.equal(run(h.load_quantized(folder)), run(new))
-
-
-def test_write_atomically_replaces_or_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"one")
-    write_atomically(path, b"two")
-    _fail_at(monkeypatch, "replace", 0, OSError(errno.EIO, "broken"))
-    with pytest.raises(OSError, match="broken"):
-        write_atomically(path, b"three")
-    assert _contents(tmp_path) == {"file": b"two"}
 
 
 # --- targets ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmoq_ao.errors import ConfigError, InputError
-from harmoq_ao.tiling import pad_to_multiple, tile_spans, upscale, upscale_tiled
+from harmoq_ao.tiling import pad_to_multiple, tile_spans, upscale, upscale_rows, upscale_tiled
 
 RADIUS = 3
 """How far `conv_net` reaches to each side, in pixels."""
@@ -196,3 +196,102 @@ def test_bad_images_are_named(image: torch.Tensor, message: str, tile: int | Non
 def test_padding_refuses_an_empty_image() -> None:
     with pytest.raises(InputError, match=r"An empty image cannot be padded"):
         pad_to_multiple(torch.zeros(1, 3, 0, 4), 8)
+
+
+# --- rows as they come ------------------------------------------------------------------------------------------------
+
+
+def at_once(model: nn.Module, image: torch.Tensor, scale: int, tile: int, overlap: int, multiple: int) -> torch.Tensor:
+    """What tiling means: the whole image padded, every tile run, each result put into its place."""
+    padded, (height, width) = pad_to_multiple(image, multiple)
+    tile, overlap = -(-tile // multiple) * multiple, -(-overlap // multiple) * multiple
+    output = torch.full((*image.shape[:2], padded.shape[-2] * scale, padded.shape[-1] * scale), math.nan)
+    for row in tile_spans(padded.shape[-2], tile, overlap):
+        for column in tile_spans(padded.shape[-1], tile, overlap):
+            with torch.no_grad():
+                part = model(padded[..., row.start : row.stop, column.start : column.stop])
+            rows, columns = (slice(span.keep_start * scale, span.keep_stop * scale) for span in (row, column))
+            inner = part[..., (row.keep_start - row.start) * scale :, (column.keep_start - column.start) * scale :]
+            output[..., rows, columns] = inner[..., : rows.stop - rows.start, : columns.stop - columns.start]
+    return output[..., : height * scale, : width * scale]
+
+
+@given(
+    height=st.integers(1, 60),
+    width=st.integers(1, 60),
+    tile=st.integers(1, 40),
+    overlap=st.integers(0, 20),
+    multiple=st.sampled_from([1, 4, 5]),
+    scale=st.sampled_from([1, 2, 3]),
+    seed=st.integers(0, 9),
+)
+def test_rows_are_the_image_bit_for_bit(
+    height: int, width: int, tile: int, overlap: int, multiple: int, scale: int, seed: int
+) -> None:
+    tile = -(-tile // multiple) * multiple
+    overlap = min(overlap, tile - multiple)
+    image = torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
+    model = conv_net(scale)
+    expected = at_once(model, image, scale, tile, overlap, multiple)
+    bands = list(upscale_rows(model, image, scale, tile, overlap, multiple))
+    assert torch.equal(torch.cat(bands, -2), expected)
+    assert torch.equal(upscale_tiled(model, image, scale, tile, overlap, multiple), expected)
+    assert max(band.shape[-2] for band in bands) <= tile * scale
+    assert all(band.shape[-1] == width * scale for band in bands)
+
+
+@given(
+    height=st.integers(1, 30),
+    width=st.integers(1, 30),
+    multiple=st.sampled_from([1, 4]),
+    pad=st.integers(1, 8),
+    dtype=st.sampled_from([torch.uint8, torch.uint16]),
+    tile=st.sampled_from([None, 8]),
+)
+def test_codes_become_floats_by_the_way(
+    height: int, width: int, multiple: int, pad: int, dtype: torch.dtype, tile: int | None
+) -> None:
+    largest = {torch.uint8: 255, torch.uint16: 65535}[dtype]
+    numbers = torch.randint(0, largest + 1, (2, height, width, 3), generator=torch.Generator().manual_seed(height))
+    codes, floats = numbers.to(dtype).permute(0, 3, 1, 2), (numbers.float() / largest).permute(0, 3, 1, 2).contiguous()
+    options: dict[str, Any] = {"tile": tile, "overlap": 4, "window_multiple": multiple, "pad_multiple": pad * multiple}
+    results = [torch.cat(list(upscale_rows(conv_net(), x, 2, **options)), -2) for x in (codes, floats)]
+    assert results[0].shape == (2, 3, 2 * height, 2 * width)
+    assert torch.equal(*results)
+
+
+def test_padding_to_more_than_the_window_is_as_padding_before() -> None:
+    image = torch.rand(1, 3, 10, 50)
+    padded, _ = pad_to_multiple(image, 32)
+    for tile in (None, 8, 16):
+        rows = upscale_rows(conv_net(), image, 2, tile, 4, pad_multiple=32)
+        assert torch.equal(torch.cat(list(rows), -2), upscale(conv_net(), padded, 2, tile, 4)[..., :20, :100])
+
+
+def test_a_row_of_tiles_is_run_when_it_is_asked_for() -> None:
+    calls: list[tuple[int, int]] = []
+    rows = upscale_rows(conv_net(), torch.rand(1, 3, 40, 20), 2, 16, 8, progress=lambda *call: calls.append(call))
+    assert calls == []
+    next(rows)
+    assert calls == [(1, 8), (2, 8)]
+    next(rows)
+    assert calls[-1] == (4, 8)
+    assert len(list(rows)) == 2
+
+
+def test_what_is_wrong_with_the_arguments_is_said_at_once() -> None:
+    with pytest.raises(ConfigError, match="overlap"):
+        upscale_rows(conv_net(), IMAGE, 2, 8, 8)
+    with pytest.raises(InputError, match="NaN"):
+        upscale_rows(conv_net(), IMAGE * math.nan, 2, 8, 4)
+    with pytest.raises(InputError, match=r"torch\.int32"):
+        upscale_rows(conv_net(), IMAGE.int(), 2, 8, 4)
+
+
+def test_one_value_that_is_no_number_is_found_in_any_layout() -> None:
+    for value in (math.nan, math.inf, -math.inf):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            image = torch.rand(1, 3, 9, 9).contiguous(memory_format=layout)
+            image[0, 1, 4, 4] = value
+            with pytest.raises(InputError, match="1 NaN or infinite values of 243"):
+                upscale(conv_net(), image, 2)

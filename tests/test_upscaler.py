@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.data import image_from_array
 from harmoq_ao.errors import CheckpointError, ConfigError, InputError, SavedModelError
 from harmoq_ao.upscaler import Upscaler, open_float, open_model
 from recipes.architectures import ARCHITECTURES
@@ -52,6 +54,22 @@ def test_a_model_of_one_channel_keeps_colour_and_takes_gray_once() -> None:
     assert model.calls == 3
     assert upscaler(image[:, :1].expand(-1, 3, -1, -1)).shape == (1, 1, 12, 16)
     assert model.calls == 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kinds", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_decoded_images_and_rows_give_what_tensors_give(channels: int, kinds: int, dtype: type) -> None:
+    array = np.random.default_rng(0).random((21, 18, kinds))
+    record = image_from_array((array * (1 if dtype is np.float32 else np.iinfo(dtype).max)).astype(dtype))
+    upscaler = Upscaler(Doubling(4, 8), "x", 2, channels, 4, 8)
+    for tile in (None, 12):
+        expected = upscaler(record.pixels[None], tile, 4)
+        assert expected.shape[1] == (1 if channels == 1 and kinds < 3 else 3)
+        assert torch.equal(upscaler(record, tile, 4), expected)
+        bands = list(upscaler.rows(record, tile, 4))
+        assert torch.equal(torch.cat(bands, -2), expected)
+        assert len(bands) == (1 if tile is None else 3)
 
 
 def test_running_out_of_memory_says_to_use_tiles() -> None:

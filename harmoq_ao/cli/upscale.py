@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Annotated
 
 import typer
 from rich.markup import escape
+from rich.progress import Progress as Bar
 
 from harmoq_ao.cli.common import (
     EXIT_PARTIAL,
@@ -22,12 +24,13 @@ from harmoq_ao.cli.common import (
     err,
     out,
 )
-from harmoq_ao.data import image_files
-from harmoq_ao.data.images import WRITABLE
+from harmoq_ao.data import WRITABLE, image_files
 from harmoq_ao.errors import ConfigError, DatasetError, OutputError
 from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
+from harmoq_ao.output import make_folder
 from harmoq_ao.progress import progress_bar
 from harmoq_ao.ray_engine import upscale_on_ray
+from harmoq_ao.tiling import Progress
 from harmoq_ao.upscaler import OPENVINO_TILE, open_model
 
 
@@ -66,18 +69,14 @@ def upscale_command(
     name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may be in other folders
     opened = partial(_open, name, float_dtype, openvino, tile, overlap)
     upscale = opened()  # for Ray too: a model that cannot be opened is told before anything starts
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"{output} cannot be created", found=error.strerror, remedy="choose another folder"
-        ) from error
+    make_folder(output)
     with progress_bar() as progress:
         task = progress.add_task("Upscaling", total=len(jobs))
         if engine is Engine.ray:
             jobs = [Job(job.image.resolve(), job.target.resolve()) for job in jobs]
             failures = upscale_on_ray(jobs, opened, lambda: progress.advance(task), workers=workers)
         else:
+            upscale = replace(upscale, progress=_tiles_shown(progress))
             failures = upscale_here(jobs, upscale, lambda: progress.advance(task))
     out.print(
         f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}", highlight=False
@@ -91,6 +90,18 @@ def upscale_command(
 def _open(model: str, float_dtype: FloatDtype | None, openvino: bool, tile: int | None, overlap: int) -> FileUpscaler:
     upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
     return FileUpscaler(upscaler, tile, overlap)
+
+
+def _tiles_shown(bar: Bar) -> Progress:
+    """A second line for the tiles of the image that is at work, if it has several."""
+    task = bar.add_task("  its tiles", total=1, visible=False)
+
+    def show(done: int, total: int) -> None:
+        if done == 1:
+            bar.reset(task, total=total, visible=total > 1)
+        bar.update(task, completed=done)
+
+    return show
 
 
 def _targets(images: list[Path], output: Path, suffix: str, overwrite: bool) -> list[Path]:

@@ -7,25 +7,16 @@ from harmoq_ao.data.crops import (
     ImageColumn,
     as_record,
     from_hf_dataset,
-    luma,
     skimage_photographs,
     split_photographs,
 )
 from harmoq_ao.data.folders import IMAGE_SUFFIXES, ImagePair, list_images, load_pairs
-from harmoq_ao.data.images import (
-    MAX_PIXELS,
-    WRITABLE,
-    EncodedImage,
-    ImageRecord,
-    atomic_write,
-    check_image_tensor,
-    image_from_array,
-    image_from_pillow,
-    image_size,
-    load_image,
-    save_image,
-)
+from harmoq_ao.data.reading import MAX_PIXELS, EncodedImage, image_from_pillow, image_size, load_image
+from harmoq_ao.data.records import ImageRecord, image_from_array
 from harmoq_ao.data.sources import find_images, image_files
+from harmoq_ao.data.tensors import check_image_tensor, luma
+from harmoq_ao.data.writing import WRITABLE, save_image, save_rows
+from harmoq_ao.output import atomic_write
 
 __all__ = [
     "CALIBRATION_PHOTOGRAPHS",
@@ -52,6 +43,7 @@ __all__ = [
     "load_pairs",
     "luma",
     "save_image",
+    "save_rows",
     "skimage_photographs",
     "split_photographs",
 ]

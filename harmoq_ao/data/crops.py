@@ -14,14 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from harmoq_ao.data.images import (
-    EncodedImage,
-    ImageRecord,
-    check_image_tensor,
-    image_from_array,
-    image_from_pillow,
-    load_image,
-)
+from harmoq_ao.data.reading import EncodedImage, image_from_pillow, load_image
+from harmoq_ao.data.records import ImageRecord, image_from_array
+from harmoq_ao.data.tensors import check_image_tensor
 from harmoq_ao.errors import CalibrationError, ConfigError, DatasetError, ImageError
 
 ImageSource = str | Path | npt.NDArray[Any] | torch.Tensor | Image.Image | ImageRecord | EncodedImage
@@ -32,7 +27,6 @@ Orderable = TypeVar("Orderable", bound=Path | EncodedImage)
 
 HELD_OUT_SHARE = 10
 """Of so many photographs one is kept aside to choose between states."""
-_LUMA = (0.299, 0.587, 0.114)
 
 CALIBRATION_PHOTOGRAPHS = (
     "coffee.png",
@@ -341,8 +335,3 @@ def split_photographs(files: Sequence[Orderable], seed: int = 0) -> tuple[list[O
     order = [files[int(index)] for index in np.random.default_rng(seed).permutation(len(files))]
     kept = max(1, len(files) // HELD_OUT_SHARE)
     return sorted(order[kept:]), sorted(order[:kept])
-
-
-def luma(crop: torch.Tensor) -> torch.Tensor:
-    """BT.601 luma `[1, H, W]` of `[3, H, W]`, full range, for models of one channel."""
-    return (crop * crop.new_tensor(_LUMA)[:, None, None]).sum(0, keepdim=True)

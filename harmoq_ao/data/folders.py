@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from harmoq_ao.data.images import ImageRecord, PathLike, image_size, load_image
+from harmoq_ao.data.reading import image_size, load_image
+from harmoq_ao.data.records import ImageRecord, PathLike
 from harmoq_ao.errors import DatasetError
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")

@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from harmoq_ao.data.crops import as_record, choose_column, from_hf_dataset, image_features
-from harmoq_ao.data.images import EncodedImage
+from harmoq_ao.data.reading import EncodedImage
 from harmoq_ao.errors import DatasetError, HarmoqError
 from harmoq_ao.progress import track
 

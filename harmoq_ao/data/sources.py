@@ -9,7 +9,8 @@ from pathlib import Path
 from harmoq_ao.data.crops import HELD_OUT_SHARE
 from harmoq_ao.data.folders import IMAGE_SUFFIXES, list_images, natural_key
 from harmoq_ao.data.hub import dataset_images
-from harmoq_ao.data.images import EncodedImage, PathLike
+from harmoq_ao.data.reading import EncodedImage
+from harmoq_ao.data.records import PathLike
 from harmoq_ao.errors import DatasetError
 
 LIST_SUFFIXES = (".txt", ".lst")

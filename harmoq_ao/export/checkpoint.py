@@ -20,11 +20,11 @@ from spandrel import MAIN_REGISTRY, ModelLoader
 from torch import Tensor, nn
 
 from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import ExportError
 from harmoq_ao.export.common import check_exportable
 from harmoq_ao.modules.prepared import PreparedLinear
 from harmoq_ao.modules.quantized import QuantizedLinear, WeightedSite
+from harmoq_ao.output import atomic_write
 from harmoq_ao.prepare import prepare_harmoq
 from harmoq_ao.zoo import build_architecture
 

@@ -9,9 +9,9 @@ import torch
 
 import harmoq_ao
 from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import ExportError, HarmoqError
 from harmoq_ao.export.common import check_exportable, example_for
+from harmoq_ao.output import atomic_write
 
 
 def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> tuple[int, int]:

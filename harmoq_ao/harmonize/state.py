@@ -10,8 +10,8 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import CheckpointError
+from harmoq_ao.output import atomic_write
 
 Progress = tuple[dict[str, Tensor], dict[str, Any]]
 """What a file holds: tensors by name, and JSON-able data."""

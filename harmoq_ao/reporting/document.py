@@ -18,9 +18,9 @@ from markupsafe import Markup
 
 import harmoq_ao
 from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import atomic_write
 from harmoq_ao.errors import ConfigError
 from harmoq_ao.history import History
+from harmoq_ao.output import atomic_write
 from harmoq_ao.progress import track
 from harmoq_ao.report import Report, SiteRow
 from harmoq_ao.reporting import charts

@@ -1,11 +1,10 @@
-"""Reading every kind of image as RGB and writing it back in its own form; refusing what is no image."""
+"""Reading every kind of image as RGB; refusing what is no image."""
 
 from __future__ import annotations
 
 import io
 import logging
 import math
-import resource
 import struct
 import zlib
 from pathlib import Path
@@ -20,34 +19,14 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from harmoq_ao.data import (
-    ImageRecord,
-    atomic_write,
-    check_image_tensor,
     image_from_array,
     image_from_pillow,
     image_size,
     load_image,
     save_image,
 )
-from harmoq_ao.errors import ImageError, InputError, OutputError
-
-RNG = np.random.default_rng(0)
-HEIGHT, WIDTH = 9, 13
-
-
-def codes(channels: int, depth: int = 8) -> np.ndarray[Any, Any]:
-    dtype = np.uint8 if depth == 8 else np.uint16
-    return RNG.integers(0, 2**depth, (HEIGHT, WIDTH, channels)).astype(dtype)
-
-
-def unit(array: np.ndarray[Any, Any]) -> torch.Tensor:
-    """`[H, W, C]` codes as the `[C, H, W]` tensor they stand for."""
-    return torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max).movedim(-1, 0)
-
-
-def doubled(record: ImageRecord) -> torch.Tensor:
-    """Stands in for a model: every pixel twice in each direction."""
-    return record.pixels.repeat_interleave(2, -1).repeat_interleave(2, -2)
+from harmoq_ao.errors import ImageError
+from tests.pictures import HEIGHT, RNG, WIDTH, codes, doubled, unit
 
 
 def test_rgb(tmp_path: Path) -> None:
@@ -59,39 +38,6 @@ def test_rgb(tmp_path: Path) -> None:
     assert record.size == image_size(tmp_path / "a.png") == (HEIGHT, WIDTH)
     assert record.path == tmp_path / "a.png"
     np.testing.assert_array_equal(record.to_uint8(), array)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 4])
-@pytest.mark.parametrize("depth", [8, 16])
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_round_trip_keeps_every_bit(tmp_path: Path, channels: int, depth: int, suffix: str) -> None:
-    source = image_from_array(codes(channels, depth))
-    path = tmp_path / f"a{suffix}"
-    save_image(path, source.pixels, like=source)
-    record = load_image(path)
-    assert record.bit_depth == depth
-    # The one form that few readers of TIFF take is written as RGBA.
-    assert record.grayscale == (channels < 3 and (suffix, depth, channels) != (".tif", 16, 2))
-    assert torch.equal(record.pixels, source.pixels)
-    assert (record.alpha is None) == (channels in (1, 3))
-    if record.alpha is not None and source.alpha is not None:
-        assert torch.equal(record.alpha, source.alpha)
-    assert [p.name for p in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize("channels", [1, 3, 4])
-@pytest.mark.parametrize("depth", [8, 16])
-def test_files_are_what_other_readers_expect(tmp_path: Path, channels: int, depth: int) -> None:
-    array = codes(channels, depth)
-    source = image_from_array(array)
-    save_image(tmp_path / "a.tif", source.pixels, like=source)
-    np.testing.assert_array_equal(np.atleast_3d(tifffile.imread(tmp_path / "a.tif")), array)
-    save_image(tmp_path / "a.png", source.pixels, like=source)
-    with Image.open(tmp_path / "a.png") as image:
-        image.load()
-        # Pillow reads 16-bit colour as its high bytes.
-        expected = array if depth == 8 or channels == 1 else array >> 8
-        np.testing.assert_array_equal(np.atleast_3d(np.asarray(image)), expected)
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "LA", "I;16"])
@@ -144,29 +90,12 @@ def test_sixteen_bit_colour_that_cannot_be_read_deep_is_read_at_eight(
     array = codes(3, 16)
     source = image_from_array(array)
     save_image(tmp_path / "a.png", source.pixels, like=source)
-    monkeypatch.setattr("harmoq_ao.data.images._LOW_BYTES", {})
+    monkeypatch.setattr("harmoq_ao.data.reading._LOW_BYTES", {})
     with caplog.at_level(logging.WARNING):
         record = load_image(tmp_path / "a.png")
     assert record.bit_depth == 8
     np.testing.assert_array_equal(record.to_uint8(), array >> 8)
     assert "16 bits per channel but is read at 8: layout RGB;16B is not handled" in caplog.text
-
-
-def test_alpha_is_split_off_and_upscaled_back_on(tmp_path: Path) -> None:
-    array = codes(4)
-    array[:, :, 3] = np.linspace(0, 255, WIDTH).astype(np.uint8)
-    Image.fromarray(array).save(tmp_path / "a.png")
-    record = load_image(tmp_path / "a.png")
-    assert record.alpha is not None
-    assert torch.equal(record.alpha, unit(array[:, :, 3:]))
-    assert torch.equal(record.pixels, unit(array[:, :, :3]))
-    save_image(tmp_path / "b.png", doubled(record), like=record)
-    with Image.open(tmp_path / "b.png") as written:
-        assert written.mode == "RGBA"
-        result = np.asarray(written)
-    expected = Image.fromarray(array[:, :, 3]).resize((2 * WIDTH, 2 * HEIGHT), Image.Resampling.BICUBIC)
-    assert np.abs(result[:, :, 3].astype(int) - np.asarray(expected)).max() <= 1
-    np.testing.assert_array_equal(result[::2, ::2, :3], array[:, :, :3])
 
 
 def test_palette_with_and_without_transparency(tmp_path: Path) -> None:
@@ -232,33 +161,6 @@ def test_first_frame_of_an_animation(tmp_path: Path, caplog: pytest.LogCaptureFi
         record = load_image(tmp_path / "a.gif")
     assert (record.to_uint8() == (255, 0, 0)).all()
     assert "only the first is used" in caplog.text
-
-
-@pytest.mark.parametrize("depth", [8, 16])
-@pytest.mark.parametrize("suffix", [".png", ".tif"])
-def test_colour_profile_is_kept(tmp_path: Path, depth: int, suffix: str) -> None:
-    record = ImageRecord(torch.rand(3, 4, 4), bit_depth=depth, icc_profile=b"profile " * 20)
-    save_image(tmp_path / f"a{suffix}", record.pixels, like=record)
-    assert load_image(tmp_path / f"a{suffix}").icc_profile == record.icc_profile
-
-
-@pytest.mark.parametrize("suffix", [".jpg", ".webp", ".bmp"])
-def test_formats_that_hold_less_say_so(tmp_path: Path, suffix: str, caplog: pytest.LogCaptureFixture) -> None:
-    like = image_from_array(codes(4, 16))
-    flat = torch.full((1, 3, 8, 8), 0.5)
-    with caplog.at_level(logging.WARNING):
-        save_image(tmp_path / f"a{suffix}", flat, like=like)
-    record = load_image(tmp_path / f"a{suffix}")
-    assert (record.pixels - 0.5).abs().max() < 0.01
-    assert "8 bits per channel" in caplog.text
-    assert ("no transparency" in caplog.text) == (suffix != ".webp") == (record.alpha is None)
-
-
-def test_saving_without_a_source_and_out_of_range(tmp_path: Path) -> None:
-    save_image(tmp_path / "a.png", torch.tensor([-1.0, 0.5, 2.0]).reshape(1, 1, 3).expand(3, 1, 3))
-    assert load_image(tmp_path / "a.png").to_uint8()[0, :, 0].tolist() == [0, 128, 255]
-    save_image(tmp_path / "b.png", torch.rand(1, 2, 2))
-    assert load_image(tmp_path / "b.png").grayscale
 
 
 @given(st.integers(0, 2**32 - 1), st.sampled_from([1, 2, 3, 4]), st.sampled_from([8, 16]))
@@ -378,95 +280,3 @@ def test_bad_arrays_are_named(array: np.ndarray[Any, Any], message: str) -> None
     with pytest.raises(ImageError) as caught:
         image_from_array(array)
     assert message in str(caught.value)
-
-
-def assert_untouched(folder: Path, name: str, content: bytes) -> None:
-    assert [p.name for p in folder.iterdir()] == [name]
-    assert (folder / name).read_bytes() == content
-
-
-@pytest.mark.parametrize(("suffix", "depth"), [(".png", 8), (".png", 16), (".tif", 8), (".tif", 16), (".jpg", 8)])
-def test_full_disk_leaves_the_old_file(tmp_path: Path, suffix: str, depth: int) -> None:
-    path = tmp_path / f"a{suffix}"
-    path.write_bytes(b"old")
-    like = image_from_array(RNG.integers(0, 2**depth, (99, 99, 3)).astype(np.uint8 if depth == 8 else np.uint16))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
-    try:
-        with pytest.raises(OutputError) as caught:
-            save_image(path, like.pixels, like=like)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "could not be written" in str(caught.value)
-    assert "free some space" in str(caught.value)
-    assert_untouched(tmp_path, path.name, b"old")
-
-
-def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.bin"
-    path.write_bytes(b"old")
-
-    def interrupted() -> None:
-        with atomic_write(path) as file:
-            file.write(b"half")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert_untouched(tmp_path, "a.bin", b"old")
-    with atomic_write(path) as file:
-        file.write(b"new")
-    assert_untouched(tmp_path, "a.bin", b"new")
-
-
-def test_output_that_cannot_be(tmp_path: Path) -> None:
-    pixels = torch.rand(3, 4, 4)
-    with pytest.raises(OutputError, match=r"Found: suffix '.xyz'. Expected: one of .png"):
-        save_image(tmp_path / "a.xyz", pixels)
-    with pytest.raises(OutputError, match=r"could not be written. Found: FileNotFoundError"):
-        save_image(tmp_path / "none" / "a.png", pixels)
-    (tmp_path / "a.png").mkdir()
-    with pytest.raises(OutputError, match=r"could not be written. Found: IsADirectoryError"):
-        save_image(tmp_path / "a.png", pixels)
-    (tmp_path / "file").write_bytes(b"x")
-    with pytest.raises(OutputError, match=r"could not be written. Found: NotADirectoryError"):
-        save_image(tmp_path / "file" / "a.png", pixels)
-    with pytest.raises(OutputError):
-        save_image(tmp_path / "a.webp", torch.rand(1, 1, 17_000))
-    with pytest.raises(InputError, match=r"Found: a batch of 2"):
-        save_image(tmp_path / "b.png", torch.rand(2, 3, 4, 4))
-    with pytest.raises(InputError, match=r"1 NaN or infinite values of 12"):
-        save_image(tmp_path / "b.png", torch.tensor([math.nan] + [0.0] * 11).reshape(3, 2, 2))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.png", "file"]
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        (np.zeros((3, 4, 4)), "not a tensor. Found: ndarray"),
-        (torch.zeros(4, 4), "wrong rank. Found: shape [4, 4]. Expected: [C, H, W] or [B, C, H, W]"),
-        (torch.zeros(1, 1, 3, 4, 4), "wrong rank"),
-        (torch.zeros(3, 4, 4, dtype=torch.uint8), "wrong type. Found: torch.uint8"),
-        (torch.zeros(3, 0, 4), "is empty. Found: shape [3, 0, 4]"),
-        (torch.zeros(0, 3, 4, 4), "is empty. Found: shape [0, 3, 4, 4]"),
-        (torch.zeros(4, 4, 4), "wrong number of channels. Found: 4 (shape [4, 4, 4]). Expected: 1 or 3"),
-        (torch.zeros(8, 8, 3), "move the channels before height and width"),
-        (torch.full((3, 2, 2), math.inf), "12 NaN or infinite values of 12"),
-        (torch.full((3, 2, 2), math.nan), "12 NaN or infinite values of 12"),
-    ],
-)
-def test_bad_tensors_are_named(value: object, message: str) -> None:
-    with pytest.raises(InputError) as caught:
-        check_image_tensor(value)
-    assert message in str(caught.value)
-
-
-def test_good_tensors_pass_and_rank_can_be_required() -> None:
-    for shape in ((3, 1, 1), (1, 5, 2), (2, 3, 4, 4)):
-        check_image_tensor(torch.rand(*shape))
-        check_image_tensor(torch.rand(*shape).to(torch.bfloat16))
-    check_image_tensor(torch.rand(4, 2, 2), channels=(4,))
-    with pytest.raises(InputError, match=r"Expected: \[B, C, H, W\]"):
-        check_image_tensor(torch.rand(3, 2, 2), batched=True)
-    with pytest.raises(InputError, match=r"Expected: \[C, H, W\]"):
-        check_image_tensor(torch.rand(1, 3, 2, 2), batched=False)
