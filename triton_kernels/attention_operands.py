@@ -63,6 +63,7 @@ class PackedAttention:
         padded: Channels of a padded head, 16 or 32.
         score_scale: `[heads]` float32 factor of the scores.
         cosine: Whether q and k are normalised to length one.
+        scale_after: Whether the product is scaled, not q before it; cosines always are.
         bias: `[heads, N, N]` relative position bias, times log2(e); or None.
         factors: `[2, padded]` float32: what q and k are multiplied by before rounding; None in mode "deploy".
         bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of q, k, attention and v; or None.
@@ -78,11 +79,19 @@ class PackedAttention:
     padded: int
     score_scale: Tensor
     cosine: bool
+    scale_after: bool
     bias: Tensor | None
     factors: Tensor | None
     bounds: Tensor | None
     left_bits: int
     right_bits: int
+
+    @property
+    def scores(self) -> str:
+        """How the scores are scaled: ``cosine``, ``products`` or ``scaled`` (the queries)."""
+        if self.cosine:
+            return "cosine"
+        return "products" if self.scale_after else "scaled"
 
 
 def pack_attention(
@@ -94,6 +103,7 @@ def pack_attention(
     *,
     bias: Tensor | None = None,
     cosine: bool = False,
+    scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
@@ -107,6 +117,7 @@ def pack_attention(
         score_scale: `[heads]` float32; ``head_dim**-0.5`` as a rule, ``exp(logit_scale)`` with cosine scores.
         bias: `[heads, N, N]` relative position bias, or None.
         cosine: Normalise q and k.
+        scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
 
     Raises:
@@ -123,7 +134,7 @@ def pack_attention(
         None if qkv is None else _pad_rows(*qkv, heads, head_dim, padded),
         projection,
         None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
-        heads, head_dim, padded, score_scale, cosine,
+        heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
         None if bias is None else (bias.float() * 1.4426950408889634).contiguous(),
         None if matmuls is None else _factors(matmuls, head_dim, padded),
         None if matmuls is None else _bounds(matmuls),

@@ -153,7 +153,8 @@ def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, co
         "score_scale_ptr": "*fp32", "bias_ptr": "*fp32", "mask_ptr": "*fp32", "factors_ptr": quantizers,
         "bounds_ptr": quantizers, "out_ptr": "*fp16", "masks": "i32",
         "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "PADDED": 16 if head_dim <= 16 and not paper else 32,
-        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0, "COSINE": cosine, "DTYPE": tl.float16,
+        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
+        "SCORES": "cosine" if cosine else "scaled", "DTYPE": tl.float16,
     }  # fmt: skip
 
 

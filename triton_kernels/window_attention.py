@@ -2,12 +2,13 @@
 
 For each window and head, with the linears of `operands`::
 
-    q, k, v = quantized linear of [LayerNorm] x            cosine: q, k divided by their lengths
+    q, k, v = quantized linear of [LayerNorm] x            "cosine": q, k divided by their lengths
     S = scale q k^T + bias + mask                          P = softmax(S)
     o = P v                                                y = quantized linear of o, all heads [+ residual]
 
 Mode "deploy" keeps q, k, v and P in 16-bit floats with float32 sums. Mode "paper" quantizes them with static bounds:
-integer contractions with the accumulators and the epilogue of `reference.matmul_epilogue`.
+integer contractions with the accumulators and the epilogue of `reference.matmul_epilogue`. There it matters whether the
+queries are scaled before they are rounded ("scaled") or the scores after ("products", "cosine").
 
 Windows of up to 64 tokens go through one kernel, one program a window. Larger ones, up to 256 tokens, take three: the
 qkv linear, attention with one program for each head and 64 queries, which writes codes, and the projection.
@@ -77,7 +78,7 @@ def window_kernel(
     ACT_BITS2: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     NORM: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -112,7 +113,7 @@ def window_kernel(
         )  # fmt: skip
         o = _attend(
             q, k, v, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr, head, window % masks, tokens,
-            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE,
+            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
         )  # fmt: skip
         acc = _project(
             o, acc, weight2_ptr, reciprocal2_ptr, offset2_ptr, head, outputs,
@@ -144,7 +145,7 @@ def attention_kernel(
     PADDED: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -163,12 +164,12 @@ def attention_kernel(
     if LEFT_BITS == 0:
         o = _attend_online(
             q, k_ptr + base, v_ptr + base, token_stride, score_scale_ptr, bias_ptr, mask_ptr,
-            head, window % masks, tokens, TOKENS, HEAD_DIM, COSINE, DTYPE, BLOCK_N,
+            head, window % masks, tokens, TOKENS, HEAD_DIM, SCORES, DTYPE, BLOCK_N,
         )  # fmt: skip
     else:
         o = _attend_twice(
             q, k_ptr + base, v_ptr + base, token_stride, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr,
-            head, window % masks, tokens, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE, BLOCK_N,
+            head, window % masks, tokens, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE, BLOCK_N,
         )  # fmt: skip
     channels = head * HEAD_DIM + lanes
     out_at = out_ptr + (window * TOKENS + tokens)[:, None] * (HEADS * HEAD_DIM) + channels[None, :]
@@ -194,7 +195,7 @@ def _attend_online(
     tokens: tl.tensor,
     TOKENS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
@@ -206,7 +207,7 @@ def _attend_online(
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
             q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            None, None, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, 0, 0, COSINE, DTYPE,
+            None, None, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, 0, 0, SCORES, DTYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
@@ -236,7 +237,7 @@ def _attend_twice(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
@@ -247,7 +248,7 @@ def _attend_twice(
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
             q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE,
+            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES,
             DTYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
@@ -258,7 +259,7 @@ def _attend_twice(
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
             q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE,
+            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES,
             DTYPE,
         )  # fmt: skip
         weights = tl.exp2(scores - top[:, None]) / total[:, None]
@@ -323,13 +324,13 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
     """``softmax(scores) v`` of a head and a whole window, all `[BLOCK_M, PADDED]` float32."""
     scores = _scores(
         q, k, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr, head, mask_index, tokens, tokens,
-        TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE,
+        TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
     )  # fmt: skip
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)[:, None]
@@ -361,7 +362,7 @@ def _scores(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
     """Scores with bias and mask times log2(e), `[queries, keys]` float32, minus infinity beyond the window.
@@ -369,12 +370,12 @@ def _scores(
     ``q`` is `[queries, PADDED]`, ``k`` `[keys, PADDED]`, float32; ``tokens`` and ``keys`` are their places.
     """
     scale = tl.load(score_scale_ptr + head)
-    if COSINE:
+    if SCORES == "cosine":
         q = q * tl.rsqrt(tl.maximum(tl.sum(q * q, 1), 1e-24))[:, None]
         k = k * tl.rsqrt(tl.maximum(tl.sum(k * k, 1), 1e-24))[:, None]
     if LEFT_BITS == 0:
         scores = tl.dot(q.to(DTYPE), tl.trans(k.to(DTYPE)), input_precision="ieee") * (scale * LOG2E)
-    elif COSINE:
+    elif SCORES != "scaled":
         scores = _integer_scores(q, k, factors_ptr, bounds_ptr, HEAD_DIM, LEFT_BITS, RIGHT_BITS) * (scale * LOG2E)
     else:
         scores = _integer_scores(q * scale, k, factors_ptr, bounds_ptr, HEAD_DIM, LEFT_BITS, RIGHT_BITS) * LOG2E
@@ -628,7 +629,7 @@ def _constants(operands: PackedAttention, tokens: int, compute: torch.dtype) -> 
     return {
         "TOKENS": tokens, "HEADS": operands.heads, "HEAD_DIM": operands.head_dim,
         "PADDED": operands.padded, "LEFT_BITS": operands.left_bits, "RIGHT_BITS": operands.right_bits,
-        "COSINE": operands.cosine, "DTYPE": COMPUTE[compute],
+        "SCORES": operands.scores, "DTYPE": COMPUTE[compute],
     }  # fmt: skip
 
 
@@ -751,6 +752,7 @@ def reference_attention(
     scale = operands.score_scale[:, None, None]
     if operands.cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if operands.scale_after:
         scores = _reference_scores(q, k, operands) * scale
     else:
         scores = _reference_scores(q * scale, k, operands)

@@ -31,7 +31,7 @@ def masks(generator: torch.Generator, count: int, tokens: int) -> Tensor:
 @few
 @given(
     seed=SEEDS, tokens=st.integers(1, 80), heads=st.integers(1, 3), head_dim=st.integers(1, 32), bits=BITS,
-    cosine=st.booleans(), masked=st.booleans(), norm=st.booleans(), residual=st.booleans(),
+    cosine=st.booleans(), scale_after=st.booleans(), masked=st.booleans(), norm=st.booleans(), residual=st.booleans(),
 )  # fmt: skip
 def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     seed: int,
@@ -40,12 +40,15 @@ def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     head_dim: int,
     bits: int,
     cosine: bool,
+    scale_after: bool,
     masked: bool,
     norm: bool,
     residual: bool,
 ) -> None:
     generator = seeded(seed)
-    operands = random_attention(generator, tokens, heads * head_dim, heads, bits, paper=True, cosine=cosine)
+    operands = random_attention(
+        generator, tokens, heads * head_dim, heads, bits, paper=True, cosine=cosine, scale_after=scale_after
+    )
     x = torch.randn(2, tokens, heads * head_dim, generator=generator)
     mask = masks(generator, 2, tokens) if masked else None
     options = {"mask": mask, "eps": 1e-5 if norm else None, "residual": x if residual else None}
