@@ -46,8 +46,11 @@ def row(architecture: Architecture, found: Iterable[Lowering]) -> str:
 
 
 def general(reason: str) -> str:
-    """The first line of a reason, without paths and line numbers."""
-    return re.sub(r"(?:[^\s()]*/)?(\w+\.py)(?::\d+)?", r"\1", reason.splitlines()[0])
+    """The first line of a reason, without shapes, paths and what else differs from site to site."""
+    first = reason.splitlines()[0]
+    if "does not trace" in first:
+        return first.partition("does not trace")[0] + "does not trace"
+    return re.sub(r"\(\d[\d, ]*\)(?:, \(\d[\d, ]*\))*", "...", first)
 
 
 def replaced(document: str, table: str) -> str:

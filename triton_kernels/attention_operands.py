@@ -17,6 +17,7 @@ from .operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, un
 
 MAX_HEAD_DIM = 32
 MAX_TOKENS = 256
+MAX_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class PackedAttention:
         score_scale: `[heads]` float32 factor of the scores.
         cosine: Whether q and k are normalised to length one.
         scale_after: Whether the product is scaled, not q before it; cosines always are.
-        bias: `[heads, N, N]` relative position bias, times log2(e); or None.
+        bias: `[heads, N, M]` relative position bias of N queries and M keys, times log2(e); or None.
         factors: `[2, padded]` float32: what q and k are multiplied by before rounding; None in mode "deploy".
         bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of q, k, attention and v; or None.
         left_bits: Width of q and of the probabilities (0 in mode "deploy").
@@ -115,7 +116,7 @@ def pack_attention(
         heads: Number of heads.
         head_dim: Channels of a head, at most 32.
         score_scale: `[heads]` float32; ``head_dim**-0.5`` as a rule, ``exp(logit_scale)`` with cosine scores.
-        bias: `[heads, N, N]` relative position bias, or None.
+        bias: `[heads, N, M]` relative position bias, or None; with qkv there are as many keys as queries.
         cosine: Normalise q and k.
         scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
@@ -126,8 +127,8 @@ def pack_attention(
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise KernelError("The attention kernels do not take this head", found=head_dim, expected="1 to 32 channels")
     check_vector(score_scale, heads, "score_scale")
-    if bias is not None and (bias.dim() != 3 or len(bias) != heads or bias.shape[1] != bias.shape[2]):
-        raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, N]")
+    if bias is not None and (bias.dim() != 3 or len(bias) != heads):
+        raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
     padded = 16 if head_dim <= 16 and matmuls is None else 32
     projection = None if proj is None else from_operands(*proj)
     return PackedAttention(
@@ -212,4 +213,4 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["MAX_HEAD_DIM", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]
+__all__ = ["MAX_HEAD_DIM", "MAX_KEYS", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]

@@ -24,7 +24,7 @@ from harmoq_ao.tracing.tracer import Variant, compile_graph
 
 ADDITIONS = (operator.add, torch.add)
 MULTIPLICATIONS = (operator.mul, torch.mul)
-_VIEWS = ("view", "reshape")
+VIEWS = ("view", "reshape")
 _METADATA = ("shape", "dtype", "device", "ndim")
 
 
@@ -129,7 +129,7 @@ def _chain(
         return [node]
     if node.op == "call_function" and node.target in steps and len(node.args) == 2 and not node.kwargs:
         candidates: tuple[Any, ...] = node.args
-    elif node.op == "call_method" and node.target in _VIEWS:
+    elif node.op == "call_method" and node.target in VIEWS:
         candidates = node.args[:1]
     else:
         return None

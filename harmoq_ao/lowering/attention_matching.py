@@ -90,7 +90,7 @@ def find_window_attention(module: nn.Module, variant: Variant, leaves: list[Any]
         image,
         mask,
     )
-    for confirmation in (run, trial.run(uneven_results(3))):
+    for confirmation in (run, trial.run(uneven_results(3), images=3)):
         _confirm(found, confirmation, before, after)
     return found
 
@@ -150,14 +150,14 @@ class _Trial:
         self.generator = torch.Generator().manual_seed(1)
         self.device = leaves[image].device
 
-    def run(self, stand: Stand, masked: bool = True) -> _Run:
-        """One run, with a mask of zeros if it is not `masked`.
+    def run(self, stand: Stand, masked: bool = True, images: int = 2) -> _Run:
+        """One run on the windows of some images, with a mask of zeros if it is not `masked`.
 
         Raises:
             Misfit: The graph cannot be tried, or holds other contractions than those of an attention.
         """
         leaves = list(self.leaves)
-        tokens = leaves[self.image] = self._random(2 * _MASKS, *leaves[self.image].shape[1:])
+        tokens = leaves[self.image] = self._random(images * _MASKS, *leaves[self.image].shape[1:])
         mask = None
         if self.mask is not None:
             mask = leaves[self.mask] = self._random(_MASKS, *leaves[self.mask].shape[1:]) * masked

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from harmoq_ao.lowering.attention_core import LoweredCores
-from harmoq_ao.lowering.fusing import recognising
-from harmoq_ao.lowering.mlp import fused_mlp
+from harmoq_ao.lowering.fusing import Misfit, recognising
+from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
 from harmoq_ao.lowering.window_attention import LoweredAttention
 from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
 from harmoq_ao.tracing import is_island, island_state
@@ -77,12 +77,24 @@ def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:
     if mlp is not None and (mlp.taken or mlp.reason is not None):
         return [("triton mlp", [module.get_submodule(mlp.fc1), module.get_submodule(mlp.fc2)], mlp.reason)]
     if not is_island(module):
-        return []
+        return _unfused_mlp(module)
     runs = (variant.run for variant in island_state(module).all_variants())
     return [row for run in runs for row in _rows(module, run)]
 
 
 _Row = tuple[str, list[nn.Module], str | None]
+
+
+def _unfused_mlp(module: nn.Module) -> list[_Row]:
+    """Why a module of two linears is no MLP that is fused."""
+    linears: list[nn.Module] = [m for m in module.children() if isinstance(m, QuantizedLinear) and m.both_quantized]
+    if len(linears) != 2 or fused_mlp(module) is not None:
+        return []
+    try:
+        find_mlp(module)
+    except Misfit as misfit:
+        return [("triton mlp", linears, f"its module is no MLP: {misfit}")]
+    return []
 
 
 def _rows(module: nn.Module, run: Any) -> list[_Row]:
@@ -93,7 +105,7 @@ def _rows(module: nn.Module, run: Any) -> list[_Row]:
             return [("triton window_attention", _named(module, run.sites(module)), None)]
         if reason is None:
             return inner
-        within = [part for _, parts, miss in inner if miss is None for part in parts]
+        within = [part for _, parts, _ in inner for part in parts]
         sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite) and m not in within]
         return [("triton window_attention", sites, reason), *inner]
     if not isinstance(run, LoweredCores):

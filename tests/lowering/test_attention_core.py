@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
@@ -13,21 +14,23 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
+from harmoq_ao.triton_kernels import window_attention
+from harmoq_ao.triton_kernels.window_attention import reference_attention
 from tests.lowering.helpers import assert_same_image, kernel_references
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
 
 #: Each is what the kernel computes.
-USUAL = ("scaled queries", "scaled scores", "cosine")
+USUAL = ("scaled queries", "scaled scores", "cosine", "fewer keys")
 #: None is, for the reason given.
 UNUSUAL = {
     "columns": "softmax over the keys",
-    "squared": "more than a factor",
-    "measured": "more than a factor",
+    "squared": "attention map is used elsewhere",
+    "measured": "attention map is used elsewhere",
     "scaled bias": "another order",
     "mask without view": "What is added to its scores has the shape",
     "mask on heads": "Its mask has the shape",
-    "cross": "its operands",
+    "wide values": "its operands",
     "channels": "this head",
 }
 
@@ -48,8 +51,10 @@ class Core(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         q, k, v = self.split(q), self.split(k), self.split(v)
         windows, _, n, _ = q.shape
-        if self.twist == "cross":
-            k, v = k[:, :, :8], v[:, :, :8]
+        if self.twist == "fewer keys":
+            k, v = k[:, :, :9], v[:, :, :9]
+        if self.twist == "wide values":
+            v = torch.cat([v, v], -1)
         if self.twist == "channels":
             q, k, v = (part.reshape(-1, self.heads, n * 3, 8 // self.heads).transpose(2, 3) for part in (q, k, v))
         if self.twist == "cosine":
@@ -61,11 +66,12 @@ class Core(nn.Module):
             scores = scores * self.scale
         if self.twist == "measured":
             scores = scores * scores.abs().amax(-1, keepdim=True)
-        if self.bias is not None and scores.shape[-2:] == self.bias.shape[-2:]:
-            scores = scores + self.bias.unsqueeze(0)
+        if self.bias is not None and self.twist != "channels":
+            scores = scores + self.bias[..., : k.shape[2]].unsqueeze(0)
         if self.twist == "scaled bias":
             scores = scores * 0.5
-        if mask is not None and scores.shape[-2:] == mask.shape[-2:]:
+        if mask is not None and self.twist != "channels":
+            mask = mask[..., : k.shape[2]]
             if self.twist == "mask without view":
                 scores = scores + mask.repeat(windows // len(mask), 1, 1).unsqueeze(1)
             else:
@@ -73,14 +79,14 @@ class Core(nn.Module):
                 if self.twist == "mask on heads":
                     extra = extra * self.scale
                 scores = scores.view(windows // mask.shape[0], mask.shape[0], self.heads, n, scores.shape[3]) + extra
-                scores = scores.view(-1, self.heads, n, n)
+                scores = scores.view(-1, self.heads, n, k.shape[2])
         weights = F.softmax(scores, dim=-2 if self.twist == "columns" else -1, dtype=scores.dtype)
         if self.twist == "squared":
             weights = weights * weights
         mixed = self.drop(weights) @ v
         if self.twist == "channels":
             mixed = mixed.transpose(2, 3).reshape(windows, self.heads, n, 8 // self.heads)
-        return mixed.transpose(1, 2).reshape(-1, n, 8)
+        return mixed[..., : 8 // self.heads].transpose(1, 2).reshape(-1, n, 8)
 
 
 class Network(nn.Module):
@@ -181,6 +187,21 @@ def test_copies_and_loaded_tensors_have_operands_of_their_own() -> None:
     assert not torch.equal(found, before)
     assert_same_image(found, expected)
     assert torch.equal(both_ways(quantized, image)[1], before)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_compiled_calls_run_the_operator(masked: bool) -> None:
+    quantized = quantize(Core(2, True, "scaled scores"), 8, masked)
+    tokens = torch.randn(3, 6, 16, 8).unbind(0)
+    mask = torch.where(torch.rand(3, 16, 16) < 0.3, -100.0, 0.0) if masked else None
+    quantized.use_backend("triton")
+    with torch.no_grad(), kernel_references():
+        expected = quantized.model.core(*tokens, mask)
+        torch._dynamo.reset()
+        compiled = torch.compile(quantized.model.core, fullgraph=True, backend="aot_eager")
+        with mock.patch.object(window_attention, "reference_attention", wraps=reference_attention) as operator:
+            assert torch.equal(compiled(*tokens, mask), expected)
+    assert operator.call_count == 1
 
 
 @pytest.mark.parametrize("name", ["DAT", "DAT/light", "RGT"])

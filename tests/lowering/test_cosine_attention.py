@@ -24,7 +24,7 @@ PLACES = ("scores", "queries", "after the bias")
 #: What no kernel computes.
 TWISTS = (
     "queries only", "other eps", "other norm", "measured scale", "measured qkv bias", "doubled", "capped",
-    "two linears",
+    "two linears", "counted",
 )  # fmt: skip
 
 
@@ -72,6 +72,8 @@ class CosineAttention(nn.Module):
         b, n, c = x.shape
         q, k, v = self.project(x).reshape(b, n, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         scale = torch.clamp(self.logit_scale, max=math.log(100.0)).exp()
+        if self.twist == "counted":
+            scale = scale / b
         if self.twist == "measured scale":
             scale = scale * x.abs().mean()
         q, k = self.normalize(q, True), self.normalize(k, False)
@@ -147,6 +149,7 @@ def test_random_islands(
         ("other norm", "scores", "are computed in another way"),
         ("measured scale", "scores", "the scores are computed in another way"),
         ("measured qkv bias", "scores", "computed in another way"),
+        ("counted", "scores", "the scores are computed in another way"),
         ("doubled", "scores", "the attention map is computed in another way"),
         ("capped", "scores", "the scores are computed in another way"),
         ("two linears", "scores", "3 linears"),

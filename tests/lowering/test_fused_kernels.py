@@ -192,6 +192,23 @@ def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
     assert {name.partition(".")[0] for name in module.state_dict()} == {"fc1", "fc2"}
 
 
+def test_a_sequence_is_a_perceptron_and_its_slices_are_none() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), layers, nn.Unflatten(1, (2, 2, 2)))
+    example = torch.rand(4, 3, 8, 8)
+    prepared = h.prepare_harmoq(model.eval(), HarmoqConfig(8, 8), [example])
+    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    expected = quantized(example)
+    assert torch.equal(
+        quantized.model[2][:2](torch.ones(1, 8)), quantized.model[2][1](quantized.model[2][0](torch.ones(1, 8)))
+    )
+    quantized.use_backend("triton")
+    with kernel_references() as kernels:
+        torch.testing.assert_close(quantized(example), expected, atol=1e-5, rtol=1e-5)
+    assert kernels["mlp"].call_count == 1
+
+
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 FUSED = {
@@ -203,6 +220,7 @@ FUSED = {
     "Swin2SR": {"window_attention", "mlp"},
     "CRAFT": {"mlp"},
     "GRL": {"mlp"},
+    "SCUNet": {"mlp"},
     "DCTLSA": {"mlp"},
 }
 #: GFPGAN draws other noise in every call.
