@@ -46,7 +46,7 @@ def row(architecture: Architecture, found: Iterable[Lowering]) -> str:
 
 
 def general(reason: str) -> str:
-    """The first line of a reason, without shapes, paths and what else differs from site to site."""
+    """The first line of a reason, without what differs from site to site: shapes, and where a trace failed."""
     first = reason.splitlines()[0]
     if "does not trace" in first:
         return first.partition("does not trace")[0] + "does not trace"

@@ -367,9 +367,9 @@ class LoweredCores:
         if self.run is None:
             state.reason = self.reason
             return self.variant.run(module, *leaves)
-        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if not (trying or runs_triton(module.get_submodule(self.names[0]), leaves)):
             return self.variant.run(module, *leaves)
+        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
         if torch.compiler.is_compiling():  # no trial: what eager calls found
             run = self.run if any(shapes == known for known in state.taken) else self.variant.run
             return run(module, *leaves)
