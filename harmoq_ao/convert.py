@@ -17,10 +17,11 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_variant, remember
 from harmoq_ao.history import History
 from harmoq_ao.lowering.attention import fuse_attention
+from harmoq_ao.lowering.attention_core import LoweredCores, lower_cores
 from harmoq_ao.lowering.linear import check_backend
 from harmoq_ao.lowering.mlp import fuse_mlps
 from harmoq_ao.lowering.survey import Lowering, survey
-from harmoq_ao.lowering.window_attention import lower_attention
+from harmoq_ao.lowering.window_attention import LoweredAttention, lower_attention
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
 from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
@@ -218,7 +219,10 @@ def finalize(quantized: QuantizedModel) -> None:
 
 def finish_variant(module: nn.Module, variant: Variant) -> Variant:
     """Last touch on a graph of a converted island: constants folded, float attention in one call, fused kernels."""
-    return lower_attention(module, fuse_attention(module, fold_variant(module, variant)))
+    if isinstance(variant.run, (LoweredAttention, LoweredCores)):
+        return variant
+    fused = fuse_attention(module, fold_variant(module, variant))
+    return lower_attention(module, lower_cores(module, fused))
 
 
 def _still_called(quantized: QuantizedModel, names: set[str]) -> list[nn.Module]:

@@ -17,6 +17,7 @@ from .operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, un
 
 MAX_HEAD_DIM = 32
 MAX_TOKENS = 256
+MAX_KEYS = 1024
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class PackedAttention:
         padded: Channels of a padded head, 16 or 32.
         score_scale: `[heads]` float32 factor of the scores.
         cosine: Whether q and k are normalised to length one.
-        bias: `[heads, N, N]` relative position bias, times log2(e); or None.
+        scale_after: Whether the product is scaled, not q before it; cosines always are.
+        bias: `[heads, N, M]` relative position bias of N queries and M keys, times log2(e); or None.
         factors: `[2, padded]` float32: what q and k are multiplied by before rounding; None in mode "deploy".
         bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of q, k, attention and v; or None.
         left_bits: Width of q and of the probabilities (0 in mode "deploy").
@@ -78,11 +80,19 @@ class PackedAttention:
     padded: int
     score_scale: Tensor
     cosine: bool
+    scale_after: bool
     bias: Tensor | None
     factors: Tensor | None
     bounds: Tensor | None
     left_bits: int
     right_bits: int
+
+    @property
+    def scores(self) -> str:
+        """How the scores are scaled: ``cosine``, ``products`` or ``scaled`` (the queries)."""
+        if self.cosine:
+            return "cosine"
+        return "products" if self.scale_after else "scaled"
 
 
 def pack_attention(
@@ -94,6 +104,7 @@ def pack_attention(
     *,
     bias: Tensor | None = None,
     cosine: bool = False,
+    scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
@@ -105,8 +116,9 @@ def pack_attention(
         heads: Number of heads.
         head_dim: Channels of a head, at most 32.
         score_scale: `[heads]` float32; ``head_dim**-0.5`` as a rule, ``exp(logit_scale)`` with cosine scores.
-        bias: `[heads, N, N]` relative position bias, or None.
+        bias: `[heads, N, M]` relative position bias, or None; with qkv there are as many keys as queries.
         cosine: Normalise q and k.
+        scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
 
     Raises:
@@ -115,15 +127,15 @@ def pack_attention(
     if not 1 <= head_dim <= MAX_HEAD_DIM:
         raise KernelError("The attention kernels do not take this head", found=head_dim, expected="1 to 32 channels")
     check_vector(score_scale, heads, "score_scale")
-    if bias is not None and (bias.dim() != 3 or len(bias) != heads or bias.shape[1] != bias.shape[2]):
-        raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, N]")
+    if bias is not None and (bias.dim() != 3 or len(bias) != heads):
+        raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
     padded = 16 if head_dim <= 16 and matmuls is None else 32
     projection = None if proj is None else from_operands(*proj)
     return PackedAttention(
         None if qkv is None else _pad_rows(*qkv, heads, head_dim, padded),
         projection,
         None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
-        heads, head_dim, padded, score_scale, cosine,
+        heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
         None if bias is None else (bias.float() * 1.4426950408889634).contiguous(),
         None if matmuls is None else _factors(matmuls, head_dim, padded),
         None if matmuls is None else _bounds(matmuls),
@@ -201,4 +213,4 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["MAX_HEAD_DIM", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]
+__all__ = ["MAX_HEAD_DIM", "MAX_KEYS", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]

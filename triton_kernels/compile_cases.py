@@ -132,17 +132,23 @@ def _window_case(name: str, channels: int, heads: int, bits: int, paper: bool = 
 
 
 def _attention_cases() -> Iterator[Case]:
-    for name, channels, paper, out_bits in (
-        ("hat-s 16x16", 144, False, 8), ("hat-s 16x16 paper", 144, True, 8), ("dat-light 8x32", 60, False, 0),
+    for name, channels, paper, out_bits, tokens, keys in (
+        ("hat-s 16x16", 144, False, 8, 256, 256), ("hat-s 16x16 paper", 144, True, 8, 256, 256),
+        ("hat-s overlapping paper", 144, True, 0, 256, 576), ("dat-light 8x32", 60, False, 0, 256, 256),
+        ("dat-light 8x32 paper", 60, True, 0, 256, 256), ("craft 8x8 paper", 60, True, 0, 64, 64),
     ):  # fmt: skip
-        arguments = _attention_arguments(channels, 6, 256, paper, cosine=False)
+        arguments = _attention_arguments(channels, 6, tokens, paper, cosine=False) | {"KEYS": keys}
+        if paper and not out_bits:
+            arguments["SCORES"] = "products"
+        strides = (f"{part}{axis}_stride" for part in ("", "key_") for axis in ("window", "token", "head"))
+        arguments |= dict.fromkeys(strides, "i32")
         arguments |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp32" if paper else "*fp16")
-        arguments |= dict.fromkeys(("window_stride", "token_stride", "head_stride"), "i32")
         arguments |= dict.fromkeys(("reciprocal_ptr", "offset_ptr"), "*fp32" if out_bits else None)
         arguments |= {"out_ptr": "*u8" if out_bits else "*fp16", "OUT_BITS": out_bits}
-        arguments |= window_attention.attention_tile()
+        warps = 8 if paper else 4
+        arguments |= window_attention.attention_tile(tokens, warps)
         kernel = window_attention.attention_kernel
-        yield Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_stages=1)
+        yield Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_warps=warps, num_stages=1)
 
 
 def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, cosine: bool) -> dict[str, Any]:
@@ -153,7 +159,8 @@ def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, co
         "score_scale_ptr": "*fp32", "bias_ptr": "*fp32", "mask_ptr": "*fp32", "factors_ptr": quantizers,
         "bounds_ptr": quantizers, "out_ptr": "*fp16", "masks": "i32",
         "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "PADDED": 16 if head_dim <= 16 and not paper else 32,
-        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0, "COSINE": cosine, "DTYPE": tl.float16,
+        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
+        "SCORES": "cosine" if cosine else "scaled", "DTYPE": tl.float16,
     }  # fmt: skip
 
 

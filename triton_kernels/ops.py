@@ -72,11 +72,11 @@ def restore_attention(tensors: Sequence[Tensor | None], numbers: Sequence[int]) 
         for i in range(len(_LINEARS))
     )  # fmt: skip
     score_scale, bias, factors, bounds = tensors[len(_LINEARS) * count :]
-    heads, head_dim, padded, cosine, left_bits, right_bits = numbers[len(_LINEARS) * width :]
+    heads, head_dim, padded, cosine, scale_after, left_bits, right_bits = numbers[len(_LINEARS) * width :]
     assert score_scale is not None
     return PackedAttention(
-        qkv, proj, proj_heads, heads, head_dim, padded, score_scale, bool(cosine), bias, factors, bounds, left_bits,
-        right_bits,
+        qkv, proj, proj_heads, heads, head_dim, padded, score_scale, bool(cosine), bool(scale_after), bias, factors,
+        bounds, left_bits, right_bits,
     )  # fmt: skip
 
 
@@ -250,6 +250,39 @@ def window_attention(
     return y
 
 
+@torch.library.custom_op("harmoq::attention", mutates_args=())
+def _attention_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    mask: Tensor | None,
+    compute: torch.dtype,
+) -> Tensor:
+    run = _attention.launch_attention if q.is_cuda else _attention.reference_attention
+    return run(q, k, v, restore_attention(tensors, numbers), mask=mask, compute=compute)
+
+
+@_attention_core.register_fake
+def _(q: Tensor, *rest: Any) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2] * q.shape[3])
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    operands: PackedAttention,
+    *,
+    mask: Tensor | None = None,
+    compute: torch.dtype = torch.float16,
+) -> Tensor:
+    """`window_attention.reference_attention` without projection, as the operator ``harmoq::attention``."""
+    y: Tensor = _attention_core(q, k, v, *flatten_attention(operands), mask, compute)
+    return y
+
+
 def _rows(tensors: Sequence[Tensor | None]) -> int:
     codes = tensors[0]
     assert codes is not None
@@ -257,6 +290,7 @@ def _rows(tensors: Sequence[Tensor | None]) -> int:
 
 
 __all__ = [
+    "attention",
     "flatten_attention",
     "flatten_linear",
     "layernorm_quantize",

@@ -2,12 +2,13 @@
 
 For each window and head, with the linears of `operands`::
 
-    q, k, v = quantized linear of [LayerNorm] x            cosine: q, k divided by their lengths
+    q, k, v = quantized linear of [LayerNorm] x            "cosine": q, k divided by their lengths
     S = scale q k^T + bias + mask                          P = softmax(S)
     o = P v                                                y = quantized linear of o, all heads [+ residual]
 
 Mode "deploy" keeps q, k, v and P in 16-bit floats with float32 sums. Mode "paper" quantizes them with static bounds:
-integer contractions with the accumulators and the epilogue of `reference.matmul_epilogue`.
+integer contractions with the accumulators and the epilogue of `reference.matmul_epilogue`. There it matters whether the
+queries are scaled before they are rounded ("scaled") or the scores after ("products", "cosine").
 
 Windows of up to 64 tokens go through one kernel, one program a window. Larger ones, up to 256 tokens, take three: the
 qkv linear, attention with one program for each head and 64 queries, which writes codes, and the projection.
@@ -25,7 +26,7 @@ from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference as integers
 
 from . import lowbit_linear, tuning
-from .attention_operands import MAX_TOKENS, PackedAttention
+from .attention_operands import MAX_KEYS, MAX_TOKENS, PackedAttention
 from .device import contract, load_weight, signed_codes, standardize, unsigned_codes
 from .launch import OPTIONS, blocks, check_matrix, power_of_two
 from .mlp import MAX_CHANNELS, first_linear
@@ -77,7 +78,7 @@ def window_kernel(
     ACT_BITS2: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     NORM: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -112,7 +113,7 @@ def window_kernel(
         )  # fmt: skip
         o = _attend(
             q, k, v, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr, head, window % masks, tokens,
-            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE,
+            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
         )  # fmt: skip
         acc = _project(
             o, acc, weight2_ptr, reciprocal2_ptr, offset2_ptr, head, outputs,
@@ -137,38 +138,45 @@ def attention_kernel(
     window_stride: int,
     token_stride: int,
     head_stride: int,
+    key_window_stride: int,
+    key_token_stride: int,
+    key_head_stride: int,
     masks: int,
     TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> None:
-    """``BLOCK_M`` queries of a window and head; q, k, v are `[windows, TOKENS, HEADS, HEAD_DIM]` of equal strides.
+    """``BLOCK_M`` queries of a window and head.
+
+    q is `[windows, TOKENS, HEADS, HEAD_DIM]`, k and v are `[windows, KEYS, HEADS, HEAD_DIM]` of equal strides.
 
     The output is `[windows, TOKENS, HEADS * HEAD_DIM]`: floats, or codes of ``OUT_BITS`` for the projection.
     """
     window, head = tl.program_id(0).to(tl.int64), tl.program_id(2)
     tokens, lanes = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M), tl.arange(0, PADDED)
     mask = (tokens < TOKENS)[:, None] & (lanes < HEAD_DIM)[None, :]
-    base = window * window_stride + head * head_stride
-    at = base + tokens[:, None] * token_stride + lanes[None, :]
+    base = window * key_window_stride + head * key_head_stride
+    at = window * window_stride + head * head_stride + tokens[:, None] * token_stride + lanes[None, :]
     q = tl.load(q_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if LEFT_BITS == 0:
         o = _attend_online(
-            q, k_ptr + base, v_ptr + base, token_stride, score_scale_ptr, bias_ptr, mask_ptr,
-            head, window % masks, tokens, TOKENS, HEAD_DIM, COSINE, DTYPE, BLOCK_N,
+            q, k_ptr + base, v_ptr + base, key_token_stride, score_scale_ptr, bias_ptr, mask_ptr,
+            head, window % masks, tokens, TOKENS, KEYS, HEAD_DIM, SCORES, DTYPE, BLOCK_N,
         )  # fmt: skip
     else:
         o = _attend_twice(
-            q, k_ptr + base, v_ptr + base, token_stride, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr,
-            head, window % masks, tokens, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE, BLOCK_N,
+            q, k_ptr + base, v_ptr + base, key_token_stride, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr,
+            bounds_ptr, head, window % masks, tokens, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
+            BLOCK_N,
         )  # fmt: skip
     channels = head * HEAD_DIM + lanes
     out_at = out_ptr + (window * TOKENS + tokens)[:, None] * (HEADS * HEAD_DIM) + channels[None, :]
@@ -193,8 +201,9 @@ def _attend_online(
     mask_index: tl.tensor,
     tokens: tl.tensor,
     TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
@@ -202,17 +211,17 @@ def _attend_online(
     top = tl.full([q.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
-    for first in range(0, TOKENS, BLOCK_N):
+    for first in range(0, KEYS, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
-            q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            None, None, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, 0, 0, COSINE, DTYPE,
+            q, _rows(k_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
+            None, None, head, mask_index, tokens, keys, TOKENS, KEYS, HEAD_DIM, 0, 0, SCORES, DTYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         weights = tl.exp2(scores - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
-        v = _rows(v_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1])
+        v = _rows(v_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1])
         acc = tl.dot(weights.to(DTYPE), v.to(DTYPE), acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc / total[:, None]
@@ -233,41 +242,42 @@ def _attend_twice(
     mask_index: tl.tensor,
     tokens: tl.tensor,
     TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """Attention with quantized probabilities: they must be final before rounding, so the scores are computed twice."""
     top = tl.full([q.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
-    for first in range(0, TOKENS, BLOCK_N):
+    for first in range(0, KEYS, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
-            q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE,
-            DTYPE,
+            q, _rows(k_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
+            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS,
+            SCORES, DTYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
         total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
         top = new_top
     acc, rows, columns = tl.zeros(q.shape, tl.int32), tl.zeros([q.shape[0]], tl.int32), tl.zeros([q.shape[1]], tl.int32)
-    for first in range(0, TOKENS, BLOCK_N):
+    for first in range(0, KEYS, BLOCK_N):
         keys = first + tl.arange(0, BLOCK_N)
         scores = _scores(
-            q, _rows(k_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
-            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE,
-            DTYPE,
+            q, _rows(k_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1]), score_scale_ptr, bias_ptr, mask_ptr,
+            factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS,
+            SCORES, DTYPE,
         )  # fmt: skip
         weights = tl.exp2(scores - top[:, None]) / total[:, None]
-        v = _rows(v_ptr, keys, token_stride, TOKENS, HEAD_DIM, q.shape[1])
-        left, right = _value_codes(weights, v, bounds_ptr, keys, TOKENS, LEFT_BITS, RIGHT_BITS)
+        v = _rows(v_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1])
+        left, right = _value_codes(weights, v, bounds_ptr, keys, KEYS, LEFT_BITS, RIGHT_BITS)
         acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         rows += tl.sum(left.to(tl.int32), 1)
         columns += tl.sum(right.to(tl.int32), 0)
-    return _product(acc, rows, columns, bounds_ptr + 8, bounds_ptr + 12, TOKENS, LEFT_BITS, RIGHT_BITS)
+    return _product(acc, rows, columns, bounds_ptr + 8, bounds_ptr + 12, KEYS, LEFT_BITS, RIGHT_BITS)
 
 
 @triton.jit
@@ -275,13 +285,13 @@ def _rows(
     ptr: tl.tensor,
     keys: tl.tensor,
     token_stride: int,
-    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PADDED: tl.constexpr,
 ) -> tl.tensor:
     """Rows ``keys`` of a head, `[keys, PADDED]` float32, zeros around it."""
     lanes = tl.arange(0, PADDED)
-    mask = (keys < TOKENS)[:, None] & (lanes < HEAD_DIM)[None, :]
+    mask = (keys < KEYS)[:, None] & (lanes < HEAD_DIM)[None, :]
     return tl.load(ptr + keys[:, None] * token_stride + lanes[None, :], mask=mask, other=0.0).to(tl.float32)
 
 
@@ -323,13 +333,13 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
     """``softmax(scores) v`` of a head and a whole window, all `[BLOCK_M, PADDED]` float32."""
     scores = _scores(
         q, k, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr, head, mask_index, tokens, tokens,
-        TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, COSINE, DTYPE,
+        TOKENS, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
     )  # fmt: skip
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)[:, None]
@@ -358,10 +368,11 @@ def _scores(
     tokens: tl.tensor,
     keys: tl.tensor,
     TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
-    COSINE: tl.constexpr,
+    SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
     """Scores with bias and mask times log2(e), `[queries, keys]` float32, minus infinity beyond the window.
@@ -369,24 +380,24 @@ def _scores(
     ``q`` is `[queries, PADDED]`, ``k`` `[keys, PADDED]`, float32; ``tokens`` and ``keys`` are their places.
     """
     scale = tl.load(score_scale_ptr + head)
-    if COSINE:
+    if SCORES == "cosine":
         q = q * tl.rsqrt(tl.maximum(tl.sum(q * q, 1), 1e-24))[:, None]
         k = k * tl.rsqrt(tl.maximum(tl.sum(k * k, 1), 1e-24))[:, None]
     if LEFT_BITS == 0:
         scores = tl.dot(q.to(DTYPE), tl.trans(k.to(DTYPE)), input_precision="ieee") * (scale * LOG2E)
-    elif COSINE:
+    elif SCORES != "scaled":
         scores = _integer_scores(q, k, factors_ptr, bounds_ptr, HEAD_DIM, LEFT_BITS, RIGHT_BITS) * (scale * LOG2E)
     else:
         scores = _integer_scores(q * scale, k, factors_ptr, bounds_ptr, HEAD_DIM, LEFT_BITS, RIGHT_BITS) * LOG2E
-    at = tokens[:, None] * TOKENS + keys[None, :]
-    inside = (tokens < TOKENS)[:, None] & (keys < TOKENS)[None, :]
+    at = tokens[:, None] * KEYS + keys[None, :]
+    inside = (tokens < TOKENS)[:, None] & (keys < KEYS)[None, :]
     if bias_ptr is not None:
-        scores += tl.load(bias_ptr + head * TOKENS * TOKENS + at, mask=inside, other=0.0).to(tl.float32)
+        scores += tl.load(bias_ptr + head * TOKENS * KEYS + at, mask=inside, other=0.0).to(tl.float32)
     if mask_ptr is not None:
-        extra = tl.load(mask_ptr + mask_index * TOKENS * TOKENS + at, mask=inside, other=0.0)
+        extra = tl.load(mask_ptr + mask_index * TOKENS * KEYS + at, mask=inside, other=0.0)
         scores = tl.fma(extra.to(tl.float32), tl.full(scores.shape, LOG2E, tl.float32), scores)
-    if tl.constexpr(TOKENS) % k.shape[0] != 0:
-        scores = tl.where((keys < TOKENS)[None, :], scores, float("-inf"))
+    if tl.constexpr(KEYS) % k.shape[0] != 0:
+        scores = tl.where((keys < KEYS)[None, :], scores, float("-inf"))
     return scores
 
 
@@ -424,16 +435,16 @@ def _value_codes(
     v: tl.tensor,
     bounds_ptr: tl.tensor,
     keys: tl.tensor,
-    TOKENS: tl.constexpr,
+    KEYS: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:
     """Signed codes of the probabilities `[queries, keys]` and of v `[keys, PADDED]`, zero beyond the window."""
     left = signed_codes(probabilities * tl.load(bounds_ptr + 8) + tl.load(bounds_ptr + 9), LEFT_BITS)
     right = signed_codes(v * tl.load(bounds_ptr + 12) + tl.load(bounds_ptr + 13), RIGHT_BITS)
-    if tl.constexpr(TOKENS) % v.shape[0] != 0:
-        left = tl.where((keys < TOKENS)[None, :], left, 0)
-        right = tl.where((keys < TOKENS)[:, None], right, 0)
+    if tl.constexpr(KEYS) % v.shape[0] != 0:
+        left = tl.where((keys < KEYS)[None, :], left, 0)
+        right = tl.where((keys < KEYS)[:, None], right, 0)
     return left, right
 
 
@@ -581,18 +592,19 @@ def launch_attention(
     Raises:
         KernelError: Operands that the kernels do not take.
     """
-    _check_heads((q, k, v), operands, mask)
+    _check_heads(q, k, v, operands, mask)
     windows, tokens = q.shape[:2]
     proj, out_dtype = operands.proj, out_dtype or q.dtype
     width = operands.heads * operands.head_dim
     out = torch.empty(windows, tokens, width, dtype=out_dtype if proj is None else torch.uint8, device=q.device)
-    config = tuning.default("attention", num_warps=4, num_stages=1, **attention_tile())
+    warps = 8 if operands.left_bits else 4
+    config = tuning.default("attention", num_warps=warps, num_stages=1, **attention_tile(tokens, warps))
     if out.numel():
         attention_kernel[(windows, blocks(tokens, config.blocks["BLOCK_M"]), operands.heads)](
             q, k, v, operands.score_scale, operands.bias, mask, operands.factors, operands.bounds,
             None if proj is None else proj.reciprocal, None if proj is None else proj.offset, out,
-            q.stride(0), q.stride(1), q.stride(2), 1 if mask is None else len(mask),
-            OUT_BITS=0 if proj is None else proj.act_bits, **_constants(operands, tokens, compute),
+            *q.stride()[:3], *k.stride()[:3], 1 if mask is None else len(mask),
+            OUT_BITS=0 if proj is None else proj.act_bits, KEYS=k.shape[1], **_constants(operands, tokens, compute),
             **config.blocks, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
         )  # fmt: skip
     if proj is None:
@@ -628,7 +640,7 @@ def _constants(operands: PackedAttention, tokens: int, compute: torch.dtype) -> 
     return {
         "TOKENS": tokens, "HEADS": operands.heads, "HEAD_DIM": operands.head_dim,
         "PADDED": operands.padded, "LEFT_BITS": operands.left_bits, "RIGHT_BITS": operands.right_bits,
-        "COSINE": operands.cosine, "DTYPE": COMPUTE[compute],
+        "SCORES": operands.scores, "DTYPE": COMPUTE[compute],
     }  # fmt: skip
 
 
@@ -645,39 +657,47 @@ def window_tile(channels: int, outputs: int) -> dict[str, int]:
     }
 
 
-def attention_tile() -> dict[str, int]:
-    """Default block sizes of `attention_kernel`."""
-    return {"BLOCK_M": 64, "BLOCK_N": 64}
+def attention_tile(tokens: int, warps: int) -> dict[str, int]:
+    """Default block sizes of `attention_kernel`.
+
+    Codes and sums of quantized operands do not fit into the registers of 4 warps; 8 are worth it for 128 queries.
+    """
+    return {"BLOCK_M": 128 if warps == 8 and tokens > FUSED_TOKENS else 64, "BLOCK_N": 64}
 
 
 def _check_windows(x: Tensor, channels: int, operands: PackedAttention, mask: Tensor | None) -> None:
     if x.dim() != 3:
         raise KernelError("The windows do not fit", found=tuple(x.shape), expected=f"[windows, tokens, {channels}]")
     check_matrix(x[0] if len(x) else x.reshape(-1, x.shape[-1]), channels, "The activation", lowbit_linear.FLOATS)
-    _check_bias(x.shape[0], x.shape[1], operands, mask)
+    _check_bias(x.shape[0], x.shape[1], x.shape[1], operands, mask)
 
 
-def _check_heads(parts: tuple[Tensor, ...], operands: PackedAttention, mask: Tensor | None) -> None:
+def _check_heads(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, mask: Tensor | None) -> None:
     expected = (operands.heads, operands.head_dim)
-    same = all(part.shape == parts[0].shape and part.stride() == parts[0].stride() for part in parts)
-    if parts[0].dim() != 4 or parts[0].shape[2:] != expected or not same or parts[0].stride(3) != 1:
+    same = k.shape == v.shape and k.stride() == v.stride() and q.shape[:1] == k.shape[:1]
+    fits = all(part.dim() == 4 and part.shape[2:] == expected and part.stride(3) == 1 for part in (q, k, v))
+    if not (same and fits):
         raise KernelError(
             "q, k and v do not fit",
-            found=[(tuple(part.shape), part.stride()) for part in parts],
-            expected=f"three times [windows, tokens, {expected[0]}, {expected[1]}] of equal strides, the last one",
+            found=[(tuple(part.shape), part.stride()) for part in (q, k, v)],
+            expected=f"[windows, tokens, {expected[0]}, {expected[1]}], the last stride one, k and v alike",
         )
-    _check_bias(parts[0].shape[0], parts[0].shape[1], operands, mask)
+    if not 1 <= k.shape[1] <= MAX_KEYS:
+        raise KernelError("The window has too many keys", found=k.shape[1], expected=f"1 to {MAX_KEYS}")
+    _check_bias(q.shape[0], q.shape[1], k.shape[1], operands, mask)
 
 
-def _check_bias(windows: int, tokens: int, operands: PackedAttention, mask: Tensor | None) -> None:
+def _check_bias(windows: int, tokens: int, keys: int, operands: PackedAttention, mask: Tensor | None) -> None:
     if not 1 <= tokens <= MAX_TOKENS:
         raise KernelError("The window has too many tokens", found=tokens, expected=f"1 to {MAX_TOKENS}")
-    if operands.bias is not None and operands.bias.shape[1:] != (tokens, tokens):
-        raise KernelError("The position bias does not fit", found=tuple(operands.bias.shape), expected=tokens)
-    fits = mask is None or (mask.dim() == 3 and mask.shape[1:] == (tokens, tokens) and mask.is_contiguous())
+    if operands.bias is not None and operands.bias.shape[1:] != (tokens, keys):
+        raise KernelError(
+            "The position bias does not fit", found=tuple(operands.bias.shape), expected=(operands.heads, tokens, keys)
+        )
+    fits = mask is None or (mask.dim() == 3 and mask.shape[1:] == (tokens, keys) and mask.is_contiguous())
     if mask is not None and (not fits or len(mask) == 0 or windows % len(mask)):
         raise KernelError(
-            "The mask does not fit", found=tuple(mask.shape), expected=f"[divisor of {windows}, {tokens}, {tokens}]"
+            "The mask does not fit", found=tuple(mask.shape), expected=f"[divisor of {windows}, {tokens}, {keys}]"
         )
 
 
@@ -734,11 +754,11 @@ def reference_attention(
     """Attention of given q, k and v, and the projection if ``operands`` has one.
 
     Args:
-        q: `[windows, N, heads, D]` floating point.
-        k: Likewise, of the same strides.
-        v: Likewise.
-        operands: From `attention_operands.pack_attention`.
-        mask: As in `reference`.
+        q: `[windows, N, heads, D]` floating point, N at most 256.
+        k: `[windows, M, heads, D]`, M at most 1024.
+        v: `[windows, M, heads, D]`, of the same strides.
+        operands: From `attention_operands.pack_attention`; its bias is `[heads, N, M]`.
+        mask: As in `reference`; `[nW, N, M]`.
         residual: As in `reference`.
         out_dtype: Of the result; the type of ``q`` by default.
         compute: As in `reference`.
@@ -751,6 +771,7 @@ def reference_attention(
     scale = operands.score_scale[:, None, None]
     if operands.cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if operands.scale_after:
         scores = _reference_scores(q, k, operands) * scale
     else:
         scores = _reference_scores(q * scale, k, operands)

@@ -9,6 +9,7 @@ does not match in full is left as it is.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,8 +22,9 @@ from harmoq_ao.tracing.island import original_class
 from harmoq_ao.tracing.proxies import check_guard
 from harmoq_ao.tracing.tracer import Variant, compile_graph
 
-_ADDITIONS = (operator.add, torch.add)
-_VIEWS = ("view", "reshape")
+ADDITIONS = (operator.add, torch.add)
+MULTIPLICATIONS = (operator.mul, torch.mul)
+VIEWS = ("view", "reshape")
 _METADATA = ("shape", "dtype", "device", "ndim")
 
 
@@ -53,13 +55,17 @@ def widened(term: Tensor, like: Tensor) -> Tensor:
     return term.to(like.dtype).expand(torch.broadcast_shapes(term.shape, like.shape))
 
 
+Predicate = Callable[[nn.Module, Any], bool]
+"""Asks something about a node of a module's graph."""
+
+
 @dataclass(frozen=True)
-class _Match:
+class Match:
     """One attention found in a graph.
 
     Args:
         scores: The score product.
-        chain: Additions and views after it, in order.
+        chain: Additions, views and, if they were asked for, multiplications after it, in order.
         after: The value product, any dropouts, and the softmax: from the last to the first.
     """
 
@@ -82,18 +88,28 @@ def fuse_attention(module: nn.Module, variant: Variant) -> Variant:
     """
     graph = fx.Graph()
     graph.output(graph.graph_copy(variant.graph, {}))
-    matches = [m for m in (_match(module, node) for node in graph.nodes) if m is not None]
+    found = (match_attention(module, node, _is_float_product) for node in graph.nodes)
+    matches = [match for match in found if match is not None and _adds_values(match)]
     if not matches:
         return variant
     for match in matches:
         _rewrite(graph, match)
-    _drop_unused(graph)
+    drop_unused(graph)
     return replace(variant, graph=graph, run=compile_graph(graph, original_class(module)))
 
 
-def _match(module: nn.Module, node: fx.Node) -> _Match | None:
-    """The attention whose value product is `node`, or None."""
-    if not _is_float_product(module, node) or not isinstance(node.args[0], fx.Node):
+def match_attention(
+    module: nn.Module, node: fx.Node, is_product: Predicate, steps: tuple[Any, ...] = ADDITIONS
+) -> Match | None:
+    """The attention whose value product is `node`, or None.
+
+    Args:
+        module: The converted island.
+        node: A node of one of its graphs.
+        is_product: Whether a node is a product that may belong to it.
+        steps: Functions of two operands that may come between the score product and the softmax, beside views.
+    """
+    if not is_product(module, node) or not isinstance(node.args[0], fx.Node):
         return None
     current = node.args[0]
     after: list[fx.Node] = [node]
@@ -103,48 +119,45 @@ def _match(module: nn.Module, node: fx.Node) -> _Match | None:
     if not is_softmax(module, current):
         return None
     after.append(current)
-    chain = _chain(module, current.args[0])
+    chain = _chain(module, current.args[0], is_product, steps)
     if chain is None or not all(_used_within(n, [*chain, *after]) for n in [*chain, *after[1:]]):
         return None
-    return _Match(chain[0], chain[1:], after)
+    return Match(chain[0], chain[1:], after)
 
 
-def _chain(module: nn.Module, node: Any, depth: int = 8) -> list[fx.Node] | None:
-    """Nodes from the score product to `node` through additions and views, or None."""
+def _chain(
+    module: nn.Module, node: Any, is_product: Predicate, steps: tuple[Any, ...], depth: int = 8
+) -> list[fx.Node] | None:
+    """Nodes from the score product to `node` through `steps` and views, or None."""
     if not isinstance(node, fx.Node) or depth == 0:
         return None
-    if _is_float_product(module, node):
+    if is_product(module, node):
         return [node]
-    if _is_sum(node):
+    if node.op == "call_function" and node.target in steps and len(node.args) == 2 and not node.kwargs:
         candidates: tuple[Any, ...] = node.args
-    elif node.op == "call_method" and node.target in _VIEWS:
+    elif node.op == "call_method" and node.target in VIEWS:
         candidates = node.args[:1]
     else:
         return None
     for candidate in candidates:
-        found = _chain(module, candidate, depth - 1)
+        found = _chain(module, candidate, is_product, steps, depth - 1)
         if found is not None:
             return [*found, node]
     return None
 
 
-def _is_sum(node: fx.Node) -> bool:
-    """An addition of two values of the graph."""
-    plain = node.op == "call_function" and node.target in _ADDITIONS and len(node.args) == 2 and not node.kwargs
-    return plain and all(isinstance(arg, fx.Node) for arg in node.args)
-
-
 def _used_within(node: fx.Node, attention: list[fx.Node]) -> bool:
     """Whether nothing but the attention itself, and questions about shape and type, uses a node's value."""
-    return all(user in attention or _asks_metadata(user) or _guards_type(user) for user in node.users)
+    return all(user in attention or asks_metadata(user) or guards_type(user) for user in node.users)
 
 
-def _guards_type(node: fx.Node) -> bool:
-    """A guard that a value is a tensor, which every value of an attention is."""
+def guards_type(node: fx.Node) -> bool:
+    """Whether a node is a guard that a value is a tensor, which every value of an attention is."""
     return node.target is check_guard and str(node.args[1]) == "type"
 
 
-def _asks_metadata(node: fx.Node) -> bool:
+def asks_metadata(node: fx.Node) -> bool:
+    """Whether a node asks for a shape, type or device."""
     if node.op == "call_function" and node.target is getattr:
         return str(node.args[1]) in _METADATA
     return node.op == "call_method" and node.target in ("size", "dim")
@@ -155,6 +168,12 @@ def _is_float_product(module: nn.Module, node: fx.Node) -> bool:
         return False
     site = module.get_submodule(str(node.target))
     return isinstance(site, PreparedMatmul) and not site.quantizers() and site.form.op == "matmul"
+
+
+def _adds_values(match: Match) -> bool:
+    """Whether what is added to the scores are values of the graph, not numbers."""
+    sums = (node for node in match.chain if node.op == "call_function")
+    return all(isinstance(arg, fx.Node) for node in sums for arg in node.args)
 
 
 def _is_dropout(module: nn.Module, node: Any) -> bool:
@@ -178,7 +197,7 @@ def is_softmax(module: nn.Module, node: Any) -> bool:
     return bool(dim == -1 and keeps_type and len(node.args) <= 2)
 
 
-def _rewrite(graph: fx.Graph, match: _Match) -> None:
+def _rewrite(graph: fx.Graph, match: Match) -> None:
     query, key = match.scores.args
     with graph.inserting_before(match.scores):
         stand_in = graph.call_function(score_stand_in, (query, key))
@@ -189,14 +208,19 @@ def _rewrite(graph: fx.Graph, match: _Match) -> None:
     with graph.inserting_before(match.product):
         fused = graph.call_function(fused_attention, (query, key, match.product.args[1], bias))
     match.product.replace_all_uses_with(fused)
+    erase_attention(graph, match)
+
+
+def erase_attention(graph: fx.Graph, match: Match) -> None:
+    """Remove an attention that nothing uses any more."""
     for dead in [*match.after, *reversed(match.chain), match.scores]:
-        for guard in [u for u in dead.users if _guards_type(u)]:
+        for guard in [u for u in dead.users if guards_type(u)]:
             graph.erase_node(guard)
         if not dead.users:
             graph.erase_node(dead)
 
 
-def _terms(graph: fx.Graph, match: _Match, stand_in: fx.Node) -> list[fx.Node]:
+def _terms(graph: fx.Graph, match: Match, stand_in: fx.Node) -> list[fx.Node]:
     """What is added to the scores, in the shape that the softmax sees.
 
     Views between the additions are applied to each term by itself, widened without memory and in the scores' own type:
@@ -223,11 +247,12 @@ def _terms(graph: fx.Graph, match: _Match, stand_in: fx.Node) -> list[fx.Node]:
 
 def _ask_instead(node: fx.Node, other: fx.Node) -> None:
     """Put questions about a value's shape and type to another of the same shape and type."""
-    for user in [u for u in node.users if _asks_metadata(u)]:
+    for user in [u for u in node.users if asks_metadata(u)]:
         user.replace_input_with(node, other)
 
 
-def _drop_unused(graph: fx.Graph) -> None:
+def drop_unused(graph: fx.Graph) -> None:
+    """Remove stand-ins and questions that nothing uses."""
     for node in reversed(list(graph.nodes)):
         if node.target in (score_stand_in, widened, getattr, "reshape") and not node.users:
             graph.erase_node(node)

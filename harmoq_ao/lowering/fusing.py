@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harmoq_ao.modules.quantized import QuantizedLinear
+from harmoq_ao.modules.quantized import QuantizedSite
 
 
 class Misfit(Exception):  # noqa: N818 - an answer, not an error of the user
@@ -36,7 +36,7 @@ def is_recognising() -> bool:
 
 def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:
     """Whether Triton kernels run a call: its tensors lie on a GPU, or the site was told to use them."""
-    if not isinstance(site, QuantizedLinear):
+    if not isinstance(site, QuantizedSite):
         return False
     on_gpu = any(isinstance(operand, Tensor) and operand.is_cuda for operand in operands)
     return site.backend == "triton" or (site.backend == "auto" and on_gpu)

@@ -147,7 +147,7 @@ _KEY = "_harmoq_mlp"
 def fuse_mlps(model: nn.Module) -> None:
     """Let every MLP of `model` run fused where its sites choose Triton; its parts keep their names."""
     for module in list(model.modules()):
-        if _KEY in module.__dict__ or type(module) in (nn.Sequential, nn.ModuleList):
+        if _KEY in module.__dict__:
             continue
         try:
             found = find_mlp(module)
@@ -164,8 +164,9 @@ def fused_mlp(module: nn.Module) -> FusedMlp | None:
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if len(args) == 1 and not kwargs and not self.training:
-        fused = self.__dict__[_KEY](self, args[0])
+    found = fused_mlp(self)  # a slice of a sequence is of its class, and none
+    if found is not None and len(args) == 1 and not kwargs and not self.training:
+        fused = found(self, args[0])
         if fused is not None:
             return fused
     return self.harmoq_forward(*args, **kwargs)  # type: ignore[operator]

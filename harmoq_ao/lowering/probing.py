@@ -30,8 +30,8 @@ class Call:
     Args:
         kind: ``linear``, ``matmul``, ``attention`` (scores, softmax and values in one call) or ``softmax``.
         name: Name of the module in the graph; empty for functions.
-        inputs: Its operands.
-        output: What it returned: random numbers, for a softmax its result.
+        inputs: Its operands, as they were then.
+        output: What it returned: what stands for the contraction, for a softmax its result.
     """
 
     kind: str
@@ -40,17 +40,28 @@ class Call:
     output: Tensor
 
 
-Stand = Callable[[tuple[int, ...]], Tensor]
-"""Makes the result of a contraction from its shape."""
+Stand = Callable[[str, tuple[int, ...]], Tensor]
+"""Makes the result of a contraction from its kind and shape."""
 
 
 def random_results(seed: int) -> Stand:
     """Normal random numbers."""
     generator = torch.Generator().manual_seed(seed)
-    return lambda shape: torch.randn(shape, generator=generator)
+    return lambda kind, shape: torch.randn(shape, generator=generator)
 
 
-def zero_results(shape: tuple[int, ...]) -> Tensor:
+def uneven_results(seed: int) -> Stand:
+    """Random numbers of another order of magnitude in each row, from 1e-14 to 1e3: limits and small constants show."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def stand(kind: str, shape: tuple[int, ...]) -> Tensor:
+        exponents = torch.rand((*shape[:-1], 1), generator=generator) * 17 - 14
+        return torch.randn(shape, generator=generator) * 10**exponents
+
+    return stand
+
+
+def zero_results(kind: str, shape: tuple[int, ...]) -> Tensor:
     """Zeros."""
     return torch.zeros(shape)
 
@@ -86,30 +97,34 @@ def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -
 
 
 def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand, calls: list[Call]) -> Any:
+    def stand_in(kind: str, name: str, *shape: int) -> Tensor:
+        output = stand(kind, shape)
+        calls.append(Call(kind, name, _copies(args), output))
+        return output.clone()  # the graph may write into it
+
     if node.target is fused_attention:
         query, _, value, _ = args
-        shape = (*torch.broadcast_shapes(query.shape[:-2], value.shape[:-2]), query.shape[-2], value.shape[-1])
-        calls.append(Call("attention", "", args, stand(shape)))
-        return calls[-1].output
+        batch = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
+        return stand_in("attention", "", *batch, query.shape[-2], value.shape[-1])
     contraction = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     if isinstance(contraction, QuantizedLinear):
-        shape = (*args[0].shape[:-1], contraction.site.shape[0])
-        calls.append(Call("linear", str(node.target), args, stand(shape)))
-        return calls[-1].output
+        return stand_in("linear", str(node.target), *args[0].shape[:-1], contraction.site.shape[0])
     if isinstance(contraction, (QuantizedMatmul, PreparedMatmul)) and contraction.form.op == "matmul":
         left, right = args
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
-        calls.append(Call("matmul", str(node.target), args, stand((*batch, left.shape[-2], right.shape[-1]))))
-        return calls[-1].output
+        return stand_in("matmul", str(node.target), *batch, left.shape[-2], right.shape[-1])
+    operands = _copies(args) if is_softmax(module, node) else None
     result = run_node(module, node, args, kwargs)
-    if is_softmax(module, node):
-        calls.append(Call("softmax", str(node.target), args, result))
+    if operands is not None:
+        calls.append(Call("softmax", str(node.target), operands, result.clone()))
     return result
 
 
-def constants(graph: fx.Graph) -> list[float]:
-    """The numbers a graph multiplies with, and one."""
-    found = {1.0}
-    for node in graph.nodes:
-        found.update(float(a) for a in node.args if type(a) in (int, float))
-    return sorted(found)
+def _copies(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(v.clone() if isinstance(v, Tensor) else v for v in values)
+
+
+def read_constants(module: nn.Module, graph: fx.Graph) -> list[Tensor]:
+    """The parameters and buffers that a graph reads by itself, folded constants among them."""
+    values = (run_node(module, node, (), {}) for node in graph.nodes if node.op == "get_attr")
+    return [value for value in values if isinstance(value, Tensor)]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from harmoq_ao.lowering.fusing import recognising
-from harmoq_ao.lowering.mlp import fused_mlp
+from harmoq_ao.lowering.attention_core import LoweredCores
+from harmoq_ao.lowering.fusing import Misfit, recognising
+from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
 from harmoq_ao.lowering.window_attention import LoweredAttention
-from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedSite
+from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
 from harmoq_ao.tracing import is_island, island_state
 
 if TYPE_CHECKING:
@@ -76,15 +77,44 @@ def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:
     if mlp is not None and (mlp.taken or mlp.reason is not None):
         return [("triton mlp", [module.get_submodule(mlp.fc1), module.get_submodule(mlp.fc2)], mlp.reason)]
     if not is_island(module):
+        return _unfused_mlp(module)
+    runs = (variant.run for variant in island_state(module).all_variants())
+    return [row for run in runs for row in _rows(module, run)]
+
+
+_Row = tuple[str, list[nn.Module], str | None]
+
+
+def _unfused_mlp(module: nn.Module) -> list[_Row]:
+    """Why a module of two linears is no MLP that is fused."""
+    linears: list[nn.Module] = [m for m in module.children() if isinstance(m, QuantizedLinear) and m.both_quantized]
+    if len(linears) != 2 or fused_mlp(module) is not None:
         return []
-    rows: list[tuple[str, list[nn.Module], str | None]] = []
-    for run in (variant.run for variant in island_state(module).all_variants()):
-        if not isinstance(run, LoweredAttention):
-            continue
-        taken, reason = run.sites(module), run.state(module).reason
-        if taken:
-            rows.append(("triton window_attention", [module.get_submodule(name) for name in taken], None))
-        elif reason is not None:
-            sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite)]
-            rows.append(("triton window_attention", sites, reason))
-    return rows
+    try:
+        find_mlp(module)
+    except Misfit as misfit:
+        return [("triton mlp", linears, f"its module is no MLP: {misfit}")]
+    return []
+
+
+def _rows(module: nn.Module, run: Any) -> list[_Row]:
+    """What fused kernels found of one graph of an island."""
+    if isinstance(run, LoweredAttention):
+        inner, reason = _rows(module, run.variant.run), run.state(module).reason
+        if run.sites(module):
+            return [("triton window_attention", _named(module, run.sites(module)), None)]
+        if reason is None:
+            return inner
+        within = [part for _, parts, _ in inner for part in parts]
+        sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite) and m not in within]
+        return [("triton window_attention", sites, reason), *inner]
+    if not isinstance(run, LoweredCores):
+        return []
+    if run.sites(module):
+        return [("triton attention", _named(module, run.sites(module)), None)]
+    products: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedMatmul)]
+    return [("triton attention", products, run.miss(module))] if run.miss(module) is not None else []
+
+
+def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    return [module.get_submodule(name) for name in names]

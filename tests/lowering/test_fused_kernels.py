@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -19,31 +16,11 @@ import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
-from harmoq_ao.triton_kernels import lowbit_linear, mlp, window_attention
 from recipes.architectures import ARCHITECTURES, Architecture
 from recipes.architectures import forward as run_model
+from tests.lowering.helpers import Network, assert_same_image, kernel_references
 from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted
-
-
-@contextmanager
-def kernel_references() -> Iterator[dict[str, mock.Mock]]:
-    """Every Triton kernel is replaced by its reference in plain torch; calls are counted."""
-    with (
-        mock.patch.object(lowbit_linear, "launch_lowbit_linear", wraps=lowbit_linear.reference) as linear,
-        mock.patch.object(mlp, "launch_mlp", wraps=mlp.reference) as perceptron,
-        mock.patch.object(window_attention, "launch_window_attention", wraps=window_attention.reference) as attention,
-    ):
-        yield {"linear": linear, "mlp": perceptron, "attention": attention}
-
-
-def assert_same_image(found: Tensor, expected: Tensor) -> None:
-    """Within one 8-bit level everywhere, and the same level for 99.9 % of values."""
-    levels = [(image.clamp(0, 1) * 255).round() for image in (found, expected)]
-    difference = (levels[0] - levels[1]).abs()
-    assert difference.max() <= 1
-    assert (difference == 0).float().mean() >= 0.999
-
 
 # --- islands of all kinds ---------------------------------------------------------------------------------------------
 
@@ -53,10 +30,10 @@ TWISTS = ("none", "relu", "scrambled", "columns", "residual", "squared")
 class Attention(nn.Module):
     """Window attention, usual in everything or unusual in one thing."""
 
-    def __init__(self, heads: int, order: tuple[int, ...], scale: float, bias: bool, masked: bool, twist: str) -> None:
+    def __init__(self, heads: int, order: tuple[int, ...], scale: float, bias: bool, twist: str) -> None:
         super().__init__()
         self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
-        self.heads, self.order, self.scale, self.masked, self.twist = heads, order, scale, masked, twist
+        self.heads, self.order, self.scale, self.twist = heads, order, scale, twist
         self.bias = nn.Parameter(torch.randn(heads, 16, 16)) if bias else None
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -79,23 +56,6 @@ class Attention(nn.Module):
         y = mixed.reshape(b, n, c) if self.twist == "scrambled" else mixed.transpose(1, 2).reshape(b, n, c)
         y = self.proj(y)
         return y + x if self.twist == "residual" else y
-
-
-class Network(nn.Module):
-    def __init__(self, attention: Attention) -> None:
-        super().__init__()
-        self.head, self.attention, self.tail = nn.Conv2d(3, 8, 1), attention, nn.Conv2d(8, 3, 1)
-
-    def forward(self, image: Tensor) -> Tensor:
-        b, _, height, width = image.shape
-        rows, columns = height // 4, width // 4
-        tokens = self.head(image).reshape(b, 8, rows, 4, columns, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
-        mask = None
-        if self.attention.masked:
-            places = torch.arange(rows * columns * 256, dtype=image.dtype).reshape(-1, 16, 16)
-            mask = torch.where(places % 7 < 2, -100.0, 0.0)
-        y = self.attention(tokens, mask=mask).reshape(b, rows, columns, 4, 4, 8).permute(0, 5, 1, 3, 2, 4)
-        return self.tail(y.reshape(b, 8, height, width))
 
 
 @settings(max_examples=25)
@@ -123,7 +83,7 @@ def test_random_islands(
     places = (0, 1, 2) if usual else tuple(order)
     twist = "none" if usual else twist
     torch.manual_seed(0)
-    model = Network(Attention(heads, places, scale, bias, masked, twist)).eval()
+    model = Network(Attention(heads, places, scale, bias, twist), masked).eval()
     example = torch.rand(2, 3, 8, 12)
     prepared = h.prepare_harmoq(model, config, [example], strict=True)
     quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
@@ -232,6 +192,23 @@ def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
     assert {name.partition(".")[0] for name in module.state_dict()} == {"fc1", "fc2"}
 
 
+def test_a_sequence_is_a_perceptron_and_its_slices_are_none() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
+    model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), layers, nn.Unflatten(1, (2, 2, 2)))
+    example = torch.rand(4, 3, 8, 8)
+    prepared = h.prepare_harmoq(model.eval(), HarmoqConfig(8, 8), [example])
+    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    expected = quantized(example)
+    assert torch.equal(
+        quantized.model[2][:2](torch.ones(1, 8)), quantized.model[2][1](quantized.model[2][0](torch.ones(1, 8)))
+    )
+    quantized.use_backend("triton")
+    with kernel_references() as kernels:
+        torch.testing.assert_close(quantized(example), expected, atol=1e-5, rtol=1e-5)
+    assert kernels["mlp"].call_count == 1
+
+
 # --- whole models -----------------------------------------------------------------------------------------------------
 
 FUSED = {
@@ -240,9 +217,10 @@ FUSED = {
     "SwinIR/real": {"window_attention", "mlp"},
     "HAT": {"window_attention", "mlp"},
     "DRCT": {"window_attention", "mlp"},
-    "Swin2SR": {"mlp"},
+    "Swin2SR": {"window_attention", "mlp"},
     "CRAFT": {"mlp"},
     "GRL": {"mlp"},
+    "SCUNet": {"mlp"},
     "DCTLSA": {"mlp"},
 }
 #: GFPGAN draws other noise in every call.

@@ -67,6 +67,7 @@ def random_attention(
     *,
     paper: bool = False,
     cosine: bool = False,
+    scale_after: bool = False,
     bias: bool = True,
 ) -> PackedAttention:
     """An attention with 8-bit activations; in mode "paper" all operands of its products have ``8`` bits too."""
@@ -88,6 +89,7 @@ def random_attention(
         torch.full((heads,), head_dim**-0.5),
         bias=torch.randn(heads, tokens, tokens, generator=generator) if bias else None,
         cosine=cosine,
+        scale_after=scale_after,
         matmuls=matmuls,
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,10 +18,17 @@ _, FC1 = random_linear(G, 24, 20, 4, 8)
 _, FC2 = random_linear(G, 20, 24, 3, 8)
 _, TOKEN = random_linear(G, 24, 20, 4, 8, static=False)
 ATTENTION = random_attention(G, 16, 20, 2, 4)
-PAPER = random_attention(G, 16, 20, 2, 4, paper=True)
+PAPER = random_attention(G, 16, 20, 2, 4, paper=True, scale_after=True)
+CORE = replace(PAPER, qkv=None, proj=None, proj_heads=None)
 X, WINDOWS, MASK = torch.randn(9, 20), torch.randn(4, 16, 20), torch.zeros(2, 16, 16)
 SCALE, OFFSET = torch.tensor(20.0), torch.full((20,), 8.0)
 NORM = (torch.rand(20), torch.rand(20))
+
+
+def _heads(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    q = x.unflatten(-1, (2, 10))
+    return q, q * 0.5, q - 1
+
 
 Calls = tuple[Callable[[Tensor], Any], Callable[[Tensor], Any], Tensor]
 CASES: dict[str, Calls] = {
@@ -60,6 +68,11 @@ CASES: dict[str, Calls] = {
         lambda x: window_attention.reference(x, PAPER),
         WINDOWS,
     ),
+    "attention": (
+        lambda x: ops.attention(*_heads(x), CORE, mask=MASK),
+        lambda x: window_attention.reference_attention(*_heads(x), CORE, mask=MASK),
+        WINDOWS,
+    ),
 }
 
 
@@ -97,6 +110,7 @@ def test_exported_is_the_reference(name: str) -> None:
         (ops.quantize, (X, SCALE, OFFSET, 4, True)),
         (ops._lowbit_linear, (X, *ops.flatten_linear(FC1), "erf", None, torch.float16)),
         (ops._fused_mlp, (X, *ops.flatten_linear(FC1), *ops.flatten_linear(FC2), "erf", None, X)),
+        (ops._attention_core, (*_heads(WINDOWS), *ops.flatten_attention(CORE), MASK, torch.float16)),
         (ops._window_attention, (WINDOWS, *ops.flatten_attention(PAPER), MASK, None, None, torch.float16)),
     ],
 )
@@ -105,9 +119,10 @@ def test_operators_keep_the_rules_of_torch(op: Any, arguments: tuple[Any, ...]) 
 
 
 def test_operands_survive_flattening() -> None:
+    assert ops.restore_attention(*ops.flatten_attention(CORE)).proj is None
     for operands in (ATTENTION, PAPER):
         again = ops.restore_attention(*ops.flatten_attention(operands))
         assert vars(again).keys() == vars(operands).keys()
-        assert (again.heads, again.cosine, again.left_bits) == (operands.heads, operands.cosine, operands.left_bits)
+        assert (again.heads, again.scores, again.left_bits) == (operands.heads, operands.scores, operands.left_bits)
         assert torch.equal(again.proj_heads.codes, operands.proj_heads.codes)
     assert ops.restore_linear(*ops.flatten_linear(TOKEN)).total is TOKEN.total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -31,7 +33,7 @@ def masks(generator: torch.Generator, count: int, tokens: int) -> Tensor:
 @few
 @given(
     seed=SEEDS, tokens=st.integers(1, 80), heads=st.integers(1, 3), head_dim=st.integers(1, 32), bits=BITS,
-    cosine=st.booleans(), masked=st.booleans(), norm=st.booleans(), residual=st.booleans(),
+    cosine=st.booleans(), scale_after=st.booleans(), masked=st.booleans(), norm=st.booleans(), residual=st.booleans(),
 )  # fmt: skip
 def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     seed: int,
@@ -40,12 +42,15 @@ def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     head_dim: int,
     bits: int,
     cosine: bool,
+    scale_after: bool,
     masked: bool,
     norm: bool,
     residual: bool,
 ) -> None:
     generator = seeded(seed)
-    operands = random_attention(generator, tokens, heads * head_dim, heads, bits, paper=True, cosine=cosine)
+    operands = random_attention(
+        generator, tokens, heads * head_dim, heads, bits, paper=True, cosine=cosine, scale_after=scale_after
+    )
     x = torch.randn(2, tokens, heads * head_dim, generator=generator)
     mask = masks(generator, 2, tokens) if masked else None
     options = {"mask": mask, "eps": 1e-5 if norm else None, "residual": x if residual else None}
@@ -91,16 +96,22 @@ def test_deploy_mode_in_float32_differs_at_ties_only(tokens: int) -> None:
 
 
 @few
-@given(seed=SEEDS, tokens=st.integers(1, 140), head_dim=st.integers(1, 32), cosine=st.booleans(), paper=st.booleans())
-def test_attention_of_given_q_k_v(seed: int, tokens: int, head_dim: int, cosine: bool, paper: bool) -> None:
+@given(
+    seed=SEEDS, tokens=st.integers(1, 140), keys=st.integers(1, 140), head_dim=st.integers(1, 32),
+    cosine=st.booleans(), scale_after=st.booleans(), paper=st.booleans(), masked=st.booleans(),
+)  # fmt: skip
+def test_attention_of_given_q_k_v(
+    seed: int, tokens: int, keys: int, head_dim: int, cosine: bool, scale_after: bool, paper: bool, masked: bool
+) -> None:
     generator = seeded(seed)
-    whole = random_attention(generator, tokens, 2 * head_dim, 2, 4, cosine=cosine, paper=paper)
-    q, k, v = torch.randn(3, 1, tokens, 2, head_dim, generator=generator).unbind(0)
-    operands = pack_attention(None, None, 2, head_dim, whole.score_scale, cosine=cosine)
-    if paper:
-        operands = type(whole)(**{**vars(whole), "proj": None, "bias": None})
-    o = window_attention.launch_attention(q, k, v, operands, compute=torch.float32)
-    error = (o - window_attention.reference_attention(q, k, v, operands)).abs()
+    whole = random_attention(generator, tokens, 2 * head_dim, 2, 4, cosine=cosine, scale_after=scale_after, paper=paper)
+    q = torch.randn(2, tokens, 2, head_dim, generator=generator)
+    k, v = torch.randn(2, 2, keys, 2, head_dim, generator=generator).unbind(1)
+    bias = torch.randn(2, tokens, keys, generator=generator)
+    operands = replace(whole, qkv=None, proj=None, proj_heads=None, bias=bias)
+    mask = torch.where(torch.rand(2, tokens, keys, generator=generator) < 0.3, -100.0, 0.0) if masked else None
+    o = window_attention.launch_attention(q, k, v, operands, mask=mask, compute=torch.float32)
+    error = (o - window_attention.reference_attention(q, k, v, operands, mask=mask)).abs()
     assert error.mean() <= 1e-5
     assert error.max() <= (0.1 if paper else 1e-4)
 
