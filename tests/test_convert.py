@@ -316,6 +316,8 @@ def test_convolutions_run_on_integers() -> None:
             weight = conv.weight_codes().long().reshape(conv.site.shape)
             exact = nn.functional.conv2d(centred.double(), weight.double(), None, **conv.geometry)
             assert torch.equal(conv.accumulate(codes).double(), 2 * exact)  # 8-bit weights have no shift
+            with torch.autocast("cpu", torch.bfloat16):
+                assert torch.equal(conv.accumulate(codes).double(), 2 * exact)
 
 
 def test_rules_choose_sites() -> None:

@@ -43,7 +43,8 @@ def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) 
     length, dtype = qa.shape[-1], reference.matmul_dtype(qa.shape[-1])
     exact = exact_dtype(length, bits_a, bits_b)
     if exact == torch.float32 or length == 0:
-        return (qa.float() @ qb.float()).to(dtype)
+        with reference.exact_floats(qa):
+            return (qa.float() @ qb.float()).to(dtype)
     piece = max(64, _PIECE_BYTES * length // (8 * max(1, qa.numel() + qb.numel())))
     pairs = zip(torch.split(qa, piece, -1), torch.split(qb, piece, -2), strict=True)
     total = sum((a.to(exact) @ b.to(exact) for a, b in pairs), start=torch.zeros((), dtype=exact))
@@ -90,7 +91,8 @@ def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, ou
     if bool(rows.isnan().any()) or bool(columns.isnan().any()):
         raise reference.nan_error()
     direct = out is not None and out.dtype == exact == torch.float32
-    acc = torch.matmul(qa, qb, out=out) if direct else torch.matmul(qa, qb).float()
+    with reference.exact_floats(qa):
+        acc = torch.matmul(qa, qb, out=out) if direct else torch.matmul(qa, qb).float()
     _rescale(acc, rows.float(), columns.float(), act_a, act_b, left.shape[-1])
     return acc if out is None or direct else out.copy_(acc)
 

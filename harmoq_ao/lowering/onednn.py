@@ -53,7 +53,7 @@ def is_available() -> bool:
         found = _qlinear(codes, prepack(weight), unit, None, torch.float32)
     except (RuntimeError, NotImplementedError):
         return False
-    return torch.equal(found, codes.float() @ weight.float().t())
+    return torch.equal(found, reference.linear_accumulate(codes, weight).float())
 
 
 def prepack(qw: Tensor) -> Tensor:
@@ -185,7 +185,8 @@ def _contraction(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[
     weight = codes.float() * scale[:, None]
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.linear(qx.float(), weight, bias).to(dtype)
+        with reference.exact_floats(qx):
+            return F.linear(qx.float(), weight, bias).to(dtype)
 
     return floating
 

@@ -259,6 +259,14 @@ def matmul_dtype(length: int) -> torch.dtype:
     return torch.int32 if length <= INT32_MATMUL_LENGTH else torch.int64
 
 
+def exact_floats(x: Tensor) -> torch.autocast:
+    """Within, float32 products on the device of `x` are those of float32, also where the model runs under autocast.
+
+    Kernels that carry integers in float32 need it: autocast would round them to 8 bits.
+    """
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _integer_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type == "cpu":
         return a.to(dtype) @ b.to(dtype)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.lowering import ops, reference
 from harmoq_ao.lowering.linear import Backend, LinearKernel
-from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
+from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
 from harmoq_ao.packing import pack, packed_length, unpack_signed
@@ -300,9 +300,9 @@ class QuantizedConv2d(WeightedSite):
         chunk = max(1, (1 << 24) // (255 * 256 * patch))
         groups = self.geometry["groups"]
         if groups > 1 or chunk >= weight.shape[1]:
-            return _conv(centred, weight, self.geometry).to(torch.int32)
+            return _exact_conv(centred, weight, self.geometry)
         parts = zip(centred.split(chunk, 1), weight.split(chunk, 1), strict=True)
-        sums = [_conv(x, w, self.geometry).to(torch.int32) for x, w in parts]
+        sums = [_exact_conv(x, w, self.geometry) for x, w in parts]
         return torch.stack(sums).sum(0, dtype=torch.int32)
 
     def _half_float(self, x: Tensor) -> Tensor:
@@ -417,6 +417,11 @@ def conv_geometry(conv: nn.Conv2d) -> dict[str, Any]:
 
 def _conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
     return F.conv2d(x, weight, None, **geometry)
+
+
+def _exact_conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
+    with exact_floats(x):
+        return _conv(x, weight, geometry).to(torch.int32)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------

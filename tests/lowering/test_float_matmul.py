@@ -166,3 +166,15 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
         for call in (float_matmul.quantized_matmul, reference.quantized_matmul):
             with pytest.raises(KernelError, match="inputs of a quantized matmul"):
                 call(left, right, quantizer, quantizer)
+
+
+@pytest.mark.parametrize("batch", [(), (2, 3)])
+def test_autocast_leaves_the_integers_exact(batch: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    qa, qb = codes_of(generator, 8, *batch, 7, 90), codes_of(generator, 8, *batch, 90, 5)
+    operand = MatmulOperand(8, Affine(torch.tensor(0.02), torch.tensor(-2.5), 8))
+    left, right = torch.randn(*batch, 7, 90), torch.randn(*batch, 90, 5)
+    expected = float_matmul.quantized_matmul(left, right, operand, operand)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(float_matmul.matmul_accumulate(qa, qb), reference.matmul_accumulate(qa, qb))
+        assert torch.equal(float_matmul.quantized_matmul(left, right, operand, operand), expected)

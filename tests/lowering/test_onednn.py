@@ -307,3 +307,21 @@ def test_bounds_that_one_kernel_call_cannot_hold_are_refused() -> None:
         )
     with pytest.raises(KernelError, match="input does not fit"):
         onednn.linear(torch.zeros(3, 8), onednn.pack_linear(operands))
+
+
+def test_what_is_available_does_not_depend_on_autocast() -> None:
+    found = onednn.is_available()
+    onednn.is_available.cache_clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.is_available() is found
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_autocast_leaves_the_integers_exact(monkeypatch: pytest.MonkeyPatch, available: bool) -> None:
+    if not available:  # what CPUs without integer instructions get
+        monkeypatch.setattr(onednn, "is_available", lambda: False)
+    packed = onednn.pack_linear(make_operands(3, 300, 9))
+    x = torch.randn(50, 300)
+    expected = onednn.linear(x, packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(onednn.linear(x, packed), expected)
