@@ -17,7 +17,8 @@ from harmoq_ao.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.folding import fold_variant, remember
 from harmoq_ao.history import History
 from harmoq_ao.lowering.attention import fuse_attention
-from harmoq_ao.lowering.attention_core import LoweredCores, lower_cores
+from harmoq_ao.lowering.attention_core import LoweredCores
+from harmoq_ao.lowering.core_rewriting import lower_cores
 from harmoq_ao.lowering.linear import check_backend
 from harmoq_ao.lowering.mlp import fuse_mlps
 from harmoq_ao.lowering.survey import Lowering, survey

@@ -1,9 +1,9 @@
-"""Attention of given queries, keys and values with quantized products, and the kernel that runs it on GPUs.
+"""Attention of given queries, keys and values with quantized products, by one kernel on GPUs.
 
 Where qkv or the projection belongs to another module (DAT, RGT, CRAFT, ATD), no whole attention can be fused. What is
 between, ``q k^T (x factor) (+ bias) (+ mask) -> softmax -> v`` on integers, still is one kernel instead of two integer
-products with the attention map in memory. A chain is found in the graph; its shapes are judged at each call, and a call
-that the kernel does not take runs the graph as it was.
+products with the attention map in memory. Shapes are judged at each call, and a call that the kernel does not take runs
+the graph as it was. How it comes into a graph: `core_rewriting.py`.
 """
 
 from __future__ import annotations
@@ -14,194 +14,17 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering.attention import (
-    ADDITIONS,
-    MULTIPLICATIONS,
-    VIEWS,
-    Match,
-    asks_metadata,
-    drop_unused,
-    erase_attention,
-    is_softmax,
-    match_attention,
-    score_stand_in,
-)
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.modules.quantized import QuantizedMatmul
-from harmoq_ao.tracing.contractions import einsum_form
-from harmoq_ao.tracing.island import original_class
-from harmoq_ao.tracing.tracer import Variant, compile_graph
+from harmoq_ao.tracing.tracer import Variant
 
 _LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
 _MEMO_SIZE = 256  # shapes of calls; images come in every size
 _KEY = "_harmoq_attention_core"
 _numbers = itertools.count()
-
-
-def lower_cores(module: nn.Module, variant: Variant) -> Variant:
-    """The same variant, which runs the attention kernel in place of quantized products that choose Triton.
-
-    Args:
-        module: The converted island.
-        variant: One of its graphs, in its final form.
-    """
-    if not any(_is_quantized_product(module, node) for node in variant.graph.nodes):
-        return variant
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(variant.graph, {}))
-    sites: list[str] = []
-    reason = _blocking(module, graph)
-    for node in list(graph.nodes):
-        match = match_attention(module, node, _is_quantized_product, (*ADDITIONS, *MULTIPLICATIONS))
-        if match is None:
-            continue
-        try:
-            _rewrite(module, graph, match)
-        except Misfit as misfit:
-            reason = str(misfit)
-            continue
-        sites += [str(match.scores.target), str(match.product.target)]
-    if any(node.meta.get("random") for node in graph.nodes) or _writes_arguments(variant.graph):
-        sites, reason = [], "its graph draws or writes into arguments, and a call that is given up half-way runs again"
-    drop_unused(graph)
-    run = None if not sites else compile_graph(graph, original_class(module))
-    return replace(variant, run=LoweredCores(variant, run, tuple(sites), reason))
-
-
-def _writes_arguments(graph: fx.Graph) -> bool:
-    """Whether a graph writes into what shares memory with its arguments."""
-    shared: set[fx.Node] = set()
-    for node in graph.nodes:
-        operands = node.all_input_nodes
-        if any(operands[i] in shared for i in node.meta.get("writes", ())):
-            return True
-        if node.op == "placeholder" or any(operands[i] in shared for i in node.meta.get("shares", ())):
-            shared.add(node)
-    return False
-
-
-def _is_quantized_product(module: nn.Module, node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 2 or node.kwargs:
-        return False
-    site = module.get_submodule(str(node.target))
-    if not isinstance(site, QuantizedMatmul):
-        return False
-    return site.form.op in ("matmul", "bmm") or _right_is_transposed(site) is not None
-
-
-def _right_is_transposed(site: QuantizedMatmul) -> bool | None:
-    """Whether the right operand of an einsum is `[..., N, K]`; None if it is no plain product of the last two axes."""
-    form = None if site.form.equation is None else einsum_form(site.form.equation)
-    if form is None or len(form.rows + form.columns + form.contracted) != 3:
-        return None
-    batch, rows, columns, contracted = form.batch, form.rows, form.columns, form.contracted
-    if form.left != batch + rows + contracted or form.output != batch + rows + columns:
-        return None
-    return {batch + columns + contracted: True, batch + contracted + columns: False}.get(form.right)
-
-
-def _blocking(module: nn.Module, graph: fx.Graph) -> str:
-    """Why no attention of a graph with quantized products was found."""
-    maps = [node for node in graph.nodes if is_softmax(module, node)]
-    if not maps:
-        return "its products are no attention with a softmax over the keys"
-    current = maps[0].args[0]
-    while isinstance(current, fx.Node) and not _is_quantized_product(module, current):
-        if current.target not in (*ADDITIONS, *MULTIPLICATIONS, *VIEWS):
-            return f"its scores pass through {_called(module, current)} before the softmax"
-        current = next((a for a in current.args if isinstance(a, fx.Node) and a.op != "get_attr"), None)
-    return "its attention map is used elsewhere too, or not as it is"
-
-
-def _called(module: nn.Module, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return original_class(module.get_submodule(str(node.target))).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-
-
-# --- the graph --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Chain:
-    """What lies between the scores and the softmax, as nodes or numbers.
-
-    Attributes:
-        factor: What the scores are multiplied with, or None.
-        terms: What is added to them then.
-        view: The view in which a mask is added then, or None.
-        mask: The mask.
-        back: The view after that.
-    """
-
-    factor: Any = None
-    terms: list[Any] = field(default_factory=list)
-    view: fx.Node | None = None
-    mask: Any = None
-    back: fx.Node | None = None
-
-
-def _parse(match: Match) -> _Chain:
-    found = _Chain()
-    previous, rest = match.scores, list(match.chain)
-
-    def other() -> Any:
-        nonlocal previous
-        node = rest.pop(0)
-        operands = [a for a in node.args if a is not previous]
-        if len(operands) != 1:
-            raise Misfit("its scores meet themselves")
-        previous = node
-        return operands[0]
-
-    if rest and rest[0].target in MULTIPLICATIONS:
-        found.factor = other()
-    while rest and rest[0].target in ADDITIONS:
-        found.terms.append(other())
-    if not rest:
-        return found
-    if len(rest) != 3 or rest[1].target not in ADDITIONS or {rest[0].op, rest[2].op} != {"call_method"}:
-        raise Misfit("its scores are scaled or viewed in another order than the kernel's")
-    found.view, previous = rest.pop(0), match.chain[-3]
-    found.mask = other()
-    found.back = rest.pop(0)
-    return found
-
-
-def _rewrite(module: nn.Module, graph: fx.Graph, match: Match) -> None:
-    """Put one call of :func:`attention_core` where the value product is."""
-    chain = _parse(match)
-    query, key = match.scores.args
-    value = match.product.args[1]
-    with graph.inserting_before(match.scores):
-        if _right_is_transposed(module.get_submodule(str(match.scores.target))):  # type: ignore[arg-type]
-            key = graph.call_method("transpose", (key, -2, -1))
-        frame = whole = graph.call_function(score_stand_in, (query, key))
-    with graph.inserting_before(match.product):
-        if _right_is_transposed(module.get_submodule(str(match.product.target))):  # type: ignore[arg-type]
-            value = graph.call_method("transpose", (value, -2, -1))
-        if chain.view is not None and chain.back is not None:
-            frame = graph.call_method(str(chain.view.target), (whole, *chain.view.args[1:]), chain.view.kwargs)
-            back = graph.call_method(str(chain.back.target), (frame, *chain.back.args[1:]), chain.back.kwargs)
-        else:
-            back = whole
-        for node in [match.scores, *match.chain, *match.after[1:]]:
-            seen_through = frame if node in match.chain[-3:-1] and chain.view is not None else whole
-            for user in [u for u in node.users if asks_metadata(u)]:
-                user.replace_input_with(node, seen_through)
-        sites = [graph.get_attr(str(n.target)) for n in (match.scores, match.product)]
-        operands = (query, key, value, chain.factor, tuple(chain.terms), chain.mask, frame, back)
-        core = graph.call_function(attention_core, (*sites, *operands))
-        if any(user.op == "call_method" and user.target == "view" for user in match.product.users):
-            core = graph.call_method("contiguous", (core,))
-    match.product.replace_all_uses_with(core)
-    erase_attention(graph, match)
-
-
-# --- one attention ----------------------------------------------------------------------------------------------------
 
 
 def attention_core(
