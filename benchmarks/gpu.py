@@ -18,7 +18,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ from benchmarks.measuring import environment, one_line, paired_ratio, percentile
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.lowering.fixed_size import fixed_size
-from harmoq_ao.lowering.reference import Affine, LinearOperands, linear_accumulate
+from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.packing import pack
-from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize
+from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize, window_attention
+from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from harmoq_ao.triton_kernels.operands import from_operands
 
 BITS = (8, 4, 3, 2)
 SIZES = ((1, 60, 180), (257, 144, 61), (4097, 90, 30))
+WINDOWS = ((3, 64, 60, 6), (5, 49, 90, 3), (2, 256, 144, 6))  # windows, tokens, channels, heads
 BASE = "float32 eager"
 
 
@@ -127,6 +129,24 @@ def _check_bits(device: torch.device, bits: int, seed: int) -> Iterator[dict[str
         floats = lowbit_linear.launch_lowbit_linear(x, packed[0]), lowbit_linear.reference(x, packed[0])
         yield _floats(f"lowbit_linear {shape}", *floats)
         yield _floats(f"mlp {shape}", mlp.launch_mlp(x, *packed), mlp.reference(x, *packed))
+    for windows, tokens, channels, heads in WINDOWS:
+        for paper in (True, False):
+            operands = _random_attention(generator, tokens, channels, heads, bits, device, paper)
+            x = torch.randn(windows, tokens, channels, generator=generator).to(device)
+            mask = torch.where(torch.rand(windows, tokens, tokens, generator=generator) < 0.3, -100.0, 0.0).to(device)
+            mode = f"{'paper' if paper else 'deploy'}, {windows}x{tokens}x{channels}, {heads} heads, {bits} bits"
+            found = window_attention.launch_window_attention(x, operands, mask=mask)
+            yield _floats(f"window_attention {mode}", found, window_attention.reference(x, operands, mask=mask))
+            yield _check_core(operands, x, mask, mode)
+
+
+def _check_core(whole: PackedAttention, x: Tensor, mask: Tensor, mode: str) -> dict[str, Any]:
+    """Attention of given q, k and v."""
+    operands = replace(whole, qkv=None, proj=None, proj_heads=None)
+    parts = [x.roll(turn, 0).unflatten(-1, (whole.heads, whole.head_dim)).contiguous() for turn in range(3)]
+    found = window_attention.launch_attention(*parts, operands, mask=mask)
+    expected = window_attention.reference_attention(*parts, operands, mask=mask)
+    return _floats(f"attention {mode}", found, expected)
 
 
 def _random_linear(
@@ -141,6 +161,23 @@ def _random_linear(
     signed, scale, shift, bias, joint = (t.to(device) for t in (signed, scale, shift, bias, joint))
     bounds = Affine(act.step.to(device), act.lower.to(device), bits)
     return LinearOperands(signed, scale, shift, bias, bits, bounds, joint), pack(codes, bits).to(device)
+
+
+def _random_attention(
+    generator: torch.Generator, tokens: int, channels: int, heads: int, bits: int, device: torch.device, paper: bool
+) -> PackedAttention:
+    qkv, proj = (_random_linear(generator, rows, channels, bits, device) for rows in (3 * channels, channels))
+    levels = (1 << bits) - 1
+
+    def bounds(lower: float, upper: float) -> MatmulOperand:
+        step, low = torch.tensor((upper - lower) / levels), torch.tensor(lower)
+        return MatmulOperand(bits, Affine(step.to(device), low.to(device), bits))
+
+    products = MatmulQuantizers(bounds(-2.0, 2.0), bounds(-3.0, 3.0), bounds(0.0, 1.0), bounds(-3.0, 3.0))
+    scale = torch.full((heads,), (channels // heads) ** -0.5, device=device)
+    bias = torch.randn(heads, tokens, tokens, generator=generator).to(device)
+    linears = (*qkv, bits), (*proj, bits)
+    return pack_attention(*linears, heads, channels // heads, scale, bias=bias, matmuls=products if paper else None)
 
 
 def _integers(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:
@@ -163,7 +200,7 @@ def contenders(model: nn.Module, example: Tensor) -> Iterator[tuple[str, Callabl
     yield "bfloat16 eager", lambda: bfloat16_run(bfloat16)
     yield "bfloat16 compile", lambda: bfloat16_run(torch.compile(bfloat16))
     yield "bfloat16 compile, CUDA graphs", lambda: bfloat16_run(torch.compile(bfloat16, mode="max-autotune"))
-    yield "torchao int8 dynamic", lambda: torch.compile(torchao_int8(for_size(copy.deepcopy(model), size)))
+    yield "torchao int8 dynamic", lambda: bfloat16_run(torch.compile(torchao_int8(copy.deepcopy(bfloat16))))
     for bits in BITS:
         yield f"W{bits}A{bits}", partial(_ours, model, example, bits)
 

@@ -14,10 +14,13 @@ from tests.triton_kernels.interpreter import interpreted
 def test_kernels_are_checked_against_their_references(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "BITS", (4,))
     monkeypatch.setattr(gpu, "SIZES", gpu.SIZES[:2])
+    monkeypatch.setattr(gpu, "WINDOWS", [(2, 9, 12, 2), (2, 70, 12, 2)])
     with interpreted():
         rows = gpu.check_kernels(torch.device("cpu"))
-    assert len(rows) == 8
-    assert all(row.get("wrong", 0) == 0 and row.get("error", 0.0) < 0.02 for row in rows)
+    assert len(rows) == 8 + 8
+    assert all(row.get("wrong", 0) == 0 for row in rows)
+    for row in rows:  # a probability at a tie may take the neighbouring code, a fifteenth of its range
+        assert row.get("error", 0.0) < (0.2 if "attention paper" in row["check"] else 0.02), row
 
 
 def test_contenders_take_turns_and_failures_are_results(monkeypatch: pytest.MonkeyPatch) -> None:
