@@ -208,7 +208,9 @@ def _quantized(job: Job, bits: int, per_token: bool = False) -> h.QuantizedModel
 
 
 def _native(job: Job, bits: int) -> Run:
-    return _quantized(job, bits).set_float_dtype(torch.bfloat16)
+    quantized = _quantized(job, bits).set_float_dtype(torch.bfloat16)
+    for_size(quantized.model, (job.size, job.size))
+    return quantized
 
 
 def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.folding import run_node
-from harmoq_ao.lowering.attention import fused_attention, is_softmax
+from harmoq_ao.lowering.attention import fused_attention, is_softmax, sum_of
 from harmoq_ao.modules.prepared import PreparedMatmul
 from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul
 
@@ -99,11 +99,13 @@ def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -
 def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand, calls: list[Call]) -> Any:
     def stand_in(kind: str, name: str, *shape: int) -> Tensor:
         output = stand(kind, shape)
-        calls.append(Call(kind, name, _copies(args), output))
+        calls.append(Call(kind, name, _copies(operands), output))
         return output.clone()  # the graph may write into it
 
+    operands = args
     if node.target is fused_attention:
-        query, _, value, _ = args
+        query, key, value, *terms = args
+        operands = query, key, value, sum_of(terms)
         batch = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
         return stand_in("attention", "", *batch, query.shape[-2], value.shape[-1])
     contraction = module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -113,10 +115,10 @@ def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand
         left, right = args
         batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
         return stand_in("matmul", str(node.target), *batch, left.shape[-2], right.shape[-1])
-    operands = _copies(args) if is_softmax(module, node) else None
+    before = _copies(args) if is_softmax(module, node) else None
     result = run_node(module, node, args, kwargs)
-    if operands is not None:
-        calls.append(Call("softmax", str(node.target), operands, result.clone()))
+    if before is not None:
+        calls.append(Call("softmax", str(node.target), before, result.clone()))
     return result
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao
+from harmoq_ao.lowering import attention
 from harmoq_ao.lowering.attention import fused_attention, score_stand_in, widened
 from harmoq_ao.tracing import is_island, island_state
 
@@ -112,7 +113,7 @@ def test_against_float64(shape: tuple[int, ...], biased: bool) -> None:
     bias = torch.randn(5, 5) if biased else None
     scores = q.double() @ k.double().transpose(-2, -1) + (0.0 if bias is None else bias.double())
     expected = torch.softmax(scores, -1) @ v.double()
-    found = fused_attention(q, k.transpose(-2, -1), v, bias)
+    found = fused_attention(q, k.transpose(-2, -1), v, *(() if bias is None else (bias,)))
     torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-5)
 
 
@@ -129,3 +130,15 @@ def test_widening_takes_no_memory_where_the_type_is_the_same() -> None:
     torch.testing.assert_close(wide, term.expand(4, 2, 16, 9))
     assert widened(term, like.bfloat16()).dtype is torch.bfloat16
     assert widened(like, torch.rand(3, 4, 2, 16, 9)).shape == (3, 4, 2, 16, 9)
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+@pytest.mark.parametrize("windows", [1, 7])
+def test_blocks_of_bfloat16_against_float64(monkeypatch: pytest.MonkeyPatch, block: int, windows: int) -> None:
+    monkeypatch.setattr(attention, "_BLOCK_BYTES", block)
+    q, k, v = (torch.randn(windows, 3, n, 10).bfloat16() for n in (20, 30, 30))
+    bias, mask = torch.randn(3, 20, 30), torch.where(torch.rand(windows, 1, 20, 30) < 0.3, -100.0, 0.0)
+    scores = 0.3 * q.double() @ k.double().transpose(-2, -1) + bias.double() + mask.double()
+    found = fused_attention(0.3 * q, k.transpose(-2, -1), v, bias, mask)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), torch.softmax(scores, -1) @ v.double(), atol=0.05, rtol=0.02)
