@@ -22,7 +22,11 @@ def test_computes_the_same(name: str, size: tuple[int, int], dtype: torch.dtype)
     first, second = images(2, size)
     fixed = fixed_size(model, first)
     for image in (first, second):
-        assert torch.equal(fixed(image), model(image))
+        found, expected = fixed(image), model(image)
+        if dtype == torch.float32:
+            assert torch.equal(found, expected)
+        else:  # float attention in bfloat16 runs in blocks where it is not compiled: scores are rounded once more
+            assert (found - expected).abs().mean() <= 0.01 * expected.std()
 
 
 def test_masks_are_constants() -> None:
