@@ -50,7 +50,7 @@ class LinearKernel:
         if chosen == "triton":
             return self._triton(x)
         if chosen == "onednn":
-            return onednn.linear(x, self._packed_onednn())
+            return onednn.linear(x, self.packed_onednn())
         return reference.linear(x, self.operands)
 
     def choose(self, backend: Backend, device: torch.device) -> str:
@@ -100,7 +100,8 @@ class LinearKernel:
         y = lowbit_linear.launch_lowbit_linear(rows, packed, out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], packed.rows)
 
-    def _packed_onednn(self) -> onednn.PackedLinear:
+    def packed_onednn(self) -> onednn.PackedLinear:
+        """The operands of the CPU's kernels, made ready on first use."""
         if "onednn" not in self._ready:
             self._ready["onednn"] = onednn.pack_linear(self.operands)
         packed: onednn.PackedLinear = self._ready["onednn"]

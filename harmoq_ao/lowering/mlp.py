@@ -1,4 +1,4 @@
-"""Modules that are linear, GELU, linear, and the fused kernel that runs them on GPUs."""
+"""Modules that are linear, GELU, linear, and what runs them in one: a kernel on GPUs, a chain of blocks on CPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering import onednn_mlp
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.modules.quantized import QuantizedLinear
 from harmoq_ao.tracing import is_island
@@ -43,6 +44,9 @@ class FusedMlp:
         assert isinstance(fc2, QuantizedLinear)
         if torch.compiler.is_compiling() and not self.taken:
             return None  # only what an eager call has tried
+        if _is_chained(module, fc1, x):
+            chain = fc1.linear_kernel().packed_onednn(), fc2.linear_kernel().packed_onednn()
+            return onednn_mlp.mlp(x, *chain, _KINDS[self.gelu]) if onednn_mlp.takes(*chain) else None
         trying = is_recognising()
         if self.reason is not None or not (trying or runs_triton(fc1, (x,))):
             return None
@@ -60,6 +64,14 @@ class FusedMlp:
             return None
         launch = ops.mlp if torch.compiler.is_compiling() else mlp.launch_mlp
         return launch(rows, *packed, gelu=self.gelu).reshape(*x.shape[:-1], packed[1].rows)
+
+
+def _is_chained(module: nn.Module, fc1: QuantizedLinear, x: Tensor) -> bool:
+    """Whether a call is one for the CPU's chain. Within it no module is called, so there must be no hook to miss it."""
+    if fc1.backend != "auto" or x.device.type != "cpu" or torch.compiler.is_compiling() or is_recognising():
+        return False
+    hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
+    return x.dtype in (torch.float32, torch.bfloat16) and not hooked
 
 
 def find_mlp(module: nn.Module) -> FusedMlp:
