@@ -19,7 +19,6 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,10 +28,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from benchmarks.measuring import ALLOCATOR, settle_allocator
 from harmoq_ao.lowering import float_matmul, onednn, reference
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
 SHAPES = [(m, k, n) for m in (65536, 16384) for k, n in ((60, 180), (60, 120), (120, 60), (60, 60))]
 MATMULS = {
     "attention scores [1536, 64, 10] x [1536, 10, 64]": ((1536, 64, 10), (1536, 10, 64)),
@@ -195,8 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="path without suffix for the .csv and .json")
     arguments = parser.parse_args()
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
+    settle_allocator()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     machine, rows = environment(), []

@@ -1,7 +1,6 @@
 """Whole-model speed on this CPU: DAT-light x2 at W8A8 and W4A4 against float32 eager, interleaved in one process.
 
-Run ``MALLOC_MMAP_THRESHOLD_=1073741824 python -m benchmarks.cpu_model --output benchmarks/results/cpu_model.json``.
-The variable keeps large outputs from being returned to the system after every call, for every contender alike.
+Run ``python -m benchmarks.cpu_model --output benchmarks/results/cpu_model.json``.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 import harmoq_ao
-from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, write_json
+from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, settle_allocator, write_json
 from harmoq_ao.data import CalibrationCrops, skimage_photographs
 
 Contender = Callable[[torch.Tensor], torch.Tensor]
@@ -69,6 +68,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    settle_allocator()
     found = contenders([(8, 8), (4, 4)])
     result = summary(measure(found, arguments.size, arguments.rounds), arguments.size)
     print(json.dumps(result, indent=2))

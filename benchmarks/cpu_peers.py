@@ -7,7 +7,7 @@ ratios are taken within rounds. A contender is done once; run the script again t
 All that calibrate do so on the same crops. PSNR is of luma on Set5, in tiles of the size that is timed, for every
 contender alike, since most of them take one size only.
 
-    MALLOC_MMAP_THRESHOLD_=1073741824 python -m benchmarks.cpu_peers --set5 data/Set5 --output benchmarks/results
+    python -m benchmarks.cpu_peers --set5 data/Set5 --output benchmarks/results
 
 Needs ``pip install "harmoq-ao[bench,demo]"``; a contender that does not work is recorded with its error.
 """
@@ -30,7 +30,15 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
+from benchmarks.measuring import (
+    environment,
+    one_line,
+    paired_ratio,
+    percentiles,
+    random_image,
+    settle_allocator,
+    write_json,
+)
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.config import SiteRule
 from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
@@ -444,6 +452,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu_peers"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+    settle_allocator()
     torch.set_num_threads(options.threads)
     names = options.model or ["dat-light", "swinir-light"]
     if options.worker:

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,8 +17,9 @@ import torch
 
 from harmoq_ao.data import atomic_write
 
-ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
-"""Set to 1 GiB, large outputs are not returned to the system after every call, for every contender alike."""
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
+"""With these, glibc does not return large outputs to the system after every call, for every contender alike. Whether it
+would is chance (it depends on what lies at the end of the heap), and worth a factor of two."""
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
 
@@ -50,8 +52,14 @@ def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in packages},
-        ALLOCATOR: os.environ.get(ALLOCATOR),
+        **{name: os.environ.get(name) for name in ALLOCATOR},
     }
+
+
+def settle_allocator() -> None:
+    """Start this program anew with :data:`ALLOCATOR` in its environment, unless it is there already."""
+    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 def cpu_name() -> str:
