@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from harmoq_ao.lowering.fusing import is_traced
 from harmoq_ao.modules.prepared import PreparedMatmul
 from harmoq_ao.tracing.island import original_class
 from harmoq_ao.tracing.proxies import check_guard
@@ -41,7 +42,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -
         terms: Each broadcastable to `[..., M, N]`.
     """
     if query.dim() == 4 and key.shape[:2] == value.shape[:2] == query.shape[:2]:
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not torch.compiler.is_compiling():
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not is_traced():
             return _in_blocks(query, key, value, terms)
         mask = sum_of([term.to(query.dtype) for term in terms])
         return F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=1.0)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from harmoq_ao.modules.quantized import QuantizedSite
@@ -32,6 +33,11 @@ def recognising() -> Iterator[None]:
 def is_recognising() -> bool:
     """Whether this is within :func:`recognising`."""
     return _recognising.get()
+
+
+def is_traced() -> bool:
+    """Whether torch records what runs instead of running it for its result: then every module is to be seen."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import onednn_mlp
-from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
+from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
 from harmoq_ao.modules.quantized import QuantizedLinear
 from harmoq_ao.tracing import is_island
 from harmoq_ao.tracing.exchange import exchange_class
@@ -68,7 +68,7 @@ class FusedMlp:
 
 def _is_chained(module: nn.Module, fc1: QuantizedLinear, x: Tensor) -> bool:
     """Whether a call is one for the CPU's chain. Within it no module is called, so there must be no hook to miss it."""
-    if fc1.backend != "auto" or x.device.type != "cpu" or torch.compiler.is_compiling() or is_recognising():
+    if fc1.backend != "auto" or x.device.type != "cpu" or is_traced() or is_recognising():
         return False
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     return x.dtype in (torch.float32, torch.bfloat16) and not hooked
