@@ -37,7 +37,7 @@ def is_recognising() -> bool:
 
 def is_traced() -> bool:
     """Whether torch records what runs instead of running it for its result: then every module is to be seen."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:
