@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.errors import CheckpointError, ConfigError, HarmoqError
 from harmoq_ao.harmonize.presets import PRESETS
 from harmoq_ao.methods import METHODS
@@ -151,6 +152,7 @@ def guarded(action: Callable[[], bool]) -> int:
         The exit code.
     """
     console = Console(stderr=True)
+    keep_memory()
     try:
         return 0 if action() else EXIT_PARTIAL
     except HarmoqError as error:

@@ -15,6 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from harmoq_ao import __version__
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.distributed import is_first, is_own, launched_by_torchrun
 from harmoq_ao.errors import HarmoqError
 from harmoq_ao.report import Report
@@ -105,6 +106,7 @@ def main(
         warnings.filterwarnings("ignore", category=UserWarning)
     if threads is not None:
         torch.set_num_threads(threads)
+    keep_memory()
 
 
 def work_together(ctx: typer.Context) -> None:
