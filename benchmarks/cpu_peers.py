@@ -43,6 +43,7 @@ from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.config import SiteRule
 from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
 from harmoq_ao.evaluation import evaluate
+from harmoq_ao.lowering.compiled import compile_model
 from harmoq_ao.lowering.openvino import lower_openvino
 from harmoq_ao.tiling import pad_to_multiple
 from recipes.charts import new_figure, save_figure, styled
@@ -106,6 +107,11 @@ def _bfloat16(job: Job) -> Run:
 
 def _compiled(job: Job) -> Run:
     return torch.compile(for_size(job.build(), (job.size, job.size)), dynamic=False)
+
+
+def _compiled_bfloat16(job: Job) -> Run:
+    model = for_size(job.build().bfloat16(), (job.size, job.size))
+    return bfloat16_run(torch.compile(model, dynamic=False))
 
 
 def _torchao(job: Job) -> Run:
@@ -221,6 +227,10 @@ def _native(job: Job, bits: int) -> Run:
     return quantized
 
 
+def _native_compiled(job: Job, bits: int) -> Run:
+    return compile_model(_quantized(job, bits).set_float_dtype(torch.bfloat16), keep=1)
+
+
 def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
     return lower_openvino(_quantized(job, bits, per_token), keep=1)
 
@@ -229,6 +239,7 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "float32 eager": _eager,
     "bfloat16 eager": _bfloat16,
     "torch.compile float32": _compiled,
+    "torch.compile bf16": _compiled_bfloat16,
     "torchao int8 dynamic": _torchao,
     "ONNX Runtime float32": _onnx,
     "ONNX Runtime int8": _onnx_int8,
@@ -239,6 +250,9 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "harmoq W8A8": partial(_native, bits=8),
     "harmoq W4A4": partial(_native, bits=4),
     "harmoq W2A2": partial(_native, bits=2),
+    "harmoq W8A8, torch.compile": partial(_native_compiled, bits=8),
+    "harmoq W4A4, torch.compile": partial(_native_compiled, bits=4),
+    "harmoq W2A2, torch.compile": partial(_native_compiled, bits=2),
     "harmoq W8A8, OpenVINO": partial(_lowered, bits=8),
     "harmoq W4A4, OpenVINO": partial(_lowered, bits=4),
     "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),

@@ -92,5 +92,9 @@ class RayError(HarmoqError, RuntimeError):
     """Ray is missing, does not start, or cannot run the model."""
 
 
+class CompilerError(HarmoqError, RuntimeError):
+    """torch.compile was asked for where it has no compiler."""
+
+
 class KernelError(HarmoqError, RuntimeError):
     """A low-bit kernel was called with operands it does not take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -156,17 +157,29 @@ def open_float(name: str | Path) -> LoadedModel:
     return loaded
 
 
-OPENVINO_TILE = 128
-"""Side of the tiles that OpenVINO gets unless another is asked for: it compiles one size, and needs memory for it."""
+class Runtime(StrEnum):
+    """What runs a quantized model."""
+
+    torch = "torch"
+    compiled = "torch.compile"
+    openvino = "OpenVINO"
 
 
-def open_model(name: str | Path, float_dtype: torch.dtype | None = None, *, openvino: bool = False) -> Upscaler:
+FIXED_TILE = 128
+"""Side of the tiles that torch.compile and OpenVINO get unless another is asked for: they compile every size anew, and
+need memory for it. Smaller images are mirrored up to it."""
+
+
+def open_model(
+    name: str | Path, float_dtype: torch.dtype | None = None, *, runtime: Runtime = Runtime.torch
+) -> Upscaler:
     """A saved model (a folder), a float checkpoint (a file), or an embedded float model.
 
     Args:
         name: Path, or `demo:x2`, `demo:x3`, `demo:x4`.
-        float_dtype: Type of the parts that are not integers; None keeps the model's own.
-        openvino: Let OpenVINO run a saved model, with bfloat16 for the rest if no other type is asked for.
+        float_dtype: Type of the parts that are not integers; None keeps the model's own. OpenVINO takes bfloat16 unless
+            float32 is asked for.
+        runtime: What runs a saved model; float models are torch's.
 
     Raises:
         OpenVinoError: OpenVINO is not installed.
@@ -175,10 +188,13 @@ def open_model(name: str | Path, float_dtype: torch.dtype | None = None, *, open
         ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
     """
     if Path(name).is_dir():
-        lower = _in_openvino if openvino else _of_quantized
-        return lower(load_quantized(name), str(name), float_dtype)
-    if openvino:
-        raise ConfigError("OpenVINO runs quantized models here", found=name, expected="a folder from harmoq quantize")
+        quantized = load_quantized(name)
+        if runtime is Runtime.openvino:
+            return _in_openvino(quantized, str(name), float_dtype)
+        upscaler = _of_quantized(quantized, str(name), float_dtype)
+        return _compiled(upscaler, quantized) if runtime is Runtime.compiled else upscaler
+    if runtime is not Runtime.torch:
+        raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")
     loaded = open_float(name)
     upscaler = of_loaded(loaded, str(name))
     return upscaler if float_dtype in (None, torch.float32) else _in_dtype(upscaler, float_dtype)
@@ -188,7 +204,17 @@ def _in_openvino(quantized: QuantizedModel, name: str, float_dtype: torch.dtype 
     from harmoq_ao.lowering.openvino import lower_openvino  # an optional package
 
     lowered = lower_openvino(quantized, precision="f32" if float_dtype is torch.float32 else "bf16")
-    return replace(of_quantized(quantized, name), model=lowered)
+    return _of_few_sizes(of_quantized(quantized, name), lowered)
+
+
+def _compiled(upscaler: Upscaler, quantized: QuantizedModel) -> Upscaler:
+    from harmoq_ao.lowering.compiled import compile_model  # imports torch.export
+
+    return _of_few_sizes(upscaler, compile_model(quantized))
+
+
+def _of_few_sizes(upscaler: Upscaler, model: nn.Module) -> Upscaler:
+    return replace(upscaler, model=model, size_minimum=max(upscaler.size_minimum, FIXED_TILE))
 
 
 def of_loaded(loaded: LoadedModel, name: str) -> Upscaler:

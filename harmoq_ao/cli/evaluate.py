@@ -14,12 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from harmoq_ao.cli.common import (
+    CompileOption,
     DtypeOption,
     ModelArgument,
     OpenVinoOption,
     OverlapOption,
     TileOption,
     app,
+    chosen_runtime,
+    fixed_tile,
     out,
 )
 from harmoq_ao.data import (
@@ -32,7 +35,7 @@ from harmoq_ao.evaluation import EvaluationTable, evaluate
 from harmoq_ao.metrics import bicubic_batch
 from harmoq_ao.progress import progress_bar
 from harmoq_ao.tiling import Model
-from harmoq_ao.upscaler import OPENVINO_TILE, Upscaler, open_model
+from harmoq_ao.upscaler import Upscaler, open_model
 
 
 @app.command("evaluate")
@@ -47,13 +50,15 @@ def evaluate_command(
     bicubic: Annotated[bool, typer.Option("--bicubic", help="Compare with bicubic, too.")] = False,
     float_dtype: DtypeOption = None,
     openvino: OpenVinoOption = False,
+    compiled: CompileOption = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results here.")] = None,
 ) -> None:
     """PSNR and SSIM of luma on pairs of images, 8-bit, with a border of the scale left out."""
     dtype = None if float_dtype is None else float_dtype.torch
-    tile = tile or (OPENVINO_TILE if openvino else None)
-    upscalers = [open_model(model, dtype, openvino=openvino)]
+    runtime = chosen_runtime(openvino, compiled)
+    tile = fixed_tile(tile, runtime)
+    upscalers = [open_model(model, dtype, runtime=runtime)]
     if reference is not None:
         upscalers.append(open_model(reference))
     factor = _common_scale(upscalers, scale)

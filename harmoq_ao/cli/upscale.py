@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 
 from harmoq_ao.cli.common import (
     EXIT_PARTIAL,
+    CompileOption,
     DtypeOption,
     FloatDtype,
     ModelArgument,
@@ -21,7 +22,9 @@ from harmoq_ao.cli.common import (
     OverlapOption,
     TileOption,
     app,
+    chosen_runtime,
     err,
+    fixed_tile,
     out,
 )
 from harmoq_ao.data import WRITABLE, image_files
@@ -31,7 +34,7 @@ from harmoq_ao.output import make_folder
 from harmoq_ao.progress import progress_bar
 from harmoq_ao.ray_engine import upscale_on_ray
 from harmoq_ao.tiling import Progress
-from harmoq_ao.upscaler import OPENVINO_TILE, open_model
+from harmoq_ao.upscaler import Runtime, open_model
 
 
 class Engine(StrEnum):
@@ -53,6 +56,7 @@ def upscale_command(
     overlap: OverlapOption = 32,
     float_dtype: DtypeOption = None,
     openvino: OpenVinoOption = False,
+    compiled: CompileOption = False,
     suffix: Annotated[str, typer.Option(help="Appended to each name.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
     engine: Annotated[Engine, typer.Option(help="Upscale in this process, or on a Ray cluster.")] = Engine.local,
@@ -65,9 +69,10 @@ def upscale_command(
     jobs = list(map(Job, images, _targets(images, output, suffix, overwrite)))
     if workers is not None and engine is not Engine.ray:
         raise ConfigError("Workers are Ray's", found=f"--workers with --engine {engine}", expected="--engine ray")
-    tile = tile or (OPENVINO_TILE if openvino else None)
+    runtime = chosen_runtime(openvino, compiled)
+    tile = fixed_tile(tile, runtime)
     name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may be in other folders
-    opened = partial(_open, name, float_dtype, openvino, tile, overlap)
+    opened = partial(_open, name, float_dtype, runtime, tile, overlap)
     upscale = opened()  # for Ray too: a model that cannot be opened is told before anything starts
     make_folder(output)
     with progress_bar() as progress:
@@ -87,8 +92,8 @@ def upscale_command(
         raise typer.Exit(EXIT_PARTIAL)
 
 
-def _open(model: str, float_dtype: FloatDtype | None, openvino: bool, tile: int | None, overlap: int) -> FileUpscaler:
-    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, openvino=openvino)
+def _open(model: str, float_dtype: FloatDtype | None, runtime: Runtime, tile: int | None, overlap: int) -> FileUpscaler:
+    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, runtime=runtime)
     return FileUpscaler(upscaler, tile, overlap)
 
 

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from harmoq_ao.lowering.compiler_view import is_compiled
 from harmoq_ao.lowering.fusing import is_traced
 from harmoq_ao.modules.prepared import PreparedMatmul
 from harmoq_ao.tracing.island import original_class
@@ -42,8 +43,11 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -
         terms: Each broadcastable to `[..., M, N]`.
     """
     if query.dim() == 4 and key.shape[:2] == value.shape[:2] == query.shape[:2]:
-        if query.dtype == torch.bfloat16 and query.device.type == "cpu" and not is_traced():
-            return _in_blocks(query, key, value, terms)
+        if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+            if is_compiled(query):
+                return blocked_attention(query, key, value, list(terms))
+            if not is_traced():
+                return _in_blocks(query, key, value, terms)
         mask = sum_of([term.to(query.dtype) for term in terms])
         return F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=1.0)
     scores = sum_of([query @ key, *terms])
@@ -69,6 +73,24 @@ def _in_blocks(query: Tensor, key: Tensor, value: Tensor, terms: Sequence[Tensor
             scores += term
         torch.matmul(torch.softmax(scores, dim=-1), v, out=target)
     return out
+
+
+@torch.library.custom_op("harmoq::blocked_attention", mutates_args=())
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor]) -> Tensor:
+    """:func:`fused_attention` in blocks of windows, as an operator that `torch.compile` leaves as it is.
+
+    Args:
+        query: `[B, heads, M, E]` bfloat16, as the others.
+        key: `[B, heads, E, N]`.
+        value: `[B, heads, N, V]`.
+        terms: Each broadcastable to `[B, heads, M, N]`.
+    """
+    return _in_blocks(query, key, value, terms)
+
+
+@blocked_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor]) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
 def score_stand_in(query: Tensor, key: Tensor) -> Tensor:

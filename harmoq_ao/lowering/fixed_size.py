@@ -100,9 +100,14 @@ def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
     before = len(module.graph.nodes)
-    for node, value in values.items():
-        used = any(user not in values for user in node.users)
-        if node.op == "get_attr" or not used or not isinstance(value, Tensor) or not _worth(node, value, values):
+    computed: set[fx.Node] = set()  # constants that are not worth storing: what they are made from is stored
+    for node in reversed(values):
+        value = values[node]
+        used = any(user not in values or user in computed for user in node.users)
+        if node.op == "get_attr" or not used or not isinstance(value, Tensor):
+            continue
+        if not _worth(node, value, values):
+            computed.add(node)
             continue
         name = f"harmoq_constant_{node.name}"
         module.register_buffer(name, value.contiguous(), persistent=False)

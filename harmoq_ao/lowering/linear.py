@@ -100,6 +100,10 @@ class LinearKernel:
         y = lowbit_linear.launch_lowbit_linear(rows, packed, out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], packed.rows)
 
+    def ready_onednn(self) -> onednn.PackedLinear | None:
+        """:meth:`packed_onednn` if a call has made it ready, else None."""
+        return self._ready.get("onednn")
+
     def packed_onednn(self) -> onednn.PackedLinear:
         """The operands of the CPU's kernels, made ready on first use."""
         if "onednn" not in self._ready:

@@ -17,6 +17,8 @@ from harmoq_ao.lowering.linear import LinearKernel, check_backend
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.packing import unpack_signed
 
+LinearTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Packed weight codes, their scale, bias, bounds of the activations, joint scale and joint shift of a linear."""
 _kernels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -50,25 +52,66 @@ def linear(
         backend: See :data:`harmoq_ao.lowering.linear.Backend`.
     """
     tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
-    state = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
-    known = _kernels.get(codes)
-    if known is None or known[0] != state:
-        kernel = LinearKernel(
-            linear_operands(
-                codes, weight_scale, bias, act_bounds, joint_scale, joint_shift, x.shape[-1],
-                weight_bits, act_bits, weight_shift,
-            ),
-            codes.detach(),  # an alias: the key itself would never be released
-            weight_bits,
-        )  # fmt: skip
-        known = _kernels[codes] = (state, kernel)
-    y: Tensor = known[1](x, check_backend(backend))
-    return y
+    kernel = _kernel(tensors, x.shape[-1], weight_bits, act_bits, weight_shift)
+    return kernel(x, check_backend(backend))
 
 
 @linear.register_fake
 def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.custom_op("harmoq::contract", mutates_args=())
+def contract(
+    act_codes: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    joint_shift: Tensor | None,
+    weight_bits: int,
+    act_bits: int,
+    weight_shift: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What follows the quantizing of a linear's input on a CPU: `[..., N]` of ``dtype`` from `[..., K]` uint8 codes.
+
+    Args:
+        act_codes: Codes of the input, contiguous.
+        codes: As the rest of :func:`linear`; the linear has static bounds and a weight shift that its codes absorb.
+        weight_scale: Likewise.
+        bias: Likewise.
+        act_bounds: Likewise.
+        joint_scale: Likewise.
+        joint_shift: Likewise.
+        weight_bits: Likewise.
+        act_bits: Likewise.
+        weight_shift: Likewise.
+        dtype: float32 or bfloat16.
+    """
+    tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
+    packed = _kernel(tensors, act_codes.shape[-1], weight_bits, act_bits, weight_shift).packed_onednn()
+    rows = act_codes.reshape(-1, act_codes.shape[-1])
+    return packed.contract(rows, dtype).reshape(*act_codes.shape[:-1], len(packed.total))
+
+
+@contract.register_fake
+def _(act_codes: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return act_codes.new_empty(*act_codes.shape[:-1], codes.shape[0], dtype=rest[-1])
+
+
+def _kernel(tensors: LinearTensors, columns: int, weight_bits: int, act_bits: int, weight_shift: float) -> LinearKernel:
+    """The linear of these tensors, made ready once for as long as nobody changes them."""
+    codes = tensors[0]
+    state = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+    known = _kernels.get(codes)
+    if known is None or known[0] != state:
+        operands = linear_operands(*tensors, columns, weight_bits, act_bits, weight_shift)
+        # an alias of the codes: the key itself would never be released
+        known = _kernels[codes] = (state, LinearKernel(operands, codes.detach(), weight_bits))
+    kernel: LinearKernel = known[1]
+    return kernel
 
 
 def linear_operands(

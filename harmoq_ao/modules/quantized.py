@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmoq_ao.config import SiteSettings
-from harmoq_ao.lowering import ops, reference
+from harmoq_ao.lowering import compiler_view, ops, reference
 from harmoq_ao.lowering.linear import Backend, LinearKernel
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.modules.forms import MatmulForm
@@ -221,13 +221,21 @@ class QuantizedLinear(WeightedSite):
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
         if not self.both_quantized:
             y = self._half_float(input)
+        elif self._is_split(input):
+            y = compiler_view.linear(input, self.linear_kernel(), self._tensors(), self._numbers())
         elif torch.compiler.is_compiling():
             y = ops.linear(input, *self._tensors(), *self._numbers(), self.backend)
         else:
             y = self.linear_kernel()(input, self.backend)
         return y if bias is None else y + bias
 
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    def _is_split(self, x: Tensor) -> bool:
+        """Whether to quantize and contract in two steps, for `torch.compile` to join the first with what is before."""
+        if self.backend != "auto" or not compiler_view.is_compiled(x) or "kernel" not in self._derived:
+            return False
+        return compiler_view.takes(self.linear_kernel().ready_onednn())
+
+    def _tensors(self) -> ops.LinearTensors:
         return self.codes, self.weight_scale, self.bias, self.act_bounds, self.joint_scale, self.joint_shift
 
     def _numbers(self) -> tuple[int, int, float]:
