@@ -59,6 +59,7 @@ class CompiledModel(nn.Module):
                 found=tuple(image.shape),
                 expected=f"[B, {channels}, H, W]",
             )
+        image = image.contiguous()  # the program is for these strides: a tile has those of its image
         with self._lock:
             return self._program(image)(image)
 

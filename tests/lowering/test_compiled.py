@@ -161,6 +161,22 @@ def test_images_that_do_not_fit_are_refused(without_code: None) -> None:
     assert not fast._programs
 
 
+def test_tiles_of_different_images_are_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose strides differ, on which torch.compile insists."""
+    graphs: list[torch.fx.GraphModule] = []
+    real = torch.compile
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **{**options, "backend": backend}))
+    fast = compile_model(converted("linears", HarmoqConfig(8, 8)))
+    for side in (16, 20, 24):
+        fast(torch.rand(1, 3, side, side)[..., :16, :16])
+    assert len(graphs) == 1
+
+
 def test_few_sizes_are_kept(without_code: None) -> None:
     fast = compile_model(converted("linears", HarmoqConfig(8, 8)), keep=2)
     for side in (8, 12, 8, 16):
