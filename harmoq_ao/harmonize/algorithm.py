@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from harmoq_ao.harmonize.src import SRCSettings
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, quiet
 from harmoq_ao.prepare import PreparedModel
 
+Rounding = Literal["nearest", "gptq", "gptq-edges"]
 _FIRST_EXPONENT = 0.5
 _FIRST_EXPONENT_STEP = 0.25
 _LAST_EXPONENT_STEP = 0.1
@@ -40,6 +41,8 @@ class AlgorithmSettings:
         src: Calibrate weights and biases for the error of their input (structural residual calibration).
         hso: Balance the operands by a joint scale (harmonized scale optimization).
         abr: Refine the bounds (adaptive boundary refinement).
+        rounding: How weights are rounded in the end: to the ``nearest`` level, by ``gptq``, or by ``gptq-edges``, which
+            weighs tokens by the edges of the input. Not of the paper.
         projection: H of SRC: ``laplacian``, ``sobel``, ``dct``, ``learned``, ``random`` or ``identity``.
         edge_weight: Weight of a spatial filter beside the plain residual; infinity leaves the filter alone.
         ridge: Relative ridge of SRC.
@@ -69,6 +72,7 @@ class AlgorithmSettings:
     src: bool = True
     hso: bool = True
     abr: bool = True
+    rounding: Rounding = "nearest"
     projection: Projection = "laplacian"
     edge_weight: float = 1.0
     ridge: float = 1e-2
@@ -92,6 +96,8 @@ class AlgorithmSettings:
                 raise ConfigError(f"{name} must be positive", found=repr(getattr(self, name)), expected="1 or more")
         if self.balance_tolerance < 0 or self.src_factor < 0:
             raise ConfigError("A tolerance is negative", found=(self.balance_tolerance, self.src_factor))
+        if self.rounding not in get_args(Rounding):
+            raise ConfigError("Unknown rounding", found=self.rounding, expected=get_args(Rounding))
         if not 0 <= self.inherited <= 1:
             raise ConfigError("The inherited share is out of range", found=self.inherited, expected="0 to 1")
         self.src_settings()
@@ -119,7 +125,7 @@ class Event(NamedTuple):
     Attributes:
         update: Updates of the bounds done before.
         kind: ``bias`` (the bias takes up the mean error), ``src``, ``bounds`` (searched anew), ``hso``, ``rebalance``,
-            ``rollback`` (of the last updates) or ``early stop``.
+            ``rounding``, ``rollback`` (of the last updates) or ``early stop``.
         kept: Whether the move was kept or rolled back.
         objective: Relative objective that the move led to.
     """
@@ -245,7 +251,7 @@ def run_algorithm(
     settings = settings or AlgorithmSettings()
     trace = AlgorithmTrace(settings)
     _check_calibrated(prepared)
-    if not (settings.src or settings.hso or settings.abr):
+    if not (settings.src or settings.hso or settings.abr or settings.rounding != "nearest"):
         return trace
     like = next((p for p in prepared.parameters() if p.is_floating_point()), torch.empty(0))
     image = common_batch(batches, settings.images).to(like)
@@ -379,6 +385,8 @@ class _SiteSolver:
                 self._rescale(_FIRST_EXPONENT, "hso", 0)
         if self.settings.abr:
             self._refine()
+        if self.settings.rounding != "nearest" and isinstance(self.problem, LinearProblem):
+            self._round(self.problem)
         self.trace.end = self.objective / self._signal
         return self.state
 
@@ -390,6 +398,12 @@ class _SiteSolver:
         if settings.centred and problem.corrects_bias:
             self._consider(replace(self.state, free_mean=True), "bias", 0)
         self._consider(problem.calibrated(self.state, settings), "src", 0, force=self.settings.printed)
+
+    def _round(self, problem: LinearProblem) -> None:
+        """After all steps. The quantizer reproduces what lies on its levels."""
+        if problem.can_calibrate:
+            edges = self.settings.rounding == "gptq-edges"
+            self._consider(problem.rounded(self.state, edges=edges), "rounding", max(0, len(self.trace.objectives) - 1))
 
     def _rescale(self, exponent: float, kind: str, update: int) -> bool:
         """Step 2."""

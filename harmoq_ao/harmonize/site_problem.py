@@ -14,9 +14,10 @@ from harmoq_ao.harmonize.abr import Contraction, Operand
 from harmoq_ao.harmonize.hso import power_scale
 from harmoq_ao.harmonize.projections import TokenGrid, find_grid
 from harmoq_ao.harmonize.reference import owns_bias, set_weight
+from harmoq_ao.harmonize.rounding import edge_magnitude, edge_weights, gptq_round, token_hessian
 from harmoq_ao.harmonize.src import ResidualStatistics, SRCSettings
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedMatmul, PreparedSite
-from harmoq_ao.quantizer import Granularity, snap_bounds
+from harmoq_ao.quantizer import Granularity, snap_bounds, step_size
 
 _VALUES_PER_ROW = 1024
 """A sample of a product of activations holds at most this many numbers per row asked for, on each side."""
@@ -145,6 +146,36 @@ class LinearProblem(SiteProblem):
         weight = self._reference.weight + statistics.solve(self._reference.weight).delta
         right = self._with_bounds(replace(state.right, values=weight.T[None]), state.left.scaled())
         return replace(state, right=right, target=self._target(weight, state.left.shift))
+
+    def rounded(self, state: Contraction, *, edges: bool) -> Contraction:
+        """The weight on the levels that GPTQ chooses for what the input quantizer of `state` makes of the input.
+
+        A bias of the site's own takes up the mean error: with a joint shift there is much of it, which the nearest
+        levels do not have, because the shift is given back by the weight that is stored.
+
+        Args:
+            state: Where to start; its bounds stay.
+            edges: Tokens count more where the float input has edges (where it is a grid).
+        """
+        right = state.right
+        if right.spec is None or right.bounds is None:
+            return state
+        whole = replace(state.left, values=self.given)
+        tokens = whole.unscaled(whole.rounded())
+        tokens = tokens if whole.scale is None else tokens / whole.scale
+        free_mean = state.free_mean or self.corrects_bias
+        hessian = token_hessian(tokens - tokens.mean(0) if free_mean else tokens, self._importance(edges))
+        lower, upper = (bound.expand(1, 1, right.values.shape[-1]).flatten() for bound in right.bounds)
+        step = step_size(lower, upper, right.spec.bits)
+        weight = gptq_round(right.scaled()[0].T, lower, step, right.spec.bits, hessian)
+        values = right.unscaled(weight.T[None])
+        target = self._target(values[0].T, state.left.shift)
+        return replace(state, right=replace(right, values=values), target=target, free_mean=free_mean)
+
+    def _importance(self, edges: bool) -> Tensor | None:
+        if not edges or self.grid is None:
+            return None
+        return edge_weights(edge_magnitude(self.wanted.reshape(*self.grid, -1))).flatten()
 
     def commit(self, state: Contraction) -> None:
         """Set bounds, joint scale, weight, and the bias where the mean is free."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.errors import CalibrationError, ConfigError, InputError
-from harmoq_ao.harmonize.algorithm import AlgorithmSettings, AlgorithmTrace, run_algorithm
+from harmoq_ao.harmonize.algorithm import AlgorithmSettings, AlgorithmTrace, Rounding, run_algorithm
 from harmoq_ao.harmonize.capture import common_batch
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.modules.prepared import PreparedLinear
@@ -96,10 +96,11 @@ def probe(prepared: PreparedModel) -> AlgorithmTrace:
 # --- what it promises -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "gptq-edges"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_no_site_ends_above_its_start_and_the_trace_tells_the_truth(config: HarmoqConfig) -> None:
+def test_no_site_ends_above_its_start_and_the_trace_tells_the_truth(config: HarmoqConfig, rounding: Rounding) -> None:
     """The objectives are measured again on the finished model, with the quantized prefix as it has become."""
-    prepared, trace = solved("forms", config)
+    prepared, trace = solved("forms", config, replace(SMALL, rounding=rounding))
     order = execution_order(prepared)
     assert [site.name for site in trace.sites] == order
     assert all(site.end <= site.start for site in trace.sites)
@@ -125,15 +126,35 @@ def test_with_everything_off_the_model_is_left_as_calibrated(name: str) -> None:
         ("src", {"weight", "bias", "shared", "right.lower", "right.upper"}),
         ("hso", {"joint_scale", "left.lower", "left.upper", "right.lower", "right.upper"}),
         ("abr", {"left.lower", "left.upper", "right.lower", "right.upper"}),
+        ("rounding", {"weight", "bias", "shared"}),
     ],
 )
 def test_each_component_changes_what_is_its_own(component: str, allowed: set[str]) -> None:
     prepared = uneven()
     before = state(prepared)
-    run_algorithm(prepared, images(3), replace(OFF, **{component: True}))
+    run_algorithm(prepared, images(3), replace(OFF, **{component: "gptq" if component == "rounding" else True}))
     kinds = changed(before, state(prepared))
-    assert kinds & {"src": {"weight"}, "hso": {"joint_scale"}, "abr": {"left.upper"}}[component]
+    own = {"src": {"weight"}, "hso": {"joint_scale"}, "abr": {"left.upper"}, "rounding": {"weight"}}
+    assert kinds & own[component]
     assert kinds <= allowed
+
+
+@pytest.mark.parametrize("config", [PAPER, CONFIGS["w2a2"], CONFIGS["w4a32"]], ids=["w3a3", "w2a2", "w4a32"])
+@pytest.mark.parametrize("rounding", ["gptq", "gptq-edges"])
+def test_rounding_lowers_the_error_and_the_quantizer_keeps_its_levels(config: HarmoqConfig, rounding: Rounding) -> None:
+    prepared, trace = solved("forms", config, replace(OFF, rounding=rounding))
+    kept = {site.name for site in trace.sites if any(e.kind == "rounding" and e.kept for e in site.events)}
+    assert kept
+    for site in trace.sites:
+        assert site.end < site.start if site.name in kept else site.end == site.start
+    for site in prepared.sites():
+        if site.site.name in kept:
+            assert isinstance(site, PreparedLinear)
+            assert site.right is not None
+            inverse = None if site.joint_scale is None else 1.0 / site.joint_scale
+            stored = site.weight if inverse is None else site.weight / inverse
+            step, _ = site.right.calculate_qparams()
+            assert ((site.right(site.weight, inverse) - stored).abs() <= 1e-3 * step).all()
 
 
 def test_the_two_other_components_off_leave_weights_or_bounds_alone_in_products() -> None:
@@ -298,7 +319,15 @@ def test_anything_else_is_no_trace(data: Any) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"rows": 0}, {"images": 0}, {"projection": "x"}, {"updates": -1}, {"ridge": -1.0}, {"inherited": 1.5}],
+    [
+        {"rows": 0},
+        {"images": 0},
+        {"projection": "x"},
+        {"updates": -1},
+        {"ridge": -1.0},
+        {"inherited": 1.5},
+        {"rounding": "x"},
+    ],
     ids=str,
 )
 def test_settings_are_checked(bad: dict[str, Any]) -> None:
