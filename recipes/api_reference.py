@@ -30,8 +30,11 @@ FURTHER = (
     "data.reading.load_image",
     "data.writing.save_image",
     "data.writing.save_rows",
+    "lowering.compiled.compile_model",
     "lowering.openvino.lower_openvino",
     "lowering.fixed_size.fixed_size",
+    "harmonize.algorithm.AlgorithmSettings",
+    "allocator.keep_memory",
 )
 """Public objects that are not names of the package itself, in the order of use."""
 

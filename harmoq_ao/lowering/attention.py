@@ -29,7 +29,7 @@ from harmoq_ao.tracing.tracer import Variant, compile_graph
 ADDITIONS = (operator.add, torch.add)
 MULTIPLICATIONS = (operator.mul, torch.mul)
 VIEWS = ("view", "reshape")
-_BLOCK_BYTES = 1 << 20  # scores of one thread
+_BLOCK_BYTES = 1 << 21  # scores of one thread
 _METADATA = ("shape", "dtype", "device", "ndim")
 
 
