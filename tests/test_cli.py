@@ -282,6 +282,39 @@ def test_upscale_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     assert 0 < np.abs(images[0] - images[1]).mean() < 4
 
 
+def test_upscale_by_compiled_code_of_one_size(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own work is left out: it takes a minute, and `tests/lowering/test_compiled.py` has it."""
+    real, sizes = torch.compile, []
+
+    def traced(graph: torch.fx.GraphModule, **options: object) -> object:
+        sizes.append(graph)
+        return real(graph, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(upscaler, "FIXED_TILE", 24)
+    monkeypatch.setattr(common, "FIXED_TILE", 24)
+    for name, (height, width) in {"small": (9, 16), "large": (30, 50), "exact": (24, 24)}.items():
+        photograph(tmp_path / "in" / f"{name}.png", height, width)
+    given = ("upscale", folder / "w4", tmp_path / "in", "--overlap", 16, "-o")
+    succeeds(*given, tmp_path / "eager", "--tile", 24)
+    succeeds(*given, tmp_path / "compiled", "--compile")
+    assert len(sizes) == 1
+    for name in ("large", "exact"):
+        results = [np.asarray(Image.open(tmp_path / how / f"{name}.png")) for how in ("eager", "compiled")]
+        assert np.array_equal(*results)
+    with Image.open(tmp_path / "compiled" / "small.png") as image:
+        assert image.size == (32, 18)
+
+
+def test_runtimes_are_of_quantized_models_and_one_at_a_time(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 16, 16)
+    for option, name in (("--compile", "torch.compile"), ("--openvino", "OpenVINO")):
+        message = fails("upscale", folder / "model.safetensors", source, "-o", tmp_path / "out", option)
+        assert f"{name} runs quantized models" in message
+    message = fails("evaluate", folder / "w4", folder / "set", "--compile", "--openvino")
+    assert "at most one" in message
+
+
 def test_upscale_replaces_nothing_unasked(folder: Path, tmp_path: Path) -> None:
     source = photograph(tmp_path / "in" / "a.png", 16, 16)
     given = ("upscale", folder / "w4", source, "-o")
