@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import check_image_tensor
-from harmoq_ao.errors import CompilerError, ConfigError, InputError
+from harmoq_ao.errors import CompilerError, ConfigError
 from harmoq_ao.lowering.compiler_view import for_compiler
+from harmoq_ao.lowering.few_sizes import kept
 from harmoq_ao.lowering.fixed_size import fixed_size
 
 Program = Callable[[Tensor], Tensor]
@@ -51,27 +52,12 @@ class CompiledModel(nn.Module):
             InputError: Not an image batch, not finite, or of another number of channels.
             CompilerError: There is no C++ compiler.
         """
-        check_image_tensor(image)
-        channels = self.example_shapes[0][1]
-        if image.shape[1] != channels:
-            raise InputError(
-                "The image has another number of channels than the model takes",
-                found=tuple(image.shape),
-                expected=f"[B, {channels}, H, W]",
-            )
+        check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
         image = image.contiguous()  # the program is for these strides: a tile has those of its image
         with self._lock:
-            return self._program(image)(image)
-
-    def _program(self, image: Tensor) -> Program:
-        """The program for images like this one; the least recently used one makes room."""
-        key = (image.shape, image.dtype, image.device)
-        if key not in self._programs:
-            while len(self._programs) >= self.keep:
-                self._programs.popitem(last=False)
-            self._programs[key] = compile_for(self.quantized, image)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+            key = (image.shape, image.dtype, image.device)
+            program = kept(self._programs, key, lambda: compile_for(self.quantized, image), self.keep)
+            return program(image)
 
 
 def compile_model(quantized: QuantizedModel, *, keep: int = 4) -> CompiledModel:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.data import check_image_tensor
 from harmoq_ao.errors import ConfigError, InputError, OpenVinoError
+from harmoq_ao.lowering.few_sizes import kept
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite
 from harmoq_ao.optional import require
 
@@ -100,13 +101,7 @@ class OpenVinoModel(nn.Module):
 
     def compiled(self, size: Size) -> openvino.CompiledModel:
         """The compiled model for images `[B, C, H, W]` of this size; the least recently used one makes room."""
-        if size in self._compiled:
-            self._compiled.move_to_end(size)
-            return self._compiled[size]
-        while len(self._compiled) >= self.keep:
-            self._compiled.popitem(last=False)
-        self._compiled[size] = self._compile(size)
-        return self._compiled[size]
+        return kept(self._compiled, size, lambda: self._compile(size), self.keep)
 
     def layers(self, size: Size) -> list[Layer]:
         """What OpenVINO runs for images of this size, constants left out."""
