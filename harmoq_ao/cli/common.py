@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import sys
 import warnings
 from enum import StrEnum
 from typing import Annotated, Any
@@ -29,7 +31,9 @@ EXIT_INTERRUPTED = 130
 """Ctrl-C, as shells count it."""
 
 
-out = Console()
+_PIPED = 160  # columns where there is no terminal: names of sites are long
+
+out = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _PIPED)
 err = Console(stderr=True)
 
 

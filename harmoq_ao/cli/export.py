@@ -62,7 +62,7 @@ def export_command(
     with err.status(f"Exporting to {kind.value}"):
         found, multiple, remark = _exported(quantized, output, kind, wanted)
     place = "" if kind is Format.checkpoint else f", images {_text(found)}" if found else _free_text(multiple)
-    out.print(f"{escape(str(output))}: {output.stat().st_size:,} bytes{place}", highlight=False)
+    out.print(f"{escape(str(output))}: {output.stat().st_size:,} bytes{place}", highlight=False, soft_wrap=True)
     if remark:
         out.print(escape(remark), highlight=False, soft_wrap=True)
     if pairs is None:

@@ -148,7 +148,8 @@ def quantize(
     size, reference = folder_bytes(output), float_bytes(loaded.model)
     out.print(
         f"[bold]{escape(str(output))}[/]: {loaded.architecture} x{loaded.scale}, {config.widths}, {profile}, "
-        f"{method}, {chosen}"
+        f"{method}, {chosen}",
+        soft_wrap=True,
     )
     out.print(summary(report), highlight=False)
     out.print(f"{size:,} bytes, {reference / size:.2f}x smaller than {reference:,} bytes of float32", highlight=False)

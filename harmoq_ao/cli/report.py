@@ -59,7 +59,8 @@ def report_command(
     )
     write_report(scene, output)
     against = "bicubic (pass --float for the float model)" if reference is None else escape(reference)
-    out.print(f"[bold]{escape(str(output))}[/]: {len(shown)} of {given} pictures, against {against}", highlight=False)
+    told = f"[bold]{escape(str(output))}[/]: {len(shown)} of {given} pictures, against {against}"
+    out.print(told, highlight=False, soft_wrap=True)
     out.print(f"{output.stat().st_size:,} bytes; opens in any browser, without a network", highlight=False)
 
 

@@ -83,9 +83,8 @@ def upscale_command(
         else:
             upscale = replace(upscale, progress=_tiles_shown(progress))
             failures = upscale_here(jobs, upscale, lambda: progress.advance(task))
-    out.print(
-        f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}", highlight=False
-    )
+    told = f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}"
+    out.print(told, highlight=False, soft_wrap=True)
     for image, message in failures:
         err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False, soft_wrap=True)
     if failures:
