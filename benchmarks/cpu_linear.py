@@ -7,8 +7,8 @@ the ratio of medians to float32 (above 1: faster than float32).
 
     python -m benchmarks.cpu_linear --threads 2 --output benchmarks/results/cpu_linear
 
-Large outputs cost page faults that have nothing to do with the kernels, so the script restarts itself with
-``MALLOC_MMAP_THRESHOLD_`` and ``MALLOC_TRIM_THRESHOLD_`` at 1 GiB, for every contender alike.
+Large outputs cost page faults that have nothing to do with the kernels, so freed memory is kept, for every contender
+alike.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measuring import ALLOCATOR, settle_allocator
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.lowering import float_matmul, onednn, reference
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
 
@@ -168,7 +168,7 @@ def environment() -> dict[str, object]:
         "python": platform.python_version(),
         "integer_kernels": onednn.is_available(),
         "load_average": round(os.getloadavg()[0], 2),
-        **ALLOCATOR,
+        "keeps_memory": keep_memory(),
     }
 
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--output", type=Path, help="path without suffix for the .csv and .json")
     arguments = parser.parse_args()
-    settle_allocator()
+    keep_memory()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     machine, rows = environment(), []

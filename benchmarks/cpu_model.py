@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 import harmoq_ao
-from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, settle_allocator, write_json
+from benchmarks.measuring import environment, paired_ratio, percentiles, random_image, write_json
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.data import CalibrationCrops, skimage_photographs
 
 Contender = Callable[[torch.Tensor], torch.Tensor]
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    settle_allocator()
+    keep_memory()
     found = contenders([(8, 8), (4, 4)])
     result = summary(measure(found, arguments.size, arguments.rounds), arguments.size)
     print(json.dumps(result, indent=2))

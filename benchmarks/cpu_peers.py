@@ -36,10 +36,10 @@ from benchmarks.measuring import (
     paired_ratio,
     percentiles,
     random_image,
-    settle_allocator,
     write_json,
 )
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.config import SiteRule
 from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
 from harmoq_ao.evaluation import evaluate
@@ -466,7 +466,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu_peers"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    settle_allocator()
+    keep_memory()
     torch.set_num_threads(options.threads)
     names = options.model or ["dat-light", "swinir-light"]
     if options.worker:

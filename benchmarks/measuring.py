@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
 import statistics
-import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +13,9 @@ from typing import Any
 
 import torch
 
+from harmoq_ao.allocator import keep_memory
 from harmoq_ao.data import atomic_write
 
-ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824"}
-"""With these, glibc does not return large outputs to the system after every call, for every contender alike. Whether it
-would is chance (it depends on what lies at the end of the heap), and worth a factor of two."""
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
 
@@ -45,21 +41,15 @@ def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """CPU, threads, versions, and the allocator's setting."""
+    """CPU, threads, versions, and whether freed memory is kept: asking keeps it, for every contender alike."""
     return {
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         **{name: version_of(name) for name in packages},
-        **{name: os.environ.get(name) for name in ALLOCATOR},
+        "keeps_memory": keep_memory(),
     }
-
-
-def settle_allocator() -> None:
-    """Start this program anew with :data:`ALLOCATOR` in its environment, unless it is there already."""
-    if any(os.environ.get(name) != value for name, value in ALLOCATOR.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **ALLOCATOR})
 
 
 def cpu_name() -> str:

@@ -69,10 +69,10 @@ def compile_model(quantized: QuantizedModel, *, keep: int = 4) -> CompiledModel:
         keep: Sizes that stay compiled.
 
     Raises:
-        ConfigError: `keep` is less than 1.
+        ConfigError: `keep` is no whole number from 1 on.
     """
-    if keep < 1:
-        raise ConfigError("There is no room for a compiled size", found=f"keep={keep}", expected="1 or more")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
+        raise ConfigError("There is no room for a compiled size", found=f"keep={keep!r}", expected="1 or more")
     return CompiledModel(quantized, keep)
 
 
@@ -82,19 +82,20 @@ def compile_for(quantized: QuantizedModel, example: Tensor) -> Program:
     Raises:
         CompilerError: There is no C++ compiler.
     """
-    from torch._inductor.exc import InvalidCxxCompiler  # imports the compiler
+    from torch._dynamo.exc import BackendCompilerFailed  # these import the compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     with for_compiler():
         graph = fixed_size(quantized, example, cuda_graph=False).graph
     program = torch.compile(graph, dynamic=False, fullgraph=True)
     try:
         program(example)
-    except Exception as error:  # dynamo wraps what its backend raises
-        if not isinstance(error, InvalidCxxCompiler) and not isinstance(error.__cause__, InvalidCxxCompiler):
+    except BackendCompilerFailed as error:
+        if not isinstance(error.inner_exception, InvalidCxxCompiler):
             raise
         raise CompilerError(
             "torch.compile needs a C++ compiler",
-            found="none",
+            found=str(error.inner_exception),
             expected="g++ or clang++ on the path, or its name in CXX",
             remedy="install one, or run the model as it is",
         ) from error

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from harmoq_ao.lowering import ops
+from harmoq_ao.lowering import ops, reference
 from harmoq_ao.lowering.linear import LinearKernel
 from harmoq_ao.lowering.onednn import PackedLinear
 
@@ -37,8 +37,8 @@ def is_compiled(x: Tensor) -> bool:
 
 
 def takes(packed: PackedLinear | None) -> bool:
-    """Whether a linear's codes need nothing of the input but itself; None is one that has not run yet."""
-    return packed is not None and packed.operands.act is not None and packed.outer is None
+    """Whether a linear can be shown in two steps; None is one that has not run yet."""
+    return packed is not None and packed.only_codes
 
 
 def linear(x: Tensor, kernel: LinearKernel, tensors: ops.LinearTensors, numbers: tuple[int, int, float]) -> Tensor:
@@ -51,9 +51,6 @@ def linear(x: Tensor, kernel: LinearKernel, tensors: ops.LinearTensors, numbers:
         numbers: Bits of weights and activations, and the weights' shift, likewise.
     """
     packed = kernel.packed_onednn()
-    positions = x.float()
-    if packed.reciprocal is not None:
-        positions = positions * packed.reciprocal
-    positions = positions + packed.offset
-    codes = positions.round().clamp(0, (1 << packed.operands.act_bits) - 1).to(torch.uint8)
+    assert packed.reciprocal is not None  # static bounds have one
+    codes = reference.quantize_codes(x, packed.reciprocal, packed.offset, packed.operands.act_bits)
     return ops.contract(codes, *tensors, *numbers, x.dtype)

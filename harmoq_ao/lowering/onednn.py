@@ -125,6 +125,11 @@ class PackedLinear:
     reciprocal: float | Tensor | None
     offset: float | Tensor
 
+    @property
+    def only_codes(self) -> bool:
+        """Whether :attr:`contract` of the codes is the result: static bounds, and a weight shift that codes absorb."""
+        return self.operands.act is not None and self.outer is None
+
 
 def pack_linear(operands: LinearOperands) -> PackedLinear:
     """Choose effective weight codes, fold what is constant, and bring the weight into the kernel's layout.

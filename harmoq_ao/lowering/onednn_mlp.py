@@ -17,7 +17,7 @@ from harmoq_ao.lowering.onednn import PackedLinear, block_rows, quantize
 
 def takes(fc1: PackedLinear, fc2: PackedLinear) -> bool:
     """Whether both linears have static bounds, and weight shifts that their codes absorb."""
-    return all(part.operands.act is not None and part.outer is None for part in (fc1, fc2))
+    return fc1.only_codes and fc2.only_codes
 
 
 def mlp(x: Tensor, fc1: PackedLinear, fc2: PackedLinear, gelu: str) -> Tensor:

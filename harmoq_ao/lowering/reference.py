@@ -119,7 +119,7 @@ class MatmulOperand:
 # --- float to codes ---------------------------------------------------------------------------------------------------
 
 
-def quantize_codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:
+def quantize_codes(x: Tensor, reciprocal: Tensor | float, offset: Tensor | float, bits: int) -> Tensor:
     """``clamp(round_half_even(x * reciprocal + offset), 0, 2**bits - 1)``, multiply and add each rounded to float32.
 
     Infinities saturate to the end codes. NaN has no code: it is refused here, where values can be looked at. Inside

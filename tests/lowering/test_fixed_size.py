@@ -37,6 +37,24 @@ def test_masks_are_constants() -> None:
     assert any("harmoq.linear" in name for name in names)
 
 
+def test_masks_that_are_widened_before_they_are_used_are_constants_too() -> None:
+    """The wide form is too large to keep; what it is made from is kept, and its drawing is gone."""
+
+    class Masked(nn.Module):
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            mask = torch.zeros(8, 8)
+            mask[:4] = -100.0
+            return scores + (mask - mask.T).unsqueeze(0).expand(16, 8, 8)
+
+    scores = torch.rand(16, 8, 8)
+    module = torch.export.export(Masked(), (scores,)).run_decompositions({}).module(check_guards=False)
+    fold_constants(module)
+    names = [str(node.target) for node in module.graph.nodes if node.op == "call_function"]
+    assert not [name for name in names if "full" in name or "zeros" in name or "sub" in name or "scatter" in name]
+    assert [name for name in names if "expand" in name]
+    assert torch.equal(module(scores), Masked()(scores))
+
+
 def test_fused_kernels_are_operators_of_the_graph() -> None:
     """On a GPU, or where Triton is asked for; here the operators run their references."""
     model, image = converted("SwinIR/light", HarmoqConfig(4, 4)), images(1, (16, 24))[0]
