@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
-from harmoq_ao.errors import CalibrationError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.harmonize.blockwise import block_error, image_batches, relative_error, stage_calls
 from harmoq_ao.harmonize.learner import Learner, Rates
-from harmoq_ao.harmonize.reference import float_reference, frozen, set_weight
-from harmoq_ao.harmonize.refine import allowed_side, random_cut
+from harmoq_ao.harmonize.reference import frozen, set_weight
 from harmoq_ao.harmonize.rounding import LearnedRounding
-from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages, first_tensor
+from harmoq_ao.harmonize.stages import Stage, StageCall, find_stages
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from harmoq_ao.prepare import PreparedModel
 from harmoq_ao.progress import track
@@ -70,13 +67,12 @@ class BRECQ(Baseline):
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Reconstruct every block in as many steps as the budget has: together the work of that many of the network."""
-        reference = float_reference(prepared)
-        batches = _batches(prepared, crops, budget)
+        count = min(MAX_IMAGES, budget.steps * budget.batch_size)
+        batches = image_batches(prepared, crops, count, budget.batch_size, budget.crop_size, budget.seed)
         rounded: set[int] = set()
         with frozen(prepared):
             for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
-                inputs, targets = (capture_stage(model, stage.name, batches) for model in (prepared, reference))
-                calls = [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
+                calls = stage_calls(prepared, stage, batches)
                 reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
 
 
@@ -126,18 +122,6 @@ def reconstruct(
         return before, after
     kept.restore()
     return before, before
-
-
-def relative_error(stage: Stage, call: StageCall) -> Tensor:
-    """Mean squared error of the block's output relative to the target's mean square; differentiable."""
-    output = first_tensor(stage.module(*copy.deepcopy(call.args), **copy.deepcopy(call.kwargs)))  # it may write to them
-    return F.mse_loss(output.float(), call.output.float()) / call.output.float().square().mean().clamp_min(1e-12)
-
-
-@torch.no_grad()
-def block_error(stage: Stage, calls: Sequence[StageCall]) -> float:
-    """Mean of :func:`relative_error` over the calls."""
-    return sum(float(relative_error(stage, call)) for call in calls) / len(calls)
 
 
 class RoundingQuantize(HarmoqFakeQuantize):
@@ -237,23 +221,3 @@ class _Snapshot:
     def restore(self) -> None:
         for tensor, value in self._kept:
             tensor.copy_(value)
-
-
-def _batches(prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> list[Tensor]:
-    """Image batches `[B, C, S, S]`, no more than can be used or held."""
-    shapes = {tuple(crop.shape) for crop in crops}
-    if len(shapes) > 1:
-        raise CalibrationError(
-            "The crops do not have one size", found=sorted(shapes)[:4], expected="[C, S, S], all of one size"
-        )
-    like = next(p for p in prepared.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(budget.seed)
-    images = []
-    for index in range(min(MAX_IMAGES, budget.steps * budget.batch_size)):
-        crop = crops[index % len(crops)]
-        if budget.crop_size is not None:
-            crop = random_cut(crop, allowed_side(prepared, budget.crop_size), generator)
-        elif index >= len(crops):
-            break
-        images.append(crop)
-    return [torch.stack(images[i : i + budget.batch_size]).to(like) for i in range(0, len(images), budget.batch_size)]

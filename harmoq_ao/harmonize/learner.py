@@ -107,6 +107,11 @@ class Learner:
         """What is learned, by name; joint scales are there as their logarithms."""
         return dict(self._named)
 
+    @property
+    def pace(self) -> float:
+        """Factor of the learning rates in the next step, 0..1."""
+        return self._schedule(self.steps_done)
+
     def step(self, loss: Tensor) -> None:
         """Back-propagate `loss` and change the parameters once."""
         if self._optimizer is None:
@@ -123,7 +128,7 @@ class Learner:
         if self._shared:
             sum_gradients(self._named.values())
         torch.nn.utils.clip_grad_norm_([p for p in self._named.values() if p.grad is not None], self._max_norm)
-        factor = self._schedule(self.steps_done)
+        factor = self.pace
         for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()

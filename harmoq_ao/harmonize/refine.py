@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from harmoq_ao import distributed
 from harmoq_ao.calibrate import disable_observers, enable_fake_quant
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
+from harmoq_ao.harmonize.blockwise import BlockErrors, image_batches, refine_blocks
+from harmoq_ao.harmonize.conditioning import condition_weights
+from harmoq_ao.harmonize.crops import allowed_side, check_crops, mirrored, random_cut, sample_order
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
 from harmoq_ao.harmonize.reference import float_reference, frozen
@@ -31,7 +34,6 @@ from harmoq_ao.prepare import PreparedModel
 
 Precision = Literal["float32", "bfloat16"]
 _PEAK = 1.0  # images are in 0..1
-_DIHEDRAL = 8
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class RefineSettings:
             (:meth:`~harmoq_ao.harmonize.learner.Rates.at`), or are taken as they are.
         feature_weight: Weight of the features' error beside the output's mean absolute error.
         warm_up: Steps over which the rates rise from zero.
+        block_steps: Gradient steps of every block, one block after the other, before those of the whole network
+            (:func:`~harmoq_ao.harmonize.blockwise.refine_block`); 0 leaves that stage out.
+        block_images: Images of side `crop_size` whose way through a block is held at a time.
+        conditioning: Strength of the proximal step that follows every gradient step and lowers the condition numbers of
+            the weights (`conditioning.py`), before it shrinks with the learning rate; 0 leaves it out.
         checks: How often the held-out crops are looked at, evenly over the steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
         recompute: Recompute blocks in the backward pass (gradient checkpointing): less memory, a third more time.
@@ -64,13 +71,25 @@ class RefineSettings:
     by_bits: bool = True
     feature_weight: float = 0.05
     warm_up: int = 5
+    block_steps: int = 0
+    block_images: int = 32
+    conditioning: float = 0.0
     checks: int = 8
     precision: Precision = "float32"
     recompute: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("warm_up", 0), ("checks", 1), ("seed", 0)):
+        numbers = {
+            "steps": 1,
+            "batch_size": 1,
+            "warm_up": 0,
+            "block_steps": 0,
+            "block_images": 1,
+            "checks": 1,
+            "seed": 0,
+        }
+        for name, least in numbers.items():
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ConfigError(f"{name} of refinement is out of range", found=value, expected=f"{least} or more")
@@ -78,8 +97,9 @@ class RefineSettings:
             raise ConfigError("crop_size of refinement is out of range", found=self.crop_size, expected="1 or more")
         if self.precision not in get_args(Precision):
             raise ConfigError("Unknown precision", found=self.precision, expected=get_args(Precision))
-        if not 0 <= self.feature_weight < math.inf:
-            raise ConfigError("feature_weight is out of range", found=self.feature_weight, expected="0 or more")
+        for name in ("feature_weight", "conditioning"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is out of range", found=getattr(self, name), expected="0 or more")
 
 
 @dataclass
@@ -90,21 +110,24 @@ class RefineTrace:
         losses: Training loss of every step.
         held_out: Fidelity to the float network on the held-out crops as (steps done, PSNR in dB).
         best_step: Steps done when the kept state was reached.
+        blocks: What the block-wise stage, if there was one, did to each block.
     """
 
     losses: list[float] = field(default_factory=list)
     held_out: list[tuple[int, float]] = field(default_factory=list)
     best_step: int = 0
+    blocks: list[BlockErrors] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return asdict(self)
+        return {**asdict(self), "blocks": [list(errors) for errors in self.blocks]}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RefineTrace:
         """Inverse of :meth:`to_dict`."""
         held_out = [(int(step), float(psnr)) for step, psnr in data["held_out"]]
-        return cls(list(map(float, data["losses"])), held_out, int(data["best_step"]))
+        blocks = [BlockErrors(str(name), float(before), float(after)) for name, before, after in data.get("blocks", [])]
+        return cls(list(map(float, data["losses"])), held_out, int(data["best_step"]), blocks)
 
 
 def refine(
@@ -118,6 +141,8 @@ def refine(
 ) -> RefineTrace:
     """Learn bounds, joint scales and weights of a calibrated model so that it computes what the float network does.
 
+    First block by block, if the settings say so (`blockwise.py`), then the whole network.
+
     The loss of a crop is ``mean |y~ - y| + feature_weight * mean_l ||f~_l - f_l||^2 / Var(f_l)`` over the outputs `f_l`
     of the blocks (:func:`~harmoq_ao.harmonize.stages.find_stages`), with the float network's `y`, `f_l` as targets.
 
@@ -129,8 +154,8 @@ def refine(
         prepared: Calibrated; changed in place.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
         settings: How; the default if None.
-        held_out: Images like `crops` that are not learned from: the state that is best on them is kept, the first
-            included. Without any, the last state is kept.
+        held_out: Images like `crops` that are not learned from: the state that is best on them is kept, the one
+            before the first step through the whole network included. Without any, the last state is kept.
         checkpoint: File to resume from, if it exists, and to save the progress in.
         show_progress: Show a progress bar; by default where standard error is a terminal.
 
@@ -143,14 +168,17 @@ def refine(
         RankLostError: Another rank failed.
     """
     settings = settings or RefineSettings()
-    _check_crops(crops)
+    check_crops(crops)
     distributed.broadcast_state(prepared)
+    float_reference(prepared)  # before any weight changes
     enable_fake_quant(prepared)
     disable_observers(prepared)
     with frozen(prepared):
-        run = _Refinement(prepared, crops, settings, held_out)
         store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
-        run.resume(store)
+        found = _same_everywhere(store.load(), prepared)
+        start = _refine_blocks(prepared, crops, settings, store, found, show_progress)
+        run = _Refinement(prepared, crops, settings, held_out, start)
+        run.resume(found)
         every = max(1, settings.steps // settings.checks)
         with open_progress("Refining", settings.steps, run.learner.steps_done, show_progress) as report:
             while run.learner.steps_done < settings.steps:
@@ -164,24 +192,90 @@ def refine(
     return run.trace
 
 
+class _Start(NamedTuple):
+    """What the block-wise stage left, and what is saved to come back to it: parameters as ``start/NAME``."""
+
+    blocks: list[BlockErrors]
+    tensors: dict[str, Tensor]
+
+
+def _refine_blocks(
+    prepared: PreparedModel,
+    crops: Sequence[Tensor],
+    settings: RefineSettings,
+    store: Checkpoint,
+    found: Progress | None,
+    show_progress: bool | None,
+) -> _Start:
+    """The block-wise stage, if there is one, from where a checkpoint has got to."""
+    if not settings.block_steps:
+        return _Start([], {})
+    tensors, data = found or ({}, {"trace": RefineTrace().to_dict()})
+    with torch.no_grad():
+        for name, parameter in prepared.named_parameters():
+            parameter.copy_(tensors.get(f"start/{name}", parameter))
+
+    def state() -> dict[str, Tensor]:
+        return {f"start/{name}": parameter.detach().clone() for name, parameter in prepared.named_parameters()}
+
+    def save(errors: list[BlockErrors]) -> None:
+        if distributed.is_first():
+            store.save(state(), {"trace": RefineTrace(blocks=errors).to_dict(), "step": None})
+
+    images = (settings.block_images, settings.batch_size, settings.crop_size, settings.seed)
+    blocks = refine_blocks(
+        prepared,
+        image_batches(prepared, crops, *images),
+        _rates(prepared, settings),
+        settings.block_steps,
+        seed=settings.seed,
+        done=RefineTrace.from_dict(data["trace"]).blocks,
+        after_block=save,
+        show_progress=show_progress,
+    )
+    return _Start(blocks, state())
+
+
+def _same_everywhere(found: Progress | None, prepared: PreparedModel) -> Progress | None:
+    """Raise unless all ranks go on from the same place."""
+    place = [-1, -1]
+    if found is not None:
+        place = [len(found[1]["trace"].get("blocks", ())), -1 if found[1]["step"] is None else int(found[1]["step"])]
+    device = next(prepared.parameters()).device
+    places = [p.tolist() for p in distributed.all_gather(torch.tensor(place, device=device))]
+    if any(other != places[0] for other in places):
+        raise CheckpointError(
+            "The ranks do not find the same checkpoint",
+            found=f"blocks and steps {places} (-1 is none)",
+            expected="one file that all of them read",
+            remedy="choose an output on a file system that all ranks share",
+        )
+    return found
+
+
 class _Refinement:
     """State of one refinement."""
 
     def __init__(
-        self, prepared: PreparedModel, crops: Sequence[Tensor], settings: RefineSettings, held_out: Sequence[Tensor]
+        self,
+        prepared: PreparedModel,
+        crops: Sequence[Tensor],
+        settings: RefineSettings,
+        held_out: Sequence[Tensor],
+        start: _Start,
     ) -> None:
-        self.prepared, self.settings = prepared, settings
+        self.prepared, self.settings, self.start = prepared, settings, start
         self.reference = float_reference(prepared)
         self.crops, self.held_out = crops, held_out
         self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
         rest = trainable_rest(prepared.model, prepared.sites()) if settings.rates.rest else ()
-        rates = settings.rates.at(_fewest_bits(prepared)) if settings.by_bits else settings.rates
+        rates = _rates(prepared, settings)
         self.learner = Learner(
             prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up, shared=True
         )
         self.blocks = [stage.name for stage in find_stages(prepared)] if settings.feature_weight else []
-        self.trace = RefineTrace()
+        self.trace = RefineTrace(blocks=start.blocks)
         self.best = (-math.inf, self.learner.snapshot())
 
     def step(self) -> None:
@@ -196,7 +290,10 @@ class _Refinement:
                 remedy="lower the learning rates, or check the calibration images",
             )
         self.trace.losses.append(value)
+        pace = self.learner.pace
         self.learner.step(loss)
+        if self.settings.conditioning:
+            condition_weights(self.prepared.sites(), self.settings.conditioning * pace)
 
     def _loss(self, images: list[Tensor]) -> Tensor:
         """What the images of this rank add to the loss of the batch."""
@@ -239,10 +336,9 @@ class _Refinement:
         text = f"loss {sum(recent) / len(recent):.5f}"
         return text + (f", held out {self.trace.held_out[-1][1]:.2f} dB" if self.trace.held_out else "")
 
-    def resume(self, store: Checkpoint) -> None:
+    def resume(self, found: Progress | None) -> None:
         """Go on from a checkpoint, or look at where things start."""
-        found = self._checked(store.load())
-        if found is None:
+        if found is None or found[1]["step"] is None:
             self.check()
             return
         tensors, data = found
@@ -258,6 +354,7 @@ class _Refinement:
         if not distributed.is_first():
             return
         tensors = self.learner.state() | {f"best/{name}": tensor for name, tensor in self.best[1].items()}
+        tensors |= self.start.tensors
         store.save(tensors, {"trace": self.trace.to_dict(), "best": self.best[0], "step": self.learner.steps_done})
 
     def _images(self, step: int) -> list[Tensor]:
@@ -287,19 +384,6 @@ class _Refinement:
         everyone = torch.stack(distributed.all_gather(measured), 1).flatten().tolist()
         return sum(everyone[: len(self.held_out)]) / len(self.held_out)
 
-    def _checked(self, found: Progress | None) -> Progress | None:
-        """Raise unless all ranks go on from the same step."""
-        step = -1 if found is None else int(found[1]["step"])
-        steps = [int(s) for s in distributed.all_gather(torch.tensor([step], device=self.like.device))]
-        if len(set(steps)) > 1:
-            raise CheckpointError(
-                "The ranks do not find the same checkpoint",
-                found=f"steps {steps} (-1 is no file)",
-                expected="one file that all of them read",
-                remedy="choose an output on a file system that all ranks share",
-            )
-        return found
-
     def _mixed(self, batch: Tensor) -> Any:
         return torch.autocast(batch.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
@@ -315,8 +399,10 @@ class _Refinement:
                 del module.forward
 
 
-def _fewest_bits(prepared: PreparedModel) -> int:
-    return min((q.spec.bits for site in prepared.sites() for q in site.quantizers()), default=8)
+def _rates(prepared: PreparedModel, settings: RefineSettings) -> Rates:
+    """Learning rates for the fewest bits of the model's quantizers."""
+    bits = min((q.spec.bits for site in prepared.sites() for q in site.quantizers()), default=8)
+    return settings.rates.at(bits) if settings.by_bits else settings.rates
 
 
 def _deviations(values: Tensor) -> Tensor:
@@ -379,50 +465,3 @@ def held_out_psnr(prepared: PreparedModel, targets: Sequence[tuple[Tensor, Tenso
         error = float((output.clamp(0, 1) - target.float().clamp(0, 1)).double().square().mean())
         total += 10.0 * math.log10(_PEAK**2 / max(error, 1e-12))
     return total / len(targets)
-
-
-def sample_order(count: int, seed: int, position: int) -> tuple[int, int]:
-    """Which crop and which of the eight mirrorings stands at a position of the seeded, endless order."""
-    epoch, place = divmod(position, count)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
-    turns = torch.randint(_DIHEDRAL, (count,), generator=generator)
-    return int(order[place]), int(turns[place])
-
-
-def mirrored(crop: Tensor, turn: int) -> Tensor:
-    """One of the eight mirrorings and rotations of `[C, S, S]`; of another shape the four that keep it."""
-    if turn & 1:
-        crop = crop.flip(-1)
-    if turn & 2:
-        crop = crop.flip(-2)
-    return crop.transpose(-1, -2) if turn & 4 and crop.shape[-1] == crop.shape[-2] else crop
-
-
-def allowed_side(prepared: PreparedModel, side: int) -> int:
-    """The smallest side from `side` on that the network takes, as far as its traits tell."""
-    traits = prepared.traits
-    return math.ceil(max(side, traits.size_minimum) / traits.size_multiple) * traits.size_multiple
-
-
-def random_cut(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """A part of `[C, H, W]`, `[C, side, side]` or as much as there is, at a random place."""
-    height, width = (min(side, length) for length in image.shape[1:])
-    top, left = (
-        int(torch.randint(length - part + 1, (), generator=generator))
-        for length, part in zip(image.shape[1:], (height, width), strict=True)
-    )
-    return image[:, top : top + height, left : left + width]
-
-
-def _check_crops(crops: Sequence[Tensor]) -> None:
-    if not len(crops):
-        raise CalibrationError("There is nothing to refine on", found="0 crops", expected="at least one")
-    shapes = {tuple(crop.shape) for crop in crops}
-    if len(shapes) > 1 or len(next(iter(shapes))) != 3:
-        raise CalibrationError(
-            "The crops for refinement do not have one size",
-            found=sorted(shapes)[:4],
-            expected="[C, S, S], all the same",
-            remedy="cut them with harmoq_ao.data.CalibrationCrops",
-        )

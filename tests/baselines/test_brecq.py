@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import harmoq_ao as h
-from harmoq_ao.baselines.brecq import ReconstructionSettings, block_error, blocks, reconstruct
+from harmoq_ao.baselines.brecq import ReconstructionSettings, blocks, reconstruct
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.stages import Stage, StageCall, capture_stage, find_stages
+from harmoq_ao.harmonize.blockwise import block_error, stage_calls
+from harmoq_ao.harmonize.stages import Stage, StageCall, find_stages
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from tests.baselines.helpers import applied, changed
 from tests.models import PER_TOKEN, calibrated, images
@@ -20,12 +20,9 @@ CONFIG = HarmoqConfig(2, 2, "paper", joint_scale="none")
 def first_block(name: str, config: HarmoqConfig = CONFIG) -> tuple[h.PreparedModel, Stage, list[StageCall]]:
     """A calibrated model, its first block, and what goes in and should come out."""
     prepared = calibrated(name, config)
-    reference = float_reference(prepared)
     prepared.requires_grad_(False)
     stage = blocks(prepared)[0]
-    inputs, targets = (capture_stage(model, stage.name, images(4)) for model in (prepared, reference))
-    calls = [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
-    return prepared, stage, calls
+    return prepared, stage, stage_calls(prepared, stage, images(4))
 
 
 @pytest.mark.parametrize("name", ["SwinIR/light", "forms"])

@@ -20,7 +20,16 @@ from harmoq_ao.observers import OBSERVERS, HistogramObserver
 from tests.distributed.ranks import join, tiny
 from tests.models import images
 
-SETTINGS = RefineSettings(steps=8, batch_size=3, crop_size=8, checks=4, warm_up=1, rates=Rates(1e-3, 1e-3, 1e-3, 1e-3))
+SETTINGS = RefineSettings(
+    steps=8,
+    batch_size=3,
+    crop_size=8,
+    checks=4,
+    warm_up=1,
+    block_steps=2,
+    block_images=3,
+    rates=Rates(1e-3, 1e-3, 1e-3, 1e-3),
+)
 LOST = 17
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.config import Profile
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
-from harmoq_ao.harmonize import refine as refine_module
+from harmoq_ao.harmonize.crops import mirrored, sample_order
 from harmoq_ao.harmonize.learner import Learner, Rates
 from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, held_out_psnr, refine, sample_order
+from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, held_out_psnr, refine
 from harmoq_ao.harmonize.stages import capture_stage, find_stages
 from harmoq_ao.modules.prepared import PreparedLinear
 from tests.models import build, calibrated, images
@@ -206,7 +206,7 @@ def test_every_epoch_sees_every_crop_once() -> None:
     assert {sample_order(50, 0, p)[1] for p in range(50)} == set(range(8))
     assert sample_order(7, 3, 9) == sample_order(7, 3, 9)
     crop = torch.arange(3 * 4 * 4.0).reshape(3, 4, 4)
-    turned = {tuple(refine_module.mirrored(crop, turn).flatten().tolist()) for turn in range(8)}
+    turned = {tuple(mirrored(crop, turn).flatten().tolist()) for turn in range(8)}
     assert len(turned) == 8
 
 
