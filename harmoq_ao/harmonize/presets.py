@@ -29,8 +29,8 @@ class HarmonizeSettings:
 
     @property
     def steps(self) -> int:
-        """Gradient steps of the refinement."""
-        return 0 if self.refine is None else self.refine.steps
+        """Gradient steps of the refinement; as many steps in every block count as one of the network."""
+        return 0 if self.refine is None else self.refine.steps + self.refine.block_steps
 
 
 PRESETS: dict[str, HarmonizeSettings] = {
