@@ -16,8 +16,7 @@ _KEPT = 1 << 30
 def keep_memory() -> bool:
     """Let this process keep up to 1 GiB of freed memory for its next layers, instead of returning it to the system.
 
-    DAT-light x2 upscales the images of Set5 in 8 s instead of 19 s with it (W4A4, two threads). Commands of `harmoq`
-    and the recipes call it; a library must not change its host, so your own program has to::
+    Commands of `harmoq` and the recipes call it; a library must not change its host, so your own program has to::
 
         from harmoq_ao.allocator import keep_memory
         keep_memory()
