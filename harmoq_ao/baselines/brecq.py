@@ -11,10 +11,11 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.harmonize.blockwise import block_error, image_batches, relative_error, stage_calls
+from harmoq_ao.harmonize.blockwise import block_error, relative_error, stage_calls
 from harmoq_ao.harmonize.learner import Learner, Rates
 from harmoq_ao.harmonize.reference import frozen, set_weight
 from harmoq_ao.harmonize.rounding import LearnedRounding
+from harmoq_ao.harmonize.sampling import image_batches
 from harmoq_ao.harmonize.stages import Stage, StageCall, find_stages
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
 from harmoq_ao.prepare import PreparedModel

@@ -7,7 +7,6 @@ is not seen: refinement of the whole network (`refine.py`) goes on from here.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao import distributed
-from harmoq_ao.harmonize.crops import allowed_side, check_crops, random_cut
+from harmoq_ao.errors import CalibrationError
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
 from harmoq_ao.harmonize.reference import float_reference
@@ -95,11 +94,11 @@ def refine_block(
         seed: Of the order of the batches.
 
     Raises:
-        CalibrationError: The images do not reach the block.
+        CalibrationError: There are no images, or they do not reach the block.
     """
     calls = stage_calls(prepared, stage, batches)
     before = block_error(stage, calls)
-    rest = trainable_rest(stage.module, stage.sites) if rates.rest else ()
+    rest = trainable_rest(stage.module, stage.sites)
     learner = Learner(stage.sites, rates, steps, rest=rest, warm_up=_WARM_UP)
     kept = learner.snapshot()
     for index in torch.randint(len(calls), (steps,), generator=torch.Generator().manual_seed(seed)).tolist():
@@ -116,8 +115,12 @@ def stage_calls(prepared: PreparedModel, stage: Stage, batches: Sequence[Tensor]
     """The block's inputs in the quantized network, with its output in the float network as what is wanted.
 
     Raises:
-        CalibrationError: The images do not reach the block.
+        CalibrationError: There are no images, or they do not reach the block.
     """
+    if not len(batches):
+        raise CalibrationError(
+            f"There is nothing to bring through {stage.name}", found="0 batches", expected="one or more"
+        )
     reference = float_reference(prepared)
     inputs, targets = (capture_stage(model, stage.name, batches) for model in (prepared, reference))
     return [StageCall(i.args, i.kwargs, t.output) for i, t in zip(inputs, targets, strict=True)]
@@ -133,23 +136,3 @@ def relative_error(stage: Stage, call: StageCall) -> Tensor:
 def block_error(stage: Stage, calls: Sequence[StageCall]) -> float:
     """Mean of :func:`relative_error` over the calls."""
     return sum(float(relative_error(stage, call)) for call in calls) / len(calls)
-
-
-def image_batches(
-    prepared: PreparedModel, crops: Sequence[Tensor], count: int, batch_size: int, crop_size: int | None, seed: int
-) -> list[Tensor]:
-    """`count` images in batches `[B, C, S, S]`: parts of the crops of side `crop_size`, or whole crops, each once.
-
-    Raises:
-        CalibrationError: No crops, or crops of different sizes.
-    """
-    check_crops(crops)
-    like = next(p for p in prepared.parameters() if p.is_floating_point())
-    generator = torch.Generator().manual_seed(seed)
-    if crop_size is None:
-        images = list(crops[:count])
-    else:
-        side = allowed_side(prepared, crop_size)
-        images = [random_cut(crops[index % len(crops)], side, generator) for index in range(count)]
-    parts = (images[i * batch_size : (i + 1) * batch_size] for i in range(math.ceil(len(images) / batch_size)))
-    return [torch.stack(part).to(like) for part in parts]

@@ -22,12 +22,12 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from harmoq_ao import distributed
 from harmoq_ao.calibrate import disable_observers, enable_fake_quant
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
-from harmoq_ao.harmonize.blockwise import BlockErrors, image_batches, refine_blocks
+from harmoq_ao.harmonize.blockwise import BlockErrors, refine_blocks
 from harmoq_ao.harmonize.conditioning import condition_weights
-from harmoq_ao.harmonize.crops import allowed_side, check_crops, mirrored, random_cut, sample_order
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
 from harmoq_ao.harmonize.reference import float_reference, frozen
+from harmoq_ao.harmonize.sampling import allowed_side, check_crops, image_batches, mirrored, random_cut, sample_order
 from harmoq_ao.harmonize.stages import find_stages, first_tensor
 from harmoq_ao.harmonize.state import Checkpoint, Progress
 from harmoq_ao.prepare import PreparedModel
@@ -269,7 +269,7 @@ class _Refinement:
         self.crops, self.held_out = crops, held_out
         self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
-        rest = trainable_rest(prepared.model, prepared.sites()) if settings.rates.rest else ()
+        rest = trainable_rest(prepared.model, prepared.sites())
         rates = _rates(prepared, settings)
         self.learner = Learner(
             prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up, shared=True

@@ -7,23 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.errors import CalibrationError, ConfigError
-from harmoq_ao.harmonize.blockwise import block_error, image_batches, refine_block, refine_blocks, stage_calls
-from harmoq_ao.harmonize.learner import Learner, Rates
+from harmoq_ao.harmonize.blockwise import block_error, refine_block, refine_blocks, stage_calls
+from harmoq_ao.harmonize.learner import Rates
 from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, held_out_psnr, refine
+from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
+from harmoq_ao.harmonize.sampling import image_batches
 from harmoq_ao.harmonize.stages import find_stages
+from tests.harmonize.helpers import DyingLearner, KilledError, crops, fidelity
 from tests.models import calibrated, images
 
 W3A3 = h.HarmoqConfig(3, 3, profile="paper")
 QUICK = RefineSettings(steps=4, checks=2, warm_up=1, block_steps=3, block_images=4)
-
-
-def crops(count: int, seed: int = 5) -> list[Tensor]:
-    return [image[0] for image in images(count, (16, 16), seed)]
 
 
 def frozen_model(name: str) -> h.PreparedModel:
@@ -72,12 +69,9 @@ def test_blocks_are_done_in_order_and_nothing_outside_of_them_changes() -> None:
 
 def test_the_whole_network_gains_from_its_blocks() -> None:
     prepared, unseen = frozen_model("SwinIR/light"), crops(3, 70)
-    reference = float_reference(prepared)
-    with torch.no_grad():
-        targets = [(image, reference(image[None])) for image in unseen]
-    before = held_out_psnr(prepared, targets, torch.zeros(()))
+    before = fidelity(prepared, unseen)
     refine_blocks(prepared, images(6, (16, 16)), Rates().at(3), 30)
-    assert held_out_psnr(prepared, targets, torch.zeros(())) > before + 0.3
+    assert fidelity(prepared, unseen) > before + 0.3
 
 
 def test_a_network_without_repeated_blocks_has_no_such_stage() -> None:
@@ -90,13 +84,9 @@ def test_a_network_without_repeated_blocks_has_no_such_stage() -> None:
     assert all(torch.equal(value, results[1][key]) for key, value in results[0].items())
 
 
-class _KilledError(Exception):
-    pass
-
-
-@pytest.mark.parametrize(("killed", "again"), [(5, 2), (13, 2)])
+@pytest.mark.parametrize(("at", "again"), [(5, 2), (13, 2)])
 def test_kill_and_resume_equals_an_uninterrupted_run(
-    killed: int, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at: int, again: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three blocks of three steps each, then four through the whole network: killed in the second block, at the end."""
     whole = calibrated("DAT/light", W3A3)
@@ -105,21 +95,12 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     assert len(expected.blocks) == blocks
     assert RefineTrace.from_dict(expected.to_dict()) == expected
     state = tmp_path / "progress.safetensors"
-    step, count = Learner.step, 0
-
-    def dies(self: Learner, loss: Tensor) -> None:
-        nonlocal count
-        count += 1
-        if count == killed:
-            raise _KilledError
-        step(self, loss)
-
-    monkeypatch.setattr(Learner, "step", dies)
-    with pytest.raises(_KilledError):
+    killed = DyingLearner(monkeypatch, at)
+    with pytest.raises(KilledError):
         refine(calibrated("DAT/light", W3A3), crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
     resumed = calibrated("DAT/light", W3A3)
     trace = refine(resumed, crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
-    assert count == 3 * blocks + 4 + again, "what was saved is not done again"
+    assert killed.count == 3 * blocks + 4 + again, "what was saved is not done again"
     assert trace == expected
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
@@ -133,6 +114,11 @@ def test_image_batches() -> None:
     assert torch.equal(torch.cat(whole), torch.stack(crops(3)))
     with pytest.raises(CalibrationError, match="nothing"):
         image_batches(prepared, [], 5, 2, None, 0)
+
+
+def test_no_images_are_refused() -> None:
+    with pytest.raises(CalibrationError, match="0 batches"):
+        refine_blocks(frozen_model("SwinIR/light"), [], Rates(), 3)
 
 
 def test_settings_out_of_range_are_refused() -> None:

@@ -8,32 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.config import Profile
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
-from harmoq_ao.harmonize.crops import mirrored, sample_order
-from harmoq_ao.harmonize.learner import Learner, Rates
+from harmoq_ao.harmonize.learner import Rates
 from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, held_out_psnr, refine
+from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
+from harmoq_ao.harmonize.sampling import mirrored, sample_order
 from harmoq_ao.harmonize.stages import capture_stage, find_stages
 from harmoq_ao.modules.prepared import PreparedLinear
+from tests.harmonize.helpers import DyingLearner, KilledError, crops, fidelity
 from tests.models import build, calibrated, images
 
 W3A3 = h.HarmoqConfig(3, 3, profile="paper")
 QUICK = RefineSettings(steps=12, checks=3, warm_up=1)
-
-
-def crops(count: int, seed: int = 5) -> list[Tensor]:
-    return [image[0] for image in images(count, (16, 16), seed)]
-
-
-def fidelity(prepared: h.PreparedModel, held_out: list[Tensor]) -> float:
-    reference = float_reference(prepared)
-    with torch.no_grad():
-        targets = [(image, reference(image[None])) for image in held_out]
-    return held_out_psnr(prepared, targets, torch.zeros(()))
 
 
 def test_the_reference_is_the_float_network_whatever_happens_to_the_weights() -> None:
@@ -145,30 +134,17 @@ def test_it_is_deterministic_and_recomputing_changes_nothing() -> None:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
 
 
-class _KilledError(Exception):
-    pass
-
-
 def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = calibrated("DAT/light", W3A3)
     expected = refine(whole, crops(3), QUICK, held_out=crops(1, 9))
     state = tmp_path / "progress.safetensors"
-    step, count = Learner.step, 0
-
-    def dies(self: Learner, loss: Tensor) -> None:
-        nonlocal count
-        count += 1
-        if count == 7:
-            raise _KilledError
-        step(self, loss)
-
-    monkeypatch.setattr(Learner, "step", dies)
-    with pytest.raises(_KilledError):
+    killed = DyingLearner(monkeypatch, at=7)
+    with pytest.raises(KilledError):
         refine(calibrated("DAT/light", W3A3), crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
     assert state.exists()
     resumed = calibrated("DAT/light", W3A3)
     trace = refine(resumed, crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
-    assert count == 7 + 12 - 4, "it goes on from step 4"
+    assert killed.count == 7 + 12 - 4, "it goes on from step 4"
     assert trace == expected
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key

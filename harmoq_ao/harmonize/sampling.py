@@ -1,4 +1,4 @@
-"""Which parts of the calibration crops a gradient step sees."""
+"""Which parts of the calibration crops gradient steps see."""
 
 from __future__ import annotations
 
@@ -60,3 +60,23 @@ def check_crops(crops: Sequence[Tensor]) -> None:
             expected="[C, S, S], all the same",
             remedy="cut them with harmoq_ao.data.CalibrationCrops",
         )
+
+
+def image_batches(
+    prepared: PreparedModel, crops: Sequence[Tensor], count: int, batch_size: int, crop_size: int | None, seed: int
+) -> list[Tensor]:
+    """`count` images in batches `[B, C, S, S]`: parts of the crops of side `crop_size`, or whole crops, each once.
+
+    Raises:
+        CalibrationError: No crops, or crops of different sizes.
+    """
+    check_crops(crops)
+    like = next(p for p in prepared.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(seed)
+    if crop_size is None:
+        images = list(crops[:count])
+    else:
+        side = allowed_side(prepared, crop_size)
+        images = [random_cut(crops[index % len(crops)], side, generator) for index in range(count)]
+    parts = (images[i * batch_size : (i + 1) * batch_size] for i in range(math.ceil(len(images) / batch_size)))
+    return [torch.stack(part).to(like) for part in parts]
