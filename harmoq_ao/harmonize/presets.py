@@ -38,6 +38,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
     "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=4)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
+    "long": HarmonizeSettings(None, RefineSettings(steps=3200, cuts=3, checks=16), crops=256, held_out=16),
     "best": HarmonizeSettings(
         None,
         refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
@@ -46,7 +47,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     ),
 }
 """`none`: calibration only. `algorithm`: Algorithm 1 alone. `fast`: minutes on two CPU cores. `standard`: tens of
-minutes. `best`: for a GPU.
+minutes. `long`: hours. `best`: for a GPU.
 
 Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1: on DAT-light x2 at 2 bits 120 steps
 after it ended at 40.1 dB to the float network on held-out crops, without it at 41.0 dB, although it starts higher."""

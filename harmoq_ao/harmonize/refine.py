@@ -27,7 +27,7 @@ from harmoq_ao.harmonize.conditioning import condition_weights
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
 from harmoq_ao.harmonize.reference import float_reference, frozen
-from harmoq_ao.harmonize.sampling import allowed_side, check_crops, image_batches, mirrored, random_cut, sample_order
+from harmoq_ao.harmonize.sampling import allowed_side, check_crops, detailed_cut, image_batches, mirrored, sample_order
 from harmoq_ao.harmonize.stages import find_stages, first_tensor
 from harmoq_ao.harmonize.state import Checkpoint, Progress
 from harmoq_ao.prepare import PreparedModel
@@ -45,6 +45,8 @@ class RefineSettings:
         batch_size: Images of a step.
         crop_size: Side of the images in low-resolution pixels, cut from the crops at random places; None takes whole
             crops. Several small images are worth more than one large one at the same cost.
+        cuts: How many such places are drawn for an image; the one with most detail is taken. The quantized network
+            loses most on detail, and most places have little.
         rates: Learning rates.
         by_bits: Whether the rates are meant for 2 bits and shrink with the step of the quantizers
             (:meth:`~harmoq_ao.harmonize.learner.Rates.at`), or are taken as they are.
@@ -67,6 +69,7 @@ class RefineSettings:
     steps: int = 200
     batch_size: int = 4
     crop_size: int | None = 32
+    cuts: int = 1
     rates: Rates = field(default_factory=Rates)
     by_bits: bool = True
     feature_weight: float = 0.05
@@ -83,6 +86,7 @@ class RefineSettings:
         numbers = {
             "steps": 1,
             "batch_size": 1,
+            "cuts": 1,
             "warm_up": 0,
             "block_steps": 0,
             "block_images": 1,
@@ -364,7 +368,7 @@ class _Refinement:
         images = [mirrored(self.crops[index], turn) for index, turn in chosen]
         if self.side is not None:
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 7919 * step)
-            images = [random_cut(image, self.side, generator) for image in images]
+            images = [detailed_cut(image, self.side, self.settings.cuts, generator) for image in images]
         return [image for index, image in enumerate(images) if distributed.is_mine(index)]
 
     @cached_property
