@@ -14,7 +14,6 @@ from harmoq_ao.harmonize.blockwise import block_error, refine_block, refine_bloc
 from harmoq_ao.harmonize.learner import Rates
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
-from harmoq_ao.harmonize.sampling import image_batches
 from harmoq_ao.harmonize.stages import find_stages
 from tests.harmonize.helpers import DyingLearner, KilledError, crops, fidelity
 from tests.models import calibrated, images
@@ -104,16 +103,6 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     assert trace == expected
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
-
-
-def test_image_batches() -> None:
-    prepared = calibrated("SwinIR/light", W3A3)
-    parts = image_batches(prepared, crops(3), 5, 2, 8, 0)
-    assert [tuple(part.shape) for part in parts] == [(2, 3, 8, 8), (2, 3, 8, 8), (1, 3, 8, 8)]
-    whole = image_batches(prepared, crops(3), 5, 2, None, 0)
-    assert torch.equal(torch.cat(whole), torch.stack(crops(3)))
-    with pytest.raises(CalibrationError, match="nothing"):
-        image_batches(prepared, [], 5, 2, None, 0)
 
 
 def test_no_images_are_refused() -> None:

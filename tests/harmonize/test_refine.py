@@ -15,7 +15,6 @@ from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.harmonize.learner import Rates
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
-from harmoq_ao.harmonize.sampling import mirrored, sample_order
 from harmoq_ao.harmonize.stages import capture_stage, find_stages
 from harmoq_ao.modules.prepared import PreparedLinear
 from tests.harmonize.helpers import DyingLearner, KilledError, crops, fidelity
@@ -168,22 +167,11 @@ def test_unusable_input_is_refused() -> None:
         refine(prepared, [torch.rand(3, 16, 16), torch.rand(3, 24, 24)])
     with pytest.raises(CalibrationError, match="not finite"):
         refine(prepared, crops(1), replace(QUICK, rates=Rates(0, 0, 1e30), warm_up=0))
-    for wrong in ({"steps": 0}, {"batch_size": 0}, {"precision": "float8"}, {"feature_weight": -1.0}):
+    for wrong in ({"steps": 0}, {"batch_size": 0}, {"cuts": 0}, {"precision": "float8"}, {"feature_weight": -1.0}):
         with pytest.raises(ConfigError):
             replace(QUICK, **wrong)
     with pytest.raises(ConfigError):
         Rates(bounds=-1.0)
-
-
-def test_every_epoch_sees_every_crop_once() -> None:
-    chosen = [sample_order(7, 3, position)[0] for position in range(21)]
-    assert all(sorted(chosen[i : i + 7]) == list(range(7)) for i in (0, 7, 14))
-    assert chosen[:7] != chosen[7:14]
-    assert {sample_order(50, 0, p)[1] for p in range(50)} == set(range(8))
-    assert sample_order(7, 3, 9) == sample_order(7, 3, 9)
-    crop = torch.arange(3 * 4 * 4.0).reshape(3, 4, 4)
-    turned = {tuple(mirrored(crop, turn).flatten().tolist()) for turn in range(8)}
-    assert len(turned) == 8
 
 
 def test_the_trace_survives_json() -> None:
