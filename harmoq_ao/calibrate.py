@@ -312,7 +312,10 @@ def _solve_matmul(module: PreparedMatmul, settings: SiteSettings) -> None:
     if wants_joint_scale(module.site, settings) and left is not None and right is not None:
         scale = _pair_scale(left, right, settings, module.site.shape[0])
     module.set_joint_scale(scale)
-    _settle_activation(module.left, left, scale)
+    if module.relative and module.left is not None:
+        module.left.set_bounds(0.0, 1.0)  # the largest entry of every row is the highest level
+    else:
+        _settle_activation(module.left, left, scale)
     _settle_activation(module.right, right, None if scale is None else 1.0 / scale)
     noise = [
         10 ** (-_operand_sqnr(q, q.observer, s) / 10)

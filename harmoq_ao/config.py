@@ -77,6 +77,7 @@ class SiteSettings:
         joint_scale: How the joint scale is chosen.
         joint_shift: Whether static inputs of linears with a joint scale are centred channel by channel.
         reason: Why the site stays in float, or None if it is quantized.
+        relative_maps: Whether an attention map is quantized relative to the largest entry of each row.
     """
 
     weight: QuantizerSpec
@@ -84,6 +85,7 @@ class SiteSettings:
     joint_scale: JointScale
     joint_shift: bool = True
     reason: str | None = None
+    relative_maps: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,9 @@ class HarmoqConfig:
             all channels together: with it there are no joint scales.
         joint_scale: ``hso`` (closed form, per channel), ``search`` (exponent picked by output error) or ``none``.
         joint_shift: Whether static inputs of linears that have a joint scale are centred channel by channel as well.
+        relative_maps: Whether static attention maps are quantized relative to the largest entry of each row, and
+            normalised after the product with the values (`modules/relative_maps.py`). Without it one step serves
+            rows that attend to one token and rows that attend to all. Fused kernels do not take it yet.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
         storage_dtype: How parameters that stay in float are stored: ``auto`` is float16, or bfloat16 for a tensor that
@@ -119,6 +124,7 @@ class HarmoqConfig:
     observer: Observer = "mse"
     joint_scale: JointScale = "hso"
     joint_shift: bool = True
+    relative_maps: bool = False
     matmul_bits: int | None = None
     conv_bits: int = 32
     storage_dtype: StorageDtype = "auto"
@@ -133,6 +139,7 @@ class HarmoqConfig:
         _check_choice("observer", self.observer, get_args(Observer))
         _check_choice("joint_scale", self.joint_scale, get_args(JointScale))
         _check_choice("joint_shift", self.joint_shift, (True, False))
+        _check_choice("relative_maps", self.relative_maps, (True, False))
         _check_choice("storage_dtype", self.storage_dtype, get_args(StorageDtype))
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ConfigError("seed must be a whole number", found=shown(self.seed), expected="0 to 2**63 - 1")
@@ -160,7 +167,8 @@ class HarmoqConfig:
         joint = "none" if self.observer == "histogram" else joint
         weight, act = self._specs(kind, weight_bits, act_bits, dynamic)
         quantized = weight.enabled or act.enabled
-        return SiteSettings(weight, act, joint, self.joint_shift, None if quantized else reason)
+        why_float = None if quantized else reason
+        return SiteSettings(weight, act, joint, self.joint_shift, why_float, self.relative_maps)
 
     def _defaults(self, kind: str) -> tuple[int, int, str]:
         if kind == "conv2d":

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from harmoq_ao.modules.prepared import (
     quiet,
 )
 from harmoq_ao.observers import OBSERVERS
-from harmoq_ao.quantizer import QuantizerSpec
+from harmoq_ao.quantizer import QuantizerSpec, Scheme
 from harmoq_ao.report import Report, prepared_report
 from harmoq_ao.sites import FloatSite, Role, Site
 from harmoq_ao.tracing import (
@@ -193,8 +193,10 @@ def attach_quantizers(module: PreparedSite, config: HarmoqConfig, device: torch.
     settings = config.settings(site.name, site.kind)
     site.reason = settings.reason
     joint = wants_joint_scale(site, settings)
-    if site.kind == "matmul":
-        left = _quantizer(site, settings.act, config, -1, joint)
+    if isinstance(module, PreparedMatmul):
+        module.relative = wants_relative_map(site, settings)
+        scheme = Scheme.INTEGER_ZERO_POINT if module.relative else settings.act.scheme  # zero is a level
+        left = _quantizer(site, replace(settings.act, scheme=scheme), config, -1, joint)
         right = _quantizer(site, settings.weight, config, -2, joint)
     else:
         left = _quantizer(site, settings.act, config, 1 if site.kind == "conv2d" else -1, site.kind == "linear")
@@ -217,6 +219,12 @@ def wants_joint_shift(site: Site, settings: SiteSettings) -> bool:
     """
     linear = site.kind == "linear" and settings.joint_shift and not settings.act.dynamic and settings.act.bits < 8
     return linear and wants_joint_scale(site, settings)
+
+
+def wants_relative_map(site: Site, settings: SiteSettings) -> bool:
+    """Whether a site's left operand is an attention map to be quantized relative to its rows' largest entries."""
+    both = settings.act.enabled and settings.weight.enabled
+    return settings.relative_maps and site.role == "attention-value" and both and not settings.act.dynamic
 
 
 def _quantizer(

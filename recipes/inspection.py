@@ -18,6 +18,7 @@ from harmoq_ao.errors import ConfigError
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.stages import find_stages
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedMatmul
+from harmoq_ao.modules.relative_maps import relative_rows
 from harmoq_ao.sites import Site
 
 PRODUCTS = "attention products"
@@ -98,7 +99,8 @@ def attention_maps(prepared: h.PreparedModel, image: Tensor) -> dict[str, Tensor
         left = module.form.canonical(*operands)[0].detach()
         if left.shape[-1] == left.shape[-2] >= _SMALLEST_MAP:
             if module.left is not None and module.left.active:
-                left = module.left(left, None)
+                left = module.left(relative_rows(left) if module.relative else left, None)
+                left = left / left.sum(-1, keepdim=True) if module.relative else left
             seen[module.site.name] = left.reshape(-1, *left.shape[-2:]).float().cpu()
 
     products = [m for m in prepared.sites() if isinstance(m, PreparedMatmul) and m.site.role == "attention-value"]

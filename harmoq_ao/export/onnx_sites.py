@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.lowering import onednn, reference
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite, WeightedSite
+from harmoq_ao.modules.relative_maps import relative_rows, renormalized
 
 INT4 = (-8, 7)
 """Smallest and largest value of int4."""
@@ -181,7 +182,8 @@ class _Matmul(QuantizedMatmul):
             setattr(self, f"onnx_{side}_step", step)
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
-        left, right = self.form.canonical(*operands)
+        given, right = self.form.canonical(*operands)
+        left = relative_rows(given) if self.relative else given
         p, lower_p = self._operand(left, "left", self.settings.act.enabled, -1)
         q, lower_q = self._operand(right, "right", self.settings.weight.enabled, -2)
         y = p @ q
@@ -192,6 +194,9 @@ class _Matmul(QuantizedMatmul):
             if lower_q is not None:
                 columns = columns + lower_q * left.shape[-1]
             y = y + columns * lower_p
+        if self.relative:
+            sums = p.sum(-1, keepdim=True)
+            y = renormalized(y, given, sums if lower_p is None else sums + lower_p * left.shape[-1])
         return self.form.finish(y, *operands, **options)
 
     def _operand(self, x: Tensor, side: str, enabled: bool, axis: int) -> tuple[Tensor, Tensor | None]:

@@ -351,6 +351,8 @@ class _Run:
 def _left_alone(site: PreparedSite) -> str | None:
     if not any(q.active for q in site.quantizers()):
         return "stays in float"
+    if isinstance(site, PreparedMatmul) and site.relative:
+        return "an attention map relative to its rows keeps the bounds 0 and 1"
     return "convolutions are left as calibrated" if isinstance(site, PreparedConv2d) else None
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.modules.quantized import QuantizedMatmul
+from harmoq_ao.modules.relative_maps import NORMALISED_AFTER
 from harmoq_ao.tracing.tracer import Variant
 
 _LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
@@ -134,6 +135,8 @@ def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_d
     """The kernel's operands but for factor and bias, made once."""
     if scores.joint_scale is not None and len(scores.joint_scale) != head_dim:
         raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(scores.joint_scale)}")
+    if values.relative:
+        raise Misfit(NORMALISED_AFTER)
     operands = scores.operands(), values.operands()
     key = (*map(id, operands), heads, head_dim)  # the operands are held by their sites, or by what is kept here
     known = values._derived.get("attention")

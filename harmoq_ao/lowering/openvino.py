@@ -201,7 +201,12 @@ class _Matmul(QuantizedMatmul):
     product: _Product
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
-        return self.form.finish(self.product(*self.form.canonical(*operands)), *operands, **options)
+        left, right = self.form.canonical(*operands)
+        if self.relative:
+            product = self.of_map(left, lambda relative: self.product(relative, right))
+        else:
+            product = self.product(left, right)
+        return self.form.finish(product, *operands, **options)
 
 
 class _Whole(nn.Module):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from harmoq_ao.errors import KernelError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.forms import MatmulForm
+from harmoq_ao.modules.relative_maps import relative_rows, renormalized
 from harmoq_ao.sites import Site
 
 _state = threading.local()
@@ -158,23 +159,35 @@ class PreparedMatmul(PreparedSite):
     Args:
         site: The site.
         form: How the author wrote the product.
+
+    Attributes:
+        relative: The left operand is an attention map, quantized relative to the largest entry of each row
+            (`relative_maps.py`).
     """
 
     def __init__(self, site: Site, form: MatmulForm) -> None:
         super().__init__()
         self.form = form
+        self.relative = False
         self._init_site(site)
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
         if not self._active():
-            self._observe(left, right)
+            self._observe(self._map(left), right)
             return self.form.original(*operands, **options)
         scale = self.joint_scale
         check_length(left, scale, self.site)
-        a = self._rounded(self.left, left, scale)
+        a = self._rounded(self.left, self._map(left), scale)
         b = self._rounded(self.right, right, None if scale is None else 1.0 / scale[:, None])
-        return self.form.finish(torch.matmul(a, b), *operands, **options)
+        product = torch.matmul(a, b)
+        if self.relative:
+            product = renormalized(product, left, a.sum(-1, keepdim=True))
+        return self.form.finish(product, *operands, **options)
+
+    def _map(self, left: Tensor) -> Tensor:
+        """The left operand as its quantizer takes it."""
+        return relative_rows(left) if self.relative else left
 
 
 def check_length(left: Tensor, joint_scale: Tensor | None, site: Site) -> None:

@@ -20,6 +20,7 @@ from harmoq_ao.lowering.linear import Backend, LinearKernel
 from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
+from harmoq_ao.modules.relative_maps import relative_rows, renormalized, row_sums
 from harmoq_ao.packing import pack, packed_length, unpack_signed
 from harmoq_ao.quantizer import QuantizerSpec, Scheme, quantize, step_size
 from harmoq_ao.sites import Site
@@ -333,15 +334,20 @@ class QuantizedMatmul(QuantizedSite):
         settings: Quantizers (``act`` left, ``weight`` right).
         form: How the author wrote the product.
         joint_scale: Whether a joint scale belongs to the site.
+        relative: Whether the left operand is an attention map, quantized relative to the largest entry of each row
+            (`relative_maps.py`).
     """
 
     left_bounds: Tensor | None
     right_bounds: Tensor | None
 
-    def __init__(self, site: Site, settings: SiteSettings, form: MatmulForm, joint_scale: bool) -> None:
+    def __init__(
+        self, site: Site, settings: SiteSettings, form: MatmulForm, joint_scale: bool, relative: bool = False
+    ) -> None:
         super().__init__()
         self._init_site(site, settings)
         self.form = form
+        self.relative = relative
         self.register_buffer("joint_scale", torch.ones(site.shape[0]) if joint_scale else None)
         for name, spec in (("left_bounds", settings.act), ("right_bounds", settings.weight)):
             static = spec.enabled and not spec.dynamic
@@ -350,7 +356,7 @@ class QuantizedMatmul(QuantizedSite):
     @classmethod
     def from_prepared(cls, prepared: PreparedMatmul, settings: SiteSettings, stored: Rounding) -> QuantizedMatmul:
         """Quantize for good; arguments as in :meth:`QuantizedLinear.from_prepared`."""
-        self = cls(prepared.site, settings, prepared.form, prepared.joint_scale is not None)
+        self = cls(prepared.site, settings, prepared.form, prepared.joint_scale is not None, prepared.relative)
         if prepared.joint_scale is not None and self.joint_scale is not None:
             self.joint_scale.copy_(stored(prepared.joint_scale.detach()))
         for bounds, quantizer in ((self.left_bounds, prepared.left), (self.right_bounds, prepared.right)):
@@ -385,11 +391,29 @@ class QuantizedMatmul(QuantizedSite):
         if not (self.settings.act.enabled and self.settings.weight.enabled):
             x = self._float_operand(left, self.left_bounds, self.settings.act)
             product = torch.matmul(x, self._float_operand(right, self.right_bounds, self.settings.weight))
-        elif torch.compiler.is_compiling():
-            product = ops.matmul(left, right, *self._tensors(), *self._bits(), self.backend)
+        elif self.relative:
+            product = self.of_map(left, lambda relative: self._product(relative, right))
         else:
-            product = ops.quantized_matmul(left, right, *self.operands(), self.backend)
+            product = self._product(left, right)
         return self.form.finish(product, *operands, **options)
+
+    def _product(self, left: Tensor, right: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return ops.matmul(left, right, *self._tensors(), *self._bits(), self.backend)
+        return ops.quantized_matmul(left, right, *self.operands(), self.backend)
+
+    def of_map(self, attention_map: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+        """The product of an attention map with the values, normalised after it.
+
+        Args:
+            attention_map: `[..., M, K]`.
+            product: Takes the map relative to its rows' largest entries, quantizes and multiplies it.
+        """
+        relative = relative_rows(attention_map)
+        assert self.left_bounds is not None
+        act = Affine(self.left_bounds[0], self.left_bounds[1], self.settings.act.bits)
+        codes = reference.quantize_codes(relative, *reference.static_qparams(act), act.bits)
+        return renormalized(product(relative), attention_map, row_sums(codes, act.step, act.lower))
 
     @staticmethod
     def _float_operand(x: Tensor, bounds: Tensor | None, spec: QuantizerSpec) -> Tensor:
@@ -415,7 +439,7 @@ def empty_site(prepared: PreparedSite, settings: SiteSettings, joint_scale: bool
     if isinstance(prepared, PreparedConv2d):
         return QuantizedConv2d(prepared.site, settings, prepared.bias is not None, conv_geometry(prepared))
     assert isinstance(prepared, PreparedMatmul)
-    return QuantizedMatmul(prepared.site, settings, prepared.form, joint_scale)
+    return QuantizedMatmul(prepared.site, settings, prepared.form, joint_scale, prepared.relative)
 
 
 def conv_geometry(conv: nn.Conv2d) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harmoq_ao.convert import QuantizedModel
 from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite
+from harmoq_ao.modules.relative_maps import relative_rows
 from harmoq_ao.quantizer import QuantizerSpec
 from harmoq_ao.report import SiteRow
 
@@ -76,6 +77,8 @@ def _operands(site: QuantizedSite, args: tuple[Any, ...]) -> list[tuple[str, Ten
     settings, scale = site.settings, getattr(site, "joint_scale", None)  # a convolution has none
     if isinstance(site, QuantizedMatmul):
         left, right = site.form.canonical(*args)
+        if site.relative:
+            left = relative_rows(left)
         if scale is not None:
             left, right = left / scale, right * scale[:, None]
         return [("left", left, settings.act, site.left_bounds), ("right", right, settings.weight, site.right_bounds)]
