@@ -18,6 +18,7 @@ from harmoq_ao.errors import KernelError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.relative_maps import relative_rows, renormalized
+from harmoq_ao.quantizer import widen
 from harmoq_ao.sites import Site
 
 _state = threading.local()
@@ -182,7 +183,7 @@ class PreparedMatmul(PreparedSite):
         b = self._rounded(self.right, right, None if scale is None else 1.0 / scale[:, None])
         product = torch.matmul(a, b)
         if self.relative:
-            product = renormalized(product, left, a.sum(-1, keepdim=True))
+            product = renormalized(product, left, widen(a).sum(-1, keepdim=True))
         return self.form.finish(product, *operands, **options)
 
     def _map(self, left: Tensor) -> Tensor:

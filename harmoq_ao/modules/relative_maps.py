@@ -5,14 +5,16 @@ With a map `p` `[..., M, K]`, values `v` `[..., K, N]`, and `t = max_j p_j` in e
     y = (p' v~) * sum_j p_j / sum_j p'_j        p' = Q(p / t),  v~ = Q(v)
 
 For a softmax ``p / t = exp(s - max s)``: the row's normaliser, by which a softmax divides before the product, cancels.
-So every row uses all levels of one static quantizer on 0..1, and rows sum to what they did whatever was rounded away. In
-an integer kernel this costs nothing: the largest score and the sum of codes are known there anyway.
+So every row uses all levels of one static quantizer on 0..1, and rows sum to what they did whatever was rounded away.
+In an integer kernel this costs nothing: the largest score and the sum of codes are known there anyway.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from harmoq_ao.quantizer import widen
 
 NORMALISED_AFTER = "its attention map is normalised after the product"
 """Why fused kernels, which normalise before it, refuse an attention."""
@@ -25,14 +27,15 @@ def relative_rows(attention_map: Tensor) -> Tensor:
 
 
 def renormalized(product: Tensor, attention_map: Tensor, sums: Tensor) -> Tensor:
-    """``product * sum_j p_j / sum_j p'_j``.
+    """``product * sum_j p_j / sum_j p'_j`` in the type of `product`; the factor of a row is float32 at least.
 
     Args:
         product: ``p' v~``, `[..., M, N]`.
         attention_map: `p`, `[..., M, K]`.
         sums: ``sum_j p'_j``, `[..., M, 1]`.
     """
-    return product * (attention_map.sum(-1, keepdim=True) / sums.clamp_min(_TINY))
+    factor = widen(attention_map).sum(-1, keepdim=True) / sums.clamp_min(_TINY)
+    return (product * factor).to(product.dtype)
 
 
 def row_sums(codes: Tensor, step: Tensor, lower: Tensor) -> Tensor:

@@ -84,8 +84,9 @@ def test_weights_are_our_codes_and_sizes_are_free(tmp_path: Path, bits: int, kin
         HarmoqConfig(4, 6, conv_bits=6, matmul_bits=8, rules=(SiteRule("*", dynamic=False),)),
         HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=8),
         HarmoqConfig(4, 32),
+        HarmoqConfig(4, 4, "paper", relative_maps=True),
     ],
-    ids=["per token", "convolutions and products", "products per token", "weights alone"],
+    ids=["per token", "convolutions and products", "products per token", "weights alone", "relative maps"],
 )
 def test_every_kind_of_site(tmp_path: Path, config: HarmoqConfig) -> None:
     model = converted("forms", config)

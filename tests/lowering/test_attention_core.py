@@ -110,9 +110,11 @@ class Network(nn.Module):
         return self.tail(y.reshape(b, 8, height, width))
 
 
-def quantize(core: Core, bits: int = 8, masked: bool = False, rules: tuple[SiteRule, ...] = ()) -> h.QuantizedModel:
+def quantize(
+    core: Core, bits: int = 8, masked: bool = False, rules: tuple[SiteRule, ...] = (), relative: bool = False
+) -> h.QuantizedModel:
     example = torch.rand(3, 3, 8, 12)
-    config = HarmoqConfig(bits, bits, "paper", rules=rules)
+    config = HarmoqConfig(bits, bits, "paper", rules=rules, relative_maps=relative)
     prepared = h.prepare_harmoq(Network(core, masked).eval(), config, [example], strict=True)
     return h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
 
@@ -174,6 +176,15 @@ def test_bounds_per_row_keep_their_graph() -> None:
     assert calls == 0
     assert_same_image(found, expected)
     assert "static bounds" in str(next(low.reason for n, low in quantized.lowerings().items() if n.startswith("core")))
+
+
+def test_maps_that_are_normalised_after_the_product_keep_their_graph() -> None:
+    quantized = quantize(Core(2, True, "scaled queries"), masked=True, relative=True)
+    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
+    assert calls == 0
+    assert_same_image(found, expected)
+    lowerings = quantized.lowerings("cuda")
+    assert "normalised after" in str(next(low.reason for n, low in lowerings.items() if n.startswith("core")))
 
 
 def test_copies_and_loaded_tensors_have_operands_of_their_own() -> None:

@@ -50,8 +50,10 @@ def test_the_same_numbers_at_every_size(name: str, bits: int, without_code: None
     assert len(fast._programs) == 2
 
 
-def test_products_that_are_quantized_stay_the_same(without_code: None) -> None:
-    model, image = converted("SwinIR/light", HarmoqConfig(4, 4, "paper")), images(1)[0]
+@pytest.mark.parametrize("relative", [False, True])
+def test_products_that_are_quantized_stay_the_same(relative: bool, without_code: None) -> None:
+    config = HarmoqConfig(4, 4, "paper", relative_maps=relative)
+    model, image = converted("SwinIR/light", config), images(1)[0]
     assert torch.equal(compile_model(model)(image), model(image))
 
 

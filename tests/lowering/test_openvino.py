@@ -65,8 +65,9 @@ def test_static_linears_run_in_integers_at_every_width(bits: int) -> None:
         HarmoqConfig(8, 8, conv_bits=4, profile="paper"),
         HarmoqConfig(4, 4, rules=models.PER_TOKEN, matmul_bits=8),
         HarmoqConfig(4, 32, profile="paper"),
+        HarmoqConfig(4, 4, profile="paper", relative_maps=True),
     ],
-    ids=["per token", "convolutions", "products", "products per token", "weights only"],
+    ids=["per token", "convolutions", "products", "products per token", "weights only", "relative maps"],
 )
 def test_every_kind_of_site_equals_the_native_path(config: HarmoqConfig) -> None:
     lowered, found, expected = both("forms", config)
