@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.modules.quantized import QuantizedMatmul
-from harmoq_ao.modules.relative_maps import NORMALISED_AFTER
 from harmoq_ao.tracing.tracer import Variant
 
 _LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
@@ -131,12 +130,21 @@ def _limits() -> Any:
     return attention_operands
 
 
+def product_quantizers(scores: QuantizedMatmul, values: QuantizedMatmul) -> Any:
+    """Quantizers of both products of an attention, as the kernels take them.
+
+    Raises:
+        KernelError: The kernels do not compute what the sites do.
+    """
+    if values.relative:
+        raise KernelError("its attention map is normalised after the product")
+    return _limits().MatmulQuantizers(*scores.operands(), *values.operands())
+
+
 def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_dim: int) -> Any:
     """The kernel's operands but for factor and bias, made once."""
     if scores.joint_scale is not None and len(scores.joint_scale) != head_dim:
         raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(scores.joint_scale)}")
-    if values.relative:
-        raise Misfit(NORMALISED_AFTER)
     operands = scores.operands(), values.operands()
     key = (*map(id, operands), heads, head_dim)  # the operands are held by their sites, or by what is kept here
     known = values._derived.get("attention")
@@ -144,7 +152,7 @@ def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_d
         return known[2]
     kernels = _limits()
     try:
-        matmuls = kernels.MatmulQuantizers(*operands[0], *operands[1])
+        matmuls = product_quantizers(scores, values)
         device = next(b.device for b in scores.buffers())
         packed = kernels.pack_attention(
             None, None, heads, head_dim, torch.ones(heads, device=device), scale_after=True, matmuls=matmuls

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.errors import KernelError
+from harmoq_ao.lowering.attention_core import product_quantizers
 from harmoq_ao.lowering.attention_matching import WindowAttention, find_window_attention
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.lowering.probing import read_constants
 from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
-from harmoq_ao.modules.relative_maps import NORMALISED_AFTER
 from harmoq_ao.tracing.tracer import Variant
 
 
@@ -156,9 +156,7 @@ def pack_attention(module: nn.Module, found: WindowAttention, device: torch.devi
         scores, values = (module.get_submodule(name) for name in found.products)
         assert isinstance(scores, QuantizedMatmul)
         assert isinstance(values, QuantizedMatmul)
-        if values.relative:
-            raise KernelError(NORMALISED_AFTER)
-        matmuls = kernels.MatmulQuantizers(*scores.operands(), *values.operands())
+        matmuls = product_quantizers(scores, values)
     return kernels.pack_attention(
         linear(found.qkv, found.qkv_bias),
         linear(found.proj, found.proj_bias),

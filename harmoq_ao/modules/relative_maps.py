@@ -16,8 +16,6 @@ from torch import Tensor
 
 from harmoq_ao.quantizer import widen
 
-NORMALISED_AFTER = "its attention map is normalised after the product"
-"""Why fused kernels, which normalise before it, refuse an attention."""
 _TINY = 1e-30
 
 

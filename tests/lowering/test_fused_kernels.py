@@ -269,6 +269,13 @@ def test_the_report_names_the_kernels_of_a_gpu_without_one() -> None:
     assert "per token" in str(next(low.reason for name, low in dynamic.items() if name.endswith("fc1")))
 
 
+def test_attention_whose_map_is_normalised_after_the_product_is_not_fused() -> None:
+    model = converted("SwinIR/light", HarmoqConfig(4, 4, "paper", relative_maps=True))
+    products = [low for name, low in model.lowerings("cuda").items() if "matmul" in name]
+    assert products
+    assert all("triton" not in low.kernel and "normalised after" in str(low.reason) for low in products)
+
+
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(h.HarmoqError, match="backend"):
         converted("linears", HarmoqConfig(8, 8)).use_backend("vulkan")
