@@ -38,7 +38,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
     "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=4)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=3200, cuts=3, checks=16), crops=256, held_out=16),
+    "long": HarmonizeSettings(None, RefineSettings(steps=2400, cuts=3, checks=12), crops=128),
     "best": HarmonizeSettings(
         None,
         refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
