@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from harmoq_ao.errors import ConfigError, shown
+from harmoq_ao.fused_rounding import compiled, is_fused
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bit widths that quantize."""
@@ -225,40 +226,103 @@ class _FakeQuantize(torch.autograd.Function):
 
     What is kept for the backward pass is the position ``t`` between the bounds, 0 at `lo` and ``2**bits - 1`` at `hi`;
     everything follows from it: ``(x - shift) / scale = t * step + lo``, and ``t`` outside of its range was clipped.
+    Fused (`fused_rounding.py`) `x` is kept instead, and the position computed anew.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
-        factor, offset = affine_form(lo, hi, bits, scale, shift)
-        position = (widen(x) * factor).add_(offset)
         ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
+        ctx.fused = is_fused() and any(ctx.needs_input_grad)
+        if ctx.fused:
+            ctx.save_for_backward(x, lo, hi, scale, shift)
+            return compiled(_round_trip)(x, lo, hi, bits, scale, shift)
+        position = _position(x, lo, hi, bits, scale, shift)
         ctx.save_for_backward(position, lo, hi, scale, shift)
-        return position.round().clamp_(0, 2**bits - 1).mul_(step_size(lo, hi, bits)).add_(lo).to(x.dtype)
+        return _value_at(position, lo, hi, bits).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        position, lo, hi, scale, shift = ctx.saved_tensors
-        grad, qmax = widen(grad_outputs[0]), 2**ctx.bits - 1
-        inside = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, qmax + _EDGE)
+        kept, lo, hi, scale, shift = ctx.saved_tensors
         needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
-        grad_x = grad_lo = grad_hi = grad_scale = grad_shift = None
-        if needs_x or needs_shift:
-            moved = inside if scale is None else inside / scale
-            grad_x = moved.sum_to_size(ctx.shape).to(ctx.dtype) if needs_x else None
-            grad_shift = -moved.sum_to_size(shift.shape).to(shift.dtype) if needs_shift else None
-        if needs_lo or needs_hi:
-            clipped = grad - inside
-            above = _sum_to(torch.ops.aten.threshold_backward(clipped, position, qmax / 2), hi)
-            below = _sum_to(clipped, lo) - above.sum_to_size(lo.shape)
-            rounding = _dot_to(position.round().sub_(position), inside, hi) / qmax
-            grad_hi = (above + rounding).to(hi.dtype)
-            grad_lo = (below - rounding.sum_to_size(lo.shape)).to(lo.dtype)
-        if needs_scale:
-            scaled = (position * step_size(lo, hi, ctx.bits)).add_(lo)
-            grad_scale = (-inside * scaled / scale).sum_to_size(scale.shape).to(scale.dtype)
+        needs = _Needs(needs_x, needs_lo or needs_hi, needs_scale, needs_shift)
+        gradients = compiled(_gradients) if ctx.fused else _gradients_at
+        grad_x, grad_lo, grad_hi, grad_scale, grad_shift = gradients(
+            grad_outputs[0], kept, lo, hi, ctx.bits, scale, shift, needs
+        )
+        grad_x = None if grad_x is None else grad_x.sum_to_size(ctx.shape).to(ctx.dtype)
         return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift
+
+
+class _Needs(NamedTuple):
+    """Whose gradients are asked for."""
+
+    x: bool
+    bounds: bool
+    scale: bool
+    shift: bool
+
+
+def _position(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    factor, offset = affine_form(lo, hi, bits, scale, shift)
+    return (widen(x) * factor).add_(offset)
+
+
+def _value_at(position: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+    return position.round().clamp_(0, 2**bits - 1).mul_(step_size(lo, hi, bits)).add_(lo)
+
+
+def _round_trip(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
+    return _value_at(_position(x, lo, hi, bits, scale, shift), lo, hi, bits).to(x.dtype)
+
+
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    needs: _Needs,
+) -> tuple[Tensor | None, ...]:
+    position = _position(x, lo, hi, bits, scale, shift)
+    return _gradients_at(grad, position, lo, hi, bits, scale, shift, needs)
+
+
+def _gradients_at(
+    grad: Tensor,
+    position: Tensor,
+    lo: Tensor,
+    hi: Tensor,
+    bits: int,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    needs: _Needs,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `x` (in the shape of the position), `lo`, `hi`, `scale` and `shift`; None for what is not needed."""
+    grad, qmax = widen(grad), 2**bits - 1
+    inside = torch.ops.aten.hardtanh_backward(grad, position, -_EDGE, qmax + _EDGE)
+    grad_x = grad_lo = grad_hi = grad_scale = grad_shift = None
+    if needs.x or needs.shift:
+        moved = inside if scale is None else inside / scale
+        grad_x = moved if needs.x else None
+        if needs.shift:
+            assert shift is not None
+            grad_shift = -moved.sum_to_size(shift.shape).to(shift.dtype)
+    if needs.bounds:
+        clipped = grad - inside
+        above = _sum_to(torch.ops.aten.threshold_backward(clipped, position, qmax / 2), hi)
+        below = _sum_to(clipped, lo) - above.sum_to_size(lo.shape)
+        rounding = _dot_to(position.round().sub_(position), inside, hi) / qmax
+        grad_hi = (above + rounding).to(hi.dtype)
+        grad_lo = (below - rounding.sum_to_size(lo.shape)).to(lo.dtype)
+    if needs.scale:
+        assert scale is not None
+        scaled = (position * step_size(lo, hi, bits)).add_(lo)
+        grad_scale = (-inside * scaled / scale).sum_to_size(scale.shape).to(scale.dtype)
+    return grad_x, grad_lo, grad_hi, grad_scale, grad_shift
 
 
 def _sum_to(values: Tensor, bound: Tensor) -> Tensor:
@@ -267,6 +331,6 @@ def _sum_to(values: Tensor, bound: Tensor) -> Tensor:
 
 def _dot_to(left: Tensor, right: Tensor, bound: Tensor) -> Tensor:
     """``(left * right)`` summed to the shape of `bound`; changes `left`."""
-    if bound.dim() == 0:
+    if bound.dim() == 0 and not torch.compiler.is_compiling():  # a compiler makes one pass of a product and its sum
         return torch.dot(left.reshape(-1), right.reshape(-1))
-    return left.mul_(right).sum_to_size(bound.shape)
+    return _sum_to(left.mul_(right), bound)

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint as checkpointed
 from harmoq_ao import distributed
 from harmoq_ao.calibrate import disable_observers, enable_fake_quant
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
+from harmoq_ao.fused_rounding import fused_rounding
 from harmoq_ao.harmonize.blockwise import BlockErrors, refine_blocks
 from harmoq_ao.harmonize.conditioning import condition_weights
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
@@ -59,6 +60,8 @@ class RefineSettings:
             the weights (`conditioning.py`), before it shrinks with the learning rate; 0 leaves it out.
         checks: How often the held-out crops are looked at, evenly over the steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
+        fused: Have the arithmetic of the fake-quantizers compiled (`fused_rounding.py`), where there is a compiler:
+            shorter steps after a wait of a few seconds for every shape of an operand.
         recompute: Recompute blocks in the backward pass (gradient checkpointing): less memory, a third more time.
         seed: Of the order of the crops and their mirroring.
 
@@ -79,6 +82,7 @@ class RefineSettings:
     conditioning: float = 0.0
     checks: int = 8
     precision: Precision = "float32"
+    fused: bool = False
     recompute: bool = False
     seed: int = 0
 
@@ -177,7 +181,7 @@ def refine(
     float_reference(prepared)  # before any weight changes
     enable_fake_quant(prepared)
     disable_observers(prepared)
-    with frozen(prepared):
+    with frozen(prepared), fused_rounding(next(prepared.parameters()).device, settings.fused):
         store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
         found = _same_everywhere(store.load(), prepared)
         start = _refine_blocks(prepared, crops, settings, store, found, show_progress)
