@@ -106,7 +106,7 @@ class HarmoqConfig:
         joint_shift: Whether static inputs of linears that have a joint scale are centred channel by channel as well.
         relative_maps: Whether static attention maps are quantized relative to the largest entry of each row, and
             normalised after the product with the values (`modules/relative_maps.py`). Without it one step serves
-            rows that attend to one token and rows that attend to all. Fused kernels do not take it yet.
+            rows that attend to one token and rows that attend to all.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
         storage_dtype: How parameters that stay in float are stored: ``auto`` is float16, or bfloat16 for a tensor that

@@ -29,12 +29,14 @@ class MatmulQuantizers:
         k: Right operand of the scores, `[D, N]`; ``joint_scale`` `[D, 1]` or None.
         attention: Probabilities.
         v: Values.
+        relative: The probabilities are rounded relative to the largest one of their row.
     """
 
     q: MatmulOperand
     k: MatmulOperand
     attention: MatmulOperand
     v: MatmulOperand
+    relative: bool = False
 
     def __post_init__(self) -> None:
         parts = (self.q, self.k, self.attention, self.v)
@@ -70,6 +72,8 @@ class PackedAttention:
         bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of q, k, attention and v; or None.
         left_bits: Width of q and of the probabilities (0 in mode "deploy").
         right_bits: Width of k and v.
+        relative: Whether the probabilities are rounded relative to the largest one of their row, and the product
+            normalised afterwards.
     """
 
     qkv: PackedLinear | None
@@ -86,6 +90,7 @@ class PackedAttention:
     bounds: Tensor | None
     left_bits: int
     right_bits: int
+    relative: bool = False
 
     @property
     def scores(self) -> str:
@@ -141,6 +146,7 @@ def pack_attention(
         None if matmuls is None else _bounds(matmuls),
         0 if matmuls is None else matmuls.q.bits,
         0 if matmuls is None else matmuls.k.bits,
+        matmuls is not None and matmuls.relative,
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton.language as tl
@@ -115,6 +115,8 @@ def _window_cases() -> Iterator[Case]:
     for bits in (2, 3, 4, 8):
         yield _window_case(f"window / swinir-light w{bits}", 60, 6, bits)
     yield _window_case("window / swinir-light paper w4", 60, 6, 4, paper=True)
+    relative = _window_case("window / swinir-light paper relative w4", 60, 6, 4, paper=True)
+    yield replace(relative, arguments=relative.arguments | {"RELATIVE": True})
     yield _window_case("window / swin2sr-light cosine w4", 60, 6, 4, cosine=True)
 
 
@@ -148,7 +150,10 @@ def _attention_cases() -> Iterator[Case]:
         warps = 8 if paper else 4
         arguments |= window_attention.attention_tile(tokens, warps)
         kernel = window_attention.attention_kernel
-        yield Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_warps=warps, num_stages=1)
+        case = Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_warps=warps, num_stages=1)
+        yield case
+        if name == "dat-light 8x32 paper":
+            yield replace(case, name=f"{case.name} relative", arguments=arguments | {"RELATIVE": True})
 
 
 def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, cosine: bool) -> dict[str, Any]:
@@ -159,7 +164,7 @@ def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, co
         "score_scale_ptr": "*fp32", "bias_ptr": "*fp32", "mask_ptr": "*fp32", "factors_ptr": quantizers,
         "bounds_ptr": quantizers, "out_ptr": "*fp16", "masks": "i32",
         "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": head_dim, "PADDED": 16 if head_dim <= 16 and not paper else 32,
-        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
+        "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0, "RELATIVE": False,
         "SCORES": "cosine" if cosine else "scaled", "DTYPE": tl.float16,
     }  # fmt: skip
 

@@ -72,11 +72,11 @@ def restore_attention(tensors: Sequence[Tensor | None], numbers: Sequence[int]) 
         for i in range(len(_LINEARS))
     )  # fmt: skip
     score_scale, bias, factors, bounds = tensors[len(_LINEARS) * count :]
-    heads, head_dim, padded, cosine, scale_after, left_bits, right_bits = numbers[len(_LINEARS) * width :]
+    heads, head_dim, padded, cosine, scale_after, left_bits, right_bits, relative = numbers[len(_LINEARS) * width :]
     assert score_scale is not None
     return PackedAttention(
         qkv, proj, proj_heads, heads, head_dim, padded, score_scale, bool(cosine), bool(scale_after), bias, factors,
-        bounds, left_bits, right_bits,
+        bounds, left_bits, right_bits, bool(relative),
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ For each window and head, with the linears of `operands`::
 
 Mode "deploy" keeps q, k, v and P in 16-bit floats with float32 sums. Mode "paper" quantizes them with static bounds:
 integer contractions with the accumulators and the epilogue of `reference.matmul_epilogue`. There it matters whether the
-queries are scaled before they are rounded ("scaled") or the scores after ("products", "cosine").
+queries are scaled before they are rounded ("scaled") or the scores after ("products", "cosine"). Relative maps
+(`harmoq_ao/modules/relative_maps.py`) round ``exp(S - max S)`` and divide by the sum of what it was rounded to.
 
 Windows of up to 64 tokens go through one kernel, one program a window. Larger ones, up to 256 tokens, take three: the
 qkv linear, attention with one program for each head and 64 queries, which writes codes, and the projection.
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 from harmoq_ao.errors import KernelError
 from harmoq_ao.lowering import reference as integers
+from harmoq_ao.modules.relative_maps import relative_rows, renormalized, row_sums
 
 from . import lowbit_linear, tuning
 from .attention_operands import MAX_KEYS, MAX_TOKENS, PackedAttention
@@ -78,6 +80,7 @@ def window_kernel(
     ACT_BITS2: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
     NORM: tl.constexpr,
     DTYPE: tl.constexpr,
@@ -113,7 +116,7 @@ def window_kernel(
         )  # fmt: skip
         o = _attend(
             q, k, v, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr, bounds_ptr, head, window % masks, tokens,
-            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
+            TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES, DTYPE,
         )  # fmt: skip
         acc = _project(
             o, acc, weight2_ptr, reciprocal2_ptr, offset2_ptr, head, outputs,
@@ -149,6 +152,7 @@ def attention_kernel(
     PADDED: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_BITS: tl.constexpr,
@@ -175,8 +179,8 @@ def attention_kernel(
     else:
         o = _attend_twice(
             q, k_ptr + base, v_ptr + base, key_token_stride, score_scale_ptr, bias_ptr, mask_ptr, factors_ptr,
-            bounds_ptr, head, window % masks, tokens, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, SCORES, DTYPE,
-            BLOCK_N,
+            bounds_ptr, head, window % masks, tokens, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES,
+            DTYPE, BLOCK_N,
         )  # fmt: skip
     channels = head * HEAD_DIM + lanes
     out_at = out_ptr + (window * TOKENS + tokens)[:, None] * (HEADS * HEAD_DIM) + channels[None, :]
@@ -246,6 +250,7 @@ def _attend_twice(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -261,7 +266,8 @@ def _attend_twice(
             SCORES, DTYPE,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(scores, 1))
-        total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
+        if not RELATIVE:
+            total = total * tl.exp2(top - new_top) + tl.sum(tl.exp2(scores - new_top[:, None]), 1)
         top = new_top
     acc, rows, columns = tl.zeros(q.shape, tl.int32), tl.zeros([q.shape[0]], tl.int32), tl.zeros([q.shape[1]], tl.int32)
     for first in range(0, KEYS, BLOCK_N):
@@ -271,13 +277,15 @@ def _attend_twice(
             factors_ptr, bounds_ptr, head, mask_index, tokens, keys, TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS,
             SCORES, DTYPE,
         )  # fmt: skip
-        weights = tl.exp2(scores - top[:, None]) / total[:, None]
+        weights = tl.exp2(scores - top[:, None])
+        if not RELATIVE:
+            weights = weights / total[:, None]
         v = _rows(v_ptr, keys, token_stride, KEYS, HEAD_DIM, q.shape[1])
         left, right = _value_codes(weights, v, bounds_ptr, keys, KEYS, LEFT_BITS, RIGHT_BITS)
         acc = tl.dot(left, right, acc, out_dtype=tl.int32)
         rows += tl.sum(left.to(tl.int32), 1)
         columns += tl.sum(right.to(tl.int32), 0)
-    return _product(acc, rows, columns, bounds_ptr + 8, bounds_ptr + 12, KEYS, LEFT_BITS, RIGHT_BITS)
+    return _value_product(acc, rows, columns, bounds_ptr, KEYS, LEFT_BITS, RIGHT_BITS, RELATIVE)
 
 
 @triton.jit
@@ -333,6 +341,7 @@ def _attend(
     HEAD_DIM: tl.constexpr,
     LEFT_BITS: tl.constexpr,
     RIGHT_BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
     DTYPE: tl.constexpr,
 ) -> tl.tensor:
@@ -346,10 +355,12 @@ def _attend(
     if LEFT_BITS == 0:
         o = tl.dot(weights.to(DTYPE), v.to(DTYPE), input_precision="ieee") / total
     else:
-        left, right = _value_codes(weights / total, v, bounds_ptr, tokens, TOKENS, LEFT_BITS, RIGHT_BITS)
-        o = _product(
+        if not RELATIVE:
+            weights = weights / total
+        left, right = _value_codes(weights, v, bounds_ptr, tokens, TOKENS, LEFT_BITS, RIGHT_BITS)
+        o = _value_product(
             tl.dot(left, right, out_dtype=tl.int32), tl.sum(left.to(tl.int32), 1), tl.sum(right.to(tl.int32), 0),
-            bounds_ptr + 8, bounds_ptr + 12, TOKENS, LEFT_BITS, RIGHT_BITS,
+            bounds_ptr, TOKENS, LEFT_BITS, RIGHT_BITS, RELATIVE,
         )  # fmt: skip
     return o
 
@@ -446,6 +457,26 @@ def _value_codes(
         left = tl.where((keys < KEYS)[None, :], left, 0)
         right = tl.where((keys < KEYS)[:, None], right, 0)
     return left, right
+
+
+@triton.jit
+def _value_product(
+    acc: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    bounds_ptr: tl.tensor,
+    KEYS: tl.constexpr,
+    LEFT_BITS: tl.constexpr,
+    RIGHT_BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
+) -> tl.tensor:
+    """`_product` of the probabilities and v, over the sums of the rounded rows if those are ``RELATIVE``."""
+    o = _product(acc, rows, columns, bounds_ptr + 8, bounds_ptr + 12, KEYS, LEFT_BITS, RIGHT_BITS)
+    if RELATIVE:
+        codes = (rows + (1 << (LEFT_BITS - 1)) * KEYS).to(tl.float32)
+        sums = codes * tl.load(bounds_ptr + 10) + tl.load(bounds_ptr + 11) * KEYS
+        o = o / tl.maximum(sums, 1e-30)[:, None]
+    return o
 
 
 @triton.jit
@@ -640,7 +671,7 @@ def _constants(operands: PackedAttention, tokens: int, compute: torch.dtype) -> 
     return {
         "TOKENS": tokens, "HEADS": operands.heads, "HEAD_DIM": operands.head_dim,
         "PADDED": operands.padded, "LEFT_BITS": operands.left_bits, "RIGHT_BITS": operands.right_bits,
-        "SCORES": operands.scores, "DTYPE": COMPUTE[compute],
+        "RELATIVE": operands.relative, "SCORES": operands.scores, "DTYPE": COMPUTE[compute],
     }  # fmt: skip
 
 
@@ -800,10 +831,12 @@ def _reference_scores(q: Tensor, k: Tensor, operands: PackedAttention) -> Tensor
 def _reference_values(probabilities: Tensor, v: Tensor, operands: PackedAttention) -> Tensor:
     if operands.bounds is None:
         return probabilities @ v
-    bounds = operands.bounds
-    qa = integers.quantize_codes(probabilities, bounds[2, 0], bounds[2, 1], operands.left_bits)
+    bounds, left = operands.bounds, _affine(operands, 2, operands.left_bits)
+    rounded = relative_rows(probabilities) if operands.relative else probabilities
+    qa = integers.quantize_codes(rounded, bounds[2, 0], bounds[2, 1], operands.left_bits)
     qb = integers.quantize_codes(v, bounds[3, 0], bounds[3, 1], operands.right_bits)
-    return integers.matmul(qa, qb, _affine(operands, 2, operands.left_bits), _affine(operands, 3, operands.right_bits))
+    o = integers.matmul(qa, qb, left, _affine(operands, 3, operands.right_bits))
+    return renormalized(o, probabilities, row_sums(qa, left.step, left.lower)) if operands.relative else o
 
 
 def _affine(operands: PackedAttention, row: int, bits: int) -> integers.Affine:

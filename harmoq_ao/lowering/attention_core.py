@@ -136,9 +136,7 @@ def product_quantizers(scores: QuantizedMatmul, values: QuantizedMatmul) -> Any:
     Raises:
         KernelError: The kernels do not compute what the sites do.
     """
-    if values.relative:
-        raise KernelError("its attention map is normalised after the product")
-    return _limits().MatmulQuantizers(*scores.operands(), *values.operands())
+    return _limits().MatmulQuantizers(*scores.operands(), *values.operands(), values.relative)
 
 
 def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_dim: int) -> Any:

@@ -134,10 +134,11 @@ def both_ways(quantized: h.QuantizedModel, image: Tensor) -> tuple[Tensor, Tenso
     twist=st.sampled_from(USUAL),
     masked=st.booleans(),
     bits=st.sampled_from([2, 4, 8]),
+    relative=st.booleans(),
 )
-def test_random_cores(heads: int, bias: bool, twist: str, masked: bool, bits: int) -> None:
+def test_random_cores(heads: int, bias: bool, twist: str, masked: bool, bits: int, relative: bool) -> None:
     torch.manual_seed(0)
-    quantized = quantize(Core(heads, bias, twist), bits, masked)
+    quantized = quantize(Core(heads, bias, twist), bits, masked, relative=relative)
     expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
     assert calls == 1
     assert_same_image(found, expected)
@@ -160,8 +161,9 @@ def test_what_the_kernel_does_not_compute_keeps_its_graph(twist: str) -> None:
 
 @pytest.mark.parametrize("twist", USUAL)
 @pytest.mark.parametrize("masked", [True, False])
-def test_in_the_interpreter(twist: str, masked: bool) -> None:
-    quantized = quantize(Core(2, True, twist), 8, masked)
+@pytest.mark.parametrize("relative", [True, False])
+def test_in_the_interpreter(twist: str, masked: bool, relative: bool) -> None:
+    quantized = quantize(Core(2, True, twist), 8, masked, relative=relative)
     image = torch.rand(1, 3, 8, 8)
     quantized.use_backend("reference")
     expected = quantized(image)
@@ -176,15 +178,6 @@ def test_bounds_per_row_keep_their_graph() -> None:
     assert calls == 0
     assert_same_image(found, expected)
     assert "static bounds" in str(next(low.reason for n, low in quantized.lowerings().items() if n.startswith("core")))
-
-
-def test_maps_that_are_normalised_after_the_product_keep_their_graph() -> None:
-    quantized = quantize(Core(2, True, "scaled queries"), masked=True, relative=True)
-    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
-    assert calls == 0
-    assert_same_image(found, expected)
-    lowerings = quantized.lowerings("cuda")
-    assert "normalised after" in str(next(low.reason for n, low in lowerings.items() if n.startswith("core")))
 
 
 def test_copies_and_loaded_tensors_have_operands_of_their_own() -> None:

@@ -243,7 +243,11 @@ def test_every_architecture_computes_the_same_when_lowered(architecture: Archite
     assert kernels & {"window_attention", "mlp"} == FUSED.get(architecture.name, set())
 
 
-@pytest.mark.parametrize("config", [HarmoqConfig(8, 8), HarmoqConfig(3, 3, "paper")], ids=["deploy", "paper"])
+@pytest.mark.parametrize(
+    "config",
+    [HarmoqConfig(8, 8), HarmoqConfig(3, 3, "paper"), HarmoqConfig(3, 3, "paper", relative_maps=True)],
+    ids=["deploy", "paper", "relative maps"],
+)
 def test_the_same_image_on_every_path(config: HarmoqConfig) -> None:
     """Triton (interpreted), the CPU's own kernels, and plain integers."""
     model, image = converted("SwinIR/light", config), images(1)[0]
@@ -269,11 +273,11 @@ def test_the_report_names_the_kernels_of_a_gpu_without_one() -> None:
     assert "per token" in str(next(low.reason for name, low in dynamic.items() if name.endswith("fc1")))
 
 
-def test_attention_whose_map_is_normalised_after_the_product_is_not_fused() -> None:
+def test_attention_with_relative_maps_is_fused() -> None:
     model = converted("SwinIR/light", HarmoqConfig(4, 4, "paper", relative_maps=True))
-    products = [low for name, low in model.lowerings("cuda").items() if "matmul" in name]
+    products = [low.kernel for name, low in model.lowerings("cuda").items() if "matmul" in name]
     assert products
-    assert all("triton" not in low.kernel and "normalised after" in str(low.reason) for low in products)
+    assert set(products) == {"triton window_attention"}
 
 
 def test_unknown_backends_are_refused() -> None:

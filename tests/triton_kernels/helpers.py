@@ -69,6 +69,7 @@ def random_attention(
     cosine: bool = False,
     scale_after: bool = False,
     bias: bool = True,
+    relative: bool = False,
 ) -> PackedAttention:
     """An attention with 8-bit activations; in mode "paper" all operands of its products have ``8`` bits too."""
     head_dim = channels // heads
@@ -80,6 +81,7 @@ def random_attention(
             MatmulOperand(8, affine(-3.0, 3.0), (1 / joint)[:, None]),
             MatmulOperand(8, affine(0.0, 1.0)),
             MatmulOperand(8, affine(-3.0, 3.0)),
+            relative,
         )
     return pack_attention(
         site(generator, 3 * channels, channels, bits),

@@ -34,6 +34,7 @@ def masks(generator: torch.Generator, count: int, tokens: int) -> Tensor:
 @given(
     seed=SEEDS, tokens=st.integers(1, 80), heads=st.integers(1, 3), head_dim=st.integers(1, 32), bits=BITS,
     cosine=st.booleans(), scale_after=st.booleans(), masked=st.booleans(), norm=st.booleans(), residual=st.booleans(),
+    relative=st.booleans(),
 )  # fmt: skip
 def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     seed: int,
@@ -46,11 +47,11 @@ def test_paper_mode_equals_the_reference_up_to_flipped_codes(
     masked: bool,
     norm: bool,
     residual: bool,
+    relative: bool,
 ) -> None:
     generator = seeded(seed)
-    operands = random_attention(
-        generator, tokens, heads * head_dim, heads, bits, paper=True, cosine=cosine, scale_after=scale_after
-    )
+    twist = {"cosine": cosine, "scale_after": scale_after, "relative": relative}
+    operands = random_attention(generator, tokens, heads * head_dim, heads, bits, paper=True, **twist)
     x = torch.randn(2, tokens, heads * head_dim, generator=generator)
     mask = masks(generator, 2, tokens) if masked else None
     options = {"mask": mask, "eps": 1e-5 if norm else None, "residual": x if residual else None}
@@ -98,13 +99,15 @@ def test_deploy_mode_in_float32_differs_at_ties_only(tokens: int) -> None:
 @few
 @given(
     seed=SEEDS, tokens=st.integers(1, 140), keys=st.integers(1, 140), head_dim=st.integers(1, 32),
-    cosine=st.booleans(), scale_after=st.booleans(), paper=st.booleans(), masked=st.booleans(),
+    cosine=st.booleans(), scale_after=st.booleans(), mode=st.sampled_from(["deploy", "paper", "relative"]),
+    masked=st.booleans(),
 )  # fmt: skip
 def test_attention_of_given_q_k_v(
-    seed: int, tokens: int, keys: int, head_dim: int, cosine: bool, scale_after: bool, paper: bool, masked: bool
+    seed: int, tokens: int, keys: int, head_dim: int, cosine: bool, scale_after: bool, mode: str, masked: bool
 ) -> None:
-    generator = seeded(seed)
-    whole = random_attention(generator, tokens, 2 * head_dim, 2, 4, cosine=cosine, scale_after=scale_after, paper=paper)
+    generator, paper = seeded(seed), mode != "deploy"
+    twist = {"cosine": cosine, "scale_after": scale_after, "paper": paper, "relative": mode == "relative"}
+    whole = random_attention(generator, tokens, 2 * head_dim, 2, 4, **twist)
     q = torch.randn(2, tokens, 2, head_dim, generator=generator)
     k, v = torch.randn(2, 2, keys, 2, head_dim, generator=generator).unbind(1)
     bias = torch.randn(2, tokens, keys, generator=generator)
@@ -114,6 +117,24 @@ def test_attention_of_given_q_k_v(
     error = (o - window_attention.reference_attention(q, k, v, operands, mask=mask)).abs()
     assert error.mean() <= 1e-5
     assert error.max() <= (0.1 if paper else 1e-4)
+
+
+@pytest.mark.parametrize("keys", [48, 100])
+def test_relative_maps_give_every_row_its_own_range(keys: int) -> None:
+    """Entries of a row that attends to all keys alike vanish in 2 bits; relative to their row none does."""
+    generator = seeded(keys)
+    attention = random_attention(generator, 16, 32, 2, 4, paper=True, relative=True, bias=False)
+    assert attention.bounds is not None
+    bounds = attention.bounds.clone()
+    bounds[2] = torch.tensor([3.0, 0.0, 1 / 3, 0.0])  # reciprocal, offset, step and lower bound of 2 bits on 0..1
+    operands = replace(attention, qkv=None, proj=None, proj_heads=None, bounds=bounds, left_bits=2)
+    q = torch.zeros(1, 16, 2, 16)
+    k, v = torch.stack([torch.zeros(1, keys, 2, 16), torch.randn(1, keys, 2, 16, generator=generator)])
+    o = window_attention.launch_attention(q, k, v, operands, compute=torch.float32).view(1, 16, 2, 16)
+    expected = v.clamp(-3, 3).mean(1, keepdim=True).expand_as(o)
+    torch.testing.assert_close(o, expected, atol=0.01, rtol=0)
+    absolute = window_attention.launch_attention(q, k, v, replace(operands, relative=False), compute=torch.float32)
+    assert float(absolute.abs().max()) < 1e-4
 
 
 def test_equals_the_module_of_swinir() -> None:
