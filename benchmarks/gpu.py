@@ -130,11 +130,11 @@ def _check_bits(device: torch.device, bits: int, seed: int) -> Iterator[dict[str
         yield _floats(f"lowbit_linear {shape}", *floats)
         yield _floats(f"mlp {shape}", mlp.launch_mlp(x, *packed), mlp.reference(x, *packed))
     for windows, tokens, channels, heads in WINDOWS:
-        for paper in (True, False):
-            operands = _random_attention(generator, tokens, channels, heads, bits, device, paper)
+        for products in ("paper", "relative maps", "deploy"):
+            operands = _random_attention(generator, tokens, channels, heads, bits, device, products)
             x = torch.randn(windows, tokens, channels, generator=generator).to(device)
             mask = torch.where(torch.rand(windows, tokens, tokens, generator=generator) < 0.3, -100.0, 0.0).to(device)
-            mode = f"{'paper' if paper else 'deploy'}, {windows}x{tokens}x{channels}, {heads} heads, {bits} bits"
+            mode = f"{products}, {windows}x{tokens}x{channels}, {heads} heads, {bits} bits"
             found = window_attention.launch_window_attention(x, operands, mask=mask)
             yield _floats(f"window_attention {mode}", found, window_attention.reference(x, operands, mask=mask))
             yield _check_core(operands, x, mask, mode)
@@ -164,7 +164,7 @@ def _random_linear(
 
 
 def _random_attention(
-    generator: torch.Generator, tokens: int, channels: int, heads: int, bits: int, device: torch.device, paper: bool
+    generator: torch.Generator, tokens: int, channels: int, heads: int, bits: int, device: torch.device, products: str
 ) -> PackedAttention:
     qkv, proj = (_random_linear(generator, rows, channels, bits, device) for rows in (3 * channels, channels))
     levels = (1 << bits) - 1
@@ -173,11 +173,12 @@ def _random_attention(
         step, low = torch.tensor((upper - lower) / levels), torch.tensor(lower)
         return MatmulOperand(bits, Affine(step.to(device), low.to(device), bits))
 
-    products = MatmulQuantizers(bounds(-2.0, 2.0), bounds(-3.0, 3.0), bounds(0.0, 1.0), bounds(-3.0, 3.0))
+    parts = (bounds(-2.0, 2.0), bounds(-3.0, 3.0), bounds(0.0, 1.0), bounds(-3.0, 3.0))
+    matmuls = None if products == "deploy" else MatmulQuantizers(*parts, relative=products == "relative maps")
     scale = torch.full((heads,), (channels // heads) ** -0.5, device=device)
     bias = torch.randn(heads, tokens, tokens, generator=generator).to(device)
     linears = (*qkv, bits), (*proj, bits)
-    return pack_attention(*linears, heads, channels // heads, scale, bias=bias, matmuls=products if paper else None)
+    return pack_attention(*linears, heads, channels // heads, scale, bias=bias, matmuls=matmuls)
 
 
 def _integers(name: str, found: Tensor, expected: Tensor) -> dict[str, Any]:

@@ -62,6 +62,12 @@ def quantize(
     conv_bits: Annotated[int, typer.Option(help="Convolutions; 32 leaves them in float.")] = 32,
     observer: Annotated[str, typer.Option(help="minmax, percentile, mse or histogram.")] = "mse",
     joint_scale: Annotated[str, typer.Option(help="hso, search or none.")] = "hso",
+    relative_maps: Annotated[
+        bool,
+        typer.Option(
+            "--relative-maps", help="Attention maps relative to their rows' largest entries; better in few bits."
+        ),
+    ] = False,
     rule: Annotated[
         list[str] | None, typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins.")
     ] = None,
@@ -103,6 +109,7 @@ def quantize(
         conv_bits=conv_bits,
         observer=observer,
         joint_scale=joint_scale,
+        relative_maps=relative_maps,
         rules=tuple(map(parse_rule, rule or ())),
         seed=seed,
     )

@@ -47,7 +47,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     ),
 }
 """`none`: calibration only. `algorithm`: Algorithm 1 alone. `fast`: minutes on two CPU cores. `standard`: tens of
-minutes. `long`: hours. `best`: for a GPU.
+minutes. `long`: an hour or two. `best`: for a GPU.
 
 Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1: on DAT-light x2 at 2 bits 120 steps
 after it ended at 40.1 dB to the float network on held-out crops, without it at 41.0 dB, although it starts higher."""

@@ -17,10 +17,10 @@ def test_kernels_are_checked_against_their_references(monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu, "WINDOWS", [(2, 9, 12, 2), (2, 70, 12, 2)])
     with interpreted():
         rows = gpu.check_kernels(torch.device("cpu"))
-    assert len(rows) == 8 + 8
+    assert len(rows) == 8 + 12
     assert all(row.get("wrong", 0) == 0 for row in rows)
-    for row in rows:  # a probability at a tie may take the neighbouring code, a fifteenth of its range
-        assert row.get("error", 0.0) < (0.2 if "attention paper" in row["check"] else 0.02), row
+    for row in rows:  # a probability, or an input of the projection, at a tie may take the neighbouring code of 16
+        assert row.get("error", 0.0) < (0.2 if "attention" in row["check"] else 0.02), row
 
 
 def test_contenders_take_turns_and_failures_are_results(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,19 @@ def test_attention_maps_are_those_of_the_model(calibrated: h.PreparedModel) -> N
     assert any(torch.allclose(product, first.maps["float"], atol=1e-5) for product in products)
     with pytest.raises(ConfigError, match="matmul_9"):
         inspection.compare_attention(exact, {}, image, "blocks.0::matmul_9")
+
+
+def test_relative_maps_are_shown_as_they_weigh_the_values(calibrated: h.PreparedModel) -> None:
+    """After rounding rows still sum to one; those that share one step do not."""
+    image = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(5))
+    exact = h.prepare_harmoq(load_transformer(), calibrated.config)
+    config = replace(calibrated.config, relative_maps=True)
+    relative = h.calibrate(h.prepare_harmoq(load_transformer(), config), [image])
+    maps = inspection.compare_attention(exact, {"shared": calibrated, "relative": relative}, image)
+    assert maps is not None
+    torch.testing.assert_close(maps.maps["relative"].sum(1), torch.ones(16))
+    assert float((maps.maps["shared"].sum(1) - 1).abs().max()) > 1e-3
+    torch.testing.assert_close(maps.maps["relative"], maps.maps["float"], atol=0.02, rtol=0.0)
 
 
 def test_errors_and_changes_are_zero_for_the_float_model(calibrated: h.PreparedModel) -> None:

@@ -90,6 +90,18 @@ def test_histograms_are_of_the_quantizers_own_domain() -> None:
     assert histogram.low == pytest.approx(min(float(expected.min()), (histogram.bounds or (0, 0))[0]))
 
 
+def test_histograms_of_relative_maps_are_within_their_rows_range() -> None:
+    model = converted("SwinIR/light", replace(PAPER, relative_maps=True))
+    names = [name for name, site in model.sites().items() if getattr(site, "relative", False)]
+    assert names
+    with recorded(model, names) as found:
+        model(images(1)[0])
+    for left, _ in found.values():
+        assert left.bounds == pytest.approx((0, 1), abs=1e-3)
+        assert left.low >= 0
+        assert left.counts[-1] > 0  # every row has an entry of one
+
+
 def test_the_worst_sites_come_lowest_first() -> None:
     rows = converted("SwinIR/light", PAPER).report().rows
     worst = worst_sites(rows, 5)

@@ -1,0 +1,143 @@
+"""Fake-quantization compiled into fused kernels: the same values and gradients, and what happens without a compiler."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harmoq_ao import fused_rounding as fusing
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.fused_rounding import fused_rounding, is_fused
+from harmoq_ao.harmonize.refine import RefineSettings, refine
+from harmoq_ao.quantizer import fake_quantize
+from tests.harmonize.helpers import crops
+from tests.models import calibrated
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(
+    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture
+def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What torch.compile traces is run as it is: no C++, which takes seconds for every shape."""
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **{**options, "backend": "aot_eager"}))
+    for cached in (fusing.compiled, fusing.why_not):
+        cached.cache_clear()
+    yield
+    for cached in (fusing.compiled, fusing.why_not):
+        cached.cache_clear()
+
+
+def operands() -> dict[str, list[Tensor | None]]:
+    """Operand, bounds, joint scale and shift: an input, a weight by rows, and a transposed matmul operand."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.rand(12, generator=generator) + 0.5
+    wide = torch.randn(2, 9, 12, generator=generator) * 2
+    rows = torch.ones(7, 1)
+    return {
+        "input": [wide, torch.tensor(-1.7), torch.tensor(2.1), scale, torch.randn(12, generator=generator)],
+        "weight": [torch.randn(7, 12, generator=generator), -rows, rows, scale, None],
+        "transposed": [wide.transpose(1, 2), torch.tensor(-1.0), torch.tensor(1.5), scale[:, None], None],
+        "map": [wide.softmax(-1), torch.tensor(0.0), torch.tensor(0.3), None, None],
+    }
+
+
+def results(given: list[Tensor | None], upstream: Tensor, needed: int = 31) -> tuple[Tensor, list[Tensor]]:
+    """Value and gradients; bit `i` of `needed` asks for that of operand `i`."""
+    leaves = [t if t is None else t.detach().clone().requires_grad_(bool(needed >> i & 1)) for i, t in enumerate(given)]
+    x, lo, hi, scale, shift = leaves
+    assert x is not None
+    assert lo is not None
+    assert hi is not None
+    value = fake_quantize(x, lo, hi, 3, scale, shift)
+    value.backward(upstream)
+    return value.detach(), [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["input", "weight", "transposed", "map"])
+@pytest.mark.parametrize("needed", [31, 1, 30, 6])
+def test_values_are_the_same_bits_and_gradients_the_same_sums(kind: str, needed: int, without_code: None) -> None:
+    given = operands()[kind]
+    assert given[0] is not None
+    upstream = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+    value, gradients = results(given, upstream, needed)
+    with fused_rounding(CPU) as on:
+        assert on
+        assert is_fused()
+        fused_value, fused_gradients = results(given, upstream, needed)
+    assert not is_fused()
+    assert torch.equal(fused_value, value)
+    assert len(fused_gradients) == len(gradients)
+    for found, expected in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@needs_compiler
+def test_with_the_compilers_code() -> None:
+    given = operands()["input"]
+    assert given[0] is not None
+    upstream = torch.ones_like(given[0])
+    value, gradients = results(given, upstream)
+    with fused_rounding(CPU) as on:
+        assert on
+        fused_value, fused_gradients = results(given, upstream)
+    assert torch.equal(fused_value, value)
+    for found, expected in zip(fused_gradients, gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_precision_keeps_its_type(without_code: None) -> None:
+    x = torch.randn(5, 6).bfloat16().requires_grad_()
+    with fused_rounding(CPU):
+        value = fake_quantize(x, torch.tensor(-1.0), torch.tensor(1.0), 4)
+        value.sum().backward()
+    assert value.dtype == torch.bfloat16
+    assert x.grad is not None
+    assert x.grad.dtype == torch.bfloat16
+
+
+def test_refinement_ends_where_it_does_without(without_code: None) -> None:
+    losses = []
+    for fused in (False, True):
+        prepared = calibrated("SwinIR/light", HarmoqConfig(4, 4, "paper"))
+        losses.append(refine(prepared, crops(4), RefineSettings(steps=2, checks=1, fused=fused)).losses)
+        assert not is_fused()
+    assert losses[1][0] == pytest.approx(losses[0][0], rel=1e-6)
+    assert losses[1][1] == pytest.approx(losses[0][1], rel=0.02)  # after a step of Adam, which takes signs
+
+
+def test_without_a_compiler_a_warning_says_so_and_nothing_else_changes(tmp_path: Path) -> None:
+    program = """
+        import torch, warnings
+        from harmoq_ao.fused_rounding import fused_rounding, is_fused
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with fused_rounding(torch.device("cpu")) as on:
+                print(on, is_fused())
+        print(*(str(w.message) for w in caught if "Fake-quantizers" in str(w.message)))
+    """
+    missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    run = subprocess.run(command, env={**os.environ, **missing}, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("False False\nFake-quantizers are not fused")
+    assert "no-compiler" in run.stdout
+    assert len(run.stdout.splitlines()) == 2
+
+
+def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fusing, "why_not", lambda device_type: pytest.fail("asked"))
+    with fused_rounding(CPU, enabled=False) as on:
+        assert not on
+        assert not is_fused()
