@@ -10,12 +10,13 @@ SOURCES := $(wildcard harmoq_ao recipes triton_kernels benchmarks tests)
 # One thread per test worker: two workers with two threads each are slower than two with one.
 SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test check format bench bench-gpu clean
+.PHONY: help install demo test test-all check format bench bench-gpu clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     quantize a pretrained model to 8 and 4 bits, compare, write pictures to demo_output/'
 	@echo 'make test     run the tests                   (ARGS="-k packing" is passed on to pytest)'
+	@echo 'make test-all run the slow ones as well       (half as long again)'
 	@echo 'make check    ruff and mypy'
 	@echo 'make format   let ruff format and fix the sources'
 	@echo 'make bench    run the CPU benchmarks of linears and of the model'
@@ -45,6 +46,9 @@ demo: $(STAMP)
 	$(BIN)/harmoq demo $(ARGS)
 
 test: $(STAMP)
+	$(SINGLE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
 	$(SINGLE_THREAD) $(BIN)/python -m pytest -n auto --maxprocesses 8 $(ARGS)
 
 check: $(STAMP)

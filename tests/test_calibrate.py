@@ -209,7 +209,9 @@ def _observed_bytes(prepared: h.PreparedModel) -> int:
     return sum(q.observer.nbytes for m in prepared.sites() for q in m.quantizers() if q.observer is not None)
 
 
-@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "histogram"])
+@pytest.mark.parametrize(
+    "observer", ["minmax", *(pytest.param(name, marks=pytest.mark.slow) for name in ("percentile", "mse", "histogram"))]
+)
 def test_statistics_of_200_crops_take_the_memory_of_20(observer: Any) -> None:
     prepared = prepare("SwinIR/light", HarmoqConfig(4, 4, "paper", observer=observer))
     for image in images(20, (32, 32)):
@@ -230,6 +232,7 @@ sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="resource is of Unix")
 def test_peak_memory_of_200_crops_is_at_most_a_fifth_above_that_of_20() -> None:
     def peak(crops: int) -> int:

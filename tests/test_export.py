@@ -32,7 +32,7 @@ def _calls(module: torch.fx.GraphModule, target: Any) -> int:
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT"])
+@pytest.mark.parametrize("name", ["SwinIR/light", pytest.param("DAT", marks=pytest.mark.slow)])
 def test_an_exported_program_computes_the_same(name: str, config: HarmoqConfig) -> None:
     model = converted(name, config)
     image = images(1)[0]

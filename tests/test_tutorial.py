@@ -12,6 +12,7 @@ nbformat = pytest.importorskip("nbformat")
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.ipynb"
 
 
+@pytest.mark.slow
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("ipykernel", reason="notebooks need a kernel")
     notebook = nbformat.read(TUTORIAL, as_version=4)

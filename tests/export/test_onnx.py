@@ -121,6 +121,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_free_sizes_are_said_only_where_they_hold(tmp_path: Path) -> None:
     prepared = h.calibrate(h.prepare_harmoq(build("SwinIR/light")), images(1, (24, 24)))
     model = h.convert_harmoq(prepared)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.data import image_size, load_image
 from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
@@ -15,6 +17,7 @@ COUNT = 300
 TAIL = 16  # bytes of what stood in a target's place before
 
 
+@pytest.mark.slow
 def test_no_output_is_partial(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()

@@ -40,7 +40,13 @@ def _calls(graph: torch.fx.GraphModule) -> Counter[str]:
     return Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
 
 
-@pytest.mark.parametrize(("name", "bits"), [("SwinIR/light", 2), ("SwinIR/light", 8), ("DAT", 8), ("HAT", 4)])
+@pytest.mark.parametrize(
+    ("name", "bits"),
+    [
+        ("SwinIR/light", 8),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("SwinIR/light", 2), ("DAT", 8), ("HAT", 4))),
+    ],
+)
 def test_the_same_numbers_at_every_size(name: str, bits: int, without_code: None) -> None:
     model = converted(name, HarmoqConfig(bits, bits))
     fast = compile_model(model)
@@ -134,6 +140,7 @@ def test_attention_is_the_same_by_the_operator() -> None:
     assert torch.equal(found, fused_attention(q, k, v, *terms))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_compiled_code_computes_the_same() -> None:
     model = converted("SwinIR/light", HarmoqConfig(8, 8))

@@ -17,7 +17,10 @@ from harmoq_ao.triton_kernels.compile_gate import Measured
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("architecture", compile_gate.ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.slow) for name in compile_gate.ARCHITECTURES],
+)
 def test_all_kernels_compile_within_their_budgets(architecture: str) -> None:
     # In a process of its own: compiling needs Triton as it is, without the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
