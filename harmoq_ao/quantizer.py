@@ -168,8 +168,7 @@ def quantize(
     x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None = None, shift: Tensor | None = None
 ) -> Tensor:
     """Codes of ``(x - shift) / scale``, uint8 in ``0 .. 2**bits - 1``; all bounds and vectors broadcast against `x`."""
-    factor, offset = affine_form(lo, hi, bits, scale, shift)
-    return (widen(x) * factor).add_(offset).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    return _position(x, lo, hi, bits, scale, shift).round_().clamp_(0, 2**bits - 1).to(torch.uint8)
 
 
 def dequantize(codes: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:

@@ -65,7 +65,8 @@ def quantize(
     relative_maps: Annotated[
         bool,
         typer.Option(
-            "--relative-maps", help="Attention maps relative to their rows' largest entries; better in few bits."
+            "--relative-maps",
+            help="Attention maps relative to their rows' largest entries, where products are quantized.",
         ),
     ] = False,
     rule: Annotated[
