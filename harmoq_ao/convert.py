@@ -25,7 +25,7 @@ from harmoq_ao.lowering.survey import Lowering, survey
 from harmoq_ao.lowering.window_attention import LoweredAttention, lower_attention
 from harmoq_ao.modules.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.modules.quantized import QuantizedSite, quantize_site
-from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_module
+from harmoq_ao.prepare import ModelTraits, PreparedModel, replace_modules
 from harmoq_ao.report import Report, SiteRow, prepared_report, quantized_report
 from harmoq_ao.tracing import Variant, finish_graphs, is_island, island_state
 
@@ -193,12 +193,14 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
 def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite]) -> None:
     """Put a quantized module at every prepared site with a quantizer, and release float weights nobody else reads."""
     shared: list[Tensor] = []
-    for module in [m for m in model.modules() if isinstance(m, PreparedSite)]:
-        if not module.quantizers():
+    swaps: dict[nn.Module, nn.Module] = {}
+    for module in model.modules():
+        if not isinstance(module, PreparedSite) or not module.quantizers():
             continue
         if isinstance(module, PreparedLinear) and "::" in module.site.name and module.right is not None:
             shared.append(module.weight)
-        replace_module(model, module, make(module))
+        swaps[module] = make(module)
+    replace_modules(model, swaps)
     _release(model, shared)
 
 

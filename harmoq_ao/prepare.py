@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.data import check_image_tensor
-from harmoq_ao.errors import HarmoqError, InputError, SavedModelError, TraceError
+from harmoq_ao.errors import InputError, SavedModelError, TraceError
 from harmoq_ao.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.first_runs import Run, first_runs, run
 from harmoq_ao.history import History
 from harmoq_ao.modules.forms import MatmulForm
 from harmoq_ao.modules.prepared import (
@@ -35,7 +36,6 @@ from harmoq_ao.tracing import (
     Contraction,
     Discovery,
     IslandState,
-    discover,
     einsum_form,
     is_island,
     island_state,
@@ -47,8 +47,6 @@ from harmoq_ao.zoo import LoadedModel, architecture_spec
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLE_SIZE = (64, 64)
-_SECOND_SIZE = (48, 72)
 _MATMULS = ("matmul", "bmm", "mm", "baddbmm", "einsum")
 
 
@@ -161,23 +159,18 @@ def prepare_harmoq(
     """
     config = config or HarmoqConfig()
     copied = _float_copy(model)
-    examples = _examples(copied, example_inputs)
     with torch.no_grad():
-        expected = [_run(copied, e) for e in examples]
-        prepared = PreparedModel(copied, config, _traits(model, copied, examples[0], expected[0]))
-        prepared.example_shapes = [tuple(e.shape) for e in examples]
-        found = discover(copied, *((example,) for example in examples))
-        fixed = _image_independent(copied, examples[0])
-        _make_islands(prepared, found, strict)
-        _swap_modules(prepared, found, fixed)
-        _measure(prepared, examples)
-        _report_unreached(prepared, found)
-        for example, output in zip(examples, expected, strict=True):
-            _check_equal(prepared, example, output)
+        first = first_runs(copied, example_inputs)
+        prepared = PreparedModel(copied, config, _traits(model, copied, *first.runs[0]))
+        prepared.example_shapes = [tuple(example.shape) for example, _ in first.runs]
+        _make_islands(prepared, first.found, strict)
+        _swap_modules(prepared, first.found, first.fixed)
+        _measure(prepared, first.runs)
+        _report_unreached(prepared, first.found)
     names = [(m.site.name, m.site.kind) for m in prepared.sites()]
     config.check_rules(names + [(f.name, f.kind) for f in prepared.floats])
     for module in prepared.sites():
-        attach_quantizers(module, config, examples[0].device)
+        attach_quantizers(module, config, first.runs[0].example.device)
     return prepared
 
 
@@ -280,103 +273,6 @@ def _traits(given: Any, model: nn.Module, example: Tensor, output: Any) -> Model
         getattr(given, "size_minimum", 0) if not isinstance(given, nn.Module) else 0,
         architecture,
     )
-
-
-def _examples(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> list[Tensor]:
-    if isinstance(given, Tensor):
-        return [_checked_example(given)]
-    if given is not None:
-        if not isinstance(given, (list, tuple)) or not given:
-            raise InputError(
-                "example_inputs holds no image",
-                found="nothing" if isinstance(given, (list, tuple)) else type(given).__name__,
-                expected="one image batch [B, C, H, W], or a list of some",
-            )
-        return [_checked_example(e) for e in given]
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    channels = 3 if first is None else _input_channels(model, first)
-    parameter = next(model.parameters(), torch.empty(0))
-    images = [_random_image(channels, size, parameter, seed) for seed, size in enumerate((_EXAMPLE_SIZE, _SECOND_SIZE))]
-    return images[: 2 if _accepts(model, images[1]) else 1]
-
-
-def _input_channels(model: nn.Module, first: nn.Conv2d) -> int:
-    declared = getattr(model, "hyperparameters", {}).get("in_chans")
-    return declared if isinstance(declared, int) else first.in_channels
-
-
-def _random_image(channels: int, size: tuple[int, int], like: Tensor, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(1, channels, *size, generator=generator).to(like.device, like.dtype)
-
-
-def _checked_example(example: Tensor) -> Tensor:
-    check_image_tensor(example)
-    return example
-
-
-def _accepts(model: nn.Module, image: Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            model(image)
-    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
-        logger.debug("the model does not take %s: %s", tuple(image.shape), error)
-        return False
-    return True
-
-
-def _run(model: nn.Module, image: Tensor) -> Any:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return model(image)
-    except HarmoqError:
-        raise
-    except Exception as error:
-        raise InputError(
-            "The float model does not run on the example",
-            found=f"{tuple(image.shape)} -> {type(error).__name__}: {error}",
-            remedy="pass example_inputs the model takes",
-        ) from error
-
-
-def _check_equal(prepared: PreparedModel, example: Tensor, expected: Any) -> None:
-    with quiet():
-        actual = _run(prepared.model, example)
-    if not same_values(expected, actual):
-        raise TraceError("The prepared model differs from the original", remedy="report this architecture")
-
-
-# --- what does not depend on the image --------------------------------------------------------------------------------
-
-
-def _image_independent(model: nn.Module, example: Tensor) -> set[str]:
-    """Linear modules whose input is the same for two different images of one size (position-bias networks)."""
-    generator = torch.Generator().manual_seed(1)
-    other = example + 0.25 + 0.5 * torch.rand(example.shape, generator=generator).to(example)  # differs everywhere
-    first, second = (_input_prints(model, image) for image in (example, other))
-    return {name for name, seen in first.items() if second.get(name) == seen}
-
-
-def _input_prints(model: nn.Module, image: Tensor) -> dict[str, list[tuple[Any, ...]]]:
-    prints: dict[str, list[tuple[Any, ...]]] = {}
-
-    def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach().double()
-            prints.setdefault(name, []).append((tuple(x.shape), x.sum().item(), x.square().sum().item()))
-
-        return record
-
-    handles = [
-        m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if type(m) in (nn.Linear, nn.Conv2d)
-    ]
-    try:
-        _run(model, image)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return prints
 
 
 # --- sites ------------------------------------------------------------------------------------------------------------
@@ -482,17 +378,23 @@ def _make_islands(prepared: PreparedModel, found: Discovery, strict: bool) -> No
 
 
 def _swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) -> None:
+    swaps: dict[nn.Module, nn.Module] = {}
     for name in found.calls:
         module = prepared.model.get_submodule(name)
+        if module in swaps:
+            continue  # one module under two names
         if type(module) is nn.Linear:
             if name in fixed:
                 reason = "does not depend on the image; folded to a constant at convert"
                 prepared.floats.append(FloatSite(name, "linear", reason))
                 continue
             site = Site(name, name, "linear", tuple(module.weight.shape))
-            replace_module(prepared.model, module, PreparedLinear(site, module.weight, module.bias))
+            swaps[module] = PreparedLinear(site, module.weight, module.bias)
         elif isinstance(module, nn.Conv2d):
-            _swap_conv(prepared, name, module, found.macs.get(name, 0))
+            site_or_none = _prepared_conv(prepared, name, module, found.macs.get(name, 0))
+            if site_or_none is not None:
+                swaps[module] = site_or_none
+    replace_modules(prepared.model, swaps)
 
 
 def _report_unreached(prepared: PreparedModel, found: Discovery) -> None:
@@ -503,35 +405,44 @@ def _report_unreached(prepared: PreparedModel, found: Discovery) -> None:
             prepared.floats.append(FloatSite(name, "linear", "no example image reached it"))
 
 
-def _swap_conv(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> None:
+def _prepared_conv(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> PreparedConv2d | None:
+    """The site of a convolution; None, and a line in the report, where it stays float."""
     reason = prepared.config.settings(name, "conv2d").reason
     if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
         reason = f"padding {conv.padding_mode!r} / {conv.padding!r} has no integer form"
     if reason is not None:
         prepared.floats.append(FloatSite(name, "conv2d", reason, macs))
-        return
-    site = Site(name, name, "conv2d", tuple(conv.weight.shape))
-    replace_module(prepared.model, conv, PreparedConv2d(site, conv))
+        return None
+    return PreparedConv2d(Site(name, name, "conv2d", tuple(conv.weight.shape)), conv)
 
 
-def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put `new` wherever `old` is registered (modules may be shared)."""
+def replace_modules(model: nn.Module, swaps: dict[nn.Module, nn.Module]) -> None:
+    """Put the new modules wherever the old ones are registered (modules may be shared).
+
+    Args:
+        model: Changed in place.
+        swaps: New modules by old ones.
+    """
     for parent in list(model.modules()):
-        for name, child in list(parent._modules.items()):
-            if child is old:
-                parent._modules[name] = new
+        for name, child in parent._modules.items():
+            if child in swaps:
+                parent._modules[name] = swaps[child]
 
 
-def _measure(prepared: PreparedModel, examples: list[Tensor]) -> None:
-    """Trace every island, and learn execution order, multiply-accumulates and which lengths depend on the image."""
+def _measure(prepared: PreparedModel, runs: list[Run]) -> None:
+    """Trace every island; learn execution order, multiply-accumulates and which lengths depend on the image.
+
+    Raises:
+        TraceError: The prepared model differs from the original.
+    """
     with quiet():
-        for example in examples:
-            _run(prepared.model, example)  # traces
-    with quiet(), _site_hooks(prepared, first=True):
-        _run(prepared.model, examples[0])
-    for example in examples[1:]:
-        with quiet(), _site_hooks(prepared, first=False):
-            _run(prepared.model, example)
+        for first in runs:
+            run(prepared.model, first.example)  # traces
+    for index, first in enumerate(runs):
+        with quiet(), _site_hooks(prepared, first=index == 0):
+            output = run(prepared.model, first.example)
+        if not same_values(first.output, output):
+            raise TraceError("The prepared model differs from the original", remedy="report this architecture")
     for module in prepared.model.modules():
         if is_island(module):
             state = island_state(module)

@@ -10,7 +10,7 @@ Reading order: ``contractions`` (what is looked for), ``proxies`` and ``namespac
 """
 
 from harmoq_ao.tracing.contractions import Contraction, einsum_form
-from harmoq_ao.tracing.discovery import Discovery, discover
+from harmoq_ao.tracing.discovery import Discovery, discovering
 from harmoq_ao.tracing.island import IslandState, finish_graphs, is_island, island_state, make_island, same_values
 from harmoq_ao.tracing.proxies import GuardFailed
 from harmoq_ao.tracing.tracer import IslandTracer, Variant, trace_island
@@ -22,7 +22,7 @@ __all__ = [
     "IslandState",
     "IslandTracer",
     "Variant",
-    "discover",
+    "discovering",
     "einsum_form",
     "finish_graphs",
     "is_island",

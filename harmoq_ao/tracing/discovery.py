@@ -19,7 +19,7 @@ SITE_MODULES = (nn.Linear, nn.Conv2d)
 
 @dataclass
 class Discovery:
-    """What one forward showed.
+    """What one forward showed, or several.
 
     Args:
         islands: Qualified names of modules that issue contractions other than convolutions themselves.
@@ -30,6 +30,12 @@ class Discovery:
     islands: list[str] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     macs: dict[str, int] = field(default_factory=dict)
+
+    def add(self, later: Discovery) -> None:
+        """Add what another run showed that this one did not."""
+        self.islands += [name for name in later.islands if name not in self.islands]
+        self.calls = later.calls | self.calls
+        self.macs = later.macs | self.macs
 
 
 class _Recorder(TorchFunctionMode):
@@ -54,23 +60,17 @@ class _Recorder(TorchFunctionMode):
         return output
 
 
-def discover(model: nn.Module, *examples: tuple[Any, ...]) -> Discovery:
-    """Run the model on each example and record who contracts what; calls and multiply-accumulates are the first's.
+@contextmanager
+def discovering(model: nn.Module) -> Iterator[Discovery]:
+    """Within, what a run of the model shows is recorded.
 
     Args:
         model: The float model, in evaluation mode.
-        examples: Positional arguments of the model, one tuple per run.
     """
-    total = Discovery()
-    for args in examples:
-        found = Discovery()
-        stack: list[tuple[str, nn.Module]] = []
-        with _module_stack(model, stack, found), _Recorder(stack, found), torch.no_grad():
-            model(*args)
-        total.islands += [name for name in found.islands if name not in total.islands]
-        total.calls = found.calls | total.calls
-        total.macs = found.macs | total.macs
-    return total
+    found = Discovery()
+    stack: list[tuple[str, nn.Module]] = []
+    with _module_stack(model, stack, found), _Recorder(stack, found):
+        yield found
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmoq_ao.tracing import discover
+from harmoq_ao.tracing import Discovery, discovering
 
 
 class _Attention(nn.Module):
@@ -43,9 +43,18 @@ class _Model(nn.Module):
         return F.linear(self.large(self.twice(self.twice(x))), self.weight)
 
 
+def discover(model: nn.Module, *images: Tensor) -> Discovery:
+    total = Discovery()
+    for image in images:
+        with discovering(model) as found:
+            model(image)
+        total.add(found)
+    return total
+
+
 def test_islands_calls_and_macs() -> None:
     model = _Model().eval()
-    found = discover(model, (torch.rand(2, 5, 8),))
+    found = discover(model, torch.rand(2, 5, 8))
     assert found.islands == ["attention", ""]
     assert found.calls == {"image": 1, "attention.qkv": 1, "twice": 2}
     assert found.macs["attention.qkv"] == 2 * 5 * 8 * 24
@@ -55,7 +64,7 @@ def test_islands_calls_and_macs() -> None:
 
 
 def test_further_examples_add_islands() -> None:
-    found = discover(_Model().eval(), (torch.rand(2, 5, 8),), (torch.rand(1, 9, 8),))
+    found = discover(_Model().eval(), torch.rand(2, 5, 8), torch.rand(1, 9, 8))
     assert found.islands == ["attention", "", "large"]
     assert found.macs["attention.qkv"] == 2 * 5 * 8 * 24  # of the first example
 
@@ -63,14 +72,14 @@ def test_further_examples_add_islands() -> None:
 def test_shared_modules_are_one() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     model.append(model[0])
-    assert discover(model, (torch.rand(3, 4),)).calls == {"0": 2}
+    assert discover(model, torch.rand(3, 4)).calls == {"0": 2}
 
 
 def test_hooks_are_gone_afterwards_even_after_an_error() -> None:
     model = _Model().eval()
     with pytest.raises(RuntimeError):
-        discover(model, (torch.rand(2, 5, 7),))
-    discover(model, (torch.rand(2, 5, 8),))
+        discover(model, torch.rand(2, 5, 7))
+    discover(model, torch.rand(2, 5, 8))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
@@ -84,4 +93,4 @@ def test_a_multihead_attention_is_an_island() -> None:
             result: Tensor = self.attention(x, x, x, need_weights=False)[0]
             return result
 
-    assert discover(Model().eval(), (torch.rand(2, 5, 8),)).islands == ["attention"]
+    assert discover(Model().eval(), torch.rand(2, 5, 8)).islands == ["attention"]
