@@ -117,9 +117,10 @@ class Reservoir:
         held = len(self._keys)
         merged = np.concatenate((self._keys, keys))
         size = min(len(merged), self.capacity)
-        kept = np.argpartition(merged, size - 1)[:size] if size < len(merged) else np.arange(size)
-        entering = np.sort(kept[kept >= held])
-        free = np.setdiff1d(np.arange(size), kept[kept < held], assume_unique=True)
+        kept = _smallest(merged, size)
+        entering = held + np.flatnonzero(kept[held:])
+        kept[held:] = False  # slots beyond those held are free
+        free = np.flatnonzero(~kept[:size])
         self._keys = np.concatenate((self._keys, np.empty(size - held)))
         self._keys[free] = merged[entering]
         return free, entering - held
@@ -135,3 +136,14 @@ class Reservoir:
         else:
             picked = rows_of[torch.unravel_index(index, rows_of.shape[:-1])]
         return picked.view(-1, *self._items.shape[1:])
+
+
+def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
+    """Mask of the `count` smallest keys."""
+    if count >= len(keys):
+        return np.ones(len(keys), dtype=bool)
+    mask: np.ndarray = keys <= np.partition(keys, count - 1)[count - 1]
+    if np.count_nonzero(mask) != count:  # equal keys at the border
+        mask[:] = False
+        mask[np.argpartition(keys, count - 1)[:count]] = True
+    return mask

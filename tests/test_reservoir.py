@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.reservoir import Reservoir
+from harmoq_ao.reservoir import Reservoir, _smallest
 
 CPU = torch.device("cpu")
 
@@ -98,3 +99,12 @@ def test_flattened_rows_go_on_as_single_values() -> None:
     assert partial.capacity == len(partial.items()) == 200
     partial.add(torch.ones(400))
     assert 60 < int(partial.items().sum()) < 140
+
+
+@given(keys=st.lists(st.integers(0, 5), min_size=1, max_size=40), count=st.integers(1, 50))
+def test_the_smallest_keys_also_where_some_are_equal(keys: list[int], count: int) -> None:
+    values = np.array(keys, dtype=float)
+    mask = _smallest(values, count)
+    expected = min(count, len(keys))
+    assert mask.sum() == expected
+    assert sorted(values[mask]) == sorted(keys)[:expected]
