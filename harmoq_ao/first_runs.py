@@ -68,7 +68,8 @@ def first_runs(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> Fir
                 raise
             logger.debug("the model does not take %s: %s", tuple(example.shape), error.__cause__)
             continue
-        prints = prints if runs else seen
+        if not runs:
+            prints = seen
         runs.append(Run(example, output))
         found.add(shown)
     return FirstRuns(runs, found, _image_independent(model, runs[0].example, prints))

@@ -381,19 +381,13 @@ def _swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) ->
     swaps: dict[nn.Module, nn.Module] = {}
     for name in found.calls:
         module = prepared.model.get_submodule(name)
-        if module in swaps:
-            continue  # one module under two names
+        site: PreparedSite | None = None
         if type(module) is nn.Linear:
-            if name in fixed:
-                reason = "does not depend on the image; folded to a constant at convert"
-                prepared.floats.append(FloatSite(name, "linear", reason))
-                continue
-            site = Site(name, name, "linear", tuple(module.weight.shape))
-            swaps[module] = PreparedLinear(site, module.weight, module.bias)
+            site = _linear_site(prepared, name, module, name in fixed)
         elif isinstance(module, nn.Conv2d):
-            site_or_none = _prepared_conv(prepared, name, module, found.macs.get(name, 0))
-            if site_or_none is not None:
-                swaps[module] = site_or_none
+            site = _conv_site(prepared, name, module, found.macs.get(name, 0))
+        if site is not None:
+            swaps[module] = site
     replace_modules(prepared.model, swaps)
 
 
@@ -405,7 +399,16 @@ def _report_unreached(prepared: PreparedModel, found: Discovery) -> None:
             prepared.floats.append(FloatSite(name, "linear", "no example image reached it"))
 
 
-def _prepared_conv(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> PreparedConv2d | None:
+def _linear_site(prepared: PreparedModel, name: str, linear: nn.Linear, fixed: bool) -> PreparedLinear | None:
+    """The site of a linear layer; None, and a line in the report, where its input does not depend on the image."""
+    if fixed:
+        reason = "does not depend on the image; folded to a constant at convert"
+        prepared.floats.append(FloatSite(name, "linear", reason))
+        return None
+    return PreparedLinear(Site(name, name, "linear", tuple(linear.weight.shape)), linear.weight, linear.bias)
+
+
+def _conv_site(prepared: PreparedModel, name: str, conv: nn.Conv2d, macs: int) -> PreparedConv2d | None:
     """The site of a convolution; None, and a line in the report, where it stays float."""
     reason = prepared.config.settings(name, "conv2d").reason
     if reason is None and (conv.padding_mode != "zeros" or isinstance(conv.padding, str)):
@@ -436,12 +439,12 @@ def _measure(prepared: PreparedModel, runs: list[Run]) -> None:
         TraceError: The prepared model differs from the original.
     """
     with quiet():
-        for first in runs:
-            run(prepared.model, first.example)  # traces
-    for index, first in enumerate(runs):
+        for example, _ in runs:
+            run(prepared.model, example)  # traces
+    for index, (example, expected) in enumerate(runs):
         with quiet(), _site_hooks(prepared, first=index == 0):
-            output = run(prepared.model, first.example)
-        if not same_values(first.output, output):
+            output = run(prepared.model, example)
+        if not same_values(expected, output):
             raise TraceError("The prepared model differs from the original", remedy="report this architecture")
     for module in prepared.model.modules():
         if is_island(module):
