@@ -1,7 +1,9 @@
 """Arithmetic of the fake-quantizers fused by `torch.compile`, for the many steps of a refinement.
 
-In plain torch a round trip and its gradient are some twenty passes over an operand; fused, they are one each. Values
-are the same bits on a CPU; the gradients of bounds, scales and shifts are the same sums in another order.
+In plain torch a round trip and its gradient are some twenty passes over an operand; fused, they are one each. That pays
+for attention maps, which no cache holds; smaller operands stay in plain torch, whose passes cost little there, while
+each of their many shapes would have to be compiled. Values are the same bits on a CPU; the gradients of bounds, scales
+and shifts are the same sums in another order.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import ParamSpec, TypeVar
 
@@ -18,57 +20,60 @@ import torch
 P = ParamSpec("P")
 T = TypeVar("T")
 
+FUSED_FROM = 1 << 20
+"""Values of an operand from which on it is worth a kernel of its own."""
+
 _KERNELS = 256  # shapes and strides of operands, each compiled by itself
 _on: ContextVar[bool] = ContextVar("harmoq_fused_rounding", default=False)
 
 
 @contextmanager
-def fused_rounding(device: torch.device, enabled: bool = True) -> Iterator[bool]:
-    """Within, fake-quantization that gradients flow through is compiled, once for every shape.
+def fused_rounding(enabled: bool = True) -> Iterator[None]:
+    """Within, fake-quantization of large operands that gradients flow through is compiled, once for every shape.
 
-    Where nothing can be compiled, a warning says so and everything is computed as without.
+    Where nothing can be compiled, a warning says so at the first such operand and everything is computed as without.
 
     Args:
-        device: Where the operands are.
         enabled: False changes nothing.
-
-    Yields:
-        Whether it is compiled.
     """
-    reason = None if not enabled else why_not(device.type)
-    if reason is not None:
-        warnings.warn(f"Fake-quantizers are not fused, steps take longer: {reason}", stacklevel=3)
-    on = enabled and reason is None
-    with ExitStack() as stack:
-        if on:
-            import torch._dynamo  # the compiler, only where it is used
-
-            stack.enter_context(torch._dynamo.config.patch(recompile_limit=_KERNELS))
-        token = _on.set(on)
-        stack.callback(_on.reset, token)
-        yield on
+    token = _on.set(enabled)
+    try:
+        yield
+    finally:
+        _on.reset(token)
 
 
-def is_fused() -> bool:
-    """Whether the calling thread is within :func:`fused_rounding`, and it compiles."""
-    return _on.get() and not torch.compiler.is_compiling()
+def is_fused(x: torch.Tensor) -> bool:
+    """Whether `x` is large, the calling thread is within :func:`fused_rounding`, and compiling works."""
+    wanted = _on.get() and x.numel() >= FUSED_FROM and not torch.compiler.is_compiling()
+    return wanted and can_compile(x.device.type)
 
 
 @functools.cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
     """`function` compiled for every shape by itself, one compiled function a process."""
+    import torch._dynamo  # the compiler, only where it is used
+
     result: Callable[P, T] = torch.compile(function, dynamic=False)
-    return result
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        with torch._dynamo.config.patch(recompile_limit=_KERNELS):
+            return result(*args, **kwargs)
+
+    return call
 
 
 @functools.cache
-def why_not(device_type: str) -> str | None:
-    """Why nothing can be compiled on devices of that type, in one line; None if it can. Asked once a process."""
+def can_compile(device_type: str) -> bool:
+    """Whether operands on devices of that type can be compiled for. Asked once a process; warns if not."""
     try:
         compiled(_probe)(torch.ones(64, device=device_type))
     except Exception as error:  # a missing compiler comes as one of many types
-        return str(error).strip().splitlines()[0] or type(error).__name__
-    return None
+        reason = str(error).strip().splitlines()[0] or type(error).__name__
+        warnings.warn(f"Fake-quantizers are not fused, steps take longer: {reason}", stacklevel=2)
+        return False
+    return True
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

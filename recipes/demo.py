@@ -13,7 +13,6 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +36,7 @@ from harmoq_ao.evaluation import evaluate
 from harmoq_ao.methods import prepare_with
 from harmoq_ao.metrics import bicubic_batch, rgb_to_y, to_uint8
 from harmoq_ao.output import make_folder
-from harmoq_ao.progress import progress_bar, track
+from harmoq_ao.progress import progress_bar
 from harmoq_ao.serialization import float_bytes, folder_bytes
 from harmoq_ao.upscaler import Upscaler, of_loaded, of_quantized
 from harmoq_ao.zoo import LoadedModel
@@ -90,16 +89,12 @@ class DemoSettings:
         crops: Calibration crops.
         crop_size: Their side in low-resolution pixels.
         evaluation_size: Side of the evaluation images in high-resolution pixels.
-        timing_size: Side of the image that is timed, in low-resolution pixels.
-        repeats: Timed runs of each model; the median counts.
     """
 
     variants: tuple[Variant, ...] = VARIANTS
     crops: int = 24
     crop_size: int = 64
     evaluation_size: int = 256
-    timing_size: int = 128
-    repeats: int = 3
 
 
 @dataclass
@@ -111,7 +106,7 @@ class Row:
         psnr_y: Mean over the images, in dB.
         ssim_y: Mean over the images.
         bytes: Of the float32 parameters, or of the saved folder; None for bicubic.
-        seconds: Median time of one image; None for bicubic.
+        seconds: Median time of an image; None for bicubic.
         quantized: Sites on integers.
         sites: All sites.
     """
@@ -164,12 +159,10 @@ def run_demo(
         models[name] = of_quantized(quantized, name)
     rows["float"].sites = rows[settings.variants[0].name].sites
     pictures = _compare(models, images, loaded.scale, rows)
-    for name, seconds in median_seconds(models, settings).items():
-        rows[name].seconds = seconds
     _save_picture(output / "comparison.png", images, pictures, rows)
     table = list(rows.values())
     _save_results(output / "results.json", table, settings, time.perf_counter() - start)
-    console.print(result_table(table, images, settings))
+    console.print(result_table(table, images))
     console.print(f"Picture, saved models and results.json: [bold]{output}[/]", highlight=False)
     return table
 
@@ -246,62 +239,55 @@ def _compare(
     scale: int,
     rows: dict[str, Row],
 ) -> dict[str, dict[str, Pixels]]:
-    """Score every method and fill in its row; returns the pictures by method and image."""
-    pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
+    """Score and time every method and fill in its row; returns the pictures by method and image.
+
+    The methods take turns at every image. The first one comes twice: each model sets up its size before that counts.
+    """
     methods: dict[str, Method] = {"bicubic": partial(bicubic_batch, scale=scale), **models}
+    watched = {name: _Watched(method) for name, method in methods.items()}
+    pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
     with progress_bar() as progress:
-        task = progress.add_task("Upscaling", total=len(methods) * len(images))
-        for name, method in methods.items():
-            keep = _Keeping(method)
-            for image, (low, reference) in images.items():
-                mean = evaluate(keep, [(image, low, reference)], scale).mean
-                rows[name].psnr_y += mean.psnr / len(images)
-                rows[name].ssim_y += mean.ssim / len(images)
-                pictures[name][image] = keep.last
+        task = progress.add_task("Upscaling", total=len(methods) * (len(images) + 1))
+        for turn, image in enumerate([next(iter(images)), *images]):
+            low, reference = images[image]
+            for name, method in watched.items():
+                mean = evaluate(method, [(image, low, reference)], scale).mean
+                if turn > 0:
+                    method.seconds.append(method.last_seconds)
+                    rows[name].psnr_y += mean.psnr / len(images)
+                    rows[name].ssim_y += mean.ssim / len(images)
+                    pictures[name][image] = method.last
                 progress.advance(task)
+    for name in models:
+        rows[name].seconds = statistics.median(watched[name].seconds)
     return pictures
 
 
-class _Keeping:
-    """Calls a method and keeps its last picture."""
+class _Watched:
+    """Calls a method and keeps its last picture and how long it took."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self.last: Pixels = np.zeros((0, 0, 3), np.uint8)
+        self.last_seconds = 0.0
+        self.seconds: list[float] = []
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        start = time.perf_counter()
         result = self._method(image)
+        self.last_seconds = time.perf_counter() - start
         self.last = to_uint8(result[0].expand(3, -1, -1))
         return result
-
-
-def median_seconds(models: dict[str, Upscaler], settings: DemoSettings) -> dict[str, float]:
-    """Median time of one image by model; the models take turns, after a run that sets up the size.
-
-    Args:
-        models: By name.
-        settings: Size of the image and number of runs.
-    """
-    generator = torch.Generator().manual_seed(0)
-    image = torch.rand(1, 3, settings.timing_size, settings.timing_size, generator=generator)
-    times: dict[str, list[float]] = {name: [] for name in models}
-    for turn in track(range(settings.repeats + 1), "Timing"):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model(image)
-            if turn > 0:
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def result_table(rows: list[Row], images: dict[str, Any], settings: DemoSettings) -> Table:
+def result_table(rows: list[Row], images: dict[str, tuple[ImageRecord, ImageRecord]]) -> Table:
     """The table that is printed."""
-    side = settings.timing_size
+    width, height = next(iter(images.values()))[0].size
     table = Table(
-        title=f"Mean of {', '.join(images)}; time of {side}x{side} pixels on {torch.get_num_threads()} threads"
+        title=f"Mean of {', '.join(images)}; time of {width}x{height} pixels on {torch.get_num_threads()} threads"
     )
     for column in ("", "PSNR-Y", "SSIM-Y", "bytes", "ratio", "time", "ratio", "sites"):  # 80 columns in all
         table.add_column(column, justify="right" if column else "left", no_wrap=True)
@@ -380,4 +366,4 @@ def _heading(title: str, row: Row | None) -> str:
 def quick() -> DemoSettings:
     """Settings for trying the demonstration out, in seconds."""
     variants = tuple(replace(variant, preset="none") for variant in VARIANTS)
-    return DemoSettings(variants, crops=2, crop_size=16, evaluation_size=64, timing_size=16, repeats=1)
+    return DemoSettings(variants, crops=2, crop_size=16, evaluation_size=64)

@@ -66,6 +66,7 @@ class Learner:
         sites: The sites.
         rates: Learning rates.
         steps: Length of the schedule.
+        cycles: How often the schedule is gone through, each time from half the rates of the time before.
         rest: Parameters of the rest, by name.
         warm_up: Steps over which the rates rise from zero.
         max_norm: Gradients are scaled down to this global norm.
@@ -78,6 +79,7 @@ class Learner:
         rates: Rates,
         steps: int,
         *,
+        cycles: int = 1,
         rest: Iterable[tuple[str, nn.Parameter]] = (),
         warm_up: int = 0,
         max_norm: float = 1.0,
@@ -98,7 +100,7 @@ class Learner:
             self._add_weight(site)
         self._add_rest(rest)
         self._optimizer = torch.optim.Adam(self._groups, fused=True) if self._groups else None
-        self._schedule = _Schedule(max(1, steps), warm_up)
+        self._schedule = _Schedule(max(1, steps), warm_up, cycles)
         self._base_rates = [float(group["lr"]) for group in self._groups]  # type: ignore[arg-type]
         self.steps_done = 0
 
@@ -154,6 +156,12 @@ class Learner:
             for name, parameter in self._named.items():
                 parameter.copy_(snapshot[name])
         self._project()
+
+    def restart(self, snapshot: dict[str, Tensor]) -> None:
+        """Begin the next cycle from a snapshot, with new moments of Adam."""
+        self.restore(snapshot)
+        if self._optimizer is not None:
+            self._optimizer.state.clear()
 
     def state(self) -> dict[str, Tensor]:
         """Parameters and moments of Adam, to go on from later."""
@@ -267,14 +275,17 @@ def _spread(parameter: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Linear warm-up, then half a cosine down to zero; every further cycle is the same at half the height."""
 
     steps: int
     warm_up: int
+    cycles: int = 1
 
     def __call__(self, step: int) -> float:
+        cycle = min(step // self.steps, self.cycles - 1)
+        step -= cycle * self.steps
         rising = min(1.0, (step + 1) / (self.warm_up + 1))
-        return rising * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return 0.5**cycle * rising * 0.5 * (1.0 + math.cos(math.pi * min(1.0, step / self.steps)))
 
 
 def trainable_rest(model: nn.Module, sites: Sequence[PreparedSite]) -> list[tuple[str, nn.Parameter]]:

@@ -30,14 +30,14 @@ class HarmonizeSettings:
     @property
     def steps(self) -> int:
         """Gradient steps of the refinement; as many steps in every block count as one of the network."""
-        return 0 if self.refine is None else self.refine.steps + self.refine.block_steps
+        return 0 if self.refine is None else self.refine.total_steps + self.refine.block_steps
 
 
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=4)),
-    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=4, fused=True)),
+    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8, fused=True), crops=64),
     "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8, fused=True), crops=128),
     "best": HarmonizeSettings(
         None,

@@ -42,7 +42,10 @@ class RefineSettings:
     """How to refine.
 
     Args:
-        steps: Gradient steps.
+        steps: Gradient steps of a cycle.
+        cycles: How often they are taken, each time from the state kept so far and from half the rates of the time
+            before: a cosine with warm restarts (Loshchilov and Hutter 2017). Where one cycle has been run, another is
+            what a run of twice the length would do in its second half, but from a better start.
         batch_size: Images of a step.
         crop_size: Side of the images in low-resolution pixels, cut from the crops at random places; None takes whole
             crops. Several small images are worth more than one large one at the same cost.
@@ -58,10 +61,10 @@ class RefineSettings:
         block_images: Images of side `crop_size` whose way through a block is held at a time.
         conditioning: Strength of the proximal step that follows every gradient step and lowers the condition numbers of
             the weights (`conditioning.py`), before it shrinks with the learning rate; 0 leaves it out.
-        checks: How often the held-out crops are looked at, evenly over the steps; the best state is kept.
+        checks: How often the held-out crops are looked at in a cycle, evenly over its steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
-        fused: Have the arithmetic of the fake-quantizers compiled (`fused_rounding.py`), where there is a compiler:
-            shorter steps after a wait of a few seconds for every shape of an operand.
+        fused: Have the arithmetic of the fake-quantizers of large operands, attention maps above all, compiled
+            (`fused_rounding.py`) where there is a compiler: shorter steps after a wait of a few seconds.
         recompute: Recompute blocks in the backward pass (gradient checkpointing): less memory, a third more time.
         seed: Of the order of the crops and their mirroring.
 
@@ -70,6 +73,7 @@ class RefineSettings:
     """
 
     steps: int = 200
+    cycles: int = 1
     batch_size: int = 4
     crop_size: int | None = 32
     cuts: int = 1
@@ -89,6 +93,7 @@ class RefineSettings:
     def __post_init__(self) -> None:
         numbers = {
             "steps": 1,
+            "cycles": 1,
             "batch_size": 1,
             "cuts": 1,
             "warm_up": 0,
@@ -108,6 +113,11 @@ class RefineSettings:
         for name in ("feature_weight", "conditioning"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ConfigError(f"{name} is out of range", found=getattr(self, name), expected="0 or more")
+
+    @property
+    def total_steps(self) -> int:
+        """Gradient steps of all cycles, without those of the block-wise stage."""
+        return self.steps * self.cycles
 
 
 @dataclass
@@ -181,19 +191,22 @@ def refine(
     float_reference(prepared)  # before any weight changes
     enable_fake_quant(prepared)
     disable_observers(prepared)
-    with frozen(prepared), fused_rounding(next(prepared.parameters()).device, settings.fused):
+    with frozen(prepared), fused_rounding(settings.fused):
         store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
         found = _same_everywhere(store.load(), prepared)
         start = _refine_blocks(prepared, crops, settings, store, found, show_progress)
         run = _Refinement(prepared, crops, settings, held_out, start)
         run.resume(found)
         every = max(1, settings.steps // settings.checks)
-        with open_progress("Refining", settings.steps, run.learner.steps_done, show_progress) as report:
-            while run.learner.steps_done < settings.steps:
+        with open_progress("Refining", settings.total_steps, run.learner.steps_done, show_progress) as report:
+            while run.learner.steps_done < settings.total_steps:
                 run.step()
                 done = run.learner.steps_done
-                if done % every == 0 or done == settings.steps:
+                ended = done % settings.steps == 0
+                if ended or done % settings.steps % every == 0:
                     run.check()
+                    if ended and done < settings.total_steps:
+                        run.restart()
                     run.save(store)
                 report(done, run.describe())
         run.finish()
@@ -280,7 +293,13 @@ class _Refinement:
         rest = trainable_rest(prepared.model, prepared.sites())
         rates = _rates(prepared, settings)
         self.learner = Learner(
-            prepared.sites(), rates, settings.steps, rest=rest, warm_up=settings.warm_up, shared=True
+            prepared.sites(),
+            rates,
+            settings.steps,
+            cycles=settings.cycles,
+            rest=rest,
+            warm_up=settings.warm_up,
+            shared=True,
         )
         self.blocks = [stage.name for stage in find_stages(prepared)] if settings.feature_weight else []
         self.trace = RefineTrace(blocks=start.blocks)
@@ -331,6 +350,10 @@ class _Refinement:
         if psnr > self.best[0]:
             self.best = (psnr, self.learner.snapshot())
             self.trace.best_step = self.learner.steps_done
+
+    def restart(self) -> None:
+        """Begin the next cycle from the kept state."""
+        self.learner.restart(self.best[1] if self.held_out else self.learner.snapshot())
 
     def finish(self) -> None:
         """Leave the kept state in the model."""

@@ -12,7 +12,7 @@ import torch
 import harmoq_ao as h
 from harmoq_ao.config import Profile
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
-from harmoq_ao.harmonize.learner import Rates
+from harmoq_ao.harmonize.learner import Learner, Rates
 from harmoq_ao.harmonize.reference import float_reference
 from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
 from harmoq_ao.harmonize.stages import capture_stage, find_stages
@@ -133,20 +133,60 @@ def test_it_is_deterministic_and_recomputing_changes_nothing() -> None:
         assert all(torch.equal(value, other[key]) for key, value in results[0].items())
 
 
-def test_kill_and_resume_equals_an_uninterrupted_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("settings", "killed_at", "saved"),
+    [(QUICK, 7, 4), (replace(QUICK, steps=4, cycles=3, checks=2), 6, 4), (replace(QUICK, steps=6, cycles=2), 11, 10)],
+    ids=["one cycle", "where a cycle begins", "within the second cycle"],
+)
+def test_kill_and_resume_equals_an_uninterrupted_run(
+    settings: RefineSettings, killed_at: int, saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = calibrated("DAT/light", W3A3)
-    expected = refine(whole, crops(3), QUICK, held_out=crops(1, 9))
+    expected = refine(whole, crops(3), settings, held_out=crops(1, 9))
     state = tmp_path / "progress.safetensors"
-    killed = DyingLearner(monkeypatch, at=7)
+    killed = DyingLearner(monkeypatch, at=killed_at)
     with pytest.raises(KilledError):
-        refine(calibrated("DAT/light", W3A3), crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
+        refine(calibrated("DAT/light", W3A3), crops(3), settings, held_out=crops(1, 9), checkpoint=state)
     assert state.exists()
     resumed = calibrated("DAT/light", W3A3)
-    trace = refine(resumed, crops(3), QUICK, held_out=crops(1, 9), checkpoint=state)
-    assert killed.count == 7 + 12 - 4, "it goes on from step 4"
+    trace = refine(resumed, crops(3), settings, held_out=crops(1, 9), checkpoint=state)
+    assert killed.count == killed_at + settings.total_steps - saved, f"it goes on from step {saved}"
     assert trace == expected
     for key, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_cycle_begins_from_the_kept_state_at_half_the_rates() -> None:
+    once, twice = calibrated("DAT/light", W3A3), calibrated("DAT/light", W3A3)
+    first = refine(once, crops(3), QUICK, held_out=crops(1, 9))
+    both = refine(twice, crops(3), replace(QUICK, cycles=2), held_out=crops(1, 9))
+    assert both.losses[:12] == first.losses
+    assert len(both.losses) == 24
+    assert both.held_out[: len(first.held_out)] == first.held_out
+    assert [step for step, _ in both.held_out] == [0, 4, 8, 12, 16, 20, 24]
+    assert max(psnr for _, psnr in both.held_out) >= max(psnr for _, psnr in first.held_out)
+
+    learner = Learner(once.sites(), Rates(), 4, cycles=3, warm_up=1)
+    paces = []
+    for learner.steps_done in range(13):
+        paces.append(learner.pace)
+    assert paces[4:8] == pytest.approx([pace / 2 for pace in paces[:4]])
+    assert paces[8:12] == pytest.approx([pace / 4 for pace in paces[:4]])
+    assert paces[12] == 0, "the last cycle ends at zero"
+
+
+def test_a_cycle_begins_without_the_momentum_of_the_one_before() -> None:
+    learner = Learner(calibrated("DAT/light", W3A3).sites(), Rates(), 4, cycles=2)
+    start = learner.snapshot()
+    moved = []
+    for _ in range(2):
+        learner.step(torch.stack([p.square().sum() for p in learner.parameters.values()]).sum())
+        moved.append(learner.snapshot())
+        learner.restart(start)
+        assert all(torch.equal(value, start[name]) for name, value in learner.snapshot().items())
+        learner.steps_done = 0
+    assert any(not torch.equal(value, start[name]) for name, value in moved[0].items())
+    assert all(torch.equal(value, moved[1][name]) for name, value in moved[0].items())
 
 
 def test_a_checkpoint_of_other_work_or_damaged_is_refused(tmp_path: Path) -> None:
@@ -167,7 +207,8 @@ def test_unusable_input_is_refused() -> None:
         refine(prepared, [torch.rand(3, 16, 16), torch.rand(3, 24, 24)])
     with pytest.raises(CalibrationError, match="not finite"):
         refine(prepared, crops(1), replace(QUICK, rates=Rates(0, 0, 1e30), warm_up=0))
-    for wrong in ({"steps": 0}, {"batch_size": 0}, {"cuts": 0}, {"precision": "float8"}, {"feature_weight": -1.0}):
+    counts = [{name: 0} for name in ("steps", "cycles", "batch_size", "cuts")]
+    for wrong in (*counts, {"precision": "float8"}, {"feature_weight": -1.0}):
         with pytest.raises(ConfigError):
             replace(QUICK, **wrong)
     with pytest.raises(ConfigError):
