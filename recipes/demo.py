@@ -241,22 +241,19 @@ def _compare(
 ) -> dict[str, dict[str, Pixels]]:
     """Score and time every method and fill in its row; returns the pictures by method and image.
 
-    The methods take turns at every image. The first one comes twice: each model sets up its size before that counts.
+    The methods take turns at every image. At the first one each model sets up its size, which the median leaves out.
     """
     methods: dict[str, Method] = {"bicubic": partial(bicubic_batch, scale=scale), **models}
     watched = {name: _Watched(method) for name, method in methods.items()}
     pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
     with progress_bar() as progress:
-        task = progress.add_task("Upscaling", total=len(methods) * (len(images) + 1))
-        for turn, image in enumerate([next(iter(images)), *images]):
-            low, reference = images[image]
+        task = progress.add_task("Upscaling", total=len(methods) * len(images))
+        for image, (low, reference) in images.items():
             for name, method in watched.items():
                 mean = evaluate(method, [(image, low, reference)], scale).mean
-                if turn > 0:
-                    method.seconds.append(method.last_seconds)
-                    rows[name].psnr_y += mean.psnr / len(images)
-                    rows[name].ssim_y += mean.ssim / len(images)
-                    pictures[name][image] = method.last
+                rows[name].psnr_y += mean.psnr / len(images)
+                rows[name].ssim_y += mean.ssim / len(images)
+                pictures[name][image] = method.last
                 progress.advance(task)
     for name in models:
         rows[name].seconds = statistics.median(watched[name].seconds)
@@ -264,18 +261,17 @@ def _compare(
 
 
 class _Watched:
-    """Calls a method and keeps its last picture and how long it took."""
+    """Calls a method and keeps its last picture and how long each took."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self.last: Pixels = np.zeros((0, 0, 3), np.uint8)
-        self.last_seconds = 0.0
         self.seconds: list[float] = []
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         start = time.perf_counter()
         result = self._method(image)
-        self.last_seconds = time.perf_counter() - start
+        self.seconds.append(time.perf_counter() - start)
         self.last = to_uint8(result[0].expand(3, -1, -1))
         return result
 
