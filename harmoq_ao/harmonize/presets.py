@@ -36,8 +36,8 @@ class HarmonizeSettings:
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=2, fused=True)),
-    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8, fused=True), crops=64),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=100, checks=2)),
+    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
     "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8, fused=True), crops=128),
     "best": HarmonizeSettings(
         None,
