@@ -64,7 +64,8 @@ class RefineSettings:
         checks: How often the held-out crops are looked at in a cycle, evenly over its steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
         fused: Have the arithmetic of the fake-quantizers of large operands, attention maps above all, compiled
-            (`fused_rounding.py`) where there is a compiler: shorter steps after a wait of a few seconds.
+            (`fused_rounding.py`) where there is a compiler: shorter steps after a wait of a few seconds. Two runs may
+            end in different last digits.
         recompute: Recompute blocks in the backward pass (gradient checkpointing): less memory, a third more time.
         seed: Of the order of the crops and their mirroring.
 
