@@ -233,7 +233,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
         ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
-        ctx.fused = is_fused(x) and any(ctx.needs_input_grad)
+        ctx.fused = any(ctx.needs_input_grad) and is_fused(x)
         if ctx.fused:
             ctx.save_for_backward(x, lo, hi, scale, shift)
             return compiled(_round_trip)(x, lo, hi, bits, scale, shift)

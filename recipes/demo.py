@@ -244,34 +244,33 @@ def _compare(
     The methods take turns at every image. At the first one each model sets up its size, which the median leaves out.
     """
     methods: dict[str, Method] = {"bicubic": partial(bicubic_batch, scale=scale), **models}
-    watched = {name: _Watched(method) for name, method in methods.items()}
+    keeping = {name: _Keeping(method) for name, method in methods.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
     with progress_bar() as progress:
         task = progress.add_task("Upscaling", total=len(methods) * len(images))
         for image, (low, reference) in images.items():
-            for name, method in watched.items():
-                mean = evaluate(method, [(image, low, reference)], scale).mean
-                rows[name].psnr_y += mean.psnr / len(images)
-                rows[name].ssim_y += mean.ssim / len(images)
+            for name, method in keeping.items():
+                table = evaluate(method, [(image, low, reference)], scale)
+                rows[name].psnr_y += table.mean.psnr / len(images)
+                rows[name].ssim_y += table.mean.ssim / len(images)
+                seconds[name].append(table.seconds[image])
                 pictures[name][image] = method.last
                 progress.advance(task)
     for name in models:
-        rows[name].seconds = statistics.median(watched[name].seconds)
+        rows[name].seconds = statistics.median(seconds[name])
     return pictures
 
 
-class _Watched:
-    """Calls a method and keeps its last picture and how long each took."""
+class _Keeping:
+    """Calls a method and keeps its last picture."""
 
     def __init__(self, method: Method) -> None:
         self._method = method
         self.last: Pixels = np.zeros((0, 0, 3), np.uint8)
-        self.seconds: list[float] = []
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        start = time.perf_counter()
         result = self._method(image)
-        self.seconds.append(time.perf_counter() - start)
         self.last = to_uint8(result[0].expand(3, -1, -1))
         return result
 

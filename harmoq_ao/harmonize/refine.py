@@ -203,10 +203,9 @@ def refine(
             while run.learner.steps_done < settings.total_steps:
                 run.step()
                 done = run.learner.steps_done
-                ended = done % settings.steps == 0
-                if ended or done % settings.steps % every == 0:
+                if done % settings.steps % every == 0:  # the end of a cycle is one
                     run.check()
-                    if ended and done < settings.total_steps:
+                    if done % settings.steps == 0 and done < settings.total_steps:
                         run.restart()
                     run.save(store)
                 report(done, run.describe())

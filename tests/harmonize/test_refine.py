@@ -166,6 +166,12 @@ def test_a_cycle_begins_from_the_kept_state_at_half_the_rates() -> None:
     assert [step for step, _ in both.held_out] == [0, 4, 8, 12, 16, 20, 24]
     assert max(psnr for _, psnr in both.held_out) >= max(psnr for _, psnr in first.held_out)
 
+    destructive = Rates(bounds=5.0, scales=5.0, weights=50.0)
+    back = replace(QUICK, steps=1, cycles=2, checks=1, rates=destructive, warm_up=0)
+    restarted = refine(calibrated("DAT/light", W3A3), crops(3), back, held_out=crops(1, 9))
+    still = refine(calibrated("DAT/light", W3A3), crops(3), replace(QUICK, steps=2, rates=Rates(0, 0, 0, 0)))
+    assert restarted.losses == pytest.approx(still.losses, rel=1e-3), "the first step was worse and is taken back"
+
     learner = Learner(once.sites(), Rates(), 4, cycles=3, warm_up=1)
     paces = []
     for learner.steps_done in range(13):
