@@ -47,7 +47,7 @@ are float in 0..1, errors are subtypes of `HarmoqError`.
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
 _CODE = re.compile(r"<code>(.*?)</code>")
 _FIELDS = re.compile(r"\n\*\*Attributes:\*\*\n\n(- .*\n)+")
-_FIELD = re.compile(r"#### `[\w.]+`\n\n```python\n\w+: .*\n```\n\n")
+_FIELD = re.compile(r"#### `[\w.]+`\n\n```python\n\w+: .*\n```\n\n(?=#|\Z)")  # a property has a docstring below
 _LINK = re.compile(r"\[([^\[\]]+)\]\(#([\w.]+)\)")
 
 
