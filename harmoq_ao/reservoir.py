@@ -8,13 +8,15 @@ from torch import Tensor
 
 from harmoq_ao.distributed import all_sum
 
+_LARGEST_POPULATION = 10**9  # numpy draws no hypergeometric number beyond; the binomial is the same there to 1e-4
+
 
 class Reservoir:
     """Keeps `capacity` items of everything added, every subset of that size being equally likely.
 
-    Each item of the stream has an imaginary independent uniform key, and the reservoir holds the items with the
-    smallest keys. Only keys below the largest kept one matter, and their number in a batch is binomial; so a batch
-    costs time in proportion to the items it contributes, not to its size. (Keys: Efraimidis & Spirakis, 2006.)
+    How many items of a uniform sample of the stream lie in its newest batch is hypergeometric. So many are drawn from
+    the batch, and as many of the items held until then give way, each of them as likely as any other: a batch costs
+    time in proportion to the items it contributes, not to its size.
 
     Args:
         capacity: Largest number of items.
@@ -26,7 +28,7 @@ class Reservoir:
     def __init__(self, capacity: int, item_shape: tuple[int, ...], *, seed: int, device: torch.device) -> None:
         self.seen = 0
         self._rng = np.random.default_rng(seed)
-        self._keys = np.empty(0)
+        self._held = 0
         self._mine = np.ones(capacity, dtype=bool)  # slots filled by this process
         self._items = torch.empty((capacity, *item_shape), dtype=torch.float32, device=device)
 
@@ -37,12 +39,12 @@ class Reservoir:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the items' storage (allocated at once) and of the keys."""
-        return self._items.numel() * self._items.element_size() + self._keys.nbytes
+        """Bytes of the items' storage, which is allocated at once."""
+        return self._items.numel() * self._items.element_size()
 
     def items(self) -> Tensor:
         """The sample, `[R, *item_shape]` with R at most the capacity, float32."""
-        return self._items[: len(self._keys)]
+        return self._items[: self._held]
 
     def add(self, rows: Tensor) -> None:
         """Offer every item of `rows`: its rows along the last axis, or its single values if items are values."""
@@ -79,51 +81,37 @@ class Reservoir:
         capacity is at most the number of values they hold.
         """
         values = self.items().reshape(-1)
-        complete = self.seen == len(self._keys)
+        complete = self.seen == self._held
         width = self._items.shape[1:].numel()
         size = min(capacity, values.numel())
         flat = Reservoir(capacity if complete else size, (), seed=0, device=self._items.device)
         flat._rng = self._rng
-        flat.seen = self.seen * width
-        flat._keys = self._rng.random(size) * self._threshold(size, flat.seen)
+        flat.seen, flat._held = self.seen * width, size
         keep = torch.from_numpy(self._rng.choice(values.numel(), size, replace=False))
         flat._items[:size] = values[keep.to(values.device)]
-        flat._mine[:size] = np.repeat(self._mine[: len(self._keys)], width)[keep.numpy()]
+        flat._mine[:size] = np.repeat(self._mine[: self._held], width)[keep.numpy()]
         return flat
-
-    def _threshold(self, size: int, seen: int) -> float:
-        """A draw of the smallest of `seen` uniform keys but `size`; below it those `size` keys are uniform."""
-        return 1.0 if size == seen else float(self._rng.beta(size + 1, seen - size))
 
     def _admit(self, values: int) -> tuple[np.ndarray, np.ndarray]:
         """Slots that some of the items in `values` new values take, and the positions of these items."""
         count = values // max(1, self._items[0].numel())
-        keys, chosen = self._draw(count)
+        size = min(self.seen + count, self.capacity)
+        entering = self._entering(count, size)
+        leaving = self._held + entering - size
+        slots = np.concatenate((self._choose(self._held, leaving), np.arange(self._held, size)))
         self.seen += count
-        slots, entering = self._place(keys)
-        return slots, chosen[entering]
+        self._held = size
+        return slots, self._choose(count, entering)
 
-    def _draw(self, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Keys and positions of those among `count` new items that could enter, at most `capacity` of them."""
-        limit = self._keys.max() if len(self._keys) == self.capacity else 1.0
-        below = int(self._rng.binomial(count, limit))
-        entering = min(below, self.capacity)
-        limit *= self._threshold(entering, below) if entering else 1.0
-        keys = self._rng.random(entering) * limit
-        return keys, self._rng.choice(count, entering, replace=False)
+    def _entering(self, count: int, size: int) -> int:
+        """How many items of a sample of `size` are among the last `count` of the stream."""
+        if self.seen + count < _LARGEST_POPULATION:
+            return int(self._rng.hypergeometric(count, self.seen, size))
+        return min(count, int(self._rng.binomial(size, count / (self.seen + count))))
 
-    def _place(self, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Merge new keys; slots to overwrite, and which of the new items go there."""
-        held = len(self._keys)
-        merged = np.concatenate((self._keys, keys))
-        size = min(len(merged), self.capacity)
-        kept = _smallest(merged, size)
-        entering = held + np.flatnonzero(kept[held:])
-        kept[held:] = False  # slots beyond those held are free
-        free = np.flatnonzero(~kept[:size])
-        self._keys = np.concatenate((self._keys, np.empty(size - held)))
-        self._keys[free] = merged[entering]
-        return free, entering - held
+    def _choose(self, count: int, size: int) -> np.ndarray:
+        """`size` different numbers below `count`, in random order."""
+        return self._rng.choice(count, size, replace=False) if size else np.empty(0, dtype=np.int64)
 
     def _pick(self, rows: Tensor, index: Tensor) -> Tensor:
         """Items of `rows` by flat index, without copying the whole tensor."""
@@ -136,14 +124,3 @@ class Reservoir:
         else:
             picked = rows_of[torch.unravel_index(index, rows_of.shape[:-1])]
         return picked.view(-1, *self._items.shape[1:])
-
-
-def _smallest(keys: np.ndarray, count: int) -> np.ndarray:
-    """Mask of the `count` smallest keys."""
-    if count >= len(keys):
-        return np.ones(len(keys), dtype=bool)
-    mask: np.ndarray = keys <= np.partition(keys, count - 1)[count - 1]
-    if np.count_nonzero(mask) != count:  # equal keys at the border
-        mask[:] = False
-        mask[np.argpartition(keys, count - 1)[:count]] = True
-    return mask

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.reservoir import Reservoir, _smallest
+from harmoq_ao.reservoir import Reservoir
 
 CPU = torch.device("cpu")
 
@@ -101,10 +100,10 @@ def test_flattened_rows_go_on_as_single_values() -> None:
     assert 60 < int(partial.items().sum()) < 140
 
 
-@given(keys=st.lists(st.integers(0, 5), min_size=1, max_size=40), count=st.integers(1, 50))
-def test_the_smallest_keys_also_where_some_are_equal(keys: list[int], count: int) -> None:
-    values = np.array(keys, dtype=float)
-    mask = _smallest(values, count)
-    expected = min(count, len(keys))
-    assert mask.sum() == expected
-    assert sorted(values[mask]) == sorted(keys)[:expected]
+def test_streams_longer_than_numpy_counts_are_sampled_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Items of the second half take half of the places, as they do below that length."""
+    monkeypatch.setattr("harmoq_ao.reservoir._LARGEST_POPULATION", 100)
+    halves = [torch.zeros(20_000), torch.ones(20_000)]
+    counts = [float(sample_of_stream(400, halves, seed).sum()) for seed in range(200)]
+    assert abs(sum(counts) / 200 - 200) < 4 * 10 / math.sqrt(200)
+    assert len(sample_of_stream(400, [torch.zeros(1000), torch.ones(1)], 0)) == 400
