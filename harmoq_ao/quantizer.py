@@ -195,7 +195,9 @@ def fake_quantize(
         value moves the bound it hit; a value inside, at position ``t`` in steps above `lo`, moves `hi` by
         ``(round(t) - t) / (2**bits - 1)`` and `lo` by the opposite (LSQ: Esser et al., ICLR 2020).
     """
-    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale, shift)
+    operands = (x, lo, hi, scale, shift)
+    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale, shift, learning and is_fused(x))
     return result
 
 
@@ -230,11 +232,17 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
+        ctx: Any,
+        x: Tensor,
+        lo: Tensor,
+        hi: Tensor,
+        bits: int,
+        scale: Tensor | None,
+        shift: Tensor | None,
+        fused: bool,
     ) -> Tensor:
-        ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
-        ctx.fused = any(ctx.needs_input_grad) and is_fused(x)
-        if ctx.fused:
+        ctx.bits, ctx.shape, ctx.dtype, ctx.fused = bits, x.shape, x.dtype, fused
+        if fused:
             ctx.save_for_backward(x, lo, hi, scale, shift)
             return compiled(_round_trip)(x, lo, hi, bits, scale, shift)
         position = _position(x, lo, hi, bits, scale, shift)
@@ -244,14 +252,14 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         kept, lo, hi, scale, shift = ctx.saved_tensors
-        needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
+        needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift, _ = ctx.needs_input_grad
         needs = _Needs(needs_x, needs_lo or needs_hi, needs_scale, needs_shift)
         gradients = compiled(_gradients) if ctx.fused else _gradients_at
         grad_x, grad_lo, grad_hi, grad_scale, grad_shift = gradients(
             grad_outputs[0], kept, lo, hi, ctx.bits, scale, shift, needs
         )
         grad_x = None if grad_x is None else grad_x.sum_to_size(ctx.shape).to(ctx.dtype)
-        return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift
+        return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift, None
 
 
 class _Needs(NamedTuple):

@@ -155,3 +155,14 @@ def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not is_fused(torch.zeros(FUSED_FROM))
     with fused_rounding(enabled=False):
         assert not is_fused(torch.zeros(FUSED_FROM))
+
+
+@pytest.mark.parametrize("learning", [False, True])
+def test_nothing_is_compiled_where_no_gradient_flows(
+    learning: bool, however_small: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither for constants nor while the held-out crops are measured, whose sizes would be compiled for nothing."""
+    monkeypatch.setattr(fusing, "can_compile", lambda device_type: pytest.fail("asked"))
+    x = torch.randn(5, 6, requires_grad=learning)
+    with fused_rounding(), torch.set_grad_enabled(not learning):
+        fake_quantize(x, torch.tensor(-1.0), torch.tensor(1.0), 4)
