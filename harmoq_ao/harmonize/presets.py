@@ -36,7 +36,7 @@ class HarmonizeSettings:
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(None, RefineSettings(steps=120, batch_size=2, checks=1), held_out=4),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=120, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
     "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8, fused=True), crops=128),
