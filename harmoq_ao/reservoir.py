@@ -28,7 +28,6 @@ class Reservoir:
     def __init__(self, capacity: int, item_shape: tuple[int, ...], *, seed: int, device: torch.device) -> None:
         self.seen = 0
         self._rng = np.random.default_rng(seed)
-        self._held = 0
         self._mine = np.ones(capacity, dtype=bool)  # slots filled by this process
         self._items = torch.empty((capacity, *item_shape), dtype=torch.float32, device=device)
 
@@ -36,6 +35,11 @@ class Reservoir:
     def capacity(self) -> int:
         """Largest number of items."""
         return self._items.shape[0]
+
+    @property
+    def _held(self) -> int:
+        """Items kept so far."""
+        return min(self.seen, self.capacity)
 
     @property
     def nbytes(self) -> int:
@@ -81,12 +85,11 @@ class Reservoir:
         capacity is at most the number of values they hold.
         """
         values = self.items().reshape(-1)
-        complete = self.seen == self._held
         width = self._items.shape[1:].numel()
         size = min(capacity, values.numel())
-        flat = Reservoir(capacity if complete else size, (), seed=0, device=self._items.device)
+        flat = Reservoir(capacity if self.seen <= self.capacity else size, (), seed=0, device=self._items.device)
         flat._rng = self._rng
-        flat.seen, flat._held = self.seen * width, size
+        flat.seen = self.seen * width
         keep = torch.from_numpy(self._rng.choice(values.numel(), size, replace=False))
         flat._items[:size] = values[keep.to(values.device)]
         flat._mine[:size] = np.repeat(self._mine[: self._held], width)[keep.numpy()]
@@ -95,19 +98,18 @@ class Reservoir:
     def _admit(self, values: int) -> tuple[np.ndarray, np.ndarray]:
         """Slots that some of the items in `values` new values take, and the positions of these items."""
         count = values // max(1, self._items[0].numel())
-        size = min(self.seen + count, self.capacity)
+        held, size = self._held, min(self.seen + count, self.capacity)
         entering = self._entering(count, size)
-        leaving = self._held + entering - size
-        slots = np.concatenate((self._choose(self._held, leaving), np.arange(self._held, size)))
+        slots = np.concatenate((self._choose(held, held + entering - size), np.arange(held, size)))
         self.seen += count
-        self._held = size
         return slots, self._choose(count, entering)
 
     def _entering(self, count: int, size: int) -> int:
         """How many items of a sample of `size` are among the last `count` of the stream."""
         if self.seen + count < _LARGEST_POPULATION:
             return int(self._rng.hypergeometric(count, self.seen, size))
-        return min(count, int(self._rng.binomial(size, count / (self.seen + count))))
+        entering = int(self._rng.binomial(size, count / (self.seen + count)))
+        return min(count, max(size - self._held, entering))  # as many as there are, and as are needed to fill it
 
     def _choose(self, count: int, size: int) -> np.ndarray:
         """`size` different numbers below `count`, in random order."""

@@ -107,3 +107,11 @@ def test_streams_longer_than_numpy_counts_are_sampled_alike(monkeypatch: pytest.
     counts = [float(sample_of_stream(400, halves, seed).sum()) for seed in range(200)]
     assert abs(sum(counts) / 200 - 200) < 4 * 10 / math.sqrt(200)
     assert len(sample_of_stream(400, [torch.zeros(1000), torch.ones(1)], 0)) == 400
+
+
+def test_a_stream_suddenly_longer_than_numpy_counts_fills_the_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the held items are fewer than the places, at least the rest comes from the new batch."""
+    monkeypatch.setattr("harmoq_ao.reservoir._LARGEST_POPULATION", 100)
+    for seed in range(50):
+        sample = sample_of_stream(100, [torch.arange(90.0), torch.arange(90.0, 102.0)], seed)
+        assert sample.unique().numel() == 100
