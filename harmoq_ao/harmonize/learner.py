@@ -93,15 +93,15 @@ class Learner:
         self._known: set[nn.Parameter] = set()
         self._logs: dict[str, tuple[PreparedSite, nn.Parameter]] = {}
         self._gaps: list[tuple[HarmoqFakeQuantize, Tensor]] = []
-        self._groups: list[dict[str, object]] = []
+        self._groups: dict[float, list[nn.Parameter]] = {}
         for site in self.sites:
             self._add_bounds(site)
             self._add_scale(site)
             self._add_weight(site)
         self._add_rest(rest)
-        self._optimizer = torch.optim.Adam(self._groups, fused=True) if self._groups else None
+        groups = [{"params": parameters, "lr": rate} for rate, parameters in self._groups.items()]
+        self._optimizer = torch.optim.Adam(groups, fused=True) if groups else None
         self._schedule = _Schedule(max(1, steps), warm_up, cycles)
-        self._base_rates = [float(group["lr"]) for group in self._groups]  # type: ignore[arg-type]
         self.steps_done = 0
 
     @property
@@ -129,9 +129,9 @@ class Learner:
             scale.grad = None
         if self._shared:
             sum_gradients(self._named.values())
-        torch.nn.utils.clip_grad_norm_([p for p in self._named.values() if p.grad is not None], self._max_norm)
+        torch.nn.utils.clip_grad_norm_(self._named.values(), self._max_norm, foreach=True)
         factor = self.pace
-        for group, rate in zip(self._optimizer.param_groups, self._base_rates, strict=True):
+        for group, rate in zip(self._optimizer.param_groups, self._groups, strict=True):
             group["lr"] = rate * factor
         self._optimizer.step()
         self.steps_done += 1
@@ -194,7 +194,7 @@ class Learner:
         self._known.add(parameter)
         parameter.requires_grad_(True)
         self._named[name] = parameter
-        self._groups.append({"params": [parameter], "lr": rate})
+        self._groups.setdefault(_common(rate), []).append(parameter)
 
     def _add_bounds(self, site: PreparedSite) -> None:
         if self._rates.bounds == 0:
@@ -264,6 +264,11 @@ class Learner:
 def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
     weight = quantizer is site.right and isinstance(site, (PreparedLinear, PreparedConv2d))
     return not (weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT)
+
+
+def _common(rate: float) -> float:
+    """The nearest of eight rates an octave: parameters of one rate are updated in one call."""
+    return 2.0 ** (round(8 * math.log2(rate)) / 8) if rate > 0 else 0.0
 
 
 def _spread(parameter: Tensor) -> float:

@@ -11,8 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.errors import ConfigError
+from harmoq_ao.folding import fold_variant
+from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.modules.prepared import PreparedLinear, quiet
 from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.tracing.island import finish_graphs, is_island
+from harmoq_ao.tracing.tracer import Variant
 
 _KEY = "_float_reference"
 
@@ -41,6 +45,26 @@ def float_reference(prepared: PreparedModel) -> PreparedModel:
         known.requires_grad_(False)
         prepared.__dict__[_KEY] = known  # not as a submodule: it is no part of the model
     return known
+
+
+def teacher(prepared: PreparedModel) -> PreparedModel:
+    """The float network in less time, for learning from: with :func:`float_reference`'s parameters, but other graphs.
+
+    What does not depend on the image is computed once, and attention in one call, as in converted models; so its
+    attention products are no sites any more, and outputs differ by the rounding of float32 sums.
+    """
+    reference = float_reference(prepared)
+    shared = [*reference.parameters(), *reference.buffers()]
+    quick = copy.deepcopy(reference, {id(tensor): tensor for tensor in shared})
+    with quiet(), torch.no_grad():
+        for module in quick.model.modules():
+            if is_island(module):
+                finish_graphs(module, _quicker)
+    return quick
+
+
+def _quicker(module: nn.Module, variant: Variant) -> Variant:
+    return fuse_attention(module, fold_variant(module, variant))
 
 
 @contextmanager

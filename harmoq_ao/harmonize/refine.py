@@ -27,7 +27,7 @@ from harmoq_ao.harmonize.blockwise import BlockErrors, refine_blocks
 from harmoq_ao.harmonize.conditioning import condition_weights
 from harmoq_ao.harmonize.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonize.progress import open_progress
-from harmoq_ao.harmonize.reference import float_reference, frozen
+from harmoq_ao.harmonize.reference import float_reference, frozen, teacher
 from harmoq_ao.harmonize.sampling import allowed_side, check_crops, detailed_cut, image_batches, mirrored, sample_order
 from harmoq_ao.harmonize.stages import find_stages, first_tensor
 from harmoq_ao.harmonize.state import Checkpoint, Progress
@@ -286,7 +286,7 @@ class _Refinement:
         start: _Start,
     ) -> None:
         self.prepared, self.settings, self.start = prepared, settings, start
-        self.reference = float_reference(prepared)
+        self.reference = teacher(prepared)
         self.crops, self.held_out = crops, held_out
         self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())

@@ -13,10 +13,12 @@ import harmoq_ao as h
 from harmoq_ao.config import Profile
 from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.harmonize.learner import Learner, Rates
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, refine
+from harmoq_ao.harmonize.reference import float_reference, teacher
+from harmoq_ao.harmonize.refine import RefineSettings, RefineTrace, features_of, refine
 from harmoq_ao.harmonize.stages import capture_stage, find_stages
 from harmoq_ao.modules.prepared import PreparedLinear
+from harmoq_ao.tracing.island import is_island, island_state
+from harmoq_ao.tracing.tracer import op_of_site
 from tests.harmonize.helpers import DyingLearner, KilledError, crops, fidelity
 from tests.models import build, calibrated, images
 
@@ -36,6 +38,30 @@ def test_the_reference_is_the_float_network_whatever_happens_to_the_weights() ->
         assert torch.equal(reference(image), expected)
         assert torch.equal(reference(images(1, (24, 40))[0]), build("DAT/light")(images(1, (24, 40))[0]))
     assert float_reference(prepared) is reference
+
+
+@pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT", "ATD"])
+def test_the_teacher_computes_the_float_network_with_the_same_parameters_and_fewer_calls(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    reference, quick = float_reference(prepared), teacher(prepared)
+    own = dict(quick.named_parameters())
+    assert own
+    assert all(parameter is own[path] for path, parameter in reference.named_parameters())
+    for image in (images(2)[0], images(1, (24, 40))[0]):  # the second has a size that no graph was traced at
+        expected, blocks = reference(image), [stage.name for stage in find_stages(prepared)]
+        with features_of(reference, blocks) as wanted:
+            reference(image)
+        with features_of(quick, blocks) as reached:
+            torch.testing.assert_close(quick(image), expected, rtol=1e-4, atol=1e-5)
+        for block in blocks:
+            torch.testing.assert_close(reached[block], wanted[block], rtol=1e-3, atol=1e-4)
+    assert _products(quick) < _products(reference)
+
+
+def _products(model: h.PreparedModel) -> int:
+    """Attention products in the graphs."""
+    graphs = [v.graph for m in model.model.modules() if is_island(m) for v in island_state(m).all_variants()]
+    return sum(n.op == "call_module" and op_of_site(n.target) is not None for g in graphs for n in g.nodes)
 
 
 @pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT"])
@@ -224,6 +250,19 @@ def test_unusable_input_is_refused() -> None:
 def test_the_trace_survives_json() -> None:
     trace = RefineTrace([0.5, 0.25], [(0, 30.0), (2, 31.0)], 2)
     assert RefineTrace.from_dict(trace.to_dict()) == trace
+
+
+def test_parameters_of_like_rates_are_updated_together_at_about_the_rate_asked_for() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    learner = Learner(prepared.sites(), Rates(rest=0.0), 10)
+    assert learner._optimizer is not None
+    groups = learner._optimizer.param_groups
+    assert len(groups) < len(learner.parameters) / 3
+    rate = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    assert set(rate) == set(learner.parameters.values())
+    for site in prepared.sites():
+        if isinstance(site, PreparedLinear):
+            assert rate[site.weight] == pytest.approx(1e-2 * float(site.weight.std()), rel=0.05)
 
 
 def test_rates_shrink_with_the_step() -> None:
