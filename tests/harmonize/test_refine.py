@@ -262,7 +262,7 @@ def test_parameters_of_like_rates_are_updated_together_at_about_the_rate_asked_f
     assert set(rate) == set(learner.parameters.values())
     for site in prepared.sites():
         if isinstance(site, PreparedLinear):
-            assert rate[site.weight] == pytest.approx(1e-2 * float(site.weight.std()), rel=0.05)
+            assert rate[site.weight] == pytest.approx(1e-2 * float(site.weight.detach().std()), rel=0.05)
 
 
 def test_rates_shrink_with_the_step() -> None:
