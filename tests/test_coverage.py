@@ -58,7 +58,14 @@ def _accounted(prepared: PreparedModel) -> Counter[str]:
     return Counter(names)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda a: a.name)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, marks=pytest.mark.slow if a.name in ("Uformer", "DCTLSA") else ())  # a quarter of a minute each
+        for a in ARCHITECTURES
+    ],
+    ids=lambda a: a.name,
+)
 def test_architecture(architecture: Architecture) -> None:
     original = architecture.build()
     prepared = _prepare(architecture)

@@ -56,21 +56,28 @@ def test_the_same_numbers_at_every_size(name: str, bits: int, without_code: None
     assert len(fast._programs) == 2
 
 
-@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("relative", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_products_that_are_quantized_stay_the_same(relative: bool, without_code: None) -> None:
     config = HarmoqConfig(4, 4, "paper", relative_maps=relative)
     model, image = converted("SwinIR/light", config), images(1)[0]
     assert torch.equal(compile_model(model)(image), model(image))
 
 
-@pytest.mark.parametrize("config", [HarmoqConfig(4, 32), HarmoqConfig(32, 4), HarmoqConfig(4, 4, conv_bits=8)])
+@pytest.mark.parametrize(
+    "config",
+    [
+        HarmoqConfig(4, 32),
+        pytest.param(HarmoqConfig(32, 4), marks=pytest.mark.slow),
+        HarmoqConfig(4, 4, conv_bits=8),
+    ],
+)
 def test_whatever_is_quantized(config: HarmoqConfig, without_code: None) -> None:
     model, image = converted("SwinIR/light", config), images(1)[0]
     assert torch.equal(compile_model(model)(image), model(image))
 
 
 def test_bfloat16_is_as_near(without_code: None) -> None:
-    model, image = converted("DAT", HarmoqConfig(8, 8), torch.bfloat16), images(1)[0]
+    model, image = converted("DAT/light", HarmoqConfig(8, 8), torch.bfloat16), images(1)[0]
     expected = model(image)
     assert (compile_model(model)(image) - expected).abs().mean() <= 0.01 * expected.std()
 

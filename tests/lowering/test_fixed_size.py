@@ -13,7 +13,9 @@ from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", pytest.param("DAT", marks=pytest.mark.slow), "HAT"])
+@pytest.mark.parametrize(
+    "name", ["SwinIR/light", *(pytest.param(name, marks=pytest.mark.slow) for name in ("DAT", "HAT"))]
+)
 @pytest.mark.parametrize(
     ("size", "dtype"), [((16, 16), torch.float32), ((16, 24), torch.bfloat16), ((19, 13), torch.float32)]
 )
