@@ -17,7 +17,7 @@ help:
 	@echo 'make demo     quantize a pretrained model to 8 and 4 bits, compare, write pictures to demo_output/'
 	@echo 'make test     run the tests                   (ARGS="-k packing" is passed on to pytest)'
 	@echo 'make test-all run the slow ones as well       (half as long again)'
-	@echo 'make check    ruff and mypy'
+	@echo 'make check    ruff, mypy, and the order of the rooms'
 	@echo 'make format   let ruff format and fix the sources'
 	@echo 'make bench    run the CPU benchmarks of linears and of the model'
 	@echo 'make bench-gpu  check the kernels on a GPU and measure whole models; one command for all of it'
@@ -55,6 +55,7 @@ check: $(STAMP)
 	$(BIN)/python -m ruff check $(SOURCES)
 	$(BIN)/python -m ruff format --check $(SOURCES)
 	$(BIN)/python -m mypy
+	$(BIN)/lint-imports --no-logo
 
 format: $(STAMP)
 	$(BIN)/python -m ruff format $(SOURCES)

@@ -28,9 +28,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from harmoq_ao.allocator import keep_memory
-from harmoq_ao.lowering import float_matmul, onednn, reference
-from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
+from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.kernels import float_matmul, onednn
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
 
 SHAPES = [(m, k, n) for m in (65536, 16384) for k, n in ((60, 180), (60, 120), (120, 60), (60, 60))]
 MATMULS = {
@@ -141,9 +142,9 @@ def bench_matmul(name: str, left: tuple[int, ...], right: tuple[int, ...], round
         "float32": lambda: a @ b,
         "quantized, static": lambda: float_matmul.quantized_matmul(a, b, static, static),
         "quantized, per token": lambda: float_matmul.quantized_matmul(a, b, per_token, per_token),
-        "quantized, per token, reference": lambda: reference.quantized_matmul(a, b, per_token, per_token),
+        "quantized, per token, reference": lambda: integer_reference.quantized_matmul(a, b, per_token, per_token),
         "accumulators, float kernels": lambda: float_matmul.matmul_accumulate(qa, qb),
-        "accumulators, integer reference": lambda: reference.matmul_accumulate(qa, qb),
+        "accumulators, integer reference": lambda: integer_reference.matmul_accumulate(qa, qb),
     }
     return summarize(name, measure(contenders, rounds, refresh))
 

@@ -39,14 +39,14 @@ from benchmarks.measuring import (
     write_json,
 )
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
-from harmoq_ao.allocator import keep_memory
+from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.config import SiteRule
-from harmoq_ao.data import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
-from harmoq_ao.evaluation import evaluate
-from harmoq_ao.lowering.compiled import compile_model
-from harmoq_ao.lowering.openvino import lower_openvino
-from harmoq_ao.tiling import pad_to_multiple
-from recipes.charts import new_figure, save_figure, styled
+from harmoq_ao.images import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
+from harmoq_ao.recipes.charts import new_figure, save_figure, styled
+from harmoq_ao.runtime.compiled import compile_model
+from harmoq_ao.runtime.evaluation import evaluate
+from harmoq_ao.runtime.openvino import lower_openvino
+from harmoq_ao.runtime.tiling import pad_to_multiple
 
 SCALE = 2
 CROPS = 32

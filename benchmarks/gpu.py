@@ -29,10 +29,10 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, write_json
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.lowering.fixed_size import fixed_size
-from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
-from harmoq_ao.packing import pack
+from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
+from harmoq_ao.quant.packing import pack
+from harmoq_ao.runtime.fixed_size import fixed_size
 from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize, window_attention
 from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from harmoq_ao.triton_kernels.operands import from_operands
@@ -143,9 +143,9 @@ def _check_bits(device: torch.device, bits: int, seed: int) -> Iterator[dict[str
 def _check_core(whole: PackedAttention, x: Tensor, mask: Tensor, mode: str) -> dict[str, Any]:
     """Attention of given q, k and v."""
     operands = replace(whole, qkv=None, proj=None, proj_heads=None)
-    parts = [x.roll(turn, 0).unflatten(-1, (whole.heads, whole.head_dim)).contiguous() for turn in range(3)]
-    found = window_attention.launch_attention(*parts, operands, mask=mask)
-    expected = window_attention.reference_attention(*parts, operands, mask=mask)
+    q, k, v = (x.roll(turn, 0).unflatten(-1, (whole.heads, whole.head_dim)).contiguous() for turn in range(3))
+    found = window_attention.launch_attention(q, k, v, operands, mask=mask)
+    expected = window_attention.reference_attention(q, k, v, operands, mask=mask)
     return _floats(f"attention {mode}", found, expected)
 
 

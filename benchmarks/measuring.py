@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from harmoq_ao.allocator import keep_memory
-from harmoq_ao.data import atomic_write
+from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.images import atomic_write
 
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from harmoq_ao.errors import ConfigError, shown
-from harmoq_ao.quantizer import Granularity, QuantizerSpec, Scheme, check_bits
+from harmoq_ao.common.errors import ConfigError, shown
+from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, check_bits
 
 Profile = Literal["deploy", "paper"]
 Kind = Literal["linear", "matmul", "conv2d"]

@@ -15,7 +15,7 @@ import griffe
 from griffe2md import ConfigDict, render_object_docs  # type: ignore[import-untyped]
 
 import harmoq_ao
-from harmoq_ao.output import atomic_write
+from harmoq_ao.common.output import atomic_write
 
 FURTHER = (
     "errors.HarmoqError",

@@ -11,10 +11,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Profile, SiteRule
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.harmonize.presets import PRESETS, HarmonizeSettings
-from harmoq_ao.quantizer import check_bits
+from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings
+from harmoq_ao.quant.quantizer import check_bits
 
 FLOAT = "float"
 BICUBIC = "bicubic"
@@ -33,13 +33,13 @@ class Cell:
     """One thing to quantize and measure.
 
     Args:
-        method: A name of ``harmoq_ao.methods.METHODS``, or ``float`` or ``bicubic``.
+        method: A name of ``harmoq_ao.baselines.methods.METHODS``, or ``float`` or ``bicubic``.
         weight_bits: Of the weights; 32 is float.
         act_bits: Of the activations; 32 is float.
         scale: Upscaling factor.
         profile: ``paper`` or ``deploy``.
         preset: How much work HarmoQ and the learned baselines do.
-        rules: Bits of single sites, as in :class:`~harmoq_ao.config.HarmoqConfig`.
+        rules: Bits of single sites, as in :class:`HarmoqConfig`.
         options: Departures from the preset, by dotted name: ``config.joint_scale``, ``algorithm.projection``,
             ``refine.steps``; ``algorithm`` or ``refine`` set to None leaves that stage out.
         label: What a table calls this cell; it decides nothing.

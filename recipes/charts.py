@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
-from harmoq_ao.output import atomic_write
+from harmoq_ao.common.output import atomic_write
 
 from .documents import Column, Entry, Plan
 

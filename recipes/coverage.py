@@ -1,6 +1,6 @@
 """The coverage table: what of each architecture becomes a site, what stays float and why, and whether bits agree.
 
-    python -m recipes.coverage            # writes docs/coverage.md
+    python -m harmoq_ao.recipes.coverage            # writes docs/coverage.md
 
 Random weights at toy size are enough: which contractions exist does not depend on either.
 """
@@ -17,15 +17,15 @@ from pathlib import Path
 import torch
 
 import harmoq_ao as h
-from harmoq_ao.output import atomic_write, make_folder
-from harmoq_ao.progress import track
-from harmoq_ao.report import Report
-from recipes.architectures import ARCHITECTURES, CONVOLUTIONAL, Architecture, forward
+from harmoq_ao.common.output import atomic_write, make_folder
+from harmoq_ao.common.progress import track
+from harmoq_ao.recipes.architectures import ARCHITECTURES, CONVOLUTIONAL, Architecture, forward
+from harmoq_ao.sites.report import Report
 
 _HEAD = """# Coverage of spandrel's architectures
 
-Made by `python -m recipes.coverage` from `recipes/architectures.py`: one small instance with random weights for each
-architecture of spandrel that multiplies matrices outside convolutions, in the `paper` profile at W4A4.
+Made by `python -m harmoq_ao.recipes.coverage` from `recipes/architectures.py`: one small instance with random weights
+for each architecture of spandrel that multiplies matrices outside convolutions, in the `paper` profile at W4A4.
 
 *Sites* are linear layers and products of activations that depend on the image. *MACs* is the share of all
 multiply-accumulates, convolutions included, that run on quantized operands; convolutions stay float unless `conv_bits`

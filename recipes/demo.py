@@ -22,8 +22,12 @@ from rich.console import Console
 from rich.table import Table
 
 import harmoq_ao as h
+from harmoq_ao.baselines.methods import prepare_with
+from harmoq_ao.common.output import make_folder
+from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.config import Profile
-from harmoq_ao.data import (
+from harmoq_ao.conversion.serialization import float_bytes, folder_bytes
+from harmoq_ao.images import (
     CalibrationCrops,
     ImageRecord,
     atomic_write,
@@ -32,14 +36,10 @@ from harmoq_ao.data import (
     skimage_photographs,
     split_photographs,
 )
-from harmoq_ao.evaluation import evaluate
-from harmoq_ao.methods import prepare_with
-from harmoq_ao.metrics import bicubic_batch, rgb_to_y, to_uint8
-from harmoq_ao.output import make_folder
-from harmoq_ao.progress import progress_bar
-from harmoq_ao.serialization import float_bytes, folder_bytes
-from harmoq_ao.upscaler import Upscaler, of_loaded, of_quantized
-from harmoq_ao.zoo import LoadedModel
+from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, to_uint8
+from harmoq_ao.runtime.evaluation import evaluate
+from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, of_quantized
+from harmoq_ao.zoo.checkpoints import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Method = Callable[[torch.Tensor], torch.Tensor]

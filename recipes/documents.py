@@ -13,7 +13,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from harmoq_ao.output import atomic_write
+from harmoq_ao.common.output import atomic_write
 
 from .cells import Cell, bicubic_cell, float_cell
 from .study import Outcome

@@ -22,9 +22,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from harmoq_ao.errors import DatasetError
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.methods import METHODS
+from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.errors import DatasetError
+from harmoq_ao.harmonization.reference import float_reference
 
 from . import drawing, inspection, options
 from .cells import HARMOQ, Cell, bicubic_cell, float_cell

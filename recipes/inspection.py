@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import SiteRule
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.stages import find_stages
-from harmoq_ao.modules.prepared import PreparedLinear, PreparedMatmul
-from harmoq_ao.modules.relative_maps import relative_rows
-from harmoq_ao.sites import Site
+from harmoq_ao.harmonization.reference import float_reference
+from harmoq_ao.harmonization.stages import find_stages
+from harmoq_ao.quant.relative_maps import relative_rows
+from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul
+from harmoq_ao.sites.site import Site
 
 PRODUCTS = "attention products"
 OFF = 32

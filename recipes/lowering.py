@@ -1,6 +1,6 @@
 """The table of fused kernels in docs/kernels.md: what each architecture gets on a GPU, and why not more.
 
-    python -m recipes.lowering            # rewrites the table in docs/kernels.md
+    python -m harmoq_ao.recipes.lowering            # rewrites the table in docs/kernels.md
 
 The same small instances as in the coverage table, in the `paper` profile; no GPU is needed.
 """
@@ -14,13 +14,13 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import harmoq_ao as h
-from harmoq_ao.data import atomic_write
-from harmoq_ao.errors import InputError
+from harmoq_ao.common.errors import InputError
+from harmoq_ao.common.progress import track
+from harmoq_ao.images import atomic_write
 from harmoq_ao.lowering.survey import Lowering
-from harmoq_ao.progress import track
-from recipes.architectures import ARCHITECTURES, Architecture
+from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 
-_BEGIN, _END = "<!-- python -m recipes.lowering -->\n", "<!-- end -->\n"
+_BEGIN, _END = "<!-- python -m harmoq_ao.recipes.lowering -->\n", "<!-- end -->\n"
 _HEAD = """| architecture | window attention | attention | MLP | single sites, and why they are not fused |
 |---|--:|--:|--:|---|
 """

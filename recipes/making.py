@@ -12,12 +12,12 @@ from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.data import CalibrationCrops, list_images, luma, split_photographs
-from harmoq_ao.errors import CalibrationError, ConfigError
-from harmoq_ao.harmonize.apply import harmonize
-from harmoq_ao.harmonize.presets import HarmonizeSettings, preset
-from harmoq_ao.methods import check_method, prepare_with
-from harmoq_ao.zoo import LoadedModel
+from harmoq_ao.baselines.methods import check_method, prepare_with
+from harmoq_ao.common.errors import CalibrationError, ConfigError
+from harmoq_ao.harmonization.apply import harmonize
+from harmoq_ao.harmonization.presets import HarmonizeSettings, preset
+from harmoq_ao.images import CalibrationCrops, list_images, luma, split_photographs
+from harmoq_ao.zoo.checkpoints import LoadedModel
 
 from .cells import HARMOQ, Cell, harmonize_settings, to_plain
 

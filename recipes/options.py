@@ -14,12 +14,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from harmoq_ao.allocator import keep_memory
-from harmoq_ao.errors import CheckpointError, ConfigError, HarmoqError
-from harmoq_ao.harmonize.presets import PRESETS
-from harmoq_ao.methods import METHODS
-from harmoq_ao.quantizer import check_bits
-from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
+from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.common.errors import CheckpointError, ConfigError, HarmoqError
+from harmoq_ao.harmonization.presets import PRESETS
+from harmoq_ao.quant.quantizer import check_bits
+from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
 
 from .cells import Cell, Value
 from .study import Study, StudySettings

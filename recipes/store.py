@@ -25,10 +25,10 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.errors import SavedModelError
-from harmoq_ao.modules.prepared import PreparedSite
-from harmoq_ao.output import atomic_write, make_folder
-from harmoq_ao.tracing.island import DERIVED
+from harmoq_ao.common.errors import SavedModelError
+from harmoq_ao.common.output import atomic_write, make_folder
+from harmoq_ao.graph.island import DERIVED
+from harmoq_ao.sites.prepared import PreparedSite
 
 from .cells import to_plain
 

@@ -25,15 +25,15 @@ from rich.markup import escape
 from torch import Tensor
 
 import harmoq_ao as h
-from harmoq_ao.calibrate import disable_observers
-from harmoq_ao.data import ImagePair, atomic_write, load_pairs
-from harmoq_ao.errors import DatasetError
-from harmoq_ao.evaluation import EvaluationTable, evaluate
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.metrics import bicubic_batch, to_uint8
-from harmoq_ao.progress import progress_bar
-from harmoq_ao.upscaler import of_loaded, of_quantized
-from harmoq_ao.zoo import LoadedModel
+from harmoq_ao.calibration.calibrate import disable_observers
+from harmoq_ao.common.errors import DatasetError
+from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.harmonization.reference import float_reference
+from harmoq_ao.images import ImagePair, atomic_write, load_pairs
+from harmoq_ao.images.metrics import bicubic_batch, to_uint8
+from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
+from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
+from harmoq_ao.zoo.checkpoints import LoadedModel
 
 from .cells import BICUBIC, FLOAT, Cell
 from .making import Photographs, files_digest, plain_settings, quantize

@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.methods import METHODS
+from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.errors import ConfigError
 
 from . import charts, options
 from .cells import HARMOQ, Value

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from recipes.architectures import ARCHITECTURES, Architecture
+from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 
 #: Bounds from each token instead of calibrated ones.
 PER_TOKEN = (SiteRule("*", dynamic=True),)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from harmoq_ao.data import ImageRecord
+from harmoq_ao.images import ImageRecord
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 9, 13

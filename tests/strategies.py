@@ -6,7 +6,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.quantizer import QUANTIZED_BITS, Granularity, QuantizerSpec, Scheme
+from harmoq_ao.quant.quantizer import QUANTIZED_BITS, Granularity, QuantizerSpec, Scheme
 
 SEEDS = st.integers(0, 2**32 - 1)
 KINDS = ("normal", "heavy", "one_sided", "offset", "sparse", "constant")

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harmoq_ao.common.errors import ConfigError, HarmoqError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.errors import ConfigError, HarmoqError
-from harmoq_ao.quantizer import OFF_BITS, QUANTIZED_BITS, Granularity, Scheme
+from harmoq_ao.quant.quantizer import OFF_BITS, QUANTIZED_BITS, Granularity, Scheme
 
 BITS = QUANTIZED_BITS + OFF_BITS
 SITES = [("layers.0.attn.qkv", "linear"), ("layers.0.attn::matmul_0", "matmul"), ("layers.1.mlp.fc1", "linear")]

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference
-from harmoq_ao.lowering.reference import LinearOperands, MatmulOperand
-from harmoq_ao.packing import pack, unpack
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
+from harmoq_ao.quant.packing import pack, unpack
 
 from .launch import check_vector
 from .operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
@@ -205,7 +205,7 @@ def _factors(matmuls: MatmulQuantizers, head_dim: int, padded: int) -> Tensor:
     for row, operand in enumerate((matmuls.q, matmuls.k)):
         assert operand.act is not None
         scale = None if operand.joint_scale is None else operand.joint_scale.reshape(-1)
-        out[row, :head_dim] = reference.static_qparams(operand.act, scale)[0].cpu()
+        out[row, :head_dim] = integer_reference.static_qparams(operand.act, scale)[0].cpu()
     assert matmuls.q.act is not None
     return out.to(matmuls.q.act.step.device)
 
@@ -214,7 +214,7 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
     rows = []
     for operand in (matmuls.q, matmuls.k, matmuls.attention, matmuls.v):
         assert operand.act is not None
-        reciprocal, offset = reference.static_qparams(operand.act)
+        reciprocal, offset = integer_reference.static_qparams(operand.act)
         rows.append(torch.stack([v.reshape(()) for v in (reciprocal, offset, operand.act.step, operand.act.lower)]))
     return torch.stack(rows)
 

@@ -1,13 +1,11 @@
 """Compile every kernel for GPUs that need not be there, and hold the machine code to a budget.
 
-``python -m triton_kernels.compile_gate`` (``harmoq_ao.triton_kernels.compile_gate`` in an installation) checks, for
-compute capabilities 8.0 and 9.0 and for gfx942: it compiles; no stack, so no spilled registers; integer tensor-core
-instructions where they are expected; shared memory within the limit; no fused multiply-add where codes of static bounds
-are made; at most 10 % more instructions than `compile_budget.json` says. ``--update`` writes that file. Instruction
-counts repeat where timings do not, but they belong to one version of Triton: under another one only the structure is
-checked. On gfx942 nothing has ever run, and tile sizes are those for NVIDIA: there, spilled registers are recorded, not
-refused.
-"""
+``python -m harmoq_ao.triton_kernels.compile_gate`` checks, for compute capabilities 8.0 and 9.0 and for gfx942: it
+compiles; no stack, so no spilled registers; integer tensor-core instructions where they are expected; shared memory
+within the limit; no fused multiply-add where codes of static bounds are made; at most 10 % more instructions than
+`compile_budget.json` says. ``--update`` writes that file. Instruction counts repeat where timings do not, but they
+belong to one version of Triton: under another one only the structure is checked. On gfx942 nothing has ever run, and
+tile sizes are those for NVIDIA: there, spilled registers are recorded, not refused."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harmoq_ao.errors import KernelError
+from harmoq_ao.common.errors import KernelError
 
 OPTIONS = {"enable_fp_fusion": False}
 """Codes need a multiplication and an addition that are rounded separately."""

@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
 
 from . import tuning
 from .device import contract, gelu, load_weight, signed_codes, unsigned_codes

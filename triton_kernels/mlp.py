@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
 
 from . import lowbit_linear, tuning
 from .device import contract, gelu, load_weight, signed_codes, standardize

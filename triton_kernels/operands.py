@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference
-from harmoq_ao.lowering.reference import LinearOperands
-from harmoq_ao.packing import pack, packed_length, unpack
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import LinearOperands
+from harmoq_ao.quant.packing import pack, packed_length, unpack
 
 from .launch import check_bits, check_vector
 
@@ -150,7 +150,7 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
     codes = unpack(packed_codes, weight_bits, columns)
     effective = _effective(codes.to(torch.int64), weight_bits, mid_rise)
     start = (effective.sum(1) << (operands.act_bits - 1)).to(torch.int32)
-    total = reference.weight_total(operands.weight, operands.weight_scale, shift)
+    total = integer_reference.weight_total(operands.weight, operands.weight_scale, shift)
     scale = operands.weight_scale / (2 if mid_rise else 1)
     bias = torch.zeros_like(scale) if operands.bias is None else operands.bias
     act, joint = operands.act, operands.joint_scale
@@ -159,23 +159,26 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
     if act is not None:
         reciprocal, offset = (
             value.reshape(-1).expand(columns).contiguous()
-            for value in reference.static_qparams(_one_pair(act), joint, operands.joint_shift)
+            for value in integer_reference.static_qparams(_one_pair(act), joint, operands.joint_shift)
         )
-        scale, bias = scale * act.step.reshape(()), reference.fold_bias(total, act.lower.reshape(()), operands.bias)
+        scale, bias = (
+            scale * act.step.reshape(()),
+            integer_reference.fold_bias(total, act.lower.reshape(()), operands.bias),
+        )
     return PackedLinear(
         pack_weight(codes, weight_bits), weight_bits, columns, mid_rise, operands.act_bits, start, scale.contiguous(),
         bias.contiguous(), total if act is None else None, reciprocal, offset,
     )  # fmt: skip
 
 
-def _one_pair(act: reference.Affine) -> reference.Affine:
+def _one_pair(act: integer_reference.Affine) -> integer_reference.Affine:
     if act.step.numel() != 1 or act.lower.numel() != 1:
         raise KernelError(
             "Static bounds of a linear must be one pair for the whole tensor",
             found=tuple(act.step.shape),
             expected="a single number",
         )
-    return reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
+    return integer_reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
 
 
 __all__ = ["MAX_COLUMNS", "PackedLinear", "container_bits", "from_operands", "pack_weight", "unpack_weight"]

@@ -18,10 +18,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
-from harmoq_ao.packing import pack, packed_length
-from harmoq_ao.quantizer import MIN_STEP
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
+from harmoq_ao.quant.packing import pack, packed_length
+from harmoq_ao.quant.quantizer import MIN_STEP
 
 from . import tuning
 from .device import standardize, unsigned_codes

@@ -1,8 +1,8 @@
 """What each kernel cannot be faster than, at the tokens of a 512 x 512 output of a x2 model.
 
-``python -m triton_kernels.roofline`` prints `docs/kernels.md`'s table: time to move the bytes, time of the real
-multiply-adds, and time to issue the instructions of the compiled code, with the loop counted as often as it runs. The
-first two are limits of the operation on an H200, the third one of this code; none is a measurement.
+``python -m harmoq_ao.triton_kernels.roofline`` prints `docs/kernels.md`'s table: time to move the bytes, time of the
+real multiply-adds, and time to issue the instructions of the compiled code, with the loop counted as often as it runs.
+The first two are limits of the operation on an H200, the third one of this code; none is a measurement.
 """
 
 from __future__ import annotations

@@ -23,9 +23,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
-from harmoq_ao.modules.relative_maps import relative_rows, renormalized, row_sums
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
+from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
 
 from . import lowbit_linear, tuning
 from .attention_operands import MAX_KEYS, MAX_TOKENS, PackedAttention

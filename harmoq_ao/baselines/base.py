@@ -9,13 +9,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harmoq_ao.bounds import weight_bounds
-from harmoq_ao.calibrate import calibrate
+from harmoq_ao.calibration.calibrate import calibrate
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Observer
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
-from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.quant.bounds import weight_bounds
+from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Baseline:
         seed: int = 0,
         show_progress: bool | None = None,
     ) -> None:
-        """Calibrate, settle, learn: afterwards `prepared` is ready for :func:`~harmoq_ao.convert.convert_harmoq`.
+        """Calibrate, settle, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.
 
         Args:
             prepared: From ``prepare_harmoq(model, self.configure(config))``, not calibrated; changed in place.

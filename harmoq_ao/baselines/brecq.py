@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
-from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.harmonize.blockwise import block_error, relative_error, stage_calls
-from harmoq_ao.harmonize.learner import Learner, Rates
-from harmoq_ao.harmonize.reference import frozen, set_weight
-from harmoq_ao.harmonize.rounding import LearnedRounding
-from harmoq_ao.harmonize.sampling import image_batches
-from harmoq_ao.harmonize.stages import Stage, StageCall, find_stages
-from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
-from harmoq_ao.prepare import PreparedModel
-from harmoq_ao.progress import track
+from harmoq_ao.common.progress import track
+from harmoq_ao.harmonization.blockwise import block_error, relative_error, stage_calls
+from harmoq_ao.harmonization.learner import Learner, Rates
+from harmoq_ao.harmonization.paper.rounding import LearnedRounding
+from harmoq_ao.harmonization.reference import frozen, set_weight
+from harmoq_ao.harmonization.sampling import image_batches
+from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
+from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 
 MAX_IMAGES = 64
 """Images whose inputs and outputs of one block are held at a time."""
@@ -58,7 +58,7 @@ class BRECQ(Baseline):
     inputs come from the quantized blocks before; bounds of activations go on learning after the rounding is decided,
     and have two sides. The schedule is as long as the given steps, with rates to match, where the paper takes 20000. A
     block that does not gain stays as it was. Sites outside of all blocks keep the bounds of
-    :class:`~harmoq_ao.baselines.dobi.DOBI`; a network without repeated blocks is one block.
+    :class:`DOBI`; a network without repeated blocks is one block.
     """
 
     name = "brecq"

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, minmax_weights
-from harmoq_ao.calibrate import compute_qparams
+from harmoq_ao.calibration.calibrate import compute_qparams
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.modules.prepared import PreparedMatmul, PreparedSite
-from harmoq_ao.prepare import PreparedModel
-from harmoq_ao.quantizer import QUANTIZED_BITS
+from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.quant.quantizer import QUANTIZED_BITS
+from harmoq_ao.sites.prepared import PreparedMatmul, PreparedSite
 
 LOWERED = 1 / 3
 """Share of the sites, those of least entropy, that may give up a bit."""
@@ -112,7 +112,7 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
     """Change the bits of activations of single sites after calibration, in the quantizers and in the configuration.
 
     A rule for each site that changes is appended to the configuration, so that conversion, reports and saved models
-    follow. Bounds have to be settled again (:func:`~harmoq_ao.calibrate.compute_qparams`).
+    follow. Bounds have to be settled again (:func:`compute_qparams`).
 
     Args:
         prepared: Calibrated, static; changed in place.

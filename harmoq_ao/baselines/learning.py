@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Budget, activation_quantizers, weight_quantizers
-from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.harmonize.learner import Rates
-from harmoq_ao.harmonize.refine import RefineSettings, refine
-from harmoq_ao.prepare import PreparedModel
-from harmoq_ao.quantizer import Scheme
+from harmoq_ao.harmonization.learner import Rates
+from harmoq_ao.harmonization.refine import RefineSettings, refine
+from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.quant.quantizer import Scheme
 
 Bounds = tuple[Tensor, Tensor]
 
@@ -47,7 +47,7 @@ def distil_bounds(
     activations: bool = True,
     weights: bool = True,
 ) -> None:
-    """Draw the quantized network to the float one by its bounds alone; see :func:`~harmoq_ao.harmonize.refine.refine`.
+    """Draw the quantized network to the float one by its bounds alone; see :func:`refine`.
 
     Nothing happens where there is nothing to learn: dynamic activations have no bounds, and those of 8-bit weights are
     fixed by their largest magnitude.

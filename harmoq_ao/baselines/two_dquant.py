@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.baselines.learning import distil_bounds
-from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.preparation.prepare import PreparedModel
 
 RATE = 1e-2
 
@@ -20,7 +20,7 @@ class TwoDQuant(Baseline):
     super-resolution", NeurIPS 2024. Loss: mean absolute error to the float network's output, plus the error of the
     features between blocks.
 
-    Different here: the first stage is :class:`~harmoq_ao.baselines.dobi.DOBI`. The rate of 1e-2 is a share of the
+    Different here: the first stage is :class:`DOBI`. The rate of 1e-2 is a share of the
     distance of the bounds, falls along a cosine, and gradients are clipped; bounds also learn from the rounding error
     inside of them (LSQ), not only from what they clip. Features are those of every block, their error divided by their
     variance instead of their norm. The last state is kept: the published code picks its checkpoint on Set5. Bounds of

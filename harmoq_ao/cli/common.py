@@ -16,12 +16,12 @@ from rich.logging import RichHandler
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from harmoq_ao import __version__
-from harmoq_ao.allocator import keep_memory
-from harmoq_ao.distributed import is_first, is_own, launched_by_torchrun
-from harmoq_ao.errors import ConfigError, HarmoqError
-from harmoq_ao.report import Report
-from harmoq_ao.upscaler import FIXED_TILE, Runtime
+from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.common.distributed import is_first, is_own, launched_by_torchrun
+from harmoq_ao.common.errors import ConfigError, HarmoqError
+from harmoq_ao.common.version import __version__
+from harmoq_ao.runtime.upscaler import FIXED_TILE, Runtime
+from harmoq_ao.sites.report import Report
 
 EXIT_PARTIAL = 1
 """Some images failed, the others were written."""

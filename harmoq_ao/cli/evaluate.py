@@ -25,17 +25,17 @@ from harmoq_ao.cli.common import (
     fixed_tile,
     out,
 )
-from harmoq_ao.data import (
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.images import (
     ImagePair,
     atomic_write,
     load_pairs,
 )
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.evaluation import EvaluationTable, evaluate
-from harmoq_ao.metrics import bicubic_batch
-from harmoq_ao.progress import progress_bar
-from harmoq_ao.tiling import Model
-from harmoq_ao.upscaler import Upscaler, open_model
+from harmoq_ao.images.metrics import bicubic_batch
+from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
+from harmoq_ao.runtime.tiling import Model
+from harmoq_ao.runtime.upscaler import Upscaler, open_model
 
 
 @app.command("evaluate")

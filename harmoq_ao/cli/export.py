@@ -12,12 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from harmoq_ao.cli.common import app, err, out
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import load_pairs
-from harmoq_ao.errors import ConfigError, OutputError
-from harmoq_ao.progress import progress_bar
-from harmoq_ao.serialization import load_quantized
-from harmoq_ao.upscaler import of_quantized
+from harmoq_ao.common.errors import ConfigError, OutputError
+from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.serialization import load_quantized
+from harmoq_ao.images import load_pairs
+from harmoq_ao.runtime.upscaler import of_quantized
 
 
 class Format(StrEnum):

@@ -12,6 +12,8 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
+from harmoq_ao.baselines.methods import METHODS, check_method, prepare_with
+from harmoq_ao.baselines.mixed_precision import Measured, mix_bits
 from harmoq_ao.cli.common import (
     FloatDtype,
     app,
@@ -20,25 +22,23 @@ from harmoq_ao.cli.common import (
     summary,
     work_together,
 )
+from harmoq_ao.common.devices import device_named
+from harmoq_ao.common.distributed import is_first, wait_for_all
+from harmoq_ao.common.errors import ConfigError, shown
+from harmoq_ao.common.progress import track
 from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRule
-from harmoq_ao.convert import convert_harmoq
-from harmoq_ao.data import (
+from harmoq_ao.conversion.convert import convert_harmoq
+from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
+from harmoq_ao.harmonization.presets import PRESETS
+from harmoq_ao.harmonization.presets import preset as preset_of
+from harmoq_ao.images import (
     CalibrationCrops,
     EncodedImage,
     find_images,
     luma,
     split_photographs,
 )
-from harmoq_ao.devices import device_named
-from harmoq_ao.distributed import is_first, wait_for_all
-from harmoq_ao.errors import ConfigError, shown
-from harmoq_ao.harmonize.presets import PRESETS
-from harmoq_ao.harmonize.presets import preset as preset_of
-from harmoq_ao.methods import METHODS, check_method, prepare_with
-from harmoq_ao.mixed_precision import Measured, mix_bits
-from harmoq_ao.progress import track
-from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
-from harmoq_ao.upscaler import open_float
+from harmoq_ao.runtime.upscaler import open_float
 
 _RULE = re.compile(r"(?P<sites>.+):[Ww](?P<weight>[0-9]{1,4})[Aa](?P<act>[0-9]{1,4})")
 _MEASURED_CROPS = 6  # of photographs kept aside, to measure bits by need on

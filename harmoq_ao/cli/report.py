@@ -9,10 +9,10 @@ import typer
 from rich.markup import escape
 
 from harmoq_ao.cli.common import OverlapOption, TileOption, app, err, out
-from harmoq_ao.data import ImageRecord, list_images, load_image, load_pairs
-from harmoq_ao.errors import ConfigError, OutputError
-from harmoq_ao.serialization import folder_bytes
-from harmoq_ao.upscaler import open_model
+from harmoq_ao.common.errors import ConfigError, OutputError
+from harmoq_ao.conversion.serialization import folder_bytes
+from harmoq_ao.images import ImageRecord, list_images, load_image, load_pairs
+from harmoq_ao.runtime.upscaler import open_model
 
 _DEMO_SIDE = 256
 _Shown = tuple[str, ImageRecord, ImageRecord | None]  # name, input and original

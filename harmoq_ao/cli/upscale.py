@@ -27,14 +27,14 @@ from harmoq_ao.cli.common import (
     fixed_tile,
     out,
 )
-from harmoq_ao.data import WRITABLE, image_files
-from harmoq_ao.errors import ConfigError, DatasetError, OutputError
-from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
-from harmoq_ao.output import make_folder
-from harmoq_ao.progress import progress_bar
-from harmoq_ao.ray_engine import upscale_on_ray
-from harmoq_ao.tiling import Progress
-from harmoq_ao.upscaler import Runtime, open_model
+from harmoq_ao.common.errors import ConfigError, DatasetError, OutputError
+from harmoq_ao.common.output import make_folder
+from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.images import WRITABLE, image_files
+from harmoq_ao.runtime.image_files import FileUpscaler, Job, upscale_here
+from harmoq_ao.runtime.ray_engine import upscale_on_ray
+from harmoq_ao.runtime.tiling import Progress
+from harmoq_ao.runtime.upscaler import Runtime, open_model
 
 
 class Engine(StrEnum):

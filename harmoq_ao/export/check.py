@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.data import ImagePair
-from harmoq_ao.errors import ExportError
-from harmoq_ao.evaluation import EvaluationTable, evaluate
+from harmoq_ao.common.errors import ExportError
 from harmoq_ao.export.program import load_program
-from harmoq_ao.tiling import pad_to_multiple
-from harmoq_ao.upscaler import Upscaler, open_float
+from harmoq_ao.images import ImagePair
+from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
+from harmoq_ao.runtime.tiling import pad_to_multiple
+from harmoq_ao.runtime.upscaler import Upscaler, open_float
 
 logger = logging.getLogger(__name__)
 

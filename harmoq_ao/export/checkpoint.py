@@ -19,14 +19,14 @@ from safetensors.torch import save as to_safetensors
 from spandrel import MAIN_REGISTRY, ModelLoader
 from torch import Tensor, nn
 
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.errors import ExportError
+from harmoq_ao.common.errors import ExportError
+from harmoq_ao.common.output import atomic_write
+from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.export.common import check_exportable
-from harmoq_ao.modules.prepared import PreparedLinear
-from harmoq_ao.modules.quantized import QuantizedLinear, WeightedSite
-from harmoq_ao.output import atomic_write
-from harmoq_ao.prepare import prepare_harmoq
-from harmoq_ao.zoo import build_architecture
+from harmoq_ao.preparation.prepare import prepare_harmoq
+from harmoq_ao.sites.prepared import PreparedLinear
+from harmoq_ao.sites.quantized import QuantizedLinear, WeightedSite
+from harmoq_ao.zoo.checkpoints import build_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def export_checkpoint(quantized: QuantizedModel, path: str | Path) -> Checkpoint
     """Write the float checkpoint of a quantized model as safetensors.
 
     Args:
-        quantized: From :func:`~harmoq_ao.convert_harmoq` or a saved model; left as it is.
+        quantized: From :func:`convert_harmoq` or a saved model; left as it is.
         path: The file, replaced if it is there.
 
     Returns:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.errors import ExportError
+from harmoq_ao.common.errors import ExportError
+from harmoq_ao.conversion.convert import QuantizedModel
 
 DEFAULT_SIDE = 128
 """Height and width of the images of a file for one size, unless others are asked for; in input pixels."""

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-import harmoq_ao
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import atomic_write
-from harmoq_ao.errors import ExportError, HarmoqError
+from harmoq_ao.common.errors import ExportError, HarmoqError
+from harmoq_ao.common.optional import require
+from harmoq_ao.common.version import __version__
+from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.export.common import check_exportable, example_for
 from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
-from harmoq_ao.lowering.fixed_size import fixed_size
-from harmoq_ao.optional import require
+from harmoq_ao.images import atomic_write
+from harmoq_ao.runtime.fixed_size import fixed_size
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -60,7 +60,7 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
     """Write a quantized model as ONNX. The input is ``image``, the output ``upscaled``, both `[1, C, H, W]` in 0..1.
 
     Args:
-        quantized: From :func:`~harmoq_ao.convert_harmoq` or a saved model; left as it is.
+        quantized: From :func:`convert_harmoq` or a saved model; left as it is.
         path: The file, replaced if it is there.
         size: Height and width of the images, for a file of one size. None leaves them free where the graph of the
             architecture allows, and else takes 128 x 128.
@@ -204,14 +204,14 @@ def _translated(program: torch.export.ExportedProgram) -> onnx_ir.Model:
 
 
 def _quantize_dequantize(position: Any, step: float, zero_point: int) -> Any:
-    """Node for node :func:`~harmoq_ao.export.onnx_sites.quantize_dequantize`."""
+    """Node for node :func:`quantize_dequantize`."""
     op = _opset()
     codes = op.QuantizeLinear(position, op.Constant(value=_scalar(1.0)), op.Constant(value=_byte(0)))
     return op.DequantizeLinear(codes, op.Constant(value=_scalar(step)), op.Constant(value=_byte(zero_point)))
 
 
 def _dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
-    """Node for node :func:`~harmoq_ao.export.onnx_sites.dequantize_weight`."""
+    """Node for node :func:`dequantize_weight`."""
     return _opset().DequantizeLinear(codes, scale, axis=axis)
 
 
@@ -296,7 +296,7 @@ def _describe(
     model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None, multiple: int
 ) -> None:
     """Where the file comes from and what its images must look like, as metadata."""
-    model.producer_name, model.producer_version = "harmoq-ao", harmoq_ao.__version__
+    model.producer_name, model.producer_version = "harmoq-ao", __version__
     fixed = "any" if size is None else f"{size[0]}x{size[1]} ({note})"
     traits = quantized.traits
     model.metadata_props.update(

@@ -7,7 +7,7 @@ A site becomes::
       -> MatMul with DequantizeLinear(integer codes, step of each column)
       -> + folded bias
 
-The multiplication and the addition are those of :func:`~harmoq_ao.lowering.reference.quantize_codes`; joint scale and
+The multiplication and the addition are those of :func:`quantize_codes`; joint scale and
 joint shift are part of them. Lower bounds need not be multiples of the step: they enter the bias, so both operands of
 the product are plain multiples of integers and an engine may compute it in integers. With fewer than 8 bits the clip
 does what fewer levels would: rounding and a clip at whole numbers commute. A convolution pads with zeros, which have a
@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmoq_ao.lowering import onednn, reference
-from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite, WeightedSite
-from harmoq_ao.modules.relative_maps import relative_rows, renormalized
+from harmoq_ao.kernels import onednn
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.relative_maps import relative_rows, renormalized
+from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite, WeightedSite
 
 INT4 = (-8, 7)
 """Smallest and largest value of int4."""
@@ -92,8 +93,8 @@ class _Linear(QuantizedLinear):
         total = self.float_weight().double().sum(1).float()
         factor = offset = None
         if act is not None:
-            factor, offset = reference.static_qparams(act, self.joint_scale, self.joint_shift)
-            bias = reference.fold_bias(total, act.lower, bias)
+            factor, offset = integer_reference.static_qparams(act, self.joint_scale, self.joint_shift)
+            bias = integer_reference.fold_bias(total, act.lower, bias)
         inverse = None if self.joint_scale is None else self.joint_scale.reciprocal()
         _keep(self, factor=factor, offset=offset, constant=bias, total=total, inverse=inverse)
         self.onnx_step = 1.0 if act is None else float(act.step)
@@ -173,8 +174,8 @@ class _Matmul(QuantizedMatmul):
             factor = offset = lower = None
             step = 1.0
             if bounds is not None:
-                act = reference.Affine(bounds[0], bounds[1], spec.bits)
-                factor, offset = reference.static_qparams(act, scale)
+                act = integer_reference.Affine(bounds[0], bounds[1], spec.bits)
+                factor, offset = integer_reference.static_qparams(act, scale)
                 lower, step = bounds[1], float(bounds[0])
             inverse = None if scale is None else scale.reciprocal()
             values = {"factor": factor, "offset": offset, "lower": lower, "inverse": inverse}
@@ -236,7 +237,7 @@ def _codes(position: Tensor, bits: int, step: float, zero_point: int = 0) -> Ten
 def _codes_per_slice(x: Tensor, bits: int, axis: int, inverse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Codes as floats, lower bound and step, one pair of bounds per slice along `axis`."""
     scaled = x if inverse is None else x * inverse
-    lower, step = reference.dynamic_qparams(scaled, axis, bits)
+    lower, step = integer_reference.dynamic_qparams(scaled, axis, bits)
     return _codes(scaled * step.reciprocal() - lower / step, bits, 1.0), lower, step
 
 

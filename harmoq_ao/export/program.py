@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 
-import harmoq_ao
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.errors import ExportError, HarmoqError
+from harmoq_ao.common.errors import ExportError, HarmoqError
+from harmoq_ao.common.output import atomic_write
+from harmoq_ao.common.version import __version__
+from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.export.common import check_exportable, example_for
-from harmoq_ao.output import atomic_write
 
 
 def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
     """Write the program of a quantized model for images of one size.
 
     Args:
-        quantized: From :func:`~harmoq_ao.convert_harmoq` or a saved model; left as it is.
+        quantized: From :func:`convert_harmoq` or a saved model; left as it is.
         path: The file, replaced if it is there.
         size: Height and width of the images; 128 x 128, or what the model takes next to it, by default.
 
@@ -36,7 +36,7 @@ def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int,
         with torch.no_grad():
             quantized(image)  # graphs of islands for this size exist from here on
             program = torch.export.export(quantized, (image,), strict=False)
-        torch.export.save(program, file, extra_files={"harmoq_ao": harmoq_ao.__version__})
+        torch.export.save(program, file, extra_files={"harmoq_ao": __version__})
     except HarmoqError:
         raise
     except Exception as error:  # an author's forward may fail under export in any way

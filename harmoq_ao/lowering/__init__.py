@@ -1,1 +1,4 @@
-"""Integer modules to kernels, one module per backend; every backend equals `reference` accumulator for accumulator."""
+"""Passes that put one fused kernel in place of several sites: attention, window attention, MLPs.
+
+Imports ``sites``, ``graph``, ``kernels`` and ``triton_kernels``.
+"""

@@ -19,12 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from harmoq_ao.lowering.compiler_view import is_compiled
+from harmoq_ao.graph.island import original_class
+from harmoq_ao.graph.proxies import check_guard
+from harmoq_ao.graph.tracer import Variant, compile_graph
+from harmoq_ao.kernels.compiler_view import is_compiled
 from harmoq_ao.lowering.fusing import is_traced
-from harmoq_ao.modules.prepared import PreparedMatmul
-from harmoq_ao.tracing.island import original_class
-from harmoq_ao.tracing.proxies import check_guard
-from harmoq_ao.tracing.tracer import Variant, compile_graph
+from harmoq_ao.sites.prepared import PreparedMatmul
 
 ADDITIONS = (operator.add, torch.add)
 MULTIPLICATIONS = (operator.mul, torch.mul)

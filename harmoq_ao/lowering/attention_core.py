@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.errors import KernelError
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
-from harmoq_ao.modules.quantized import QuantizedMatmul
-from harmoq_ao.tracing.tracer import Variant
+from harmoq_ao.sites.quantized import QuantizedMatmul
 
 _LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
 _MEMO_SIZE = 256  # shapes of calls; images come in every size

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmoq_ao.graph.proxies import GuardFailed
+from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.probing import Call, Stand, probe, random_results, uneven_results, zero_results
-from harmoq_ao.modules.quantized import QuantizedMatmul
-from harmoq_ao.tracing.proxies import GuardFailed
-from harmoq_ao.tracing.tracer import Variant
+from harmoq_ao.sites.quantized import QuantizedMatmul
 
 _MASKS = 2  # windows of an image that a trial has
 _LARGE = 2.0**60  # beside such a score, what is added to it is lost in rounding, and its factor is read exactly

@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
+from harmoq_ao.graph.contractions import einsum_form
+from harmoq_ao.graph.island import original_class
+from harmoq_ao.graph.tracer import Variant, compile_graph
 from harmoq_ao.lowering.attention import (
     ADDITIONS,
     MULTIPLICATIONS,
@@ -21,10 +24,7 @@ from harmoq_ao.lowering.attention import (
 )
 from harmoq_ao.lowering.attention_core import LoweredCores, attention_core
 from harmoq_ao.lowering.fusing import Misfit
-from harmoq_ao.modules.quantized import QuantizedMatmul
-from harmoq_ao.tracing.contractions import einsum_form
-from harmoq_ao.tracing.island import original_class
-from harmoq_ao.tracing.tracer import Variant, compile_graph
+from harmoq_ao.sites.quantized import QuantizedMatmul
 
 
 def lower_cores(module: nn.Module, variant: Variant) -> Variant:
@@ -155,7 +155,7 @@ def _parse(match: Match) -> _Chain:
 
 
 def _rewrite(module: nn.Module, graph: fx.Graph, match: Match) -> None:
-    """Put one call of :func:`~harmoq_ao.lowering.attention_core.attention_core` where the value product is."""
+    """Put one call of :func:`attention_core` where the value product is."""
     chain = _parse(match)
     query, key = match.scores.args
     value = match.product.args[1]

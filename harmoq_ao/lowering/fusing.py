@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.modules.quantized import QuantizedSite
+from harmoq_ao.sites.quantized import QuantizedSite
 
 
 class Misfit(Exception):  # noqa: N818 - an answer, not an error of the user

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import onednn_mlp
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.graph import is_island
+from harmoq_ao.graph.exchange import exchange_class
+from harmoq_ao.kernels import onednn_mlp
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
-from harmoq_ao.modules.quantized import QuantizedLinear
-from harmoq_ao.tracing import is_island
-from harmoq_ao.tracing.exchange import exchange_class
+from harmoq_ao.sites.quantized import QuantizedLinear
 
 _ROWS = (3, 5)
 _KINDS = {"erf": "none", "tanh": "tanh"}

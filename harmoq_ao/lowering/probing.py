@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.folding import run_node
+from harmoq_ao.graph.folding import run_node
 from harmoq_ao.lowering.attention import fused_attention, is_softmax, sum_of
-from harmoq_ao.modules.prepared import PreparedMatmul
-from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul
+from harmoq_ao.sites.prepared import PreparedMatmul
+from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul
 
 _CONTRACTIONS = (QuantizedLinear, QuantizedMatmul, PreparedMatmul)
 

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.lowering.attention_core import LoweredCores
 from harmoq_ao.lowering.fusing import Misfit, recognising
 from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
 from harmoq_ao.lowering.window_attention import LoweredAttention
-from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
-from harmoq_ao.tracing import is_island, island_state
+from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
 
 if TYPE_CHECKING:
-    from harmoq_ao.convert import QuantizedModel
+    from harmoq_ao.conversion.convert import QuantizedModel
 
 
 @dataclass(frozen=True)

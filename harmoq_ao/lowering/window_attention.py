@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.errors import KernelError
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.attention_core import product_quantizers
 from harmoq_ao.lowering.attention_matching import WindowAttention, find_window_attention
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.lowering.probing import read_constants
-from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
-from harmoq_ao.tracing.tracer import Variant
+from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
 
 
 def lower_attention(module: nn.Module, variant: Variant) -> Variant:

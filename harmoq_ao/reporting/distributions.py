@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.modules.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite
-from harmoq_ao.modules.relative_maps import relative_rows
-from harmoq_ao.quantizer import QuantizerSpec
-from harmoq_ao.report import SiteRow
+from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.quant.quantizer import QuantizerSpec
+from harmoq_ao.quant.relative_maps import relative_rows
+from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite
+from harmoq_ao.sites.report import SiteRow
 
 BINS = 72
 

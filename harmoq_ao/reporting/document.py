@@ -16,19 +16,19 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-import harmoq_ao
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.history import History
-from harmoq_ao.output import atomic_write
-from harmoq_ao.progress import track
-from harmoq_ao.report import Report, SiteRow
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.common.output import atomic_write
+from harmoq_ao.common.progress import track
+from harmoq_ao.common.version import __version__
+from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.reporting import charts
 from harmoq_ao.reporting.charts import Axis, Series
 from harmoq_ao.reporting.distributions import Histogram, recorded, worst_sites
 from harmoq_ao.reporting.pictures import Picture, Source, compare, heat_ceiling, heat_colours, heat_png, png
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
-from harmoq_ao.upscaler import Upscaler
+from harmoq_ao.runtime.upscaler import Upscaler
+from harmoq_ao.sites.history import History
+from harmoq_ao.sites.report import Report, SiteRow
 
 _TEMPLATES = "templates"
 _PACKAGES = ("torch", "spandrel", "numpy")
@@ -93,7 +93,7 @@ def write_report(scene: Scene, path: str | Path) -> Path:
 
     Raises:
         OutputError: The file cannot be written.
-        InputError: See :func:`~harmoq_ao.reporting.pictures.compare`.
+        InputError: See :func:`compare`.
     """
     text = build_report(scene)
     with atomic_write(path) as file:
@@ -108,8 +108,8 @@ def build_report(scene: Scene) -> str:
         scene: What it is about.
 
     Raises:
-        InputError: See :func:`~harmoq_ao.reporting.pictures.compare`.
-        ConfigError: See :func:`~harmoq_ao.reporting.pictures.compare`.
+        InputError: See :func:`compare`.
+        ConfigError: See :func:`compare`.
     """
     report = scene.model.report(scene.device)
     worst = worst_sites(report.rows, scene.worst)
@@ -117,7 +117,7 @@ def build_report(scene: Scene) -> str:
     context = {
         "name": Path(scene.quantized.name).name or scene.quantized.name,
         "summary": _summary(scene, report),
-        "versions": {"harmoq-ao": harmoq_ao.__version__, "Python": platform.python_version()}
+        "versions": {"harmoq-ao": __version__, "Python": platform.python_version()}
         | {name: version(name) for name in _PACKAGES},
         "rows": report.rows,
         "with_sensitivity": any(row.sensitivity_db is not None for row in report.rows),

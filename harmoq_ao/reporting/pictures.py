@@ -15,9 +15,9 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 from torch import Tensor
 
-from harmoq_ao.data import ImageRecord
-from harmoq_ao.metrics import SSIM_WINDOW, Score, bicubic_batch, crop_to_multiple, psnr_y, score, to_uint8
-from harmoq_ao.upscaler import Upscaler
+from harmoq_ao.images import ImageRecord
+from harmoq_ao.images.metrics import SSIM_WINDOW, Score, bicubic_batch, crop_to_multiple, psnr_y, score, to_uint8
+from harmoq_ao.runtime.upscaler import Upscaler
 
 Pixels = npt.NDArray[np.uint8]
 Levels = npt.NDArray[np.float32]

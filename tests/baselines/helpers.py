@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.calibrate import disable_fake_quant, enable_observers
+from harmoq_ao.calibration.calibrate import disable_fake_quant, enable_observers
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.harmonize.refine import feature_error, features_of
-from harmoq_ao.harmonize.stages import find_stages, first_tensor
-from harmoq_ao.modules.prepared import PreparedMatmul
+from harmoq_ao.harmonization.reference import float_reference
+from harmoq_ao.harmonization.refine import feature_error, features_of
+from harmoq_ao.harmonization.stages import find_stages, first_tensor
+from harmoq_ao.sites.prepared import PreparedMatmul
 from tests.models import images, prepare
 
 

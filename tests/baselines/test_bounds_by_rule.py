@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.modules.prepared import PreparedLinear
-from harmoq_ao.quantizer import Scheme, fake_quantize
+from harmoq_ao.quant.quantizer import Scheme, fake_quantize
+from harmoq_ao.sites.prepared import PreparedLinear
 from tests.baselines.helpers import applied, float_operands
 from tests.models import images
 

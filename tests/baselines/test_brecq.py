@@ -8,9 +8,9 @@ import torch
 import harmoq_ao as h
 from harmoq_ao.baselines.brecq import ReconstructionSettings, blocks, reconstruct
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonize.blockwise import block_error, stage_calls
-from harmoq_ao.harmonize.stages import Stage, StageCall, find_stages
-from harmoq_ao.modules.prepared import PreparedConv2d, PreparedLinear
+from harmoq_ao.harmonization.blockwise import block_error, stage_calls
+from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
+from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 from tests.baselines.helpers import applied, changed
 from tests.models import PER_TOKEN, calibrated, images
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 import harmoq_ao as h
 from harmoq_ao.baselines.granular_dq import allocate, code_entropy, set_activation_bits, site_entropy
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.errors import ConfigError
-from harmoq_ao.modules.prepared import PreparedLinear
-from harmoq_ao.modules.quantized import QuantizedLinear, QuantizedMatmul
+from harmoq_ao.sites.prepared import PreparedLinear
+from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul
 from tests.baselines.helpers import applied
 from tests.models import calibrated, run
 from tests.strategies import SEEDS, bit_widths

@@ -8,9 +8,9 @@ import torch
 from harmoq_ao.baselines.base import activation_quantizers
 from harmoq_ao.baselines.pams import lower_share, max_scale
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.observers import MinMaxObserver
-from harmoq_ao.quantizer import QuantizerSpec, Scheme
+from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.quant.observers import MinMaxObserver
+from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme
 from tests.baselines.helpers import applied, changed, distillation_loss, float_operands
 from tests.models import images
 

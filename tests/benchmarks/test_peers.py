@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks import cpu_peers, gpu
 from benchmarks.measuring import random_image
 from benchmarks.peers import Run, for_size, torchao_int8
-from recipes.architectures import ARCHITECTURES
+from harmoq_ao.recipes.architectures import ARCHITECTURES
 
 TINY = {"swinir-light": "SwinIR/light", "hat-s": "HAT", "dat-light": "DAT/light"}
 """Small instances of what `benchmarks.gpu` measures, built for images of 16x16."""

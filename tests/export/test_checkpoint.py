@@ -9,13 +9,13 @@ import torch
 from spandrel import ModelLoader
 from torch import nn
 
-from harmoq_ao.calibrate import enable_fake_quant
+from harmoq_ao.calibration.calibrate import enable_fake_quant
+from harmoq_ao.common.errors import ExportError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.convert import convert_harmoq
-from harmoq_ao.errors import ExportError
+from harmoq_ao.conversion.convert import convert_harmoq
 from harmoq_ao.export.checkpoint import checkpoint_state, export_checkpoint
-from harmoq_ao.modules.prepared import PreparedLinear
-from harmoq_ao.prepare import PreparedModel
+from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.prepared import PreparedLinear
 from tests.models import build, calibrated, converted, images
 
 

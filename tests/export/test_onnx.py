@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 import harmoq_ao as h
+from harmoq_ao.common.errors import ExportError, OutputError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.errors import ExportError, OutputError
+from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.export.check import onnx_engines
 from harmoq_ao.export.onnx import OPSET, OnnxExport, export_onnx
-from harmoq_ao.modules.quantized import QuantizedLinear
+from harmoq_ao.sites.quantized import QuantizedLinear
 from tests.models import PER_TOKEN, build, converted, images
 
 onnx = pytest.importorskip("onnx", reason="needs ONNX: pip install harmoq-ao[onnx]")

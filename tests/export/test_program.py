@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from harmoq_ao.common.errors import ExportError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.errors import ExportError
 from harmoq_ao.export.program import export_program, load_program
 from tests.models import converted, images
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from harmoq_ao.serialization import _dump, _seal
+from harmoq_ao.conversion.serialization import _dump, _seal
 from tests.fuzz.checkpoints import CHECKPOINTS
 from tests.fuzz.registry import Registry, cut, flipped, odd_value
 

@@ -16,10 +16,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.data import image_size
-from harmoq_ao.image_files import FileUpscaler, Job
-from harmoq_ao.tiling import upscale
-from harmoq_ao.upscaler import Upscaler
+from harmoq_ao.images import image_size
+from harmoq_ao.runtime.image_files import FileUpscaler, Job
+from harmoq_ao.runtime.tiling import upscale
+from harmoq_ao.runtime.upscaler import Upscaler
 from tests.models import converted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

@@ -18,13 +18,13 @@ import pytest
 import torch
 
 import harmoq_ao as h
-from harmoq_ao import serialization
 from harmoq_ao.cli.quantize import parse_rule
+from harmoq_ao.common.errors import HarmoqError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.data import image_size, load_image
-from harmoq_ao.errors import HarmoqError
-from harmoq_ao.upscaler import open_float
-from harmoq_ao.zoo import LoadedModel
+from harmoq_ao.conversion import serialization
+from harmoq_ao.images import image_size, load_image
+from harmoq_ao.runtime.upscaler import open_float
+from harmoq_ao.zoo.checkpoints import LoadedModel
 from tests.fuzz.checkpoints import CHECKPOINTS, MARK
 from tests.fuzz.configs import CONFIGS, RULES
 from tests.fuzz.images import IMAGES

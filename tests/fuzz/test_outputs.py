@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.data import image_size, load_image
-from harmoq_ao.image_files import FileUpscaler, Job, upscale_here
-from harmoq_ao.upscaler import Upscaler
+from harmoq_ao.images import image_size, load_image
+from harmoq_ao.runtime.image_files import FileUpscaler, Job, upscale_here
+from harmoq_ao.runtime.upscaler import Upscaler
 from tests.fuzz.images import IMAGES
 from tests.models import converted
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao
+from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.lowering import attention
 from harmoq_ao.lowering.attention import fused_attention, score_stand_in, widened
-from harmoq_ao.tracing import is_island, island_state
 
 
 class Attention(nn.Module):
@@ -59,7 +59,7 @@ def converted(attention: nn.Module, **config: object) -> tuple[harmoq_ao.Prepare
     images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 8)]
     settings = harmoq_ao.HarmoqConfig(8, 8, **config)  # type: ignore[arg-type]
     prepared = harmoq_ao.prepare_harmoq(model, settings, images, strict=True)
-    harmoq_ao.calibrate(prepared, images)
+    harmoq_ao.calibration.calibrate(prepared, images)
     return prepared, harmoq_ao.convert_harmoq(prepared)
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.graph import island_state
 from harmoq_ao.lowering.window_attention import LoweredAttention
-from harmoq_ao.tracing import island_state
 from tests.lowering.helpers import Network, assert_same_image, kernel_references
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted

@@ -16,8 +16,8 @@ import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
-from recipes.architectures import ARCHITECTURES, Architecture
-from recipes.architectures import forward as run_model
+from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
+from harmoq_ao.recipes.architectures import forward as run_model
 from tests.lowering.helpers import Network, assert_same_image, kernel_references
 from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from harmoq_ao.data import load_image, skimage_photographs
-from harmoq_ao.zoo import LoadedModel
-from recipes.cells import Cell, Value
-from recipes.study import Study, StudySettings
+from harmoq_ao.images import load_image, skimage_photographs
+from harmoq_ao.recipes.cells import Cell, Value
+from harmoq_ao.recipes.study import Study, StudySettings
+from harmoq_ao.zoo.checkpoints import LoadedModel
 from tests.models import build
 
 SCALE = 2

@@ -20,9 +20,11 @@ def words(text: str) -> list[str]:
 
 
 def test_the_committed_page_is_current() -> None:
-    from recipes.api_reference import reference_text
+    from harmoq_ao.recipes.api_reference import reference_text
 
-    assert words(PAGE.read_text()) == words(reference_text()), "run python -m recipes.api_reference docs/api.md"
+    assert words(PAGE.read_text()) == words(reference_text()), (
+        "run python -m harmoq_ao.recipes.api_reference docs/api.md"
+    )
 
 
 def test_every_public_name_is_there() -> None:

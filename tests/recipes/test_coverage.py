@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from recipes.architectures import ARCHITECTURES
-from recipes.coverage import cover, markdown
+from harmoq_ao.recipes.architectures import ARCHITECTURES
+from harmoq_ao.recipes.coverage import cover, markdown
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 

@@ -14,10 +14,10 @@ from PIL import Image
 from rich.console import Console
 
 import harmoq_ao as h
-from harmoq_ao.serialization import folder_bytes
-from harmoq_ao.zoo import LoadedModel
-from recipes.architectures import ARCHITECTURES
-from recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
+from harmoq_ao.conversion.serialization import folder_bytes
+from harmoq_ao.recipes.architectures import ARCHITECTURES
+from harmoq_ao.recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
+from harmoq_ao.zoo.checkpoints import LoadedModel
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 

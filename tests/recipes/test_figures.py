@@ -17,10 +17,10 @@ from rich.console import Console
 from torch import Tensor
 
 import harmoq_ao as h
-from harmoq_ao.calibrate import disable_fake_quant
-from harmoq_ao.errors import ConfigError
-from recipes import figures, inspection, options
-from recipes.curves import convergence_curves
+from harmoq_ao.calibration.calibrate import disable_fake_quant
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.recipes import figures, inspection, options
+from harmoq_ao.recipes.curves import convergence_curves
 from tests.models import entry
 from tests.recipes.studies import QUICK, load_transformer, quick_cell, tiny_study, write_benchmark, write_photographs
 from tests.recipes.test_tables import check_picture

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from harmoq_ao.errors import InputError
+from harmoq_ao.common.errors import InputError
 from harmoq_ao.lowering.survey import Lowering
-from recipes.lowering import general, lowerings, replaced, row
+from harmoq_ao.recipes.lowering import general, lowerings, replaced, row
 from tests.models import BY_NAME
 
 
@@ -29,7 +29,7 @@ def test_reasons_lose_what_differs_from_site_to_site() -> None:
 
 
 def test_the_table_is_replaced_and_nothing_else() -> None:
-    document = "a\n<!-- python -m recipes.lowering -->\nold\n<!-- end -->\nb\n"
+    document = "a\n<!-- python -m harmoq_ao.recipes.lowering -->\nold\n<!-- end -->\nb\n"
     assert replaced(document, "new\n") == document.replace("old", "new")
     with pytest.raises(InputError, match="no place"):
         replaced("a", "new")

@@ -13,18 +13,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import harmoq_ao as h
+from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError, DatasetError, SavedModelError
 from harmoq_ao.config import SiteRule
-from harmoq_ao.errors import CalibrationError, CheckpointError, ConfigError, DatasetError, SavedModelError
-from harmoq_ao.evaluation import evaluate
-from harmoq_ao.harmonize.presets import PRESETS
-from harmoq_ao.harmonize.reference import float_reference
-from harmoq_ao.methods import METHODS
-from harmoq_ao.metrics import bicubic_upscale, score_all
-from recipes import making, study
-from recipes.cells import Cell, bicubic_cell, float_cell, harmonize_settings, to_plain, with_changes
-from recipes.making import Made, Photographs
-from recipes.store import Store, restore_state, state_of
-from recipes.study import Study, agree
+from harmoq_ao.harmonization.presets import PRESETS
+from harmoq_ao.harmonization.reference import float_reference
+from harmoq_ao.images.metrics import bicubic_upscale, score_all
+from harmoq_ao.recipes import making, study
+from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell, harmonize_settings, to_plain, with_changes
+from harmoq_ao.recipes.making import Made, Photographs
+from harmoq_ao.recipes.store import Store, restore_state, state_of
+from harmoq_ao.recipes.study import Study, agree
+from harmoq_ao.runtime.evaluation import evaluate
 from tests.recipes.studies import (
     load_linears,
     load_transformer,

@@ -21,11 +21,10 @@ from PIL import Image
 from rich.console import Console
 
 import harmoq_ao as h
-from harmoq_ao.errors import CheckpointError, ConfigError
-from harmoq_ao.zoo import LoadedModel
-from recipes import options, study, tables
-from recipes.cells import Cell, bicubic_cell, float_cell
-from recipes.documents import (
+from harmoq_ao.common.errors import CheckpointError, ConfigError
+from harmoq_ao.recipes import options, study, tables
+from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell
+from harmoq_ao.recipes.documents import (
     Column,
     Entry,
     Plan,
@@ -38,9 +37,10 @@ from recipes.documents import (
     to_csv,
     to_markdown,
 )
-from recipes.making import Made
-from recipes.store import Result
-from recipes.study import Outcome
+from harmoq_ao.recipes.making import Made
+from harmoq_ao.recipes.store import Result
+from harmoq_ao.recipes.study import Outcome
+from harmoq_ao.zoo.checkpoints import LoadedModel
 from tests.recipes.studies import QUICK, load_transformer, write_benchmark, write_checkpoint, write_photographs
 
 NUMBER = r"-?\d+\.\d+"

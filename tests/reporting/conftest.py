@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.convert import QuantizedModel
-from harmoq_ao.data import image_from_array
-from harmoq_ao.history import History, SiteChange
+from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
+from harmoq_ao.images import image_from_array
 from harmoq_ao.reporting import Scene, Source, write_report
-from harmoq_ao.serialization import folder_bytes, save_quantized
-from harmoq_ao.upscaler import Upscaler, of_quantized
+from harmoq_ao.runtime.upscaler import Upscaler, of_quantized
+from harmoq_ao.sites.history import History, SiteChange
 from tests.models import build, converted
 
 PAPER = HarmoqConfig(4, 4, "paper")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from harmoq_ao.errors import ConfigError, OutputError
+from harmoq_ao.common.errors import ConfigError, OutputError
 from harmoq_ao.reporting import Scene, build_report, write_report
 from harmoq_ao.reporting import document as document_module
 from harmoq_ao.reporting.pictures import compare

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from harmoq_ao.cli import app
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.metrics import bicubic_upscale, psnr_y
+from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
+from harmoq_ao.images.metrics import bicubic_upscale, psnr_y
 from harmoq_ao.reporting import Scene, pictures
 from harmoq_ao.reporting.charts import Axis, Series, xy_chart
 from harmoq_ao.reporting.distributions import recorded, worst_sites
 from harmoq_ao.reporting.pictures import compare, heat_ceiling
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
-from harmoq_ao.serialization import float_bytes, folder_bytes, save_quantized
 from tests.models import PER_TOKEN, build, converted, images
 from tests.reporting.conftest import HOSTILE, PAPER, quantized_model, source
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmoq_ao.lowering.reference import Affine, LinearOperands, MatmulOperand
-from harmoq_ao.packing import pack
+from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
+from harmoq_ao.quant.packing import pack
 from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from harmoq_ao.triton_kernels.operands import PackedLinear, from_operands
 

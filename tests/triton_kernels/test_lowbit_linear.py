@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
-from harmoq_ao.lowering.reference import LinearOperands
-from harmoq_ao.packing import pack
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
+from harmoq_ao.quant.integer_reference import LinearOperands
+from harmoq_ao.quant.packing import pack
 from harmoq_ao.triton_kernels import lowbit_linear
 from harmoq_ao.triton_kernels.operands import from_operands, pack_weight, unpack_weight
 from tests.strategies import SEEDS, bit_widths

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.triton_kernels import mlp
 from tests.strategies import SEEDS, bit_widths
 from tests.triton_kernels.helpers import random_linear, seeded

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering import reference as integers
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.triton_kernels import quantize
 from tests.strategies import SEEDS, bit_widths, float_tensors, joint_scales
 from tests.triton_kernels.helpers import seeded

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from spandrel.architectures.SwinIR.__arch.SwinIR import WindowAttention
 from torch import Tensor
 
-from harmoq_ao.errors import KernelError
-from harmoq_ao.lowering.reference import LinearOperands, MatmulOperand
-from harmoq_ao.packing import pack
-from harmoq_ao.quantizer import quantize, step_size
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
+from harmoq_ao.quant.packing import pack
+from harmoq_ao.quant.quantizer import quantize, step_size
 from harmoq_ao.triton_kernels import window_attention
 from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, pack_attention
 from tests.strategies import SEEDS

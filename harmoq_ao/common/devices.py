@@ -1,0 +1,36 @@
+"""The device that a user names, if it is there."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+from harmoq_ao.common.distributed import is_distributed
+from harmoq_ao.common.errors import ConfigError, shown
+
+_NAME = re.compile(r"cpu|cuda(?::(?P<index>[0-9]{1,4}))?")
+
+
+def device_named(text: str) -> torch.device:
+    """``cpu``, ``cuda`` (the current GPU; of several ranks each has its own) or ``cuda:1``.
+
+    Raises:
+        ConfigError: Another name, no such device here, or one GPU for several ranks.
+    """
+    match = _NAME.fullmatch(text)
+    if match is None:
+        raise ConfigError("Unknown device", found=shown(text), expected="cpu, cuda, or cuda:0 and so on")
+    if text == "cpu":
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if match["index"] is not None and is_distributed():
+        raise ConfigError("Several ranks do not share a GPU", found=text, expected="cuda: each takes its own")
+    if int(match["index"] or 0) >= count:
+        raise ConfigError(
+            "There is no such device",
+            found=f"{text}, where torch {torch.__version__} sees {count} GPUs",
+            expected="cpu" if count == 0 else f"cpu, or cuda:0 to cuda:{count - 1}",
+            remedy="choose another device, or install a torch that supports this GPU",
+        )
+    return torch.device("cuda", torch.cuda.current_device() if match["index"] is None else int(match["index"]))

@@ -1,0 +1,49 @@
+"""Progress bars for long work, shown on a terminal and silent elsewhere."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from harmoq_ao.common.distributed import is_first
+
+T = TypeVar("T")
+
+
+def track(items: Iterable[T], description: str, *, total: int | None = None, show: bool | None = None) -> Iterator[T]:
+    """Yield `items` under a progress bar on standard error.
+
+    Args:
+        items: What to go through.
+        description: Text before the bar.
+        total: Number of items, where ``len`` does not tell.
+        show: Whether to show the bar; None shows it where standard error is a terminal.
+    """
+    if not is_shown(show):
+        yield from items
+        return
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    with progress_bar() as progress:
+        yield from progress.track(items, total=total, description=description)
+
+
+def is_shown(show: bool | None) -> bool:
+    """Whether there is a bar: as asked for, by default on a terminal, and of several ranks only on the first."""
+    return is_first() and (sys.stderr.isatty() if show is None else show)
+
+
+def progress_bar() -> Progress:
+    """The project's progress bar: description, bar, count, elapsed and remaining time, on standard error."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+    )

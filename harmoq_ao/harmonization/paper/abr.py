@@ -1,0 +1,370 @@
+"""Adaptive boundary refinement (ABR): the bounds of one contraction by projected gradient descent on its output error.
+
+With ``X~ = Q(X / s)`` and ``Y~ = Q(Y s)`` the objective is ``L = E[(X~ Y~ - target)^2]``, which for ``target = X Y`` is
+HarmoQ's ``E||W dx + dW x + dW dx||^2``; the printed one leaves the last, second-order term out. Theorem 3 gives
+
+    dL/dtheta = 2 E[r^T (W dx' + dW' x)],    r the residual, ' = d/dtheta
+
+and a quantized value is ``lo + (hi - lo) q / (2**b - 1)``, so almost everywhere, where no code changes,
+
+    d/dhi = q / (2**b - 1),    d/dlo = 1 - q / (2**b - 1)
+
+for clipped values (``q`` at an end of the codes) as for those inside. Bounds are learned in units of their first range.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, dynamic_bounds_for, fake_quantize, snap_bounds
+
+_TINY = 1e-30
+
+
+@dataclass(frozen=True)
+class ABRSettings:
+    """How bounds are refined.
+
+    Args:
+        updates: Most updates of one contraction.
+        rate: First step of a bound in units of its range.
+        last_rate: Step that the cosine ends at.
+        warm_up: Share of the updates over which the step rises to `rate`.
+        clip: Largest norm of all gradients of the relative objective together.
+        gap: Smallest range, in units of the first.
+        review_every: Updates between two reviews.
+        tolerance: Relative fall of the objective that counts as progress at a review.
+        patience: Reviews without progress, one after the other, after which to stop.
+        second_order: Whether ``dW dx`` belongs to the objective.
+
+    Raises:
+        ConfigError: A value is outside its range.
+    """
+
+    updates: int = 20
+    rate: float = 5e-2
+    last_rate: float = 5e-4
+    warm_up: float = 0.1
+    clip: float = 1.0
+    gap: float = 0.01
+    review_every: int = 5
+    tolerance: float = 1e-4
+    patience: int = 2
+    second_order: bool = True
+
+    def __post_init__(self) -> None:
+        counts = type(self.updates) is int and self.updates >= 0
+        counts = counts and all(type(n) is int and n >= 1 for n in (self.review_every, self.patience))
+        steps = 0 < self.last_rate <= self.rate <= 1 and self.clip > 0
+        if not (counts and steps and 0 <= self.warm_up < 1 and 0 < self.gap < 1 and self.tolerance >= 0):
+            raise ConfigError(
+                "A setting of the boundary refinement is out of range",
+                found=self,
+                expected="updates >= 0, review_every and patience >= 1, 0 < last_rate <= rate <= 1, clip > 0, "
+                "warm_up and gap in (0, 1)",
+            )
+
+
+# --- the contraction --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product with its quantizer.
+
+    Args:
+        values: Batched matrices `[G, M, K]` (left) or `[G, K, N]` (right), or with a batch of one.
+        spec: The quantizer; None leaves the operand in float. A dynamic one needs no bounds.
+        bounds: ``(lo, hi)`` of the scaled values, each broadcastable to them; None where there are none to learn.
+        scale: Divides the values, broadcastable to them; None for ones.
+        shift: Is taken from the values first; None for zeros.
+    """
+
+    values: Tensor
+    spec: QuantizerSpec | None = None
+    bounds: tuple[Tensor, Tensor] | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+
+    def scaled(self) -> Tensor:
+        """``(values - shift) / scale``."""
+        centred = self.values if self.shift is None else self.values - self.shift
+        return centred if self.scale is None else centred / self.scale
+
+    def unscaled(self, scaled: Tensor) -> Tensor:
+        """The inverse of :meth:`scaled` for values of any kind."""
+        centred = scaled if self.scale is None else scaled * self.scale
+        return centred if self.shift is None else centred + self.shift
+
+    def rounded(self) -> Tensor:
+        """The quantized approximation of :meth:`scaled`."""
+        if self.spec is None:
+            return self.scaled()
+        lo, hi = self.bounds or dynamic_bounds_for(self.values, self.spec, self.scale)
+        return fake_quantize(self.values, lo, hi, self.spec.bits, self.scale, self.shift)
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """A batched product of two operands and what it should come to.
+
+    Args:
+        left: `[G, M, K]`.
+        right: `[G, K, N]`.
+        target: `[G, M, N]`.
+        free_mean: Whether a bias takes up the mean error of each column `[N]`, so that it does not count.
+    """
+
+    left: Operand
+    right: Operand
+    target: Tensor
+    free_mean: bool = False
+
+
+class Gradient(NamedTuple):
+    """Derivatives of the objective by the bounds of one operand, in their shape."""
+
+    lo: Tensor
+    hi: Tensor
+
+
+class Evaluation(NamedTuple):
+    """The objective (mean squared error of the output) and, for each operand with bounds, its gradient."""
+
+    objective: float
+    left: Gradient | None
+    right: Gradient | None
+
+
+def output_error(contraction: Contraction, *, second_order: bool = True) -> float:
+    """The objective: mean squared error of the product."""
+    return evaluate(contraction, second_order=second_order, gradients=False).objective
+
+
+@torch.no_grad()
+def evaluate(contraction: Contraction, *, second_order: bool = True, gradients: bool = True) -> Evaluation:
+    """Objective and gradient of Theorem 3, derived by hand."""
+    left, right = contraction.left, contraction.right
+    x, y = left.rounded(), right.rounded()
+    partner_x, partner_y = (y, x) if second_order else (right.scaled(), left.scaled())  # what multiplies dx' and dy'
+    product = x @ y if second_order else x @ partner_x + partner_y @ (y - partner_x)
+    residual = product - contraction.target
+    if contraction.free_mean:
+        residual -= residual.mean((0, 1))
+    objective = float(residual.square().mean(dtype=torch.float64))
+    if not gradients:
+        return Evaluation(objective, None, None)
+    residual *= 2.0 / residual.numel()
+    grad_x = _bound_gradient(left, x, residual, partner_x.mT, on_left=True)
+    grad_y = _bound_gradient(right, y, residual, partner_y.mT, on_left=False)
+    return Evaluation(objective, grad_x, grad_y)
+
+
+def _bound_gradient(
+    operand: Operand, rounded: Tensor, residual: Tensor, partner: Tensor, *, on_left: bool
+) -> Gradient | None:
+    if operand.bounds is None:
+        return None
+    lo, hi = operand.bounds
+    inner = residual @ partner if on_left else partner @ residual
+    inner = inner.sum_to_size(rounded.shape)
+    share = (rounded - lo) / (hi - lo).clamp_min(_TINY)  # q / (2**b - 1)
+    total, upper = inner.sum_to_size(lo.shape), (inner * share).sum_to_size(hi.shape)
+    return Gradient(total - upper, upper)
+
+
+def error_balance(contraction: Contraction) -> tuple[float, float]:
+    """Mean squared output error that each operand's rounding causes alone, ``E||W dx||^2`` and ``E||dW x||^2``."""
+    x, y = contraction.left.scaled(), contraction.right.scaled()
+    from_left = _mean_square((contraction.left.rounded() - x) @ y, contraction.free_mean)
+    return from_left, _mean_square(x @ (contraction.right.rounded() - y), contraction.free_mean)
+
+
+def _mean_square(error: Tensor, free_mean: bool) -> float:
+    error = error - error.mean((0, 1)) if free_mean else error
+    return float(error.square().mean(dtype=torch.float64))
+
+
+# --- free parameters --------------------------------------------------------------------------------------------------
+
+
+class _FreeBounds:
+    """What may be chosen about the bounds of one operand, in units of their first range.
+
+    An asymmetric quantizer has two free bounds. Under the other schemes the place of zero among the codes is fixed, and
+    the width of the range is all that is free.
+    """
+
+    def __init__(self, spec: QuantizerSpec, bounds: tuple[Tensor, Tensor], gap: float) -> None:
+        self.spec, self.gap = spec, gap
+        lo, hi = bounds
+        self.unit = (hi - lo).clamp_min(_TINY)
+        self.tied = spec.scheme is not Scheme.ASYMMETRIC
+        self.below = -lo / self.unit  # share of the range below zero; one half if symmetric
+
+    def parameters(self, bounds: tuple[Tensor, Tensor]) -> list[Tensor]:
+        lo, hi = bounds
+        return [(hi - lo) / self.unit] if self.tied else [lo / self.unit, hi / self.unit]
+
+    def gradient(self, gradient: Gradient, objective: float) -> list[Tensor]:
+        """Of the logarithm of the objective, by the parameters."""
+        lo, hi = (g * self.unit / max(objective, _TINY) for g in gradient)
+        return [(1 - self.below) * hi - self.below * lo] if self.tied else [lo, hi]
+
+    def bounds(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The nearest bounds that are feasible: at least a gap apart, and on the scheme."""
+        if self.tied:
+            width = parameters[0].clamp_min(self.gap) * self.unit
+            return snap_bounds(-self.below * width, (1 - self.below) * width, self.spec)
+        lo, hi = parameters
+        short = ((self.gap - (hi - lo)) / 2).clamp_min(0)
+        return (lo - short) * self.unit, (hi + short) * self.unit
+
+
+class BoundaryRefiner:
+    """Projected Adam on the bounds of one contraction.
+
+    It moves freely and remembers the best place. A review after some updates goes back to that place, at half the step,
+    unless it was found since the last review.
+
+    Args:
+        contraction: Where to start.
+        settings: Steps and their schedule.
+
+    Attributes:
+        best: The contraction of least objective so far.
+        objective: Its objective.
+        failures: Reviews without progress since the last one with some.
+    """
+
+    best: Contraction
+    objective: float
+    failures: int
+    _place: Contraction
+    _evaluation: Evaluation
+    _reviewed: float
+
+    def __init__(self, contraction: Contraction, settings: ABRSettings) -> None:
+        self.settings = settings
+        self._halvings = 0
+        self._done = 0
+        self._adam = _Adam()
+        self.restart(contraction)
+
+    def restart(self, contraction: Contraction) -> None:
+        """Go on from another contraction (a new scale, another weight), at the present step."""
+        self.failures = 0
+        self._free = {
+            side: _FreeBounds(operand.spec, operand.bounds, self.settings.gap)
+            for side, operand in (("left", contraction.left), ("right", contraction.right))
+            if operand.spec is not None and operand.bounds is not None
+        }
+        self._enter(contraction)
+
+    @property
+    def can_learn(self) -> bool:
+        """Whether there are bounds, and an error to reduce."""
+        return self.objective > 0 and bool(self._free)
+
+    def update(self) -> float:
+        """One step from the present place; returns the objective there."""
+        gradients = {
+            side: free.gradient(getattr(self._evaluation, side), self._evaluation.objective)
+            for side, free in self._free.items()
+        }
+        flat = [g for part in gradients.values() for g in part]
+        directions = iter(self._adam.direction(clipped(flat, self.settings.clip)))
+        step = self._rate() * 0.5**self._halvings
+        self._place = self._moved({side: [next(directions) for _ in part] for side, part in gradients.items()}, step)
+        self._evaluation = evaluate(self._place, second_order=self.settings.second_order)
+        self._done += 1
+        if self._evaluation.objective < self.objective:
+            self.best, self.objective = self._place, self._evaluation.objective
+        return self._evaluation.objective
+
+    def review(self) -> bool:
+        """Whether there was progress since the last review; if not, back to the best place, at half the step."""
+        progress = self.objective < self._reviewed * (1 - self.settings.tolerance)
+        self.failures = 0 if progress else self.failures + 1
+        if not progress:
+            self._halvings += 1
+            self._enter(self.best)
+        self._reviewed = self.objective
+        return progress
+
+    def _enter(self, contraction: Contraction) -> None:
+        self._place = self.best = contraction
+        self._evaluation = evaluate(contraction, second_order=self.settings.second_order)
+        self.objective = self._evaluation.objective
+        self._reviewed = self.objective
+        self._adam = _Adam()
+
+    def _rate(self) -> float:
+        """Linear warm-up, then a cosine from the first to the last step."""
+        s = self.settings
+        warm_up = int(s.warm_up * s.updates)
+        if self._done < warm_up:
+            return s.rate * (self._done + 1) / (warm_up + 1)
+        part = min(1.0, (self._done - warm_up) / max(1, s.updates - warm_up))
+        return s.last_rate + (s.rate - s.last_rate) * (1 + math.cos(math.pi * part)) / 2
+
+    def _moved(self, direction: dict[str, list[Tensor]], step: float) -> Contraction:
+        moved = {"left": self._place.left, "right": self._place.right}
+        for side, free in self._free.items():
+            present = moved[side].bounds
+            assert present is not None
+            start = free.parameters(present)
+            bounds = free.bounds([p - step * d for p, d in zip(start, direction[side], strict=True)])
+            moved[side] = replace(moved[side], bounds=bounds)
+        return replace(self._place, left=moved["left"], right=moved["right"])
+
+
+def clipped(gradients: list[Tensor], limit: float) -> list[Tensor]:
+    """The gradients, scaled down together where their common norm exceeds the limit."""
+    norm = math.sqrt(sum(float(g.square().sum()) for g in gradients))
+    return gradients if norm <= limit else [g * (limit / norm) for g in gradients]
+
+
+class _Adam:
+    """Directions of Adam (beta 0.9 and 0.999), per element of order one."""
+
+    def __init__(self) -> None:
+        self._first: list[Tensor] = []
+        self._second: list[Tensor] = []
+        self._steps = 0
+
+    def direction(self, gradients: list[Tensor]) -> list[Tensor]:
+        if not self._first:
+            self._first = [torch.zeros_like(g) for g in gradients]
+            self._second = [torch.zeros_like(g) for g in gradients]
+        self._steps += 1
+        bias_1, bias_2 = 1 - 0.9**self._steps, 1 - 0.999**self._steps
+        result = []
+        for g, first, second in zip(gradients, self._first, self._second, strict=True):
+            first.lerp_(g, 0.1)
+            second.lerp_(g.square(), 0.001)
+            result.append(first / bias_1 / ((second / bias_2).sqrt() + 1e-8))
+        return result
+
+
+def refine_bounds(contraction: Contraction, settings: ABRSettings | None = None) -> tuple[Contraction, list[float]]:
+    """Refine the bounds of one contraction.
+
+    Returns:
+        The contraction with the best bounds, and the objective before and after every update.
+    """
+    settings = settings or ABRSettings()
+    refiner = BoundaryRefiner(contraction, settings)
+    objectives = [refiner.objective]
+    for update in range(1, settings.updates + 1 if refiner.can_learn else 1):
+        objectives.append(refiner.update())
+        if update % settings.review_every == 0 and not refiner.review() and refiner.failures >= settings.patience:
+            break
+    return refiner.best, objectives

@@ -1,0 +1,320 @@
+"""Reading image files: grayscale, alpha, palette, 16 bits, and what can be wrong with a file.
+
+Pillow reads. It holds colour at 8 bits only, so it reads 16-bit colour in two passes (torchvision would read such a PNG
+in one, but was seen to crash the process on a truncated file).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import struct
+import sys
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from harmoq_ao.common.errors import ImageError
+from harmoq_ao.images.records import Array, ImageRecord, PathLike, record_of
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 178_956_970
+"""Largest image read by default, in pixels (Pillow's own limit against decompression bombs)."""
+
+_BAND_PIXELS = 1 << 20
+_CONVERTIBLE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+_ORIENTATION_TAG = 0x0112
+# By which layout the low bytes of 16-bit samples are read as if they were the high ones; N is the machine's order.
+_LOW_BYTES = {
+    "LA;16B": "RGBA",
+    **{f"{colour};16{order}": f"{colour};16{other}" for colour in ("RGB", "RGBA") for order, other in ("BL", "LB")},
+    **{f"{colour};16N": f"{colour};16{'B' if sys.byteorder == 'little' else 'L'}" for colour in ("RGB", "RGBA")},
+}
+# What Pillow and its decoders raise for bytes that are not what they claim to be.
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
+
+
+def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
+    """Read an image file of any mode as RGB.
+
+    Palettes are expanded, transparency of every kind becomes ``alpha``, CMYK is converted without its profile, the
+    EXIF rotation is applied, and of an animation the first frame is taken. 16 bits are kept for gray images, for
+    colour PNG and TIFF; a warning is logged where a layout (such as separate colour planes) is read at 8 bits instead.
+
+    Args:
+        path: The file.
+        max_pixels: Larger images are refused before they are decoded; beyond the default, Pillow's own limit has to be
+            raised too.
+
+    Raises:
+        ImageError: If the file is missing, empty, truncated, corrupt, no image, without pixels, or too large.
+    """
+    path = Path(path)
+    _check_file(path)
+    return replace(_decoded(lambda: path, str(path), path.stat().st_size, max_pixels), path=path)
+
+
+@dataclass(frozen=True, order=True)
+class EncodedImage:
+    """An image file in memory, decoded when asked for.
+
+    Attributes:
+        row: Its place among the others; images are ordered by it.
+        name: What errors call it.
+        data: The bytes of the file.
+    """
+
+    row: int
+    name: str
+    data: bytes = field(repr=False)
+
+    def load(self) -> ImageRecord:
+        """Decode it, as `load_image` does with a file.
+
+        Raises:
+            ImageError: As in `load_image`.
+        """
+        return _decoded(lambda: io.BytesIO(self.data), self.name, len(self.data), MAX_PIXELS)
+
+
+def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int) -> ImageRecord:
+    """The image of a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour."""
+    try:
+        with _without_bomb_warning(), Image.open(opened()) as image:
+            _check_size(image.size, max_pixels)
+            rawmode = _colour_rawmode(image)
+            deep = _read_deep_colour(opened, name, rawmode) if ";16" in rawmode else None
+            return _record_from_pillow(image, name) if deep is None else deep
+    except Image.DecompressionBombError as error:
+        raise _in_file(name, _too_large(str(error).rstrip("."), max_pixels)) from error
+    except UnidentifiedImageError as error:
+        raise ImageError(
+            f"{name} is not an image",
+            found=f"{size} bytes of no known image format",
+            expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
+            remedy="check that the file was downloaded or copied as a whole, and is what its name says",
+        ) from error
+    except ImageError as error:
+        raise _in_file(name, error) from error
+    except PermissionError as error:
+        raise ImageError(f"{name} may not be read", found="permission denied", remedy="change its mode") from error
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            f"{name} is corrupt or truncated",
+            found=f"{type(error).__name__}: {error}",
+            expected="a complete image file",
+            remedy="download or copy the file again, or leave it out",
+        ) from error
+
+
+def image_from_pillow(image: Image.Image) -> ImageRecord:
+    """A Pillow image as a record, as `load_image` does with a file (colour at 8 bits).
+
+    Raises:
+        ImageError: If it has no pixels, cannot be decoded, or its values have no known range.
+    """
+    _check_size(image.size, MAX_PIXELS)
+    try:
+        return _record_from_pillow(image, getattr(image, "filename", "") or "An image")
+    except ImageError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise ImageError(
+            "An image is corrupt or truncated",
+            found=f"{type(error).__name__}: {error}",
+            expected="a complete image",
+            remedy="leave it out of the data",
+        ) from error
+
+
+def image_size(path: PathLike) -> tuple[int, int]:
+    """Height and width of an image file as displayed, from its header alone.
+
+    Raises:
+        ImageError: If the file is missing or its header is not an image's.
+    """
+    path = Path(path)
+    _check_file(path)
+    try:
+        with _without_bomb_warning(), Image.open(path) as image:
+            sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            if sideways and image.format == "TIFF":
+                # Whether the header's size is turned already depends on Pillow's version; the loaded one always is.
+                image.load()
+                sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
+            width, height = image.size
+    except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
+        raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+    return (width, height) if sideways else (height, width)
+
+
+def _check_file(path: Path) -> None:
+    if not path.exists():
+        raise ImageError(f"{path} does not exist", expected="an image file", remedy="check the path")
+    if not path.is_file():
+        raise ImageError(f"{path} is not a file", found="a folder or device", expected="an image file")
+    if path.stat().st_size == 0:
+        raise ImageError(
+            f"{path} is empty", found="0 bytes", expected="an image file", remedy="download or copy the file again"
+        )
+
+
+@contextmanager
+def _without_bomb_warning() -> Iterator[None]:
+    """Pillow warns at half the size that `load_image` refuses; one clear error is enough."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _in_file(name: str, error: ImageError) -> ImageError:
+    return ImageError(f"{name}: {error.what}", found=error.found, expected=error.expected, remedy=error.remedy)
+
+
+def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+    width, height = size
+    if width == 0 or height == 0:
+        raise ImageError("the image has no pixels", found=f"{width}x{height}", expected="at least 1x1")
+    if width * height > max_pixels:
+        raise _too_large(f"{width}x{height} = {width * height} pixels", max_pixels)
+
+
+def _too_large(found: str, max_pixels: int) -> ImageError:
+    return ImageError(
+        "the image is too large, or a decompression bomb",
+        found=found,
+        expected=f"at most {max_pixels} pixels",
+        remedy="cut it into parts; if you trust the file, raise max_pixels and PIL.Image.MAX_IMAGE_PIXELS",
+    )
+
+
+def _record_from_pillow(image: Image.Image, name: str = "An image") -> ImageRecord:
+    if getattr(image, "n_frames", 1) > 1:
+        logger.warning("%s has several frames; only the first is used", name)
+    mode = image.mode
+    image.load()
+    return _finished(image, _array_from_pillow(image), mode)
+
+
+def _finished(image: Image.Image, array: Array, mode: str) -> ImageRecord:
+    """The record of a loaded image's samples, upright."""
+    # Asked after loading: Pillow applies the orientation of a TIFF itself while loading, and then forgets it.
+    orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+    profile = image.info.get("icc_profile") if mode != "CMYK" else None
+    return record_of(_oriented(array, orientation), mode, profile)
+
+
+def _array_from_pillow(image: Image.Image) -> Array:
+    """`[H, W]` or `[H, W, C]` of a type that `image_from_array` takes, transparency expanded to a channel."""
+    mode = image.mode
+    if mode.startswith("I"):
+        return _array_from_integers(_samples(image))
+    if mode == "F":
+        return _samples(image)
+    if mode not in _CONVERTIBLE_MODES:
+        raise ImageError(
+            "the image's colour model is not handled",
+            found=f"mode {mode}",
+            expected="gray, RGB, palette, CMYK, YCbCr or HSV",
+            remedy="convert the image to RGB",
+        )
+    transparent = "transparency" in image.info or mode in ("PA", "RGBA", "RGBa", "LA", "La")
+    gray = mode in ("1", "L", "LA", "La")
+    target = {(True, True): "LA", (True, False): "L", (False, True): "RGBA", (False, False): "RGB"}[gray, transparent]
+    return _samples(image if mode == target else image.convert(target))
+
+
+def _samples(image: Image.Image, dtype: Any = None) -> Array:
+    """A loaded image as a new array, of its own type unless told otherwise."""
+    array: Array | None = None
+    for rows, band in _bands(image):
+        if array is None:
+            array = np.empty((image.height, *band.shape[1:]), dtype or band.dtype)
+        array[rows] = band
+    assert array is not None
+    return array
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[slice, Array]]:
+    """The rows of a loaded image, some at a time: of all at once Pillow makes two more copies on the way."""
+    height = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, height):
+        bottom = min(top + height, image.height)
+        yield slice(top, bottom), np.asarray(image.crop((0, top, image.width, bottom)))
+
+
+def _array_from_integers(values: Array) -> Array:
+    """Pillow's 32-bit mode holds 16-bit images; anything beyond has no agreed white."""
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageError(
+            "the image holds integers of more than 16 bits",
+            found=f"values {values.min()} to {values.max()}",
+            expected="0 to 65535",
+            remedy="scale it to 16 bits",
+        )
+    return values.astype(np.uint16, copy=False)
+
+
+def _oriented(array: Array, orientation: int) -> Array:
+    """Undo an EXIF orientation, 1..8; unknown values count as upright."""
+    if orientation >= 5 and orientation <= 8:
+        array = np.swapaxes(array, 0, 1)
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    return array
+
+
+def _colour_rawmode(image: Image.Image) -> str:
+    """How Pillow's decoder was told that samples are laid out in a colour file, ``RGB;16B`` for one; or nothing."""
+    tile = getattr(image, "tile", None)
+    if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF") or not tile:
+        return ""
+    arguments = tile[0][3]
+    rawmode = arguments if isinstance(arguments, str) else arguments[0]
+    return rawmode if isinstance(rawmode, str) else ""
+
+
+def _read_deep_colour(opened: Callable[[], Path | BinaryIO], name: str, rawmode: str) -> ImageRecord | None:
+    """16-bit colour at full precision, or ``None`` for layouts of which only 8 bits can be read.
+
+    Pillow keeps the high byte of each sample. Told that the byte order is the other one it keeps the low byte, so two
+    passes of its (hardened) decoder give both.
+    """
+    swapped = _LOW_BYTES.get(rawmode)
+    if swapped is None:
+        logger.warning("%s has 16 bits per channel but is read at 8: layout %s is not handled", name, rawmode)
+        return None
+    low = _loaded(opened, swapped)
+    if rawmode == "LA;16B":  # four bytes a pixel, which the swapped mode read as they are
+        return _finished(low, _samples(low).view(">u2").astype(np.uint16), "LA;16")
+    array = _samples(low, np.uint16)
+    del low
+    high = _loaded(opened)
+    for rows, band in _bands(high):
+        array[rows] |= band.astype(np.uint16) << 8
+    return _finished(high, array, f"{high.mode};16")
+
+
+def _loaded(opened: Callable[[], Path | BinaryIO], rawmode: str | None = None) -> Image.Image:
+    """The image, decoded as if its samples were laid out in another way."""
+    with Image.open(opened()) as image:
+        if rawmode is not None:
+            image.tile = [_with_rawmode(tile, rawmode) for tile in image.tile]
+        image.load()
+    return image
+
+
+def _with_rawmode(tile: Any, rawmode: str) -> Any:
+    arguments = rawmode if isinstance(tile[3], str) else (rawmode, *tile[3][1:])
+    # A plain tuple up to Pillow 10, a named one since.
+    return tile._replace(args=arguments) if hasattr(tile, "_replace") else (*tile[:3], arguments)

@@ -1,0 +1,123 @@
+"""Products of two quantized activations on CPUs: integer codes in floating-point kernels.
+
+oneDNN has no batched product of two activations in integers. A float32 product of codes is the same thing while its
+sums stay below 2**24, since every partial sum is then an integer that float32 holds exactly; longer contractions
+(channel attention runs over all pixels) go through float64, which is exact up to 2**53.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
+
+_FLOAT32_EXACT = 1 << 24
+_PIECE_BYTES = 1 << 26  # float64 copies of codes made at a time in a long contraction
+_BLOCK_BYTES = 1 << 21  # working set of one thread in `quantized_matmul`
+
+
+def exact_dtype(length: int, bits_a: int, bits_b: int) -> torch.dtype:
+    """Narrowest float type that sums ``length`` products of codes exactly."""
+    largest = length * ((1 << bits_a) - 1) * ((1 << bits_b) - 1)
+    return torch.float32 if largest <= _FLOAT32_EXACT else torch.float64
+
+
+def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) -> Tensor:
+    """`reference.matmul_accumulate` by floating-point kernels, bit for bit.
+
+    Args:
+        qa: `[..., M, K]` uint8 codes below ``2**bits_a``.
+        qb: `[..., K, N]` uint8 codes below ``2**bits_b``.
+        bits_a: Width of the left codes; fewer bits stay in float32 for longer.
+        bits_b: Width of the right codes.
+
+    Returns:
+        `[..., M, N]` int32, int64 for very long contractions.
+
+    Raises:
+        KernelError: Wrong dtypes or shapes.
+    """
+    integer_reference.check_matmul(qa, qb)
+    length, dtype = qa.shape[-1], integer_reference.matmul_dtype(qa.shape[-1])
+    exact = exact_dtype(length, bits_a, bits_b)
+    if exact == torch.float32 or length == 0:
+        with integer_reference.exact_floats(qa):
+            return (qa.float() @ qb.float()).to(dtype)
+    piece = max(64, _PIECE_BYTES * length // (8 * max(1, qa.numel() + qb.numel())))
+    pairs = zip(torch.split(qa, piece, -1), torch.split(qb, piece, -2), strict=True)
+    total = sum((a.to(exact) @ b.to(exact) for a, b in pairs), start=torch.zeros((), dtype=exact))
+    return total.to(dtype)
+
+
+def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand) -> Tensor:
+    """`reference.quantized_matmul` up to float32 rounding; not differentiable.
+
+    Rounds, multiplies and rescales a few batch entries at a time, so that everything between input and output stays in
+    the cache. The codes are the reference's bit for bit, and so are the accumulators.
+
+    Args:
+        left: `[..., M, K]` floating point, any strides.
+        right: `[..., K, N]` floating point, any strides.
+        a: Quantizer of the left operand.
+        b: Quantizer of the right operand.
+
+    Returns:
+        `[..., M, N]` in the dtype of ``left``.
+
+    Raises:
+        KernelError: The operands are not floating point or do not fit.
+        InputError: An operand holds a NaN.
+    """
+    integer_reference.check_float_matmul(left, right)
+    left, right = left.detach(), right.detach()
+    if left.dim() < 3 or left.shape[:-2] != right.shape[:-2] or left.numel() == 0 or right.numel() == 0:
+        return _product(left, right, a, b).to(left.dtype)
+    y = torch.empty(*left.shape[:-1], right.shape[-1], dtype=left.dtype)
+    block = max(1, _BLOCK_BYTES * torch.get_num_threads() * len(y) // (4 * (left.numel() + right.numel() + y.numel())))
+    for x, w, target in zip(torch.split(left, block), torch.split(right, block), torch.split(y, block), strict=True):
+        _product(x, w, a, b, target)
+    return y
+
+
+def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, out: Tensor | None = None) -> Tensor:
+    """One block of `quantized_matmul`, float32 if ``out`` is not given."""
+    exact = exact_dtype(left.shape[-1], a.bits, b.bits)
+    qa, act_a = codes_as_floats(left, a, -1)
+    qb, act_b = codes_as_floats(right, b, -2)
+    qa, qb = qa.to(exact), qb.to(exact)
+    rows, columns = qa.sum(-1, keepdim=True), qb.sum(-2, keepdim=True)
+    if bool(rows.isnan().any()) or bool(columns.isnan().any()):
+        raise integer_reference.nan_error()
+    direct = out is not None and out.dtype == exact == torch.float32
+    with integer_reference.exact_floats(qa):
+        acc = torch.matmul(qa, qb, out=out) if direct else torch.matmul(qa, qb).float()
+    _rescale(acc, rows.float(), columns.float(), act_a, act_b, left.shape[-1])
+    return acc if out is None or direct else out.copy_(acc)
+
+
+def codes_as_floats(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tensor, Affine]:
+    """Codes of an operand as float32 and its bounds; a NaN stays a NaN.
+
+    The codes equal `reference.quantize_operand` bit for bit.
+    """
+    if operand.act is not None:
+        factor, offset = integer_reference.static_qparams(operand.act, operand.joint_scale)
+        positions, act = x.float() * factor, operand.act
+    else:
+        positions = x.to(torch.float32, copy=True)
+        if operand.joint_scale is not None:
+            positions *= operand.joint_scale.reciprocal()
+        lower, step = integer_reference.dynamic_qparams(positions, axis, operand.bits)
+        positions, offset, act = positions.mul_(step.reciprocal()), -lower / step, Affine(step, lower, operand.bits)
+    return positions.add_(offset).round_().clamp_(0, (1 << operand.bits) - 1), act
+
+
+def _rescale(acc: Tensor, rows: Tensor, columns: Tensor, a: Affine, b: Affine, length: int) -> None:
+    """`reference.matmul_epilogue` in place, in as few passes over the output as the bounds allow."""
+    if a.step.numel() == 1 or b.step.numel() == 1:
+        acc.mul_(a.step * b.step)
+    else:
+        acc.mul_(a.step).mul_(b.step)  # their product would be as large as the output
+    acc.addcmul_(rows * a.step + a.lower * length, b.lower).addcmul_(columns * b.step, a.lower)

@@ -1,0 +1,48 @@
+"""Linear, GELU, linear on CPUs as one chain: codes in, codes between, a block of rows at a time.
+
+What lies between the two contractions stays in the cache and in float32; it is never written out for the whole image,
+nor rounded to the type of the rest. Codes and accumulators are those of the two linears by themselves where that type
+is float32 too.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmoq_ao.kernels.onednn import PackedLinear, block_rows, quantize
+from harmoq_ao.quant import integer_reference
+
+
+def takes(fc1: PackedLinear, fc2: PackedLinear) -> bool:
+    """Whether both linears have static bounds, and weight shifts that their codes absorb."""
+    return fc1.only_codes and fc2.only_codes
+
+
+def mlp(x: Tensor, fc1: PackedLinear, fc2: PackedLinear, gelu: str) -> Tensor:
+    """``fc2(gelu(fc1(x)))``. Not differentiable.
+
+    Args:
+        x: `[..., K]` float32 or bfloat16, any strides.
+        fc1: `[H, K]`; both as :func:`takes` wants them.
+        fc2: `[N, H]`.
+        gelu: Approximation of the GELU, ``none`` or ``tanh``.
+
+    Returns:
+        `[..., N]` in the dtype of ``x``, contiguous.
+
+    Raises:
+        KernelError: ``x`` has another number of channels.
+        InputError: ``x`` holds a NaN.
+    """
+    integer_reference.check_input(x, fc1.operands)
+    rows = x.detach().reshape(-1, x.shape[-1])
+    hidden, width = len(fc1.total), len(fc2.total)
+    y = torch.empty(len(rows), width, dtype=x.dtype)
+    if len(rows):
+        block = block_rows(len(rows), 2 * hidden)
+        for values, target in zip(rows.split(block), y.split(block), strict=True):
+            between = F.gelu(fc1.contract(quantize(values, fc1), torch.float32), approximate=gelu)
+            target.copy_(fc2.contract(quantize(between, fc2), x.dtype))
+    return y.reshape(*x.shape[:-1], width)

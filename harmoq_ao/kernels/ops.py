@@ -1,0 +1,184 @@
+"""Quantized contractions as torch operators: what `torch.compile` and `torch.export` see of a quantized model.
+
+Traced graphs hold one opaque call per contraction, with every tensor it needs among the arguments, so an exported
+program runs wherever ``harmoq_ao`` is imported. The kernel is chosen at run time by the device of the input.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from harmoq_ao.kernels import float_matmul
+from harmoq_ao.kernels.linear import LinearKernel, check_backend
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
+from harmoq_ao.quant.packing import unpack_signed
+
+LinearTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Packed weight codes, their scale, bias, bounds of the activations, joint scale and joint shift of a linear."""
+_kernels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+@torch.library.custom_op("harmoq::linear", mutates_args=())
+def linear(
+    x: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    joint_shift: Tensor | None,
+    weight_bits: int,
+    act_bits: int,
+    weight_shift: float,
+    backend: str,
+) -> Tensor:
+    """Quantized ``F.linear`` of `[..., K]` to `[..., N]`, in the dtype of ``x``.
+
+    Args:
+        x: `[..., K]` floating point.
+        codes: Packed weight codes `[N, packed K]` uint8.
+        weight_scale: `[N]` float32.
+        bias: `[N]` float32, or None.
+        act_bounds: `[2]` float32, step and lower bound; None for bounds per token.
+        joint_scale: `[K]` float32, or None.
+        joint_shift: `[K]` float32, or None.
+        weight_bits: Width of a weight code.
+        act_bits: Width of an activation code.
+        weight_shift: Where the signed code 0 lies, in steps.
+        backend: See :data:`Backend`.
+    """
+    tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
+    kernel = _kernel(tensors, x.shape[-1], weight_bits, act_bits, weight_shift)
+    return kernel(x, check_backend(backend))
+
+
+@linear.register_fake
+def _(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+@torch.library.custom_op("harmoq::contract", mutates_args=())
+def contract(
+    act_codes: Tensor,
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    joint_shift: Tensor | None,
+    weight_bits: int,
+    act_bits: int,
+    weight_shift: float,
+    dtype: torch.dtype,
+) -> Tensor:
+    """What follows the quantizing of a linear's input on a CPU: `[..., N]` of ``dtype`` from `[..., K]` uint8 codes.
+
+    Args:
+        act_codes: Codes of the input, contiguous.
+        codes: As the rest of :func:`linear`; the linear has static bounds and a weight shift that its codes absorb.
+        weight_scale: Likewise.
+        bias: Likewise.
+        act_bounds: Likewise.
+        joint_scale: Likewise.
+        joint_shift: Likewise.
+        weight_bits: Likewise.
+        act_bits: Likewise.
+        weight_shift: Likewise.
+        dtype: float32 or bfloat16.
+    """
+    tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
+    packed = _kernel(tensors, act_codes.shape[-1], weight_bits, act_bits, weight_shift).packed_onednn()
+    rows = act_codes.reshape(-1, act_codes.shape[-1])
+    return packed.contract(rows, dtype).reshape(*act_codes.shape[:-1], len(packed.total))
+
+
+@contract.register_fake
+def _(act_codes: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    return act_codes.new_empty(*act_codes.shape[:-1], codes.shape[0], dtype=rest[-1])
+
+
+def _kernel(tensors: LinearTensors, columns: int, weight_bits: int, act_bits: int, weight_shift: float) -> LinearKernel:
+    """The linear of these tensors, made ready once for as long as nobody changes them."""
+    codes = tensors[0]
+    state = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
+    known = _kernels.get(codes)
+    if known is None or known[0] != state:
+        operands = linear_operands(*tensors, columns, weight_bits, act_bits, weight_shift)
+        # an alias of the codes: the key itself would never be released
+        known = _kernels[codes] = (state, LinearKernel(operands, codes.detach(), weight_bits))
+    kernel: LinearKernel = known[1]
+    return kernel
+
+
+def linear_operands(
+    codes: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    act_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    joint_shift: Tensor | None,
+    columns: int,
+    weight_bits: int,
+    act_bits: int,
+    weight_shift: float,
+) -> LinearOperands:
+    """The integer operands behind the tensors of :func:`linear`, for kernels and tests."""
+    signed = unpack_signed(codes, weight_bits, columns)
+    act = None if act_bounds is None else Affine(act_bounds[0], act_bounds[1], act_bits)
+    shift = torch.full_like(weight_scale, weight_shift)
+    return LinearOperands(signed, weight_scale, shift, bias, act_bits, act, joint_scale, joint_shift)
+
+
+@torch.library.custom_op("harmoq::matmul", mutates_args=())
+def matmul(
+    left: Tensor,
+    right: Tensor,
+    left_bounds: Tensor | None,
+    right_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    left_bits: int,
+    right_bits: int,
+    backend: str,
+) -> Tensor:
+    """Product of two quantized activations, `[..., M, K]` and `[..., K, N]` to `[..., M, N]` in the dtype of ``left``.
+
+    Args:
+        left: Floating point.
+        right: Floating point.
+        left_bounds: `[2]` float32, step and lower bound; None for bounds per row.
+        right_bounds: The same of the right operand; None for bounds per column.
+        joint_scale: `[K]` float32 that divides the left operand and multiplies the right one, or None.
+        left_bits: Width of a left code.
+        right_bits: Width of a right code.
+        backend: See :data:`Backend`.
+    """
+    operands = matmul_operands(left_bounds, right_bounds, joint_scale, left_bits, right_bits)
+    return quantized_matmul(left, right, *operands, backend).clone()
+
+
+@matmul.register_fake
+def _(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
+    batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
+    return left.new_empty(*batch, left.shape[-2], right.shape[-1])
+
+
+def matmul_operands(
+    left_bounds: Tensor | None, right_bounds: Tensor | None, joint_scale: Tensor | None, left_bits: int, right_bits: int
+) -> tuple[MatmulOperand, MatmulOperand]:
+    """The quantizers of both operands behind the tensors of :func:`matmul`."""
+    inverse = None if joint_scale is None else (1.0 / joint_scale)[:, None]
+    left = None if left_bounds is None else Affine(left_bounds[0], left_bounds[1], left_bits)
+    right = None if right_bounds is None else Affine(right_bounds[0], right_bounds[1], right_bits)
+    return MatmulOperand(left_bits, left, joint_scale), MatmulOperand(right_bits, right, inverse)
+
+
+def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, backend: str) -> Tensor:
+    """`reference.quantized_matmul`, by float kernels on integer codes on CPUs if the backend leaves it open."""
+    if backend == "auto" and left.device.type == "cpu":
+        return float_matmul.quantized_matmul(left, right, a, b)
+    return integer_reference.quantized_matmul(left, right, a, b)

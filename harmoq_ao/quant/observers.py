@@ -1,0 +1,519 @@
+"""Statistics of one operand on bounded memory, and the bounds they suggest.
+
+An observer sees every calibration tensor of its operand once and keeps
+
+* the exact minimum and maximum, over everything and, if asked, per channel (index along the contracted axis);
+* a uniform random sample of rows (one row = all channels of one token) or of single values (`reservoir.py`).
+
+`OBSERVERS` maps the names used in configurations to classes; they differ in how they turn statistics into bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.common.distributed import all_gather, all_max, all_min, is_first
+from harmoq_ao.common.errors import CalibrationError, ConfigError
+from harmoq_ao.common.torchao_import import pt2e
+from harmoq_ao.quant.bounds import search_histogram_bounds, search_tensor_bounds
+from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, snap_bounds, step_size
+from harmoq_ao.quant.reservoir import Reservoir
+
+ROW_BUDGET = 4
+"""The row reservoir may hold this many times `reservoir_values` numbers, however many channels there are."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is known of an operand without its values.
+
+    Args:
+        values: Number of values.
+        channels: Length of the contracted axis.
+        device: Where it lies.
+    """
+
+    values: int
+    channels: int
+    device: torch.device
+
+
+class OperandObserver(pt2e.ObserverBase):
+    """Collects the statistics of one operand; subclasses derive bounds from them.
+
+    Memory does not grow with the number of batches: two vectors of K, and a sample of at most
+    ``max(4 * reservoir_values, K)`` numbers (2 MiB in float32 by default), allocated with the first batch on the
+    operand's device; see :attr:`nbytes`. Nothing of it enters the state dict. The global random state is untouched;
+    equal seeds and equal batches give equal samples.
+
+    A per-channel observer whose number of channels changes between calls (the contracted axis counts pixels, say) drops
+    its channel statistics and goes on with a sample of single values, drawn from the rows collected so far.
+
+    Args:
+        spec: The quantizer the bounds are for.
+        contracted_axis: The axis of the operand that its contraction sums over, K long.
+        track_channels: Keep per-channel ranges and whole rows; otherwise single values.
+        reservoir_rows: Largest number of rows in the sample.
+        reservoir_values: Largest number of single values in the sample.
+        seed: Of the random sample.
+
+    Attributes:
+        site_name: Used in error messages.
+        rows_seen: Rows (tokens) observed so far, by all ranks.
+        calls: If a list, calls are noted there and not observed.
+    """
+
+    def __init__(
+        self,
+        spec: QuantizerSpec,
+        *,
+        contracted_axis: int = -1,
+        track_channels: bool = True,
+        reservoir_rows: int = 2048,
+        reservoir_values: int = 131072,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dtype=torch.uint8, is_dynamic=spec.dynamic)
+        if reservoir_rows < 1 or reservoir_values < 1:
+            raise ConfigError("An observer needs room for a sample", found=(reservoir_rows, reservoir_values))
+        self.spec = spec
+        self.contracted_axis = contracted_axis
+        self.reservoir_rows = reservoir_rows
+        self.reservoir_values = reservoir_values
+        self.seed = seed
+        self.site_name = ""
+        self._track_channels = track_channels
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget everything seen; the next batch is the first."""
+        self.rows_seen = 0
+        self.tracks_channels = self._track_channels
+        self._range: tuple[Tensor, Tensor] | None = None
+        self._channel_range: tuple[Tensor, Tensor] | None = None
+        self._reservoir: Reservoir | None = None
+        self._last_call: Call | None = None
+        self.calls: list[Call] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Add `x` to the statistics and return it.
+
+        Raises:
+            CalibrationError: `x` holds NaN or infinity.
+        """
+        if x.numel() == 0:
+            return x
+        values = x.detach()
+        rows = values.movedim(self.contracted_axis, -1) if values.dim() else values.reshape(1, 1)
+        call = Call(rows.numel(), rows.shape[-1], rows.device)
+        if self.calls is not None:
+            self.calls.append(call)
+            return x
+        self._check_channels(call)
+        self._update_range(rows)
+        self._update_sample(rows)
+        self._count_rows(call)
+        return x
+
+    # --- several processes -------------------------------------------------------------------------------------------
+
+    def begin_share(self) -> None:
+        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        if self._reservoir is not None:
+            self._reservoir.own(is_first())
+
+    def pass_over(self, call: Call) -> None:
+        """Count a call that another rank observes."""
+        self._check_channels(call)
+        self._pass_over_sample(call)
+        self._count_rows(call)
+
+    def merge(self) -> None:
+        """Put the statistics of all ranks together; afterwards every rank has those of one process that saw all.
+
+        Raises:
+            RankLostError: A rank did not take part.
+        """
+        if self._last_call is None:
+            return  # nothing was seen on any rank
+        self._range = _over_ranks(self._range, (), self._last_call.device)
+        if self.tracks_channels:
+            shape = (self._last_call.channels,)
+            self._channel_range = _over_ranks(self._channel_range, shape, self._last_call.device)
+        self._merge_sample()
+
+    def _merge_sample(self) -> None:
+        if self._reservoir is not None:
+            self._reservoir.merge()
+
+    # --- what was seen -----------------------------------------------------------------------------------------------
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the statistics."""
+        tensors = [*(self._range or ()), *(self._channel_range or ())]
+        sample = self._reservoir.nbytes if self._reservoir is not None else 0
+        return sum(t.numel() * t.element_size() for t in tensors) + sample
+
+    def value_range(self) -> tuple[Tensor, Tensor]:
+        """Exact minimum and maximum of everything seen, 0-dimensional.
+
+        Raises:
+            CalibrationError: Nothing was seen.
+        """
+        if self._range is None:
+            raise self._nothing_seen()
+        return self._range
+
+    def channel_range(self) -> tuple[Tensor, Tensor] | None:
+        """Exact ``(minimum [K], maximum [K])``, or None without channels."""
+        return self._channel_range
+
+    def sample(self) -> Tensor:
+        """The sample so far: rows `[R, K]`, or values `[R]` without channels, float32.
+
+        Raises:
+            CalibrationError: Nothing was seen.
+        """
+        if self._reservoir is None:
+            raise self._nothing_seen()
+        return self._reservoir.items()
+
+    def second_moment(self, shift: Tensor | None = None) -> Tensor | None:
+        """Mean square of ``x - shift`` per channel `[K]` over the sample, or None without channels."""
+        if not self.tracks_channels:
+            return None
+        return (self.sample() if shift is None else self.sample() - shift).square().mean(0)
+
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Per-tensor bounds ``(lo, hi)`` of ``(x - shift) / scale``, 0-dimensional, snapped to the spec's scheme.
+
+        Args:
+            scale: Joint scale `[K]`, positive; None for all ones.
+            shift: Joint shift `[K]`; None for all zeros.
+
+        Raises:
+            CalibrationError: Nothing was seen, or a per-channel scale meets statistics without channels.
+        """
+        raise NotImplementedError("subclasses decide the bounds")
+
+    def calculate_qparams(self, **_: Any) -> tuple[Tensor, Tensor]:
+        """Step and lower bound for the unscaled operand, ``(step, lo)``."""
+        lo, hi = self.bounds()
+        return step_size(lo, hi, self.spec.bits), lo
+
+    def scaled_range(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Exact minimum and maximum of ``(x - shift) / scale`` over everything seen, 0-dimensional."""
+        lo, hi = self.value_range()
+        if scale is None and shift is None:
+            return lo, hi
+        scale = self._as_vector(torch.ones(()) if scale is None else scale, lo)
+        shift = self._as_vector(torch.zeros(()) if shift is None else shift, lo)
+        if max(scale.numel(), shift.numel()) > 1 and self._channel_range is not None:
+            lo, hi = self._channel_range
+        return ((lo - shift) / scale).amin(), ((hi - shift) / scale).amax()
+
+    def scaled_sample(self, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """The sample of ``(x - shift) / scale``."""
+        sample = self.sample()
+        sample = sample if shift is None else sample - self._as_vector(shift, sample)
+        return sample if scale is None else sample / self._as_vector(scale, sample)
+
+    def _as_vector(self, scale: Tensor, like: Tensor) -> Tensor:
+        flat = scale.detach().to(like).reshape(-1)
+        channels = self._channel_range[0].numel() if self._channel_range is not None else None
+        if flat.numel() not in (1, channels):
+            raise CalibrationError(
+                f"{self._name()} cannot apply a joint scale of {flat.numel()} channels",
+                found="no per-channel statistics" if channels is None else f"statistics of {channels} channels",
+                expected="one scale for each channel observed, or a single one",
+                remedy="observe with track_channels=True, on a contracted axis of constant length",
+            )
+        return flat
+
+    def _check_channels(self, call: Call) -> None:
+        if self.tracks_channels and self._last_call is not None and self._last_call.channels != call.channels:
+            self._forget_channels()
+
+    def _count_rows(self, call: Call) -> None:
+        self._last_call = call
+        self.rows_seen += call.values // call.channels
+
+    def _forget_channels(self) -> None:
+        self.tracks_channels = False
+        self._channel_range = None
+        if self._reservoir is not None:
+            self._reservoir = self._reservoir.flattened(self.reservoir_values)
+
+    def _update_range(self, rows: Tensor) -> None:
+        if self.tracks_channels:
+            lo, hi = _channel_extremes(rows)
+            self._check_finite(lo, hi)
+            self._channel_range = _merged(self._channel_range, lo, hi)
+            lo, hi = lo.amin(), hi.amax()
+        else:
+            lo, hi = torch.aminmax(rows)
+            self._check_finite(lo, hi)
+        self._range = _merged(self._range, lo.float(), hi.float())
+
+    def _update_sample(self, rows: Tensor) -> None:
+        self._sample_for(rows.shape[-1], rows.device).add(rows)
+
+    def _pass_over_sample(self, call: Call) -> None:
+        self._sample_for(call.channels, call.device).pass_over(call.values)
+
+    def _sample_for(self, channels: int, device: torch.device) -> Reservoir:
+        if self._reservoir is None:
+            fitting = max(1, ROW_BUDGET * self.reservoir_values // channels)
+            capacity = min(self.reservoir_rows, fitting) if self.tracks_channels else self.reservoir_values
+            shape = (channels,) if self.tracks_channels else ()
+            self._reservoir = Reservoir(capacity, shape, seed=self.seed, device=device)
+        return self._reservoir
+
+    def _check_finite(self, lo: Tensor, hi: Tensor) -> None:
+        """The extremes tell: NaN and infinity both propagate into them."""
+        if not bool(torch.isfinite(lo.sum() + hi.sum())) and not bool((lo.isfinite() & hi.isfinite()).all()):
+            raise CalibrationError(
+                f"{self._name()} saw values that are not finite",
+                found="NaN" if bool(lo.isnan().any()) else "infinity",
+                expected="finite activations",
+                remedy="check the calibration images, and run the float model in float32 or bfloat16, not float16",
+            )
+
+    def _nothing_seen(self) -> CalibrationError:
+        return CalibrationError(
+            f"{self._name()} has seen no data",
+            remedy="run calibration data through the prepared model; a site that is never reached can be excluded",
+        )
+
+    def _name(self) -> str:
+        return f"The observer of {self.site_name}" if self.site_name else "This observer"
+
+
+def _channel_extremes(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum over every axis but the last, float32 `[K]`."""
+    if rows.dim() == 1:
+        return rows.float(), rows.float()
+    axes = tuple(range(rows.dim() - 1))
+    if not rows.is_contiguous():
+        return rows.amin(axes).float(), rows.amax(axes).float()
+    rows = rows.view(-1, rows.shape[-1])
+    # Reducing many short rows is several times slower than reducing few long ones: lay neighbours side by side first.
+    height, width = rows.shape
+    fold = max(1, 1024 // width)
+    even = height - height % fold
+    wide, rest = rows[:even].view(-1, fold * width), rows[even:]
+    parts = [rest] if even == 0 else [wide.amin(0).view(fold, width), wide.amax(0).view(fold, width), rest]
+    few = torch.cat(parts)
+    return few.amin(0).float(), few.amax(0).float()
+
+
+def _over_ranks(
+    own: tuple[Tensor, Tensor] | None, shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Minimum and maximum over the ranks; `own` is None on one that saw nothing."""
+    lo, hi = own or (torch.full(shape, math.inf, device=device), torch.full(shape, -math.inf, device=device))
+    return all_min(lo), all_max(hi)
+
+
+def _merged(old: tuple[Tensor, Tensor] | None, lo: Tensor, hi: Tensor) -> tuple[Tensor, Tensor]:
+    if old is None:
+        return lo, hi
+    return torch.minimum(old[0], lo.to(old[0].device)), torch.maximum(old[1], hi.to(old[1].device))
+
+
+class MinMaxObserver(OperandObserver):
+    """Bounds at the exact extremes: nothing is ever clipped."""
+
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Exact extremes of ``(x - shift) / scale``."""
+        return snap_bounds(*self.scaled_range(scale, shift), self.spec)
+
+
+class PercentileObserver(OperandObserver):
+    """Bounds at percentiles of the sample.
+
+    Args:
+        percentile: In (50, 100]: the upper bound's percentile; the lower bound lies at ``100 - percentile``. A
+            symmetric quantizer takes the percentile of the magnitude.
+    """
+
+    def __init__(self, spec: QuantizerSpec, *, percentile: float = 99.8, **options: Any) -> None:
+        super().__init__(spec, **options)
+        if not 50.0 < percentile <= 100.0:
+            raise ConfigError("Percentile out of range", found=percentile, expected="above 50, at most 100")
+        self.percentile = percentile
+
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Percentiles of the sample of ``(x - shift) / scale``."""
+        values = self.scaled_sample(scale, shift).flatten()
+        top = self.percentile / 100.0
+        if self.spec.scheme is Scheme.SYMMETRIC:
+            hi = torch.quantile(values.abs(), top)
+            return snap_bounds(-hi, hi, self.spec)
+        lo, hi = torch.quantile(values, values.new_tensor([1.0 - top, top])).unbind()
+        return snap_bounds(lo, hi, self.spec)
+
+
+class MSEObserver(OperandObserver):
+    """Bounds that minimise the mean squared quantization error of the sample.
+
+    A two-sided search that follows the distribution, as 2DQuant's DOBI does for its initial bounds.
+    """
+
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Searched bounds of the sample of ``(x - shift) / scale``."""
+        return search_tensor_bounds(self.scaled_sample(scale, shift), self.spec)
+
+
+class HistogramObserver(OperandObserver):
+    """Bounds of least squared error on a histogram of everything seen, instead of a sample.
+
+    The histogram has a fixed number of bins; when a value falls outside, neighbouring bins are merged in pairs, which
+    doubles the range and loses no count. It knows nothing of single channels beyond their extremes, so it takes no
+    per-channel joint scale.
+
+    Args:
+        bins: Number of bins, even.
+    """
+
+    def __init__(self, spec: QuantizerSpec, *, bins: int = 4096, **options: Any) -> None:
+        if bins < 2 or bins % 2:
+            raise ConfigError("Bad number of histogram bins", found=bins, expected="a positive even number")
+        self.bins = bins
+        super().__init__(spec, **options)
+
+    def reset(self) -> None:
+        """Forget everything seen; the next batch is the first."""
+        super().reset()
+        self._counts: Tensor | None = None
+        self._start = 0.0
+        self._width = 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by the statistics."""
+        return super().nbytes + (self._counts.numel() * 8 if self._counts is not None else 0)
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """Bin edges `[bins + 1]` and counts `[bins]`, float64.
+
+        Raises:
+            CalibrationError: Nothing was seen.
+        """
+        if self._counts is None:
+            raise self._nothing_seen()
+        steps = torch.arange(self.bins + 1, dtype=torch.float64, device=self._counts.device)
+        return self._start + steps * (self._width / self.bins), self._counts
+
+    def sample(self) -> Tensor:
+        """8192 values `[8192]` at evenly spaced quantiles of the histogram, float32."""
+        edges, counts = self.histogram()
+        total = counts.cumsum(0)
+        ranks = (torch.arange(8192, dtype=torch.float64, device=counts.device) + 0.5) * (total[-1] / 8192)
+        inside = torch.searchsorted(total, ranks).clamp_max(self.bins - 1)
+        share = (ranks - (total[inside] - counts[inside])) / counts[inside].clamp_min(1.0)
+        values = edges[inside] + share * (edges[inside + 1] - edges[inside])
+        return values.float().clamp(*self.value_range())
+
+    def second_moment(self, shift: Tensor | None = None) -> Tensor | None:
+        """None: the histogram does not tell channels apart."""
+        return None
+
+    def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Searched bounds of the histogram, divided by a scalar scale if there is one."""
+        if shift is not None or (scale is not None and scale.numel() > 1):
+            raise CalibrationError(
+                f"{self._name()} keeps one histogram for all channels and cannot apply a joint scale",
+                found="a joint shift" if scale is None or shift is not None else f"a scale of {scale.numel()} channels",
+                remedy="use the mse observer at sites with a joint scale",
+            )
+        edges, counts = self.histogram()
+        divisor = 1.0 if scale is None else scale.detach().to(edges).reshape(())
+        centres = (edges[:-1] + edges[1:]) / 2
+        extremes = tuple(bound / divisor for bound in self.value_range())
+        return search_histogram_bounds((centres / divisor).float(), counts, self.spec, extremes=extremes)
+
+    def _update_sample(self, rows: Tensor) -> None:
+        lo, hi = (float(v) for v in torch.aminmax(rows))
+        if self._counts is None:
+            self._start, self._width = lo, max(hi - lo, abs(lo) * 1e-3, 1e-12)
+            self._counts = torch.zeros(self.bins, dtype=torch.float64, device=rows.device)
+        self._grow(lo, hi)
+        for chunk in _in_memory_order(rows).split(1 << 20):
+            self._count(chunk)
+
+    def _count(self, chunk: Tensor) -> None:
+        """Bins by floor; what rounding pushes over an outer edge belongs to the outer bin."""
+        assert self._counts is not None
+        index = ((chunk.float() - self._start) * (self.bins / self._width)).long().clamp_(0, self.bins - 1)
+        self._counts += torch.bincount(index, minlength=self.bins)
+
+    def begin_share(self) -> None:
+        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        if self._counts is not None and not is_first():
+            self._counts.zero_()
+
+    def _pass_over_sample(self, call: Call) -> None:
+        """A histogram is merged by its counts alone."""
+
+    def _merge_sample(self) -> None:
+        """Add up all histograms on the bins of the first rank that has one, grown to cover everything seen.
+
+        Counts go to the new bins in proportion to the overlap. The bins depend on the order of images, so the counts
+        are those of a single process only up to about one bin in place, unless no image was outside of the first one's
+        range.
+        """
+        lo, hi = (float(bound) for bound in self.value_range())
+        device = self._last_call.device if self._last_call is not None else None
+        own = self._counts if self._counts is not None else torch.zeros(self.bins, dtype=torch.float64, device=device)
+        grids = [(float(g[0]), float(g[1])) for g in all_gather(own.new_tensor([self._start, self._width]))]
+        counts = all_gather(own)
+        self._start, self._width = next(grid for grid in grids if grid[1] > 0)
+        self._counts = torch.zeros_like(own)
+        self._grow(lo, hi)
+        edges, _ = self.histogram()
+        for (start, width), part in zip(grids, counts, strict=True):
+            if (start, width) == (self._start, self._width):
+                self._counts += part
+            elif width > 0:
+                self._counts += _cumulative(part, start, width, edges).diff()
+
+    def _grow(self, lo: float, hi: float) -> None:
+        """Double the range downwards or upwards until it covers ``[lo, hi]``."""
+        assert self._counts is not None
+        while lo < self._start or hi > self._start + self._width:
+            merged = self._counts.view(-1, 2).sum(1)
+            empty = torch.zeros_like(merged)
+            downwards = lo < self._start
+            self._counts = torch.cat((empty, merged) if downwards else (merged, empty))
+            self._start -= self._width if downwards else 0.0
+            self._width *= 2
+
+
+def _cumulative(counts: Tensor, start: float, width: float, edges: Tensor) -> Tensor:
+    """How many of the values of a histogram lie below each of `edges`; within a bin they count as evenly spread."""
+    total = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    place = ((edges - start) * (len(counts) / width)).clamp(0, len(counts))
+    bin_ = place.long().clamp_max(len(counts) - 1)
+    return total[bin_].lerp(total[bin_ + 1], place - bin_)
+
+
+def _in_memory_order(x: Tensor) -> Tensor:
+    """All values of `x`, flat, in storage order: a view wherever `x` is a permutation of a dense tensor."""
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return x.permute(order).reshape(-1)
+
+
+OBSERVERS: dict[str, type[OperandObserver]] = {
+    "minmax": MinMaxObserver,
+    "percentile": PercentileObserver,
+    "mse": MSEObserver,
+    "histogram": HistogramObserver,
+}
+"""Observer classes by the name that a configuration uses."""

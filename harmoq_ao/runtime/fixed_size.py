@@ -1,0 +1,162 @@
+"""A quantized model for images of one size: everything that only a size decides is computed once.
+
+Authors build masks, coordinates and index tables in every forward. For one size they are constants: the model is
+exported, what no image reaches is folded, and what is left is one flat graph without Python between its operators. On a
+GPU that graph is captured as a CUDA graph and replayed with a single launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.common.errors import InputError
+
+_KEPT = 2.0  # a constant may take this many times the memory of what it is made from
+
+
+class FixedSizeModel(nn.Module):
+    """A model of image batches of one shape, type and device.
+
+    Args:
+        graph: The folded graph.
+        example: A batch it is for.
+        cuda_graph: Capture and replay it; only on GPUs.
+
+    Attributes:
+        graph: The folded graph, for `torch.compile` and other tools.
+    """
+
+    def __init__(self, graph: fx.GraphModule, example: Tensor, cuda_graph: bool) -> None:
+        super().__init__()
+        self.graph = graph
+        self._expected = (example.shape, example.dtype, example.device)
+        self._replay = _Replay(graph, example) if cuda_graph else None
+
+    @torch.no_grad()
+    def forward(self, image: Tensor) -> Tensor:
+        """Upscale an image batch.
+
+        Raises:
+            InputError: Another shape, type or device than the model was made for.
+        """
+        found = (image.shape, image.dtype, image.device)
+        if found != self._expected:
+            raise InputError(
+                "This model is for images of one size",
+                found=_describe(*found),
+                expected=_describe(*self._expected),
+                remedy="make another with fixed_size, or call the quantized model itself",
+            )
+        output: Tensor = self.graph(image) if self._replay is None else self._replay(image)
+        return output
+
+
+def fixed_size(
+    quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None, keep: Collection[Any] = ()
+) -> FixedSizeModel:
+    """Specialise a quantized model to one size.
+
+    Args:
+        quantized: A :class:`QuantizedModel`; left as it is, its weights are shared.
+        example: Image batch `[B, C, H, W]` in 0..1 of the shape, type and device to specialise to.
+        cuda_graph: Replay a CUDA graph; by default on GPUs.
+        keep: Operators (overloads) to leave in the graph even where their result is constant.
+
+    Raises:
+        InputError: The example is no image batch for this model.
+    """
+    with torch.no_grad():
+        quantized(example)  # graphs of islands for this size exist from here on
+        program = torch.export.export(quantized, (example,), strict=False)
+        program = program.run_decompositions({})  # makes autocast's conversions explicit: one flat graph
+    module = program.module(check_guards=False)
+    fold_constants(module, keep)
+    return FixedSizeModel(module, example, example.is_cuda if cuda_graph is None else cuda_graph)
+
+
+@torch.no_grad()
+def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
+    """Compute once, in place, what does not depend on the input; returns the number of operators that are gone.
+
+    Operators in `keep`, and what follows from them, are left to be computed.
+
+    A constant that is much larger than what it is made from (an expanded mask) is left to be computed.
+    """
+    values: dict[fx.Node, Any] = {}
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = attrgetter(str(node.target))(module)
+        elif (
+            node.op == "call_function"
+            and node.target not in keep
+            and _pure(node)
+            and all(n in values for n in node.all_input_nodes)
+        ):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
+            values[node] = node.target(*args, **kwargs)
+    before = len(module.graph.nodes)
+    computed: set[fx.Node] = set()  # constants that are not worth storing: what they are made from is stored
+    for node in reversed(values):
+        value = values[node]
+        used = any(user not in values or user in computed for user in node.users)
+        if node.op == "get_attr" or not used or not isinstance(value, Tensor):
+            continue
+        if not _worth(node, value, values):
+            computed.add(node)
+            continue
+        name = f"harmoq_constant_{node.name}"
+        module.register_buffer(name, value.contiguous(), persistent=False)
+        with module.graph.inserting_before(node):
+            node.replace_all_uses_with(module.graph.get_attr(name))
+    for node in reversed(values):  # assertions about constants among them, which have held
+        if not node.users:
+            module.graph.erase_node(node)
+    module.recompile()
+    return before - len(module.graph.nodes)
+
+
+def _pure(node: fx.Node) -> bool:
+    """Whether a call may be made once instead of each time."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
+
+
+def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
+    sources = [values[n] for n in node.all_input_nodes if isinstance(values[n], Tensor)]
+    known = sum(t.untyped_storage().nbytes() for t in sources)
+    views = any(t.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for t in sources)
+    return not views or value.numel() * value.element_size() <= _KEPT * max(known, 1)
+
+
+class _Replay:
+    """A captured CUDA graph with its own input and output."""
+
+    def __init__(self, graph: fx.GraphModule, example: Tensor) -> None:
+        if not example.is_cuda:
+            raise InputError("CUDA graphs are for GPUs", found=example.device, expected="an example on cuda")
+        self._input = example.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):  # kernels are compiled and workspaces allocated outside of the capture
+                graph(self._input)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.no_grad(), torch.cuda.graph(self._graph):
+            self._output = graph(self._input)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        self._input.copy_(image)
+        self._graph.replay()
+        return self._output.clone()
+
+
+def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
+    return f"{dtype} {tuple(shape)} on {device}"

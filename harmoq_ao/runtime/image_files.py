@@ -1,0 +1,85 @@
+"""Upscaling image files, one after the other; what every engine does with a single one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from harmoq_ao.common.errors import ConfigError, HarmoqError
+from harmoq_ao.images import load_image, save_rows
+from harmoq_ao.runtime.tiling import Progress
+from harmoq_ao.runtime.upscaler import Upscaler
+
+
+@dataclass(frozen=True)
+class Job:
+    """One image to upscale.
+
+    Args:
+        image: The file.
+        target: Where the result goes; it appears there whole or not at all, so a job can be repeated.
+    """
+
+    image: Path
+    target: Path
+
+
+Failure = tuple[Path, str]
+"""An image that was not upscaled, and why."""
+UpscaleFile = Callable[[Job], None]
+"""Does one job, or raises HarmoqError."""
+
+
+@dataclass(frozen=True)
+class FileUpscaler:
+    """A model applied to files.
+
+    Args:
+        upscaler: The model.
+        tile: Side of a tile in input pixels; None takes images whole.
+        overlap: Pixels that adjacent tiles share.
+        progress: Called after each tile.
+    """
+
+    upscaler: Upscaler
+    tile: int | None = None
+    overlap: int = 32
+    progress: Progress | None = None
+
+    def __call__(self, job: Job) -> None:
+        """Upscale one image; transparency, gray and 16 bits are kept.
+
+        In tiles, PNG and TIFF are written row of tiles by row of tiles, and the result is never in memory as a whole.
+
+        Raises:
+            ConfigError: Tile or overlap are out of range, for any image.
+            HarmoqError: This image cannot be read, upscaled or written.
+        """
+        record = load_image(job.image)
+        height, width = (side * self.upscaler.scale for side in record.size)
+        rows = self.upscaler.rows(record, self.tile, self.overlap, self.progress)
+        save_rows(job.target, rows, (height, width), like=record)
+
+
+def upscale_here(jobs: Sequence[Job], upscale: UpscaleFile, advance: Callable[[], None]) -> list[Failure]:
+    """Do all jobs in this process.
+
+    Args:
+        jobs: In this order.
+        upscale: Does one.
+        advance: Called after each.
+
+    Raises:
+        ConfigError: A setting that fits no image.
+    """
+    failures: list[Failure] = []
+    for job in jobs:
+        try:
+            upscale(job)
+        except ConfigError:  # the same for every image
+            raise
+        except HarmoqError as error:
+            failures.append((job.image, str(error)))
+        advance()
+    return failures

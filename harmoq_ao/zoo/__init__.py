@@ -1,0 +1,4 @@
+"""Float checkpoints: reading them without unpickling code, building architectures from a description.
+
+Imports ``common``.
+"""

@@ -1,0 +1,61 @@
+"""Memory that is freed stays in the process when it is asked to."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from harmoq_ao.common import allocator
+from harmoq_ao.common.allocator import keep_memory
+
+_PROGRAM = """
+import resource, sys
+import torch
+from harmoq_ao.common.allocator import keep_memory
+
+torch.set_num_threads(1)
+if sys.argv[1] == "keep":
+    assert keep_memory()
+
+def layers():
+    return sum(float(x[0]) for x in [torch.ones(4_000_000) for _ in range(4)] + [torch.ones(30_000_000)])
+
+for _ in range(3):  # until every block has found its place
+    layers()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(4):
+    layers()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+_PAGES_OF_FOUR_ROUNDS = 4 * 46_000_000 * 4 // 4096
+
+glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="needs glibc")
+
+
+def _faults(how: str) -> int:
+    """Pages that a process of its own had cleared for it in four rounds after the first ones."""
+    command, without = [sys.executable, "-c", _PROGRAM, how], {k: v for k, v in os.environ.items() if "MALLOC" not in k}
+    run = subprocess.run(command, env=without, capture_output=True, text=True, check=True)
+    return int(run.stdout)
+
+
+@glibc
+def test_what_was_freed_is_used_again_without_asking_the_system() -> None:
+    assert _faults("keep") < 0.1 * _PAGES_OF_FOUR_ROUNDS
+
+
+@glibc
+def test_without_it_the_system_is_asked_every_time() -> None:
+    """Else there would be nothing to keep, and the test above would show nothing."""
+    assert _faults("default") > 0.5 * _PAGES_OF_FOUR_ROUNDS
+
+
+def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
+    assert not keep_memory()
+    monkeypatch.setattr(allocator.sys, "platform", "win32")
+    assert not keep_memory()

@@ -1,0 +1,284 @@
+"""Constant folding never changes an output, and what it folds is not computed again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao import HarmoqConfig, convert_harmoq, prepare_harmoq
+from harmoq_ao.calibration import calibrate
+from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.graph import IslandState, finish_graphs, is_island, island_state, make_island
+from harmoq_ao.graph.folding import fold_variant, remember
+from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
+
+
+def _island(module: nn.Module) -> nn.Module:
+    twin = copy.deepcopy(module).eval()
+    make_island(twin, IslandState("island", lambda root, contraction: None, strict=True))
+    return twin
+
+
+def _folded(module: nn.Module, *args: Any) -> nn.Module:
+    """An island folded after one call."""
+    twin = _island(module)
+    twin(*args)
+    finish_graphs(twin, fold_variant)
+    return twin
+
+
+class _Bias(nn.Module):
+    """Attention with a bias made by a small network on fixed coordinates, as Swin V2."""
+
+    def __init__(self, prepare: Callable[[Tensor, Tensor], Tensor] = lambda bias, x: bias) -> None:
+        super().__init__()
+        self.network = nn.Sequential(nn.Linear(2, 8), nn.ReLU(inplace=True), nn.Linear(8, 1))
+        self.register_buffer("coordinates", torch.rand(5, 5, 2))
+        self.prepare = prepare
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = 16 * torch.sigmoid(self.network(self.coordinates).squeeze(-1))
+        bias = self.prepare(bias, x)
+        return (x @ x.transpose(-2, -1) + bias).softmax(-1) @ x
+
+
+def _count_calls(module: nn.Module) -> list[int]:
+    calls: list[int] = []
+    module.register_forward_hook(lambda m, i, o: calls.append(1))
+    return calls
+
+
+def test_position_networks_are_not_computed_again() -> None:
+    module = _Bias().eval()
+    x = torch.randn(2, 5, 3)
+    twin = _folded(module, x)
+    calls = _count_calls(twin.network)
+    for batch in (1, 2, 4):
+        x = torch.randn(batch, 5, 3)
+        assert torch.equal(twin(x), module(x))
+    assert calls == []
+
+
+def test_graphs_traced_after_folding_are_folded() -> None:
+    module = _Bias().eval()
+    twin = _folded(module, torch.randn(2, 5, 3))
+    x = torch.randn(1, 2, 5, 3)  # another calling pattern
+    assert torch.equal(twin(x), module(x))
+    calls = _count_calls(twin.network)
+    assert torch.equal(twin(x * 2), module(x * 2))
+    assert calls == []
+
+
+def test_equal_tables_are_kept_once() -> None:
+    twin = _folded(_Bias(), torch.randn(2, 5, 3))
+    twin(torch.randn(1, 2, 5, 3))
+    assert len([n for n in twin._buffers if n.startswith("harmoq_folded_")]) == 1
+    assert "harmoq_folded_0" not in twin.state_dict()
+
+
+def _write_directly(bias: Tensor, x: Tensor) -> Tensor:
+    bias += x.mean()
+    return bias
+
+
+def _write_through_view(bias: Tensor, x: Tensor) -> Tensor:
+    bias[:, : x.shape[1] // 2].view(-1, x.shape[1] // 2).add_(x.mean())
+    return bias
+
+
+def _write_item(bias: Tensor, x: Tensor) -> Tensor:
+    part = bias[: x.shape[1] - 1]
+    part[0] = x[0, 0, 0]
+    return bias
+
+
+def _write_function(bias: Tensor, x: Tensor) -> Tensor:
+    torch.relu_(bias.sub_(8))
+    return bias * x.mean()
+
+
+def _write_inplace_option(bias: Tensor, x: Tensor) -> Tensor:
+    torch.nn.functional.leaky_relu(bias - 8, 0.1, inplace=True)
+    shifted = bias - 8
+    torch.nn.functional.leaky_relu(shifted[: x.shape[1]], 0.1, inplace=True)
+    return shifted
+
+
+def _write_constant(bias: Tensor, x: Tensor) -> Tensor:
+    mask = torch.zeros(5, 5)
+    mask[0] = 1
+    mask[1:, 0] -= 3
+    return bias + mask
+
+
+def _write_copy(bias: Tensor, x: Tensor) -> Tensor:
+    plus = bias + 1
+    plus.copy_(plus * x.mean())
+    return plus + bias
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [
+        _write_directly,
+        _write_through_view,
+        _write_item,
+        _write_function,
+        _write_inplace_option,
+        _write_constant,
+        _write_copy,
+    ],
+)
+def test_what_is_written_to_is_not_folded(prepare: Callable[[Tensor, Tensor], Tensor]) -> None:
+    module = _Bias(prepare).eval()
+    twin = _folded(module, torch.randn(2, 5, 3))
+    with torch.no_grad():
+        for seed in range(4):
+            torch.manual_seed(seed)
+            x = torch.randn(2, 5, 3)
+            assert torch.equal(twin(x), module(x))
+
+
+class _Draws(nn.Module):
+    def __init__(self, draw: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ x.transpose(-2, -1) + self.draw()
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        lambda: torch.randn(3, 3),
+        lambda: torch.normal(torch.zeros(3), torch.ones(3)),
+        lambda: torch.dropout(torch.ones(3), 0.5, True),
+        lambda: torch.zeros(3).exponential_(),
+        lambda: torch.randperm(3),
+    ],
+)
+def test_random_numbers_are_not_folded(draw: Callable[[], Tensor]) -> None:
+    module = _Draws(draw).eval()
+    x = torch.randn(1, 3, 2)
+    twin = _folded(module, x)
+    for seed in range(3):
+        torch.manual_seed(seed)
+        expected = module(x)
+        torch.manual_seed(seed)
+        assert torch.equal(expected, twin(x))
+
+
+class _Returns(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(3))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ x.transpose(-2, -1), self.table * 2
+
+
+def test_a_constant_result_may_be_written_to_by_the_caller() -> None:
+    module = _Returns().eval()
+    x = torch.randn(1, 3, 2)
+    twin = _folded(module, x)
+    with torch.no_grad():
+        twin(x)[1].zero_()
+    assert torch.equal(twin(x)[1], module(x)[1])
+
+
+def test_folding_leaves_the_given_graph_alone() -> None:
+    module = _Bias().eval()
+    twin = _island(module)
+    x = torch.randn(2, 5, 3)
+    twin(x)
+    variant = island_state(twin).all_variants()[0]
+    before = str(variant.graph)
+    folded = fold_variant(twin, variant)
+    assert str(variant.graph) == before
+    assert folded.graph is not variant.graph
+    assert (folded.contractions, folded.reads) == (variant.contractions, variant.reads)
+    assert torch.equal(folded.run(twin, x), module(x))
+
+
+def test_remembered_modules_compute_when_their_input_changes() -> None:
+    module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
+    twin = copy.deepcopy(module)
+    remember(twin)
+    calls = _count_calls(twin[0])
+    a, b = torch.rand(5, 2), torch.rand(5, 2)
+    with torch.no_grad():
+        for x, expected in ((a, 1), (a, 1), (a.clone(), 1), (b, 2), (b[:3], 3), (b, 4)):
+            assert torch.equal(twin(x), module(x))
+            assert len(calls) == expected
+        b += 1  # the same tensor with other values
+        assert torch.equal(twin(b), module(b))
+    assert list(twin.state_dict()) == list(module.state_dict())
+
+
+def test_remembered_results_survive_a_caller_that_writes_into_them() -> None:
+    module = nn.Linear(2, 4)
+    twin = copy.deepcopy(module)
+    remember(twin)
+    x = torch.rand(5, 2)
+    with torch.no_grad():
+        twin(x).mul_(2)
+        assert torch.equal(twin(x), module(x))
+
+
+def _entry(name: str) -> Architecture:
+    return next(a for a in ARCHITECTURES if a.name == name)
+
+
+def _converted(architecture: Architecture) -> QuantizedModel:
+    config = HarmoqConfig(weight_bits=8, act_bits=8, profile="paper")  # no float attention that is fused by graph
+    prepared = prepare_harmoq(architecture.build(), config, [architecture.example(s) for s in architecture.sizes[:2]])
+    calibrate(prepared, [architecture.example(seed=5)], show_progress=False)
+    return convert_harmoq(prepared)
+
+
+@pytest.mark.parametrize("name", ["DAT", "SwinIR/light", "GRL", "Swin2SR", "HAT"])
+def test_folding_does_not_change_a_converted_model(name: str) -> None:
+    architecture = _entry(name)
+    quantized = _converted(architecture)
+    plain = copy.deepcopy(quantized)
+    for module in plain.modules():
+        if is_island(module):
+            state = island_state(module)
+            state.finish = None
+            state.variants.clear()
+            state.memo.clear()
+        module.__dict__.pop("_harmoq_last", None)
+        if "harmoq_forward" in vars(type(module)):
+            module.__class__ = type(module).__mro__[1]
+    for size in architecture.sizes:
+        for batch in architecture.batches:
+            image = architecture.example(size, batch, seed=batch)
+            assert torch.equal(forward(quantized, image), forward(plain, image))
+
+
+@pytest.mark.parametrize(("name", "network"), [("DAT", "pos_proj"), ("Swin2SR", "cpb_mlp.0")])
+def test_position_networks_of_architectures_are_folded(name: str, network: str) -> None:
+    architecture = _entry(name)
+    quantized = _converted(architecture)
+    forward(quantized, architecture.example())
+    calls = [_count_calls(m) for n, m in quantized.named_modules() if n.endswith(network)]
+    assert calls
+    forward(quantized, architecture.example(seed=8))
+    assert not any(calls)
+
+
+def test_position_networks_outside_of_islands_are_remembered() -> None:
+    architecture = _entry("GRL")
+    quantized = _converted(architecture)
+    forward(quantized, architecture.example())
+    kept = [m.__dict__["_harmoq_last"][1] for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
+    assert len(kept) == 12
+    forward(quantized, architecture.example(seed=8))
+    again = [m.__dict__["_harmoq_last"][1] for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
+    assert all(a is b for a, b in zip(kept, again, strict=True))

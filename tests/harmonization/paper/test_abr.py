@@ -1,0 +1,271 @@
+"""ABR: Theorem 3 against autograd and finite differences, and what projected descent may and may not do."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.harmonization.paper.abr import (
+    ABRSettings,
+    BoundaryRefiner,
+    Contraction,
+    Operand,
+    clipped,
+    error_balance,
+    evaluate,
+    output_error,
+    refine_bounds,
+)
+from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, fake_quantize, quantize, snap_bounds
+from tests.strategies import SEEDS, bit_widths
+
+WEIGHT = QuantizerSpec(3, Scheme.SYMMETRIC, Granularity.PER_CHANNEL, axis=0)
+
+
+def linear(seed: int, bits: int = 3, *, scaled: bool = True, free_mean: bool = False, clip: float = 0.7) -> Contraction:
+    """Rows times a weight with clipping bounds per row, joint scale and shift, and a target not quite theirs."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(1, 20, 6, generator=generator, dtype=torch.float64) + 0.5
+    w = torch.randn(1, 6, 5, generator=generator, dtype=torch.float64)
+    s = torch.rand(6, generator=generator, dtype=torch.float64) + 0.5 if scaled else None
+    z = torch.rand(6, generator=generator, dtype=torch.float64) if scaled else None
+    left = Operand(x, QuantizerSpec(bits), None, s, z)
+    right = Operand(w, replace(WEIGHT, bits=bits), None, None if s is None else (1 / s)[:, None])
+    values, columns = left.scaled(), right.scaled()
+    hi = clip * columns.abs().amax((0, 1))[None]
+    left = replace(left, bounds=(clip * values.amin(), clip * values.amax()))
+    target = x @ w + 0.1 * torch.randn(1, 20, 5, generator=generator, dtype=torch.float64)
+    return Contraction(left, replace(right, bounds=(-hi, hi)), target, free_mean)
+
+
+def product(seed: int, bits: int = 3, clip: float = 0.8) -> Contraction:
+    """A batch of products of two activations, with one pair of bounds each."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in ((7, 4), (4, 6)))
+    left, right = (Operand(t, QuantizerSpec(bits), (clip * t.amin(), clip * t.amax())) for t in (q, k))
+    return Contraction(left, right, q @ k)
+
+
+def bounds_of(operand: Operand) -> tuple[Tensor, Tensor]:
+    """The bounds of an operand that has some."""
+    assert operand.bounds is not None
+    return operand.bounds
+
+
+def codes_of(operand: Operand) -> Tensor:
+    """Codes of a static operand."""
+    lo, hi = bounds_of(operand)
+    return quantize(operand.scaled(), lo, hi, operand.spec.bits)
+
+
+def problem(kind: str, seed: int, bits: int, free_mean: bool) -> Contraction:
+    return product(seed, bits) if kind == "product" else linear(seed, bits, free_mean=free_mean)
+
+
+KINDS = st.sampled_from(["linear", "product"])
+
+
+def explicit(contraction: Contraction, second_order: bool, left: list[Tensor], right: list[Tensor]) -> Tensor:
+    """The objective written out with fixed codes, differentiable by the bounds."""
+
+    def rounded(operand: Operand, bounds: list[Tensor]) -> Tensor:
+        assert operand.spec is not None
+        return bounds[0] + (bounds[1] - bounds[0]) * codes_of(operand).double() / operand.spec.qmax
+
+    x, w = contraction.left.scaled(), contraction.right.scaled()
+    dx, dw = rounded(contraction.left, left) - x, rounded(contraction.right, right) - w
+    error = x @ w + dx @ w + x @ dw - contraction.target
+    if second_order:
+        error = error + dx @ dw
+    if contraction.free_mean:
+        error = error - error.mean((0, 1))
+    return error.square().mean()
+
+
+@given(kind=KINDS, bits=bit_widths(), second_order=st.booleans(), free_mean=st.booleans(), seed=SEEDS)
+def test_theorem_three_is_the_derivative_at_fixed_codes(
+    kind: str, bits: int, second_order: bool, free_mean: bool, seed: int
+) -> None:
+    contraction = problem(kind, seed, bits, free_mean)
+    left, right = ([b.clone().requires_grad_() for b in o.bounds] for o in (contraction.left, contraction.right))
+    loss = explicit(contraction, second_order, left, right)
+    loss.backward()
+    result = evaluate(contraction, second_order=second_order)
+    assert result.objective == pytest.approx(loss.item(), rel=1e-9)
+    for gradient, bounds in ((result.left, left), (result.right, right)):
+        torch.testing.assert_close(gradient.lo, bounds[0].grad, rtol=1e-7, atol=1e-10)
+        torch.testing.assert_close(gradient.hi, bounds[1].grad, rtol=1e-7, atol=1e-10)
+
+
+@given(kind=KINDS, bits=bit_widths(), side=st.sampled_from(["left", "right"]), end=st.sampled_from([0, 1]), seed=SEEDS)
+def test_theorem_three_is_what_finite_differences_measure(kind: str, bits: int, side: str, end: int, seed: int) -> None:
+    contraction = problem(kind, seed, bits, free_mean=False)
+    operand: Operand = getattr(contraction, side)
+    gradient = getattr(evaluate(contraction), side)[end].flatten()[0]
+    step = 1e-6 * float((operand.bounds[1] - operand.bounds[0]).max())
+    objectives, codes = [], []
+    for sign in (1, -1):
+        moved = [b.clone() for b in operand.bounds]
+        moved[end].view(-1)[0] += sign * step
+        other = replace(operand, bounds=(moved[0], moved[1]))
+        codes.append(codes_of(other))
+        objectives.append(output_error(replace(contraction, **{side: other})))
+    assume(torch.equal(*codes))
+    measured = (objectives[0] - objectives[1]) / (2 * step)
+    assert measured == pytest.approx(float(gradient), rel=1e-3, abs=1e-6)
+
+
+@given(kind=KINDS, bits=bit_widths(), seed=SEEDS)
+def test_the_objective_is_that_of_the_simulated_layer(kind: str, bits: int, seed: int) -> None:
+    contraction = problem(kind, seed, bits, free_mean=False)
+    left, right = (
+        fake_quantize(o.values, bounds_of(o)[0], bounds_of(o)[1], o.spec.bits, o.scale, o.shift)
+        for o in (contraction.left, contraction.right)
+    )
+    expected = float((left @ right - contraction.target).square().mean())
+    assert output_error(contraction) == pytest.approx(expected, rel=1e-12)
+
+
+@settings(max_examples=20)
+@given(kind=KINDS, bits=st.integers(2, 4), rate=st.sampled_from([1e-3, 5e-2, 1.0]), seed=SEEDS)
+def test_refinement_never_ends_above_its_start_and_repeats_itself(kind: str, bits: int, rate: float, seed: int) -> None:
+    contraction = problem(kind, seed, bits, free_mean=False)
+    config = ABRSettings(rate=rate, last_rate=rate / 100)
+    refined, objectives = refine_bounds(contraction, config)
+    assert objectives[0] == output_error(contraction)
+    assert output_error(refined) == min(objectives)
+    again, repeated = refine_bounds(contraction, config)
+    assert objectives == repeated
+    for mine, other in ((refined.left, again.left), (refined.right, again.right)):
+        assert all(torch.equal(a, b) for a, b in zip(mine.bounds, other.bounds, strict=True))
+
+
+def test_refinement_helps_where_bounds_are_wrong() -> None:
+    """Clipped much too hard, or not enough."""
+    for contraction in (linear(1, clip=0.25), linear(1, 2, clip=1.8), product(2, clip=0.25), product(2, clip=1.8)):
+        refined, _ = refine_bounds(contraction, ABRSettings(updates=60))
+        assert output_error(refined) < 0.6 * output_error(contraction)
+
+
+def test_a_refiner_steps_like_adam_on_the_logarithm_of_the_objective() -> None:
+    contraction = linear(3, 4)
+    config = ABRSettings(rate=1e-3, last_rate=1e-3, warm_up=0.0, clip=1e9)
+    refiner = BoundaryRefiner(contraction, config)
+    unit_x, unit_w = (o.bounds[1] - o.bounds[0] for o in (contraction.left, contraction.right))
+    free = [(b / unit_x).clone().requires_grad_() for b in contraction.left.bounds]
+    width = torch.ones_like(unit_w, requires_grad=True)
+    adam = torch.optim.Adam([*free, width], lr=1e-3)
+    present = contraction
+    for _ in range(4):
+        adam.zero_grad()
+        half = width * unit_w / 2
+        bounds = [f * unit_x for f in free]
+        explicit(present, True, bounds, [-half, half]).log().backward()
+        adam.step()
+        refiner.update()
+        left = replace(contraction.left, bounds=tuple((f * unit_x).detach() for f in free))
+        half = (width * unit_w / 2).detach()
+        present = replace(contraction, left=left, right=replace(contraction.right, bounds=(-half, half)))
+        for mine, other in ((refiner._place.left, present.left), (refiner._place.right, present.right)):
+            torch.testing.assert_close(mine.bounds, other.bounds, rtol=1e-6, atol=1e-9)
+
+
+@given(seed=SEEDS, rate=st.sampled_from([0.2, 1.0]), bits=st.integers(2, 4))
+def test_every_place_is_feasible(seed: int, rate: float, bits: int) -> None:
+    contraction = linear(seed, bits)
+    config = ABRSettings(rate=rate, last_rate=rate, warm_up=0.0, gap=0.05)
+    refiner = BoundaryRefiner(contraction, config)
+    starts = [o.bounds[1] - o.bounds[0] for o in (contraction.left, contraction.right)]
+    for _ in range(8):
+        refiner.update()
+        for operand, start in zip((refiner._place.left, refiner._place.right), starts, strict=True):
+            lo, hi = bounds_of(operand)
+            assert bool((hi - lo >= 0.05 * start * (1 - 1e-9)).all())
+
+
+@given(bits=st.integers(2, 8), seed=SEEDS)
+def test_a_tied_scheme_is_never_left(bits: int, seed: int) -> None:
+    """Symmetric bounds stay symmetric; an integer zero point stays where it is."""
+    contraction = linear(seed, bits)
+    symmetric, _ = refine_bounds(contraction, ABRSettings(updates=6))
+    assert torch.equal(symmetric.right.bounds[0], -symmetric.right.bounds[1])
+    spec = QuantizerSpec(bits, Scheme.INTEGER_ZERO_POINT, Granularity.PER_CHANNEL, axis=0)
+    hi = contraction.right.bounds[1].float()
+    middle = spec.levels // 2
+    bounds = snap_bounds(-hi * middle / (middle - 1), hi, spec)
+    right = replace(contraction.right, spec=spec, bounds=bounds)
+    refined, _ = refine_bounds(replace(contraction, right=right), ABRSettings(updates=6))
+    lo, hi = bounds_of(refined.right)
+    assert torch.equal(torch.round(-lo * spec.qmax / (hi - lo)), torch.full_like(lo, middle))
+    assert all(torch.equal(a, b) for a, b in zip(snap_bounds(lo, hi, spec), (lo, hi), strict=True))
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("kind", ["dynamic", "float"])
+def test_only_static_bounds_are_refined(side: str, kind: str) -> None:
+    contraction = product(4, 2)
+    axis = -1 if side == "left" else -2
+    dynamic = QuantizerSpec(2, granularity=Granularity.PER_TOKEN, dynamic=True, axis=axis)
+    operand = replace(getattr(contraction, side), spec=dynamic if kind == "dynamic" else None, bounds=None)
+    contraction = replace(contraction, **{side: operand})
+    assert getattr(evaluate(contraction), side) is None
+    refined, objectives = refine_bounds(contraction)
+    assert getattr(refined, side) is operand
+    assert min(objectives) < objectives[0]
+
+
+def test_nothing_to_refine_is_left_alone() -> None:
+    contraction = replace(product(5), left=Operand(torch.ones(1, 2, 3)), right=Operand(torch.ones(1, 3, 2)))
+    contraction = replace(contraction, target=torch.zeros(1, 2, 2))
+    refined, objectives = refine_bounds(contraction)
+    assert refined is contraction
+    assert objectives == [9.0]
+
+
+def test_a_row_without_range_stays_finite() -> None:
+    contraction = linear(6, 3)
+    hi = contraction.right.bounds[1].clone()
+    hi[0, 2] = 0.0
+    values = contraction.right.values.clone()
+    values[..., 2] = 0.0
+    contraction = replace(contraction, right=replace(contraction.right, values=values, bounds=(-hi, hi)))
+    refined, objectives = refine_bounds(contraction)
+    assert all(map(math.isfinite, objectives))
+    assert all(bool(b.isfinite().all()) for b in refined.right.bounds)
+
+
+@given(seed=SEEDS, limit=st.floats(0.1, 10.0))
+def test_gradients_are_clipped_together(seed: int, limit: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    gradients = [torch.randn(3, 2, generator=generator), torch.randn((), generator=generator)]
+    result = clipped(gradients, limit)
+    norm = torch.cat([g.flatten() for g in gradients]).norm()
+    scale = min(1.0, limit / float(norm))
+    for mine, given_ in zip(result, gradients, strict=True):
+        torch.testing.assert_close(mine, given_ * scale)
+
+
+@given(kind=KINDS, bits=bit_widths(), seed=SEEDS)
+def test_the_balance_is_the_error_of_one_operand_at_a_time(kind: str, bits: int, seed: int) -> None:
+    contraction = problem(kind, seed, bits, free_mean=False)
+    exact = contraction.left.scaled() @ contraction.right.scaled()
+    only_left = replace(contraction, right=replace(contraction.right, spec=None, bounds=None), target=exact)
+    only_right = replace(contraction, left=replace(contraction.left, spec=None, bounds=None), target=exact)
+    assert error_balance(contraction) == pytest.approx((output_error(only_left), output_error(only_right)), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [{"updates": -1}, {"rate": 0.0}, {"rate": 1e-3, "last_rate": 1e-2}, {"clip": 0.0}, {"gap": 0.0}, {"patience": 0}],
+    ids=str,
+)
+def test_settings_are_checked(bad: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="out of range"):
+        ABRSettings(**bad)

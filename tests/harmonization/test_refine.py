@@ -1,0 +1,272 @@
+"""Refinement: what it learns, that it helps on images it has not seen, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import harmoq_ao as h
+from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError
+from harmoq_ao.config import Profile
+from harmoq_ao.graph.island import is_island, island_state
+from harmoq_ao.graph.tracer import op_of_site
+from harmoq_ao.harmonization.learner import Learner, Rates
+from harmoq_ao.harmonization.reference import float_reference, teacher
+from harmoq_ao.harmonization.refine import RefineSettings, RefineTrace, features_of, refine
+from harmoq_ao.harmonization.stages import capture_stage, find_stages
+from harmoq_ao.sites.prepared import PreparedLinear
+from tests.harmonization.helpers import DyingLearner, KilledError, crops, fidelity
+from tests.models import build, calibrated, images
+
+W3A3 = h.HarmoqConfig(3, 3, profile="paper")
+QUICK = RefineSettings(steps=12, checks=3, warm_up=1)
+
+
+def test_the_reference_is_the_float_network_whatever_happens_to_the_weights() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    image = images(1)[0]
+    with torch.no_grad():
+        expected = build("DAT/light")(image)
+        reference = float_reference(prepared)
+        for site in prepared.sites():
+            if isinstance(site, PreparedLinear):
+                site.weight.add_(1.0)
+        assert torch.equal(reference(image), expected)
+        assert torch.equal(reference(images(1, (24, 40))[0]), build("DAT/light")(images(1, (24, 40))[0]))
+    assert float_reference(prepared) is reference
+
+
+@pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT", "ATD"])
+def test_the_teacher_computes_the_float_network_with_the_same_parameters_and_fewer_calls(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    reference, quick = float_reference(prepared), teacher(prepared)
+    own = dict(quick.named_parameters())
+    assert own
+    assert all(parameter is own[path] for path, parameter in reference.named_parameters())
+    for image in (images(2)[0], images(1, (24, 40))[0]):  # the second has a size that no graph was traced at
+        expected, blocks = reference(image), [stage.name for stage in find_stages(prepared)]
+        with features_of(reference, blocks) as wanted:
+            reference(image)
+        with features_of(quick, blocks) as reached:
+            torch.testing.assert_close(quick(image), expected, rtol=1e-4, atol=1e-5)
+        for block in blocks:
+            torch.testing.assert_close(reached[block], wanted[block], rtol=1e-3, atol=1e-4)
+    assert _products(quick) < _products(reference)
+
+
+def _products(model: h.PreparedModel) -> int:
+    """Attention products in the graphs."""
+    graphs = [v.graph for m in model.model.modules() if is_island(m) for v in island_state(m).all_variants()]
+    return sum(n.op == "call_module" and op_of_site(n.target) is not None for g in graphs for n in g.nodes)
+
+
+@pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT"])
+def test_stages_are_the_transformer_blocks(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    stages = find_stages(prepared)
+    assert len(stages) >= 2
+    assert len({type(s.module).__name__ for s in stages}) == 1
+    seen = [id(site) for stage in stages for site in stage.sites]
+    assert len(seen) == len(set(seen))
+    assert all(len({site.site.kind for site in stage.sites}) == 2 for stage in stages)
+
+
+def test_a_captured_call_reproduces_the_stage() -> None:
+    prepared = calibrated("SwinIR/light", W3A3)
+    stage = find_stages(prepared)[1]
+    for call in capture_stage(prepared, stage.name, images(2)):
+        with torch.no_grad():
+            assert torch.equal(stage.module(*call.args, **call.kwargs), call.output)
+
+
+@pytest.mark.parametrize("name", ["HAT", "SwinIR/light"])
+def test_refinement_brings_unseen_images_closer_to_the_float_network(name: str) -> None:
+    prepared = calibrated(name, W3A3)
+    held_out, unseen = crops(2, 90), crops(3, 70)
+    before, flags = fidelity(prepared, unseen), [p.requires_grad for p in prepared.parameters()]
+    trace = refine(prepared, crops(6), replace(QUICK, steps=30, rates=Rates(rest=0)), held_out=held_out)
+    assert fidelity(prepared, unseen) > before + 0.3
+    assert len(trace.losses) == 30
+    assert trace.held_out[0][0] == 0
+    best = max(psnr for _, psnr in trace.held_out)
+    assert fidelity(prepared, held_out) == pytest.approx(best, abs=1e-3)
+    assert [p.requires_grad for p in prepared.parameters()] == flags
+
+
+def test_a_state_that_is_worse_on_held_out_images_is_not_kept() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = copy.deepcopy(prepared.state_dict())
+    destructive = replace(QUICK, rates=Rates(bounds=5.0, scales=5.0, weights=50.0), warm_up=0)
+    trace = refine(prepared, crops(2), destructive, held_out=crops(1, 9))
+    assert trace.best_step == 0
+    for key, value in prepared.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("rates", "kinds"),
+    [
+        (Rates(5e-3, 0, 0, 0), {"upper", "lower"}),
+        (Rates(0, 5e-3, 0, 0), {"log_scale", "joint_shift"}),
+        (Rates(0, 0, 1e-2, 0), {"weight", "bias"}),
+        (Rates(0, 0, 0, 0), set()),
+    ],
+)
+def test_only_what_has_a_rate_changes(rates: Rates, kinds: set[str]) -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = {name: p.clone() for name, p in prepared.named_parameters()}
+    refine(prepared, crops(2), replace(QUICK, steps=2, rates=rates))
+    changed = {name for name, p in prepared.named_parameters() if not torch.equal(p, before[name])}
+    suffixes = {name.rpartition(".")[2].replace("joint_scale", "log_scale") for name in changed}
+    assert suffixes == kinds
+    sites = tuple(f"model.{site.site.path}." for site in prepared.sites())
+    assert all(name.startswith(sites) for name in changed)
+
+
+def test_the_rest_is_learned_only_when_asked_for() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    before = {name: p.clone() for name, p in prepared.named_parameters()}
+    refine(prepared, crops(2), replace(QUICK, steps=2, rates=Rates(0, 0, 0, 1e-2)))
+    changed = {name for name, p in prepared.named_parameters() if not torch.equal(p, before[name])}
+    sites = tuple(f"model.{site.site.path}." for site in prepared.sites())
+    assert changed
+    assert not any(name.startswith(sites) for name in changed)
+
+
+@pytest.mark.parametrize(("bits", "profile"), [(4, "deploy"), (8, "deploy"), (2, "paper")])
+def test_a_refined_model_converts_and_computes_the_same(bits: int, profile: Profile) -> None:
+    config = h.HarmoqConfig(bits, bits, profile=profile, storage_dtype="float32")
+    prepared = calibrated("SwinIR/light", config)
+    refine(prepared, crops(2), replace(QUICK, steps=3))
+    image = images(1, (20, 28))[0]
+    with torch.no_grad():
+        simulated, integer = prepared(image), h.convert_harmoq(prepared)(image)
+        exact = float_reference(prepared)(image)
+    assert (simulated - integer).square().mean() < 1e-3 * (simulated - exact).square().mean()
+
+
+def test_it_is_deterministic_and_recomputing_changes_nothing() -> None:
+    results = []
+    for settings in (QUICK, QUICK, replace(QUICK, recompute=True)):
+        prepared = calibrated("DAT/light", W3A3)
+        refine(prepared, crops(3), replace(settings, steps=4))
+        results.append(prepared.state_dict())
+    for other in results[1:]:
+        assert all(torch.equal(value, other[key]) for key, value in results[0].items())
+
+
+@pytest.mark.parametrize(
+    ("settings", "killed_at", "saved"),
+    [(QUICK, 7, 4), (replace(QUICK, steps=4, cycles=3, checks=2), 6, 4), (replace(QUICK, steps=6, cycles=2), 11, 10)],
+    ids=["one cycle", "where a cycle begins", "within the second cycle"],
+)
+def test_kill_and_resume_equals_an_uninterrupted_run(
+    settings: RefineSettings, killed_at: int, saved: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = calibrated("DAT/light", W3A3)
+    expected = refine(whole, crops(3), settings, held_out=crops(1, 9))
+    state = tmp_path / "progress.safetensors"
+    killed = DyingLearner(monkeypatch, at=killed_at)
+    with pytest.raises(KilledError):
+        refine(calibrated("DAT/light", W3A3), crops(3), settings, held_out=crops(1, 9), checkpoint=state)
+    assert state.exists()
+    resumed = calibrated("DAT/light", W3A3)
+    trace = refine(resumed, crops(3), settings, held_out=crops(1, 9), checkpoint=state)
+    assert killed.count == killed_at + settings.total_steps - saved, f"it goes on from step {saved}"
+    assert trace == expected
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
+def test_a_cycle_begins_from_the_kept_state_at_half_the_rates() -> None:
+    once, twice = calibrated("DAT/light", W3A3), calibrated("DAT/light", W3A3)
+    first = refine(once, crops(3), QUICK, held_out=crops(1, 9))
+    both = refine(twice, crops(3), replace(QUICK, cycles=2), held_out=crops(1, 9))
+    assert both.losses[:12] == first.losses
+    assert len(both.losses) == 24
+    assert both.held_out[: len(first.held_out)] == first.held_out
+    assert [step for step, _ in both.held_out] == [0, 4, 8, 12, 16, 20, 24]
+    assert max(psnr for _, psnr in both.held_out) >= max(psnr for _, psnr in first.held_out)
+
+    destructive = Rates(bounds=5.0, scales=5.0, weights=50.0)
+    back = replace(QUICK, steps=1, cycles=2, checks=1, rates=destructive, warm_up=0)
+    restarted = refine(calibrated("DAT/light", W3A3), crops(3), back, held_out=crops(1, 9))
+    still = refine(calibrated("DAT/light", W3A3), crops(3), replace(QUICK, steps=2, rates=Rates(0, 0, 0, 0)))
+    assert restarted.losses == pytest.approx(still.losses, rel=1e-3), "the first step was worse and is taken back"
+
+    learner = Learner(once.sites(), Rates(), 4, cycles=3, warm_up=1)
+    paces = []
+    for learner.steps_done in range(13):
+        paces.append(learner.pace)
+    assert paces[4:8] == pytest.approx([pace / 2 for pace in paces[:4]])
+    assert paces[8:12] == pytest.approx([pace / 4 for pace in paces[:4]])
+    assert paces[12] == 0, "the last cycle ends at zero"
+
+
+def test_a_cycle_begins_without_the_momentum_of_the_one_before() -> None:
+    learner = Learner(calibrated("DAT/light", W3A3).sites(), Rates(), 4, cycles=2)
+    start = learner.snapshot()
+    moved = []
+    for _ in range(2):
+        learner.step(torch.stack([p.square().sum() for p in learner.parameters.values()]).sum())
+        moved.append(learner.snapshot())
+        learner.restart(start)
+        assert all(torch.equal(value, start[name]) for name, value in learner.snapshot().items())
+        learner.steps_done = 0
+    assert any(not torch.equal(value, start[name]) for name, value in moved[0].items())
+    assert all(torch.equal(value, moved[1][name]) for name, value in moved[0].items())
+
+
+def test_a_checkpoint_of_other_work_or_damaged_is_refused(tmp_path: Path) -> None:
+    state = tmp_path / "progress.safetensors"
+    refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
+    with pytest.raises(CheckpointError, match="other work"):
+        refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=3), checkpoint=state)
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="no progress file"):
+        refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
+
+
+def test_unusable_input_is_refused() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    with pytest.raises(CalibrationError, match="nothing to refine on"):
+        refine(prepared, [])
+    with pytest.raises(CalibrationError, match="one size"):
+        refine(prepared, [torch.rand(3, 16, 16), torch.rand(3, 24, 24)])
+    with pytest.raises(CalibrationError, match="not finite"):
+        refine(prepared, crops(1), replace(QUICK, rates=Rates(0, 0, 1e30), warm_up=0))
+    counts = [{name: 0} for name in ("steps", "cycles", "batch_size", "cuts")]
+    for wrong in (*counts, {"precision": "float8"}, {"feature_weight": -1.0}):
+        with pytest.raises(ConfigError):
+            replace(QUICK, **wrong)
+    with pytest.raises(ConfigError):
+        Rates(bounds=-1.0)
+
+
+def test_the_trace_survives_json() -> None:
+    trace = RefineTrace([0.5, 0.25], [(0, 30.0), (2, 31.0)], 2)
+    assert RefineTrace.from_dict(trace.to_dict()) == trace
+
+
+def test_parameters_of_like_rates_are_updated_together_at_about_the_rate_asked_for() -> None:
+    prepared = calibrated("DAT/light", W3A3)
+    learner = Learner(prepared.sites(), Rates(rest=0.0), 10)
+    assert learner._optimizer is not None
+    groups = learner._optimizer.param_groups
+    assert len(groups) < len(learner.parameters) / 3
+    rate = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    assert set(rate) == set(learner.parameters.values())
+    for site in prepared.sites():
+        if isinstance(site, PreparedLinear):
+            assert rate[site.weight] == pytest.approx(1e-2 * float(site.weight.detach().std()), rel=0.05)
+
+
+def test_rates_shrink_with_the_step() -> None:
+    rates = Rates(1e-2, 2e-2, 3e-2, 4e-2)
+    assert rates.at(2) == rates
+    assert rates.at(4).weights == pytest.approx(3e-2 / 5**0.5)
+    assert rates.at(8).bounds < rates.at(3).bounds

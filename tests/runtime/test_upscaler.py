@@ -1,0 +1,126 @@
+"""Models by name, and images of any form through them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError, SavedModelError
+from harmoq_ao.images import image_from_array
+from harmoq_ao.recipes.architectures import ARCHITECTURES
+from harmoq_ao.runtime.upscaler import Upscaler, open_float, open_model
+
+BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+
+
+class Doubling(nn.Module):
+    """Repeats every pixel; refuses sizes as real models do."""
+
+    def __init__(self, multiple: int = 1, minimum: int = 0, square: bool = False) -> None:
+        super().__init__()
+        self.multiple, self.minimum, self.square = multiple, minimum, square
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        assert height % self.multiple == 0
+        assert width % self.multiple == 0
+        assert min(height, width) >= self.minimum
+        assert height == width or not self.square
+        self.calls += x.shape[0]
+        return x.repeat_interleave(2, -1).repeat_interleave(2, -2)
+
+
+@pytest.mark.parametrize(
+    ("multiple", "minimum", "square"), [(1, 0, False), (8, 0, False), (4, 30, False), (1, 16, False), (8, 24, True)]
+)
+@pytest.mark.parametrize("size", [(7, 5), (33, 20), (16, 16)])
+def test_any_size_fits_any_requirement(multiple: int, minimum: int, square: bool, size: tuple[int, int]) -> None:
+    upscaler = Upscaler(Doubling(multiple, minimum, square), "x", 2, 3, multiple, minimum, square)
+    image = torch.rand(1, 3, *size)
+    assert torch.equal(upscaler(image), image.repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+def test_a_model_of_one_channel_keeps_colour_and_takes_gray_once() -> None:
+    model = Doubling()
+    upscaler = Upscaler(model, "x", 2, channels=1)
+    image = torch.rand(1, 3, 6, 8)
+    assert torch.equal(upscaler(image), image.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    assert model.calls == 3
+    assert upscaler(image[:, :1].expand(-1, 3, -1, -1)).shape == (1, 1, 12, 16)
+    assert model.calls == 4
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("kinds", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_decoded_images_and_rows_give_what_tensors_give(channels: int, kinds: int, dtype: type) -> None:
+    array = np.random.default_rng(0).random((21, 18, kinds))
+    record = image_from_array((array * (1 if dtype is np.float32 else np.iinfo(dtype).max)).astype(dtype))
+    upscaler = Upscaler(Doubling(4, 8), "x", 2, channels, 4, 8)
+    for tile in (None, 12):
+        expected = upscaler(record.pixels[None], tile, 4)
+        assert expected.shape[1] == (1 if channels == 1 and kinds < 3 else 3)
+        assert torch.equal(upscaler(record, tile, 4), expected)
+        bands = list(upscaler.rows(record, tile, 4))
+        assert torch.equal(torch.cat(bands, -2), expected)
+        assert len(bands) == (1 if tile is None else 3)
+
+
+def test_running_out_of_memory_says_to_use_tiles() -> None:
+    class Greedy(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+
+    with pytest.raises(InputError, match="--tile"):
+        Upscaler(Greedy(), "x", 2)(torch.rand(1, 3, 8, 8))
+
+
+def test_other_runtime_errors_are_not_hidden() -> None:
+    class Broken(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise RuntimeError("shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="multiplied"):
+        Upscaler(Broken(), "x", 2)(torch.rand(1, 3, 8, 8))
+
+
+def test_checkpoints_open_with_their_traits(tmp_path: Path) -> None:
+    entry = BY_NAME["SwinIR/light"]
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(dict(entry.build().state_dict()), path)
+    upscaler = open_model(path)
+    assert (upscaler.scale, upscaler.channels, upscaler.quantized) == (2, 3, False)
+    image = entry.example()
+    low = open_model(path, torch.bfloat16)(image)
+    assert low.dtype == torch.float32
+    assert 0 < float((low - upscaler(image)).abs().max()) < 0.1
+
+
+def test_unknown_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="demo:x2 or demo:x3"):
+        open_float("demo:x5")
+    with pytest.raises(CheckpointError, match="no such file"):
+        open_model(tmp_path / "nothing.pth")
+    with pytest.raises(SavedModelError):
+        open_model(tmp_path)
+
+
+def test_other_float_types_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(dict(BY_NAME["SwinIR/light"].build().state_dict()), path)
+    with pytest.raises(ConfigError, match="bfloat16"):
+        open_model(path, torch.float64)
+
+
+def test_models_of_other_value_ranges_are_out_of_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(dict(BY_NAME["SwinIR/light"].build().state_dict()), path)
+    monkeypatch.setattr("harmoq_ao.runtime.upscaler._OTHER_RANGES", {"SwinIR": "values in -1..1"})
+    with pytest.raises(CheckpointError, match="out of scope"):
+        open_model(path)

