@@ -15,8 +15,7 @@ from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from harmoq_ao.common.output import atomic_write
-
-from .documents import Column, Entry, Plan
+from harmoq_ao.recipes.documents import Column, Entry, Plan
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#882255", "#999999")
 """Okabe and Ito's, and two of Tol's; black is for our own method."""

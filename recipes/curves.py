@@ -7,7 +7,7 @@ from itertools import accumulate
 from statistics import median
 from typing import Any
 
-from .drawing import Curve
+from harmoq_ao.recipes.drawing import Curve
 
 _TINY = 1e-30
 _UPDATES = "updates of the bounds; median over the sites"

@@ -14,9 +14,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from harmoq_ao.common.output import atomic_write
-
-from .cells import Cell, bicubic_cell, float_cell
-from .study import Outcome
+from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell
+from harmoq_ao.recipes.study import Outcome
 
 _MISSING = "failed"
 _VERSIONS = ("harmoq_ao", "torch", "numpy", "python")

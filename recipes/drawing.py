@@ -12,8 +12,19 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.patches import Rectangle
 
-from .charts import COLOURS, MARKERS, OURS, WIDTH, new_figure, panels, plain_numbers, save_figure, styled, without_axes
-from .inspection import AttentionMaps
+from harmoq_ao.recipes.charts import (
+    COLOURS,
+    MARKERS,
+    OURS,
+    WIDTH,
+    new_figure,
+    panels,
+    plain_numbers,
+    save_figure,
+    styled,
+    without_axes,
+)
+from harmoq_ao.recipes.inspection import AttentionMaps
 
 Record = Mapping[str, Any]
 Pixels = npt.NDArray[np.uint8]

@@ -25,14 +25,13 @@ from torch import Tensor
 from harmoq_ao.baselines.methods import METHODS
 from harmoq_ao.common.errors import DatasetError
 from harmoq_ao.harmonization.reference import float_reference
-
-from . import drawing, inspection, options
-from .cells import HARMOQ, Cell, bicubic_cell, float_cell
-from .curves import convergence_curves
-from .demo import busiest_square
-from .documents import csv_text, write_text
-from .study import Outcome, Study
-from .tables import PROJECTIONS, projection_options, title_of
+from harmoq_ao.recipes import drawing, inspection, options
+from harmoq_ao.recipes.cells import HARMOQ, Cell, bicubic_cell, float_cell
+from harmoq_ao.recipes.curves import convergence_curves
+from harmoq_ao.recipes.demo import busiest_square
+from harmoq_ao.recipes.documents import csv_text, write_text
+from harmoq_ao.recipes.study import Outcome, Study
+from harmoq_ao.recipes.tables import PROJECTIONS, projection_options, title_of
 
 OFF = inspection.OFF
 _HEATMAPS = 3

@@ -31,13 +31,12 @@ from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.images import ImagePair, atomic_write, load_pairs
 from harmoq_ao.images.metrics import bicubic_batch, to_uint8
+from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell
+from harmoq_ao.recipes.making import Photographs, files_digest, plain_settings, quantize
+from harmoq_ao.recipes.store import Result, Store, environment, restore_state, state_of
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
 from harmoq_ao.zoo.checkpoints import LoadedModel
-
-from .cells import BICUBIC, FLOAT, Cell
-from .making import Photographs, files_digest, plain_settings, quantize
-from .store import Result, Store, environment, restore_state, state_of
 
 Pixels = npt.NDArray[np.uint8]
 Upscale = Callable[[Tensor], Tensor]

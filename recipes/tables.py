@@ -23,10 +23,9 @@ from rich.console import Console
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.baselines.methods import METHODS
 from harmoq_ao.common.errors import ConfigError
-
-from . import charts, options
-from .cells import HARMOQ, Value
-from .documents import (
+from harmoq_ao.recipes import charts, options
+from harmoq_ao.recipes.cells import HARMOQ, Value
+from harmoq_ao.recipes.documents import (
     Column,
     Entry,
     Plan,
@@ -39,7 +38,7 @@ from .documents import (
     to_rich,
     write_text,
 )
-from .study import Outcome, Study
+from harmoq_ao.recipes.study import Outcome, Study
 
 Options = Mapping[str, Value]
 REFINED = "then refined"

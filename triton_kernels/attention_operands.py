@@ -11,9 +11,8 @@ from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import pack, unpack
-
-from .launch import check_vector
-from .operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
+from harmoq_ao.triton_kernels.launch import check_vector
+from harmoq_ao.triton_kernels.operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
 
 MAX_HEAD_DIM = 32
 MAX_TOKENS = 256

@@ -8,8 +8,8 @@ from typing import Any
 
 import triton.language as tl
 
-from . import lowbit_linear, mlp, quantize, window_attention
-from .operands import COLUMN_GROUP, container_bits
+from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize, window_attention
+from harmoq_ao.triton_kernels.operands import COLUMN_GROUP, container_bits
 
 
 @dataclass(frozen=True)

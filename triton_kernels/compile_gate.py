@@ -25,8 +25,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .compile_cases import CASES, Case
-from .launch import OPTIONS
+from harmoq_ao.triton_kernels.compile_cases import CASES, Case
+from harmoq_ao.triton_kernels.launch import OPTIONS
 
 logger = logging.getLogger(__name__)
 

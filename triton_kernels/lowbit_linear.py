@@ -20,12 +20,20 @@ from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
-
-from . import tuning
-from .device import contract, gelu, load_weight, signed_codes, unsigned_codes
-from .launch import GELU_KINDS, OPTIONS, blocks, check_bits, check_choice, check_matrix, check_vector, power_of_two
-from .operands import PackedLinear
-from .quantize import bounds_of
+from harmoq_ao.triton_kernels import tuning
+from harmoq_ao.triton_kernels.device import contract, gelu, load_weight, signed_codes, unsigned_codes
+from harmoq_ao.triton_kernels.launch import (
+    GELU_KINDS,
+    OPTIONS,
+    blocks,
+    check_bits,
+    check_choice,
+    check_matrix,
+    check_vector,
+    power_of_two,
+)
+from harmoq_ao.triton_kernels.operands import PackedLinear
+from harmoq_ao.triton_kernels.quantize import bounds_of
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 

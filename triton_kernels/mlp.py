@@ -21,12 +21,11 @@ from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
-
-from . import lowbit_linear, tuning
-from .device import contract, gelu, load_weight, signed_codes, standardize
-from .launch import GELU_KINDS, OPTIONS, blocks, check_choice, check_matrix, power_of_two
-from .operands import PackedLinear
-from .quantize import fold_norm
+from harmoq_ao.triton_kernels import lowbit_linear, tuning
+from harmoq_ao.triton_kernels.device import contract, gelu, load_weight, signed_codes, standardize
+from harmoq_ao.triton_kernels.launch import GELU_KINDS, OPTIONS, blocks, check_choice, check_matrix, power_of_two
+from harmoq_ao.triton_kernels.operands import PackedLinear
+from harmoq_ao.triton_kernels.quantize import fold_norm
 
 MAX_CHANNELS = 256
 """Most input and output channels: one program holds whole rows of both."""

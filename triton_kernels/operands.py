@@ -23,8 +23,7 @@ from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 from harmoq_ao.quant.packing import pack, packed_length, unpack
-
-from .launch import check_bits, check_vector
+from harmoq_ao.triton_kernels.launch import check_bits, check_vector
 
 COLUMN_GROUP = 32
 """Rows are padded to whole groups of codes: 8 to 32 bytes, whole 32-bit words at 2 and 4 bits."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import lowbit_linear as _linear
-from . import mlp as _mlp
-from . import quantize as _quantize
-from . import window_attention as _attention
-from .attention_operands import PackedAttention
-from .operands import PackedLinear
+from harmoq_ao.triton_kernels import lowbit_linear as _linear
+from harmoq_ao.triton_kernels import mlp as _mlp
+from harmoq_ao.triton_kernels import quantize as _quantize
+from harmoq_ao.triton_kernels import window_attention as _attention
+from harmoq_ao.triton_kernels.attention_operands import PackedAttention
+from harmoq_ao.triton_kernels.operands import PackedLinear
 
 _TENSORS = ("codes", "start", "scale", "constant", "total", "reciprocal", "offset")
 _NUMBERS = ("weight_bits", "columns", "mid_rise", "act_bits")

@@ -22,10 +22,9 @@ from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.quant.packing import pack, packed_length
 from harmoq_ao.quant.quantizer import MIN_STEP
-
-from . import tuning
-from .device import standardize, unsigned_codes
-from .launch import OPTIONS, blocks, check_bits, check_matrix, check_vector, power_of_two
+from harmoq_ao.triton_kernels import tuning
+from harmoq_ao.triton_kernels.device import standardize, unsigned_codes
+from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, check_bits, check_matrix, check_vector, power_of_two
 
 PACKED_BITS = (2, 3, 4, 8)
 MAX_ROW = 8192

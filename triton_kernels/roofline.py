@@ -13,8 +13,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .compile_cases import CASES
-from .compile_gate import ARCHITECTURES, compile_case, disassemble, opcodes_of
+from harmoq_ao.triton_kernels.compile_cases import CASES
+from harmoq_ao.triton_kernels.compile_gate import ARCHITECTURES, compile_case, disassemble, opcodes_of
 
 logger = logging.getLogger(__name__)
 

@@ -26,14 +26,13 @@ from torch.nn import functional as F
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
-
-from . import lowbit_linear, tuning
-from .attention_operands import MAX_KEYS, MAX_TOKENS, PackedAttention
-from .device import contract, load_weight, signed_codes, standardize, unsigned_codes
-from .launch import OPTIONS, blocks, check_matrix, power_of_two
-from .mlp import MAX_CHANNELS, first_linear
-from .operands import PackedLinear
-from .quantize import launch_quantize
+from harmoq_ao.triton_kernels import lowbit_linear, tuning
+from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, PackedAttention
+from harmoq_ao.triton_kernels.device import contract, load_weight, signed_codes, standardize, unsigned_codes
+from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, check_matrix, power_of_two
+from harmoq_ao.triton_kernels.mlp import MAX_CHANNELS, first_linear
+from harmoq_ao.triton_kernels.operands import PackedLinear
+from harmoq_ao.triton_kernels.quantize import launch_quantize
 
 FUSED_TOKENS = 64
 COMPUTE = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

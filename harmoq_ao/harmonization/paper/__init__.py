@@ -1,1 +1,4 @@
-"""Algorithm 1 of the paper, site by site: structural residual calibration, harmonized scales, adaptive boundary refinement."""
+"""Algorithm 1 of the paper, site by site.
+
+Structural residual calibration (``src``), harmonized scales, adaptive boundary refinement (``abr``).
+"""
