@@ -65,12 +65,13 @@ if TYPE_CHECKING:
     from harmoq_ao.harmonization.refine import RefineSettings
     from harmoq_ao.images import CalibrationCrops, find_images, from_hf_dataset, load_image, load_pairs, save_image
     from harmoq_ao.images.metrics import psnr_y, ssim_y
-    from harmoq_ao.preparation.prepare import PreparedModel, prepare_harmoq
+    from harmoq_ao.preparation.prepare import prepare_harmoq
     from harmoq_ao.reporting import write_report
     from harmoq_ao.runtime.compiled import compile_model
     from harmoq_ao.runtime.evaluation import evaluate
     from harmoq_ao.runtime.openvino import lower_openvino
     from harmoq_ao.runtime.upscaler import Upscaler
+    from harmoq_ao.sites.model import PreparedModel
     from harmoq_ao.sites.report import Report, SiteRow
     from harmoq_ao.zoo.checkpoints import load_demo_model, load_model
 
@@ -91,7 +92,8 @@ _ROOMS = {
     "harmonization.refine": "RefineSettings",
     "images": "CalibrationCrops find_images from_hf_dataset load_image load_pairs save_image",
     "images.metrics": "psnr_y ssim_y",
-    "preparation.prepare": "PreparedModel prepare_harmoq",
+    "preparation.prepare": "prepare_harmoq",
+    "sites.model": "PreparedModel",
     "reporting": "write_report",
     "runtime.compiled": "compile_model",
     "runtime.evaluation": "evaluate",

@@ -98,8 +98,8 @@ def attention_maps(prepared: h.PreparedModel, image: Tensor) -> dict[str, Tensor
     def keep(module: PreparedMatmul, operands: tuple[Any, ...]) -> None:
         left = module.form.canonical(*operands)[0].detach()
         if left.shape[-1] == left.shape[-2] >= _SMALLEST_MAP:
-            if module.left is not None and module.left.active:
-                left = module.left(relative_rows(left) if module.relative else left, None)
+            if module.act_quantizer is not None and module.act_quantizer.active:
+                left = module.act_quantizer(relative_rows(left) if module.relative else left, None)
                 left = left / left.sum(-1, keepdim=True) if module.relative else left
             seen[module.site.name] = left.reshape(-1, *left.shape[-2:]).float().cpu()
 

@@ -17,8 +17,8 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.common.progress import track
 from harmoq_ao.images import atomic_write
-from harmoq_ao.lowering.survey import Lowering
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
+from harmoq_ao.sites.report import Lowering
 
 _BEGIN, _END = "<!-- python -m harmoq_ao.recipes.lowering -->\n", "<!-- end -->\n"
 _HEAD = """| architecture | window attention | attention | MLP | single sites, and why they are not fused |

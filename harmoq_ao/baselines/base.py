@@ -12,9 +12,9 @@ from torch import Tensor
 from harmoq_ao.calibration.calibrate import calibrate
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Observer
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.bounds import weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 
 
@@ -115,20 +115,24 @@ def activation_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
     found = []
     for site in prepared.sites():
         weighted = isinstance(site, (PreparedLinear, PreparedConv2d))
-        found += [q for q in (site.left, None if weighted else site.right) if q is not None and not q.spec.dynamic]
+        found += [
+            q
+            for q in (site.act_quantizer, None if weighted else site.weight_quantizer)
+            if q is not None and not q.spec.dynamic
+        ]
     return found
 
 
 def weight_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
     """Quantizers of the weights of linear layers and convolutions."""
     sites = [s for s in prepared.sites() if isinstance(s, (PreparedLinear, PreparedConv2d))]
-    return [site.right for site in sites if site.right is not None]
+    return [site.weight_quantizer for site in sites if site.weight_quantizer is not None]
 
 
 @torch.no_grad()
 def minmax_weights(prepared: PreparedModel) -> None:
     """Bounds of every weight quantizer at the largest magnitude of each row."""
     for site in prepared.sites():
-        if isinstance(site, (PreparedLinear, PreparedConv2d)) and site.right is not None:
-            bounds = weight_bounds(site.weight.detach().float().flatten(1), site.right.spec, minmax=True)
-            site.right.set_bounds(*(b.reshape(-1, *(1,) * (site.weight.dim() - 1)) for b in bounds))
+        if isinstance(site, (PreparedLinear, PreparedConv2d)) and site.weight_quantizer is not None:
+            bounds = weight_bounds(site.weight.detach().float().flatten(1), site.weight_quantizer.spec, minmax=True)
+            site.weight_quantizer.set_bounds(*(b.reshape(-1, *(1,) * (site.weight.dim() - 1)) for b in bounds))

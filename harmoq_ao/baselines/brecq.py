@@ -17,8 +17,8 @@ from harmoq_ao.harmonization.paper.rounding import LearnedRounding
 from harmoq_ao.harmonization.reference import frozen, set_weight
 from harmoq_ao.harmonization.sampling import image_batches
 from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 
 MAX_IMAGES = 64
@@ -156,14 +156,14 @@ class _Roundings:
         self.weights: set[int] = set()
         self._places: list[tuple[PreparedLinear | PreparedConv2d, HarmoqFakeQuantize, RoundingQuantize]] = []
         for site in stage.sites:
-            if not isinstance(site, (PreparedLinear, PreparedConv2d)) or site.right is None:
+            if not isinstance(site, (PreparedLinear, PreparedConv2d)) or site.weight_quantizer is None:
                 continue
             if id(site.weight) in skipped | self.weights:
                 continue
             self.weights.add(id(site.weight))
-            stand_in = RoundingQuantize(site.right, _scaled(site))
-            self._places.append((site, site.right, stand_in))
-            site.right = stand_in
+            stand_in = RoundingQuantize(site.weight_quantizer, _scaled(site))
+            self._places.append((site, site.weight_quantizer, stand_in))
+            site.weight_quantizer = stand_in
         logits = [stand_in.rounding.logits for _, _, stand_in in self._places]
         self._optimizer = torch.optim.Adam(logits, lr=min(0.5, settings.travel / steps)) if logits else None
 
@@ -194,7 +194,7 @@ class _Roundings:
     def finish(self) -> None:
         """Decide every entry, write the weights, and put their quantizers back."""
         for site, quantizer, stand_in in self._places:
-            site.right = quantizer
+            site.weight_quantizer = quantizer
             weight = stand_in.rounding.hard()
             if isinstance(site, PreparedLinear):
                 scale = site.joint_scale

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget, activation_quantizers, minmax_weights
 from harmoq_ao.baselines.learning import distil_bounds, rows_to_learn
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.observers import HistogramObserver
+from harmoq_ao.sites.model import PreparedModel
 
 RATE = 1e-2
 

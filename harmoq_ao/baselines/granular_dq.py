@@ -13,8 +13,8 @@ from harmoq_ao.baselines.base import Baseline, minmax_weights
 from harmoq_ao.calibration.calibrate import compute_qparams
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.quantizer import QUANTIZED_BITS
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedMatmul, PreparedSite
 
 LOWERED = 1 / 3
@@ -63,7 +63,7 @@ def chosen_bits(prepared: PreparedModel) -> dict[str, int]:
 def site_entropy(site: PreparedSite) -> float:
     """Entropy in bits of the 8-bit codes of a site's activations between their bounds; of a product the mean of two."""
     values = []
-    for quantizer in site.quantizers() if isinstance(site, PreparedMatmul) else [site.left]:
+    for quantizer in site.quantizers() if isinstance(site, PreparedMatmul) else [site.act_quantizer]:
         assert quantizer is not None
         assert quantizer.observer is not None
         lo, hi = quantizer.bounds()
@@ -135,7 +135,7 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
             continue
         both = isinstance(site, PreparedMatmul)
         rules.append(SiteRule(glob.escape(name), site.site.kind, width if both else None, width, dynamic=False))
-        for quantizer in site.quantizers() if both else [site.left]:
+        for quantizer in site.quantizers() if both else [site.act_quantizer]:
             assert quantizer is not None
             quantizer.spec = replace(quantizer.spec, bits=width)
             if quantizer.observer is not None:
@@ -144,4 +144,4 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
 
 
 def _quantizes_activations(site: PreparedSite) -> bool:
-    return site.left is not None and not site.left.spec.dynamic
+    return site.act_quantizer is not None and not site.act_quantizer.spec.dynamic

@@ -10,9 +10,9 @@ from torch import Tensor
 from harmoq_ao.baselines.base import Budget, activation_quantizers, weight_quantizers
 from harmoq_ao.harmonization.learner import Rates
 from harmoq_ao.harmonization.refine import RefineSettings, refine
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.quantizer import Scheme
+from harmoq_ao.sites.model import PreparedModel
 
 Bounds = tuple[Tensor, Tensor]
 

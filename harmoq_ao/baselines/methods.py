@@ -17,8 +17,9 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.apply import harmonize
 from harmoq_ao.harmonization.presets import preset as preset_of
 from harmoq_ao.harmonization.refine import RefineSettings
-from harmoq_ao.preparation.prepare import PreparedModel, prepare_harmoq
+from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.zoo.checkpoints import LoadedModel
 
 METHODS: tuple[str, ...] = ("harmoq", *BASELINES)

@@ -31,9 +31,10 @@ from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion.convert import convert_harmoq
 from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
 from harmoq_ao.images import luma
-from harmoq_ao.preparation.prepare import PreparedModel, prepare_harmoq, weight_quantizer
+from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.quant.quantizer import check_bits
 from harmoq_ao.sites.history import History
+from harmoq_ao.sites.model import PreparedModel, weight_quantizer
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite, quiet
 
 WIDTHS = (8, 4, 3, 2)
@@ -321,7 +322,7 @@ class _Board:
 
     def _place(self, name: str, bits: int) -> None:
         own, other = self._own[name], self._sites[bits][name]
-        own.attach(other.left, other.right)
+        own.attach(other.act_quantizer, other.weight_quantizer)
         own.joint_scale, own.joint_shift = other.joint_scale, other.joint_shift
 
     def _clear(self, name: str) -> None:
@@ -361,7 +362,9 @@ def _calibrated_widths(
         candidate.config = replace(config, weight_bits=bits)
         for module in candidate.sites():
             if isinstance(module, PreparedLinear):
-                module.attach(module.left, weight_quantizer(module.site, candidate.settings(module.site).weight))
+                module.attach(
+                    module.act_quantizer, weight_quantizer(module.site, candidate.settings(module.site).weight)
+                )
                 module.to(module.weight.device)
         compute_qparams(candidate, show_progress=show_progress)
         enable_fake_quant(candidate)
@@ -377,7 +380,7 @@ def _free_sites(prepared: PreparedModel) -> list[str]:
         site = module.site
         return (
             isinstance(module, PreparedLinear)
-            and module.right is not None
+            and module.weight_quantizer is not None
             and not any(rule.matches(site.name, site.kind) for rule in fixed)
         )
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget, activation_quantizers
 from harmoq_ao.baselines.learning import Bounds, bounds_replaced, distil_bounds
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.quantizer import Scheme, snap_bounds
+from harmoq_ao.sites.model import PreparedModel
 
 RATE = 1e-2
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.baselines.learning import distil_bounds
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 
 RATE = 1e-2
 

@@ -16,13 +16,13 @@ from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.common.progress import track
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.images import check_image_tensor
-from harmoq_ao.preparation.prepare import PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.quant.bounds import weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import joint_scale, pair_scale, search_exponent
 from harmoq_ao.quant.joint_shift import joint_shift
 from harmoq_ao.quant.observers import Call, OperandObserver
 from harmoq_ao.quant.quantizer import dynamic_bounds_for, fake_quantize
+from harmoq_ao.sites.model import PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite
 
 _REPORT_ROWS = 512  # rows of the sample that the reported SQNR is measured on
@@ -250,7 +250,7 @@ def _check_observed(module: PreparedSite) -> None:
 
 def _solve_linear(module: PreparedLinear, settings: SiteSettings, minmax: bool) -> None:
     weight = module.weight.detach().float()
-    observer = _observer(module.left)
+    observer = _observer(module.act_quantizer)
     scale = None
     if wants_joint_scale(module.site, settings) and observer is not None:
         scale = _linear_scale(weight, observer, settings)
@@ -259,13 +259,13 @@ def _solve_linear(module: PreparedLinear, settings: SiteSettings, minmax: bool) 
     if wants_joint_shift(module.site, settings) and observer is not None and scale is not None:
         shift = _linear_shift(weight, observer, scale, settings)
     module.set_joint_shift(shift)
-    _settle_activation(module.left, observer, scale, shift)
+    _settle_activation(module.act_quantizer, observer, scale, shift)
     scaled = weight if scale is None else weight * scale
-    if module.right is not None:
+    if module.weight_quantizer is not None:
         moment = None if observer is None else observer.second_moment(shift)
         if moment is not None and scale is not None:
             moment = moment / scale.square()
-        _settle_weight(module.right, scaled, moment, minmax)
+        _settle_weight(module.weight_quantizer, scaled, moment, minmax)
     module.site.sqnr_db = _rounded_db(_linear_sqnr(module, weight, scale))
 
 
@@ -302,25 +302,25 @@ def _settle_weight(quantizer: HarmoqFakeQuantize, weight: Tensor, importance: Te
 
 
 def _solve_conv(module: PreparedConv2d, minmax: bool) -> None:
-    _settle_activation(module.left, _observer(module.left), None)
-    if module.right is not None:
-        _settle_weight(module.right, module.weight.detach().float(), None, minmax)
+    _settle_activation(module.act_quantizer, _observer(module.act_quantizer), None)
+    if module.weight_quantizer is not None:
+        _settle_weight(module.weight_quantizer, module.weight.detach().float(), None, minmax)
 
 
 def _solve_matmul(module: PreparedMatmul, settings: SiteSettings) -> None:
-    left, right = _observer(module.left), _observer(module.right)
+    left, right = _observer(module.act_quantizer), _observer(module.weight_quantizer)
     scale = None
     if wants_joint_scale(module.site, settings) and left is not None and right is not None:
         scale = _pair_scale(left, right, settings, module.site.shape[0])
     module.set_joint_scale(scale)
-    if module.relative and module.left is not None:
-        module.left.set_bounds(0.0, 1.0)  # the largest entry of every row is the highest level
+    if module.relative and module.act_quantizer is not None:
+        module.act_quantizer.set_bounds(0.0, 1.0)  # the largest entry of every row is the highest level
     else:
-        _settle_activation(module.left, left, scale)
-    _settle_activation(module.right, right, None if scale is None else 1.0 / scale)
+        _settle_activation(module.act_quantizer, left, scale)
+    _settle_activation(module.weight_quantizer, right, None if scale is None else 1.0 / scale)
     noise = [
         10 ** (-_operand_sqnr(q, q.observer, s) / 10)
-        for q, s in ((module.left, scale), (module.right, None if scale is None else 1.0 / scale))
+        for q, s in ((module.act_quantizer, scale), (module.weight_quantizer, None if scale is None else 1.0 / scale))
         if q is not None and q.observer is not None
     ]
     module.site.sqnr_db = _rounded_db(-10 * math.log10(max(sum(noise), 1e-30)) if noise else None)
@@ -344,16 +344,16 @@ def _keeps_rows(observer: OperandObserver) -> bool:
 
 def _linear_sqnr(module: PreparedLinear, weight: Tensor, scale: Tensor | None) -> float | None:
     """SQNR of ``W x`` over the sample, in dB; None without a sample of rows."""
-    observer = _observer(module.left)
+    observer = _observer(module.act_quantizer)
     if observer is None or not _keeps_rows(observer) or not module.quantizers():
         return None
     x = observer.sample()[:_REPORT_ROWS].float()
     exact = x @ weight.T
     shift = module.joint_shift
-    rounded = _rounded(module.left, x, scale, shift)
+    rounded = _rounded(module.act_quantizer, x, scale, shift)
     inverse = None if scale is None else 1.0 / scale
     constant = 0.0 if shift is None else weight @ shift
-    return _ratio_db(exact, rounded @ _rounded(module.right, weight, inverse).T + constant)
+    return _ratio_db(exact, rounded @ _rounded(module.weight_quantizer, weight, inverse).T + constant)
 
 
 def _operand_sqnr(quantizer: HarmoqFakeQuantize, observer: OperandObserver | None, scale: Tensor | None) -> float:

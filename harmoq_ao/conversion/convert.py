@@ -21,13 +21,14 @@ from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.lowering.attention_core import LoweredCores
 from harmoq_ao.lowering.core_rewriting import lower_cores
 from harmoq_ao.lowering.mlp import fuse_mlps
-from harmoq_ao.lowering.survey import Lowering, survey
+from harmoq_ao.lowering.survey import survey
 from harmoq_ao.lowering.window_attention import LoweredAttention, lower_attention
-from harmoq_ao.preparation.prepare import ModelTraits, PreparedModel, replace_modules
+from harmoq_ao.preparation.prepare import replace_modules
 from harmoq_ao.sites.history import History
+from harmoq_ao.sites.model import ModelTraits, PreparedModel
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite
 from harmoq_ao.sites.quantized import QuantizedSite, quantize_site
-from harmoq_ao.sites.report import Report, SiteRow, prepared_report, quantized_report
+from harmoq_ao.sites.report import Lowering, Report, SiteRow, quantized_report
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 _FLOAT16_MAX = 65504.0
@@ -111,8 +112,13 @@ class QuantizedModel(nn.Module):
         first = next(self.model.parameters(), None)
         here = "cpu" if first is None else first.device.type
         if any(s.backend == "triton" for s in sites.values()) or (device or here) == "cuda":
-            return survey(self)
+            return survey(self.model, self.sites(), self._example_run)
         return {name: Lowering(module.kernel) for name, module in sites.items()}
+
+    def _example_run(self) -> None:
+        """Run the first example's size once."""
+        place = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self(torch.rand(self.example_shapes[0]).to(place))
 
     def use_reference(self, enabled: bool = True) -> None:
         """Run every site on the plain integer reference (slow) instead of the device's kernels."""
@@ -147,7 +153,7 @@ class QuantizedModel(nn.Module):
         Args:
             device: Whose kernels to name, as in :meth:`lowerings`.
         """
-        report = quantized_report(self, device)
+        report = quantized_report(self.rows, self.sites(), self.lowerings(device))
         measured = {} if self.history is None else self.history.sensitivities
         for row in report.rows:
             row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
@@ -176,7 +182,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
         )
     if not has_qparams(prepared):
         compute_qparams(prepared)
-    rows = prepared_report(prepared).rows
+    rows = prepared.report().rows
     model = _detached_copy(prepared)
     round_float_state(model, prepared.config.storage_dtype)
     stored = _rounding(prepared.config.storage_dtype)
@@ -197,7 +203,7 @@ def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite
     for module in model.modules():
         if not isinstance(module, PreparedSite) or not module.quantizers():
             continue
-        if isinstance(module, PreparedLinear) and "::" in module.site.name and module.right is not None:
+        if isinstance(module, PreparedLinear) and "::" in module.site.name and module.weight_quantizer is not None:
             shared.append(module.weight)
         swaps[module] = make(module)
     replace_modules(model, swaps)

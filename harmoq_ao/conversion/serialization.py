@@ -33,17 +33,11 @@ from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.common.version import __version__
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import QuantizedModel, finalize, replace_sites
-from harmoq_ao.preparation.prepare import (
-    ModelTraits,
-    PreparedModel,
-    prepare_harmoq,
-    wants_joint_scale,
-    wants_joint_shift,
-)
+from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
+from harmoq_ao.sites.model import ModelTraits, PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.sites.prepared import PreparedSite
 from harmoq_ao.sites.quantized import QuantizedSite, empty_site
-from harmoq_ao.sites.report import prepared_report
 from harmoq_ao.zoo.checkpoints import build_architecture
 
 logger = logging.getLogger(__name__)
@@ -458,7 +452,7 @@ def _apply_measurements(prepared: PreparedModel, measured: dict[str, float | Non
 
 
 def _empty_model(prepared: PreparedModel) -> QuantizedModel:
-    rows = prepared_report(prepared).rows
+    rows = prepared.report().rows
 
     def make(module: PreparedSite) -> QuantizedSite:
         settings = prepared.settings(module.site)

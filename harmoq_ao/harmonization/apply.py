@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,12 +11,12 @@ from typing import Any
 from torch import Tensor
 
 from harmoq_ao.calibration.calibrate import enable_fake_quant
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmTrace, run_algorithm
+from harmoq_ao.harmonization.paper.algorithm import AlgorithmTrace, Balance, run_algorithm
 from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.refine import RefineTrace, refine
-from harmoq_ao.preparation.prepare import PreparedModel
-from harmoq_ao.sites.history import History
+from harmoq_ao.sites.history import History, SiteChange, short, thinned
+from harmoq_ao.sites.model import PreparedModel
 
 
 @dataclass
@@ -35,6 +36,18 @@ class HarmonizeTrace:
         parts = {"algorithm": self.algorithm, "refine": self.refine}
         return {name: None if part is None else part.to_dict() for name, part in parts.items()}
 
+    def to_history(self, method: str | None = None, preset: str | None = None) -> History:
+        """The part that is saved with a model: four digits, and curves thinned to :data:`MAX_POINTS` points."""
+        sites: tuple[SiteChange, ...] = ()
+        if self.algorithm is not None:
+            changes = (_change(s.name, s.start, s.end, s.balances) for s in self.algorithm.sites)
+            sites = tuple(c for c in changes if all(v is None or math.isfinite(v) for v in c[1:]))
+        learned = self.refine
+        if learned is None:
+            return History(method, preset, sites)
+        losses = thinned(list(enumerate(learned.losses, start=1)))
+        return History(method, preset, sites, losses, thinned(learned.held_out), learned.best_step)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HarmonizeTrace:
         """Inverse of :meth:`to_dict`."""
@@ -43,6 +56,12 @@ class HarmonizeTrace:
             None if algorithm is None else AlgorithmTrace.from_dict(algorithm),
             None if learned is None else RefineTrace.from_dict(learned),
         )
+
+
+def _change(name: str, start: float, end: float, balances: Sequence[Balance]) -> SiteChange:
+    last = balances[-1] if balances else None
+    shares = (None, None) if last is None else (short(last.left), short(last.right))
+    return SiteChange(name, short(start), short(end), *shares)
 
 
 def harmonize(
@@ -81,5 +100,5 @@ def harmonize(
         trace.refine = refine(
             prepared, crops, settings.refine, held_out=held_out, checkpoint=checkpoint, show_progress=show_progress
         )
-    prepared.history = History.of(trace, method="harmoq")
+    prepared.history = trace.to_history(method="harmoq")
     return trace

@@ -20,7 +20,7 @@ from harmoq_ao.harmonization.learner import Learner, Rates, trainable_rest
 from harmoq_ao.harmonization.progress import open_progress
 from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.stages import Stage, StageCall, capture_stage, find_stages, first_tensor
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 
 _WARM_UP = 2
 

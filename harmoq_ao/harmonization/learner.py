@@ -199,7 +199,7 @@ class Learner:
     def _add_bounds(self, site: PreparedSite) -> None:
         if self._rates.bounds == 0:
             return
-        for side, quantizer in (("left", site.left), ("right", site.right)):
+        for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
             if quantizer is None or quantizer.spec.dynamic or not _free(site, quantizer):
                 continue
             width = (quantizer.upper - quantizer.lower).detach()
@@ -217,8 +217,10 @@ class Learner:
         self._logs[name] = (site, log)
         self._learn(name, log, self._rates.scales)
         site.joint_scale.requires_grad_(True)
-        if site.joint_shift is not None and site.left is not None:
-            width = (site.left.upper - site.left.lower).detach().mean() * site.joint_scale.detach().mean()
+        if site.joint_shift is not None and site.act_quantizer is not None:
+            width = (
+                site.act_quantizer.upper - site.act_quantizer.lower
+            ).detach().mean() * site.joint_scale.detach().mean()
             self._learn(f"{site.site.path}.joint_shift", site.joint_shift, self._rates.scales * float(width))
 
     def _add_weight(self, site: PreparedSite) -> None:
@@ -262,7 +264,7 @@ class Learner:
 
 
 def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
-    weight = quantizer is site.right and isinstance(site, (PreparedLinear, PreparedConv2d))
+    weight = quantizer is site.weight_quantizer and isinstance(site, (PreparedLinear, PreparedConv2d))
     return not (weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT)
 
 

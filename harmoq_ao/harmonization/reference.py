@@ -15,7 +15,7 @@ from harmoq_ao.graph.folding import fold_variant
 from harmoq_ao.graph.island import finish_graphs, is_island
 from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.attention import fuse_attention
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedLinear, quiet
 
 _KEY = "_float_reference"

@@ -37,8 +37,8 @@ from harmoq_ao.harmonization.sampling import (
 )
 from harmoq_ao.harmonization.stages import find_stages, first_tensor
 from harmoq_ao.harmonization.state import Checkpoint, Progress
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.quant.fused_rounding import fused_rounding
+from harmoq_ao.sites.model import PreparedModel
 
 Precision = Literal["float32", "bfloat16"]
 _PEAK = 1.0  # images are in 0..1

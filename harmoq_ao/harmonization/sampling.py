@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 
 _DIHEDRAL = 8
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import torch
 from torch import nn
 
 from harmoq_ao.graph import is_island, island_state
@@ -14,44 +13,31 @@ from harmoq_ao.lowering.fusing import Misfit, recognising
 from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
 from harmoq_ao.lowering.window_attention import LoweredAttention
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
-
-if TYPE_CHECKING:
-    from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.sites.report import Lowering
 
 
-@dataclass(frozen=True)
-class Lowering:
-    """What computes a site.
+def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], run: Callable[[], object]) -> dict[str, Lowering]:
+    """What each site runs on a GPU, found by one run of an example, on any device and without Triton running.
+
+    Sites that the example does not reach have the kernel of a single linear.
 
     Args:
-        kernel: Its kernel.
-        reason: Why it is no fused one; None if it is.
+        model: The converted model.
+        sites: Its quantized sites by name.
+        run: Runs it on an example image.
     """
-
-    kernel: str
-    reason: str | None = None
-
-
-def survey(quantized: QuantizedModel) -> dict[str, Lowering]:
-    """What each site runs on a GPU, found by one run on its example image, on any device and without Triton running.
-
-    Sites that the example image does not reach have the kernel of a single linear.
-    """
-    example = torch.rand(quantized.example_shapes[0])
-    like = next(quantized.parameters(), example)
-    sites = list(quantized.sites().values())
-    backends = [site.backend for site in sites]
+    backends = {site: site.backend for site in sites.values()}
     try:
-        for site in sites:
+        for site in backends:
             site.backend = "auto"
         with recognising():
-            quantized(example.to(like.device))
+            run()
     finally:
-        for site, backend in zip(sites, backends, strict=True):
+        for site, backend in backends.items():
             site.backend = backend
-    found = {name: _single(site) for name, site in quantized.sites().items()}
-    names = {id(site): name for name, site in quantized.sites().items()}
-    for module in quantized.model.modules():
+    found = {name: _single(site) for name, site in sites.items()}
+    names = {id(site): name for name, site in sites.items()}
+    for module in model.modules():
         for kernel, parts, reason in _fused(module):
             for part in parts:
                 name = names.get(id(part))

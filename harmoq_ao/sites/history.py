@@ -6,12 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from harmoq_ao.common.errors import SavedModelError
-
-if TYPE_CHECKING:
-    from harmoq_ao.harmonization.apply import HarmonizeTrace
 
 MAX_POINTS = 60
 """Points of a saved curve; a longer one is thinned."""
@@ -66,19 +63,6 @@ class History:
     choice: str | None = None
     sensitivities: dict[str, float] = field(default_factory=dict)
 
-    @classmethod
-    def of(cls, trace: HarmonizeTrace, method: str | None = None, preset: str | None = None) -> History:
-        """The part of a trace that is kept: four digits, and at most :data:`MAX_POINTS` points of a curve."""
-        sites: tuple[SiteChange, ...] = ()
-        if trace.algorithm is not None:
-            changes = (_change(s.name, s.start, s.end, s.balances) for s in trace.algorithm.sites)
-            sites = tuple(c for c in changes if all(v is None or math.isfinite(v) for v in c[1:]))
-        learned = trace.refine
-        if learned is None:
-            return cls(method, preset, sites)
-        losses = _thinned(list(enumerate(learned.losses, start=1)))
-        return cls(method, preset, sites, losses, _thinned(learned.held_out), learned.best_step)
-
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {
@@ -127,23 +111,18 @@ def _invalid(found: str) -> SavedModelError:
     )
 
 
-def _short(value: float) -> float:
+def short(value: float) -> float:
+    """Four digits of a number, which is what is kept."""
     return float(f"{value:.{_DIGITS}g}")
 
 
-def _change(name: str, start: float, end: float, balances: Sequence[Any]) -> SiteChange:
-    last = balances[-1] if balances else None
-    shares = (None, None) if last is None else (_short(last.left), _short(last.right))
-    return SiteChange(name, _short(start), _short(end), *shares)
-
-
-def _thinned(points: Sequence[tuple[int, float]]) -> Curve:
-    """Means over equal stretches, each at its last step; what is not finite is left out."""
+def thinned(points: Sequence[tuple[int, float]]) -> Curve:
+    """At most :data:`MAX_POINTS` points: means over equal stretches, each at its last step, of what is finite."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     count = min(MAX_POINTS, len(finite))
     cuts = [len(finite) * i // count for i in range(count + 1)] if count else []
     parts = [finite[a:b] for a, b in pairwise(cuts)]
-    return tuple((part[-1][0], _short(math.fsum(v for _, v in part) / len(part))) for part in parts)
+    return tuple((part[-1][0], short(math.fsum(v for _, v in part) / len(part))) for part in parts)
 
 
 # --- reading what may come from anywhere ------------------------------------------------------------------------------

@@ -40,8 +40,8 @@ class PreparedSite(nn.Module):
 
     Attributes:
         site: What the site is.
-        left: Fake-quantizer of the activation (of the left operand of a matmul), or None.
-        right: Fake-quantizer of the weight (of the right operand), or None.
+        act_quantizer: Fake-quantizer of the activation (of the left operand of a matmul), or None.
+        weight_quantizer: Fake-quantizer of the weight (of the right operand), or None.
         joint_scale: `[K]` vector that divides the left operand and multiplies the right one along the contracted axis,
             or None for ones.
         joint_shift: `[K]` vector that is taken from the left operand of a linear before it is divided, and given back
@@ -49,15 +49,15 @@ class PreparedSite(nn.Module):
     """
 
     site: Site
-    left: HarmoqFakeQuantize | None
-    right: HarmoqFakeQuantize | None
+    act_quantizer: HarmoqFakeQuantize | None
+    weight_quantizer: HarmoqFakeQuantize | None
     joint_scale: nn.Parameter | None
     joint_shift: nn.Parameter | None
 
     def attach(self, left: HarmoqFakeQuantize | None, right: HarmoqFakeQuantize | None) -> None:
         """Install the fake-quantizers; the site is left in float with none."""
-        self.left = left
-        self.right = right
+        self.act_quantizer = left
+        self.weight_quantizer = right
 
     def set_joint_scale(self, scale: Tensor | None) -> None:
         """Fix the joint scale `[K]`, or remove it."""
@@ -69,19 +69,19 @@ class PreparedSite(nn.Module):
 
     def quantizers(self) -> list[HarmoqFakeQuantize]:
         """The fake-quantizers that are there."""
-        return [q for q in (self.left, self.right) if q is not None]
+        return [q for q in (self.act_quantizer, self.weight_quantizer) if q is not None]
 
     def _init_site(self, site: Site) -> None:
         self.site = site
-        self.left = None
-        self.right = None
+        self.act_quantizer = None
+        self.weight_quantizer = None
         self.register_parameter("joint_scale", None)
         self.register_parameter("joint_shift", None)
 
     def _observe(self, left: Tensor, right: Tensor | None = None) -> None:
         if getattr(_state, "quiet", False):
             return
-        for quantizer, operand in ((self.left, left), (self.right, right)):
+        for quantizer, operand in ((self.act_quantizer, left), (self.weight_quantizer, right)):
             if quantizer is None or operand is None or quantizer.observer is None:
                 continue
             if bool(quantizer.observer_enabled[0]):
@@ -123,9 +123,9 @@ class PreparedLinear(nn.Linear, PreparedSite):
         if not self._active():
             self._observe(input)
             return F.linear(input, self.weight, bias)
-        x = self._rounded(self.left, input, self.joint_scale, self.joint_shift)
+        x = self._rounded(self.act_quantizer, input, self.joint_scale, self.joint_shift)
         inverse = None if self.joint_scale is None else 1.0 / self.joint_scale
-        return F.linear(x, self._rounded(self.right, self.weight, inverse), self._shifted(bias))
+        return F.linear(x, self._rounded(self.weight_quantizer, self.weight, inverse), self._shifted(bias))
 
     def _shifted(self, bias: Tensor | None) -> Tensor | None:
         """``b + W z``: what the joint shift takes from the input comes back through the bias, unrounded."""
@@ -150,8 +150,8 @@ class PreparedConv2d(nn.Conv2d, PreparedSite):
         if not self._active():
             self._observe(input)
             return self._conv_forward(input, self.weight, self.bias)
-        x = self._rounded(self.left, input, None)
-        return self._conv_forward(x, self._rounded(self.right, self.weight, None), self.bias)
+        x = self._rounded(self.act_quantizer, input, None)
+        return self._conv_forward(x, self._rounded(self.weight_quantizer, self.weight, None), self.bias)
 
 
 class PreparedMatmul(PreparedSite):
@@ -179,8 +179,8 @@ class PreparedMatmul(PreparedSite):
             return self.form.original(*operands, **options)
         scale = self.joint_scale
         check_length(left, scale, self.site)
-        a = self._rounded(self.left, self._map(left), scale)
-        b = self._rounded(self.right, right, None if scale is None else 1.0 / scale[:, None])
+        a = self._rounded(self.act_quantizer, self._map(left), scale)
+        b = self._rounded(self.weight_quantizer, right, None if scale is None else 1.0 / scale[:, None])
         product = torch.matmul(a, b)
         if self.relative:
             product = renormalized(product, left, widen(a).sum(-1, keepdim=True))

@@ -116,10 +116,10 @@ class WeightedSite(QuantizedSite):
     def _fill_weight(self, weight: Tensor, prepared: PreparedSite, stored: Rounding) -> None:
         """Codes of `weight` `[N, K]` (joint scale included) under the calibrated bounds; scales are rounded first."""
         spec = self.settings.weight
-        if not spec.enabled or prepared.right is None:
+        if not spec.enabled or prepared.weight_quantizer is None:
             self.weight.data.copy_(stored(weight))
             return
-        lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in prepared.right.bounds())
+        lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in prepared.weight_quantizer.bounds())
         scale = stored_step(step_size(lo, hi, spec.bits), stored)
         lower = (_shift(spec) - (1 << (spec.bits - 1))) * scale
         codes = quantize(weight, lower, lower + scale * spec.qmax, spec.bits)
@@ -196,8 +196,8 @@ class QuantizedLinear(WeightedSite):
             self.joint_shift.copy_(shift)
         if self.joint_scale is not None and scale is not None:
             self.joint_scale.copy_(scale)
-        if self.act_bounds is not None and prepared.left is not None:
-            self.act_bounds.copy_(torch.stack([v.reshape(()) for v in prepared.left.calculate_qparams()]))
+        if self.act_bounds is not None and prepared.act_quantizer is not None:
+            self.act_bounds.copy_(torch.stack([v.reshape(()) for v in prepared.act_quantizer.calculate_qparams()]))
         return self
 
     @property
@@ -275,8 +275,8 @@ class QuantizedConv2d(WeightedSite):
         self._fill_weight(prepared.weight.detach().float().flatten(1), prepared, stored)
         if self.bias is not None and prepared.bias is not None:
             self.bias.copy_(stored(prepared.bias.detach().float()))
-        if self.act_bounds is not None and prepared.left is not None:
-            step, lower = (v.reshape(()) for v in prepared.left.calculate_qparams())
+        if self.act_bounds is not None and prepared.act_quantizer is not None:
+            step, lower = (v.reshape(()) for v in prepared.act_quantizer.calculate_qparams())
             self.act_bounds.copy_(torch.stack([step, torch.round(-lower / step)]))
         return self
 
@@ -360,7 +360,10 @@ class QuantizedMatmul(QuantizedSite):
         self = cls(prepared.site, settings, prepared.form, prepared.joint_scale is not None, prepared.relative)
         if prepared.joint_scale is not None and self.joint_scale is not None:
             self.joint_scale.copy_(stored(prepared.joint_scale.detach()))
-        for bounds, quantizer in ((self.left_bounds, prepared.left), (self.right_bounds, prepared.right)):
+        for bounds, quantizer in (
+            (self.left_bounds, prepared.act_quantizer),
+            (self.right_bounds, prepared.weight_quantizer),
+        ):
             if bounds is not None and quantizer is not None:
                 bounds.copy_(torch.stack([v.reshape(()) for v in quantizer.calculate_qparams()]))
         return self

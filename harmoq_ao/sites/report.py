@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.quant.quantizer import QuantizerSpec
-from harmoq_ao.sites.site import Site
+from harmoq_ao.sites.prepared import PreparedSite
+from harmoq_ao.sites.quantized import QuantizedSite
+from harmoq_ao.sites.site import FloatSite, Site
 
-if TYPE_CHECKING:
-    from harmoq_ao.conversion.convert import QuantizedModel
-    from harmoq_ao.preparation.prepare import PreparedModel
-    from harmoq_ao.sites.quantized import QuantizedSite
+
+@dataclass(frozen=True)
+class Lowering:
+    """What computes a site.
+
+    Args:
+        kernel: Its kernel.
+        reason: Why it is no fused one; None if it is.
+    """
+
+    kernel: str
+    reason: str | None = None
 
 
 @dataclass
@@ -132,32 +142,47 @@ def site_row(site: Site, settings: SiteSettings) -> SiteRow:
     )
 
 
-def prepared_report(prepared: PreparedModel) -> Report:
-    """Report of a prepared model; bounds and SQNR are there after calibration."""
+def prepared_report(
+    sites: Iterable[PreparedSite], settings: Callable[[Site], SiteSettings], floats: Iterable[FloatSite]
+) -> Report:
+    """Report of a prepared model; bounds and SQNR are there after calibration.
+
+    Args:
+        sites: Its sites in execution order.
+        settings: Gives the quantizers of a site.
+        floats: Contractions that stay float.
+    """
     rows = []
-    for module in prepared.sites():
-        row = site_row(module.site, prepared.settings(module.site))
-        if module.left is not None and module.left.has_bounds:
-            lo, hi = module.left.bounds()
+    for module in sites:
+        row = site_row(module.site, settings(module.site))
+        if module.act_quantizer is not None and module.act_quantizer.has_bounds:
+            lo, hi = module.act_quantizer.bounds()
             row.bounds = (float(lo.min()), float(hi.max()))
         if module.joint_scale is not None:
             row.joint_scale = (float(module.joint_scale.min()), float(module.joint_scale.max()))
         row.sqnr_db = module.site.sqnr_db
         rows.append(row)
-    return Report("prepared model", rows + float_rows(prepared.floats))
+    return Report("prepared model", rows + float_rows(floats))
 
 
-def quantized_report(quantized: QuantizedModel, device: str | None = None) -> Report:
-    """Report of a converted model: rows of its preparation, with each site's kernel, bounds and joint scale."""
-    rows = []
-    sites, lowerings = quantized.sites(), quantized.lowerings(device)
-    for row in quantized.rows:
+def quantized_report(
+    rows: Iterable[SiteRow], sites: Mapping[str, QuantizedSite], lowerings: Mapping[str, Lowering]
+) -> Report:
+    """Report of a converted model: rows of its preparation, with each site's kernel, bounds and joint scale.
+
+    Args:
+        rows: Of its preparation.
+        sites: Its quantized sites by name.
+        lowerings: What computes each of them.
+    """
+    found = []
+    for row in rows:
         site = sites.get(row.name)
         facts: dict[str, Any] = {} if site is None else _stored_facts(site)
         if site is not None:
             facts |= {"kernel": lowerings[row.name].kernel, "miss": lowerings[row.name].reason}
-        rows.append(replace(row, **facts))
-    return Report("quantized model", rows)
+        found.append(replace(row, **facts))
+    return Report("quantized model", found)
 
 
 def _stored_facts(site: QuantizedSite) -> dict[str, Any]:
@@ -174,7 +199,7 @@ def _stored_facts(site: QuantizedSite) -> dict[str, Any]:
     return facts
 
 
-def float_rows(floats: Iterable[Any]) -> list[SiteRow]:
+def float_rows(floats: Iterable[FloatSite]) -> list[SiteRow]:
     """Rows of contractions that stay as the author wrote them."""
     return [SiteRow(f.name, f.kind, macs=f.macs, reason=f.reason) for f in floats]
 

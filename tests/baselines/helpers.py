@@ -53,7 +53,7 @@ def float_operands(prepared: h.PreparedModel, batches: Sequence[Tensor]) -> dict
     disable_fake_quant(twin)
     recorders: dict[str, tuple[Any, _Recorder]] = {}
     for site in twin.sites():
-        for side, quantizer in (("left", site.left), ("right", site.right)):
+        for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
             if quantizer is not None and (side == "left" or isinstance(site, PreparedMatmul)):
                 recorder = _Recorder()
                 quantizer.observer = recorder

@@ -29,7 +29,7 @@ def test_minmax_clips_nothing_that_calibration_saw_and_wastes_nothing(name: str)
         assert (float(lo), float(hi)) == (float(values.min()), float(values.max()))
     for site in prepared.sites():
         if isinstance(site, PreparedLinear):
-            assert torch.equal(site.right.bounds()[1], site.weight.abs().amax(1, keepdim=True))
+            assert torch.equal(site.weight_quantizer.bounds()[1], site.weight.abs().amax(1, keepdim=True))
 
 
 @pytest.mark.parametrize("bits", [3, 8])
@@ -41,8 +41,8 @@ def test_minmax_of_convolutions_and_8_bit_weights_loses_half_a_step_at_most(bits
         assert float(values.max()) <= float(lower + (quantizer.spec.qmax + 0.51) * step)
     for site in prepared.sites():
         if site.site.kind != "matmul":
-            step, lower = site.right.calculate_qparams()
-            assert bool((site.weight <= lower + (site.right.spec.qmax + 0.51) * step).all())
+            step, lower = site.weight_quantizer.calculate_qparams()
+            assert bool((site.weight <= lower + (site.weight_quantizer.spec.qmax + 0.51) * step).all())
             assert bool((site.weight >= lower - 0.51 * step).all())
 
 
@@ -83,9 +83,9 @@ def test_dobi_weighs_the_error_of_a_row_by_its_inputs(bits: int) -> None:
     for site in prepared.sites():
         if not isinstance(site, PreparedLinear):
             continue
-        assert site.right.spec.scheme is Scheme.SYMMETRIC
-        weight, importance = site.weight.detach(), site.left.observer.second_moment()
+        assert site.weight_quantizer.spec.scheme is Scheme.SYMMETRIC
+        weight, importance = site.weight.detach(), site.act_quantizer.observer.second_moment()
         extreme = weight.abs().amax(1, keepdim=True)
-        pairs = site.right.bounds(), (-extreme, extreme)
+        pairs = site.weight_quantizer.bounds(), (-extreme, extreme)
         searched, plain = ((fake_quantize(weight, a, b, bits) - weight).square() @ importance for a, b in pairs)
         assert bool((searched <= plain * (1 + 1e-5)).all())

@@ -48,15 +48,15 @@ def test_rounded_weights_are_floor_or_ceil_on_the_first_grid(name: str, config: 
     for before, after in zip(initial.sites(), learned.sites(), strict=True):
         if not isinstance(after, (PreparedLinear, PreparedConv2d)):
             continue
-        step, lower = before.right.calculate_qparams()
-        assert torch.equal(after.right.calculate_qparams()[0], step), "the grid stays"
+        step, lower = before.weight_quantizer.calculate_qparams()
+        assert torch.equal(after.weight_quantizer.calculate_qparams()[0], step), "the grid stays"
         position = (before.weight - lower) / step
-        assert after.right is not None
-        codes = (after.right(after.weight) - lower) / step
-        down, up = ((position.floor() + one).clamp(0, before.right.spec.qmax) for one in (0, 1))
+        assert after.weight_quantizer is not None
+        codes = (after.weight_quantizer(after.weight) - lower) / step
+        down, up = ((position.floor() + one).clamp(0, before.weight_quantizer.spec.qmax) for one in (0, 1))
         assert bool(((codes - codes.round()).abs() < 1e-2).all())
         assert bool(((codes.round() == down) | (codes.round() == up)).all())
-        moved += int((codes.round() != position.round().clamp(0, before.right.spec.qmax)).sum())
+        moved += int((codes.round() != position.round().clamp(0, before.weight_quantizer.spec.qmax)).sum())
     assert moved > 0, "some weights are not at their nearest level"
 
 
@@ -96,7 +96,7 @@ def test_joint_scales_are_rounded_along() -> None:
     before, after = reconstruct(stage, calls, 30)
     assert after < 0.9 * before
     site = next(site for site in stage.sites if isinstance(site, PreparedLinear))
-    step, lower = site.right.calculate_qparams()
+    step, lower = site.weight_quantizer.calculate_qparams()
     codes = (site.weight * site.joint_scale - lower) / step
     assert bool(((codes - codes.round()).abs() < 1e-3).all())
 

@@ -55,7 +55,10 @@ def test_the_average_of_activation_bits_is_at_most_b(profile: str, bits: int) ->
     used = [row.act_bits for row in rows]
     assert set(used) == ({bits} if bits in (2, 8) else {3, 4, 5})
     assert sum(row.macs * row.act_bits for row in rows) <= bits * sum(row.macs for row in rows)
-    entropies = {b: [site_entropy(s) for s in prepared.sites() if s.left and s.left.spec.bits == b] for b in set(used)}
+    entropies = {
+        b: [site_entropy(s) for s in prepared.sites() if s.act_quantizer and s.act_quantizer.spec.bits == b]
+        for b in set(used)
+    }
     for fewer in set(used):
         assert all(max(entropies[fewer]) <= min(entropies[b]) + 1e-9 for b in set(used) if b > fewer)
 
@@ -64,13 +67,13 @@ def test_weights_keep_b_bits_and_the_bounds_are_static() -> None:
     prepared = applied("granular-dq", "SwinIR/light", HarmoqConfig(4, 4, "deploy"))
     for site in prepared.sites():
         if isinstance(site, PreparedLinear):
-            assert (site.right.spec.bits, site.left.spec.dynamic) == (4, False)
-            assert torch.equal(site.right.bounds()[1], site.weight.abs().amax(1, keepdim=True))
+            assert (site.weight_quantizer.spec.bits, site.act_quantizer.spec.dynamic) == (4, False)
+            assert torch.equal(site.weight_quantizer.bounds()[1], site.weight.abs().amax(1, keepdim=True))
 
 
 def test_integers_have_the_bits_of_their_site() -> None:
     prepared = applied("granular-dq", "SwinIR/light", HarmoqConfig(4, 4, "paper"))
-    chosen = {s.site.name: s.left.spec.bits for s in prepared.sites()}
+    chosen = {s.site.name: s.act_quantizer.spec.bits for s in prepared.sites()}
     converted = h.convert_harmoq(prepared)
     for name, site in converted.sites().items():
         assert site.settings.act.bits == chosen[name]
@@ -84,9 +87,9 @@ def test_integers_have_the_bits_of_their_site() -> None:
 def test_rules_of_the_user_stay_in_force() -> None:
     config = HarmoqConfig(4, 4, "deploy", rules=(SiteRule("one", dynamic=True), SiteRule("two", weight_bits=8)))
     prepared = applied("granular-dq", "linears", config)
-    assert prepared.model.one.left.spec.dynamic
-    assert not prepared.model.two.left.spec.dynamic
-    assert prepared.model.two.right.spec.bits == 8
+    assert prepared.model.one.act_quantizer.spec.dynamic
+    assert not prepared.model.two.act_quantizer.spec.dynamic
+    assert prepared.model.two.weight_quantizer.spec.bits == 8
 
 
 def test_bits_can_be_set_by_hand_and_wrong_ones_are_refused() -> None:
@@ -95,7 +98,7 @@ def test_bits_can_be_set_by_hand_and_wrong_ones_are_refused() -> None:
     names = [site.site.name for site in prepared.sites()]
     set_activation_bits(prepared, {names[0]: 6, names[1]: 2})
     h.calibrate(prepared, [torch.rand(1, 3, 16, 16)])
-    assert [s.left.spec.bits for s in prepared.sites()][:3] == [6, 2, 4]
+    assert [s.act_quantizer.spec.bits for s in prepared.sites()][:3] == [6, 2, 4]
     assert bool(torch.isfinite(run(h.convert_harmoq(prepared))).all())
     with pytest.raises(ConfigError, match="9 bits"):
         set_activation_bits(prepared, {names[0]: 9})

@@ -46,7 +46,7 @@ def test_only_alphas_are_learned_and_the_loss_falls(name: str) -> None:
 def test_weights_are_rounded_at_the_largest_of_their_row() -> None:
     prepared = applied("pams", "linears", PAPER, steps=2)
     for site in prepared.sites():
-        assert torch.equal(site.right.bounds()[1], site.weight.abs().amax(1, keepdim=True))
+        assert torch.equal(site.weight_quantizer.bounds()[1], site.weight.abs().amax(1, keepdim=True))
 
 
 @pytest.mark.parametrize("scheme", [Scheme.ASYMMETRIC, Scheme.INTEGER_ZERO_POINT])

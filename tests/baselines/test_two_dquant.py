@@ -21,8 +21,8 @@ def test_the_distillation_loss_falls_and_only_bounds_change(name: str) -> None:
     names = changed(initial, learned)
     assert names
     assert all(name.endswith(BOUNDS) for name in names)
-    assert any(".left." in name for name in names)
-    weights = [name for name in names if ".right." in name and learned.state_dict()[name].numel() > 1]
+    assert any(".act_quantizer." in name for name in names)
+    weights = [name for name in names if ".weight_quantizer." in name and learned.state_dict()[name].numel() > 1]
     assert weights, "bounds of weights are distilled too"
 
 
@@ -35,7 +35,7 @@ def test_dynamic_activations_leave_the_bounds_of_weights_to_learn() -> None:
     config = HarmoqConfig(4, 4, "deploy", rules=PER_TOKEN)
     names = changed(*(applied("2dquant", "linears", config, steps=steps) for steps in (0, 3)))
     assert names
-    assert all(".right." in name for name in names)
+    assert all(".weight_quantizer." in name for name in names)
 
 
 def test_nothing_to_learn_takes_no_step(monkeypatch: pytest.MonkeyPatch) -> None:

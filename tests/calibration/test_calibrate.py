@@ -332,7 +332,7 @@ def test_calibration_does_not_touch_the_original() -> None:
 def test_static_bounds_lie_within_what_was_seen(observer: Any) -> None:
     prepared = calibrated("SwinIR/light", HarmoqConfig(8, 8, "paper", observer=observer, joint_scale="none"))
     for module in prepared.sites():
-        quantizer = module.left
+        quantizer = module.act_quantizer
         assert quantizer is not None
         assert quantizer.observer is not None
         lo, hi = (float(v) for v in quantizer.bounds())

@@ -52,7 +52,7 @@ def calibrated(observer: str) -> tuple[h.PreparedModel, dict[str, Tensor]]:
     h.calibrate(prepared, stream())
     known: dict[str, Tensor] = {}
     for site in prepared.sites():
-        for side, quantizer in (("left", site.left), ("right", site.right)):
+        for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
             watcher = None if quantizer is None else quantizer.observer
             if watcher is None:
                 continue

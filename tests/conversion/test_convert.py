@@ -71,8 +71,8 @@ def test_weight_codes_dequantize_to_the_fake_quantized_weights(name: str) -> Non
             twin = prepared[site_name]
             assert isinstance(twin, PreparedLinear)
             inverse = None if twin.joint_scale is None else 1.0 / twin.joint_scale
-            assert twin.right is not None
-            expected = twin.right(twin.weight, inverse).detach()
+            assert twin.weight_quantizer is not None
+            expected = twin.weight_quantizer(twin.weight, inverse).detach()
             operands = site.operands()
             values = (operands.weight + operands.weight_shift[:, None]) * operands.weight_scale[:, None]
             steps = (values - expected).abs() / operands.weight_scale[:, None]
@@ -220,7 +220,11 @@ def _tensors_within(value: Any, seen: set[int]) -> Iterator[Tensor]:
 def test_no_float_copy_of_a_quantized_weight_remains(name: str) -> None:
     config = HarmoqConfig(8, 8, "paper", conv_bits=8, **EXACT)
     prepared = calibrated(name, config)
-    sites = [m for m in prepared.sites() if isinstance(m, (PreparedLinear, PreparedConv2d)) and m.right is not None]
+    sites = [
+        m
+        for m in prepared.sites()
+        if isinstance(m, (PreparedLinear, PreparedConv2d)) and m.weight_quantizer is not None
+    ]
     shapes = {m.weight.shape for m in sites} | {m.weight.flatten(1).shape for m in sites}
     float_weights = [m.weight.detach() for m in sites]
     assert float_weights

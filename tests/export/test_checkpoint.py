@@ -14,7 +14,7 @@ from harmoq_ao.common.errors import ExportError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import convert_harmoq
 from harmoq_ao.export.checkpoint import checkpoint_state, export_checkpoint
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedLinear
 from tests.models import build, calibrated, converted, images
 
@@ -59,10 +59,10 @@ def test_spandrel_loads_what_computes_with_quantized_weights(tmp_path: Path, nam
 
     enable_fake_quant(prepared)
     for site in prepared.sites():
-        if site.left is not None:
-            site.left.disable_fake_quant()
-        if site.site.kind == "matmul" and site.right is not None:
-            site.right.disable_fake_quant()
+        if site.act_quantizer is not None:
+            site.act_quantizer.disable_fake_quant()
+        if site.site.kind == "matmul" and site.weight_quantizer is not None:
+            site.weight_quantizer.disable_fake_quant()
     image = images(1, seed=7)[0]
     with torch.no_grad():
         found, expected, float_output = loaded(image), prepared(image), build(name)(image)

@@ -14,9 +14,9 @@ from torch.overrides import TorchFunctionMode
 from harmoq_ao import HarmoqConfig, convert_harmoq, disable_fake_quant, prepare_harmoq
 from harmoq_ao.calibration import calibrate
 from harmoq_ao.graph import is_island, island_state
-from harmoq_ao.preparation.prepare import PreparedModel
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedLinear, PreparedMatmul
+from harmoq_ao.sites.model import PreparedModel
 
 #: Written independently of the tracer: everything torch offers to multiply two matrices with, by name.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addbmm", "addmm", "einsum", "mv", "dot"}

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, SiteRule, convert_harmoq, prepare_harmoq
 from harmoq_ao.calibration import calibrate
 from harmoq_ao.common.errors import ConfigError, InputError, TraceError
-from harmoq_ao.preparation.prepare import ModelTraits, PreparedModel, attach_quantizers
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedConv2d, PreparedLinear, PreparedMatmul
+from harmoq_ao.sites.model import ModelTraits, PreparedModel, attach_quantizers
 from harmoq_ao.zoo.checkpoints import LoadedModel
 
 SWINIR: Architecture = next(a for a in ARCHITECTURES if a.name == "SwinIR/light")
@@ -157,8 +157,8 @@ def test_either_side_may_stay_float(weight_bits: int, act_bits: int) -> None:
     prepared = _prepare(HarmoqConfig(weight_bits=weight_bits, act_bits=act_bits, profile="paper"))
     for module in prepared.sites():
         if isinstance(module, PreparedLinear):
-            assert (module.right is not None) == (weight_bits < 16)
-            assert (module.left is not None) == (act_bits < 16)
+            assert (module.weight_quantizer is not None) == (weight_bits < 16)
+            assert (module.act_quantizer is not None) == (act_bits < 16)
     model, image = SWINIR.build(), SWINIR.example((16, 24), 2, seed=4)
     assert torch.equal(forward(model, image), forward(prepared, image))
     if (weight_bits, act_bits) != (32, 32):

@@ -113,12 +113,12 @@ def test_only_static_maps_are_concerned_and_their_bounds_are_0_and_1() -> None:
     assert {s.relative for s in products if s.site.role == "attention-value"} == {True}
     assert {s.relative for s in products if s.site.role != "attention-value"} == {False}
     for site in products:
-        assert site.left is not None
+        assert site.act_quantizer is not None
         if site.relative:
-            assert site.left.spec.scheme is Scheme.INTEGER_ZERO_POINT
-            assert [float(b) for b in site.left.bounds()] == pytest.approx([0, 1], abs=1e-4)
+            assert site.act_quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT
+            assert [float(b) for b in site.act_quantizer.bounds()] == pytest.approx([0, 1], abs=1e-4)
         else:
-            assert site.left.spec.scheme is Scheme.ASYMMETRIC
+            assert site.act_quantizer.spec.scheme is Scheme.ASYMMETRIC
     per_token = replace(CONFIG, rules=(SiteRule("*", kind="matmul", dynamic=True),))
     for config in (per_token, replace(CONFIG, relative_maps=False), replace(CONFIG, profile="deploy")):
         sites = h.prepare_harmoq(build("DAT/light"), config).sites()
@@ -150,7 +150,7 @@ def test_refinement_learns_the_upper_bound_and_algorithm_1_leaves_the_map() -> N
     relative = [s for s in prepared.sites() if isinstance(s, PreparedMatmul) and s.relative]
     assert trace.algorithm is not None
     assert all("relative" in trace.algorithm.skipped[s.site.name] for s in relative)
-    bounds = [s.left.bounds() for s in relative if s.left is not None]
+    bounds = [s.act_quantizer.bounds() for s in relative if s.act_quantizer is not None]
     assert {float(lower) for lower, _ in bounds} == {0.0}
     assert any(float(upper) != 1 for _, upper in bounds)
 

@@ -73,7 +73,7 @@ def test_a_model_without_a_history_is_saved_without_one(tmp_path: Path) -> None:
 
 @given(st.lists(st.floats(allow_nan=True), max_size=400))
 def test_curves_are_thinned_without_leaving_their_range(losses: list[float]) -> None:
-    kept = History.of(HarmonizeTrace(refine=RefineTrace(losses=losses))).losses
+    kept = HarmonizeTrace(refine=RefineTrace(losses=losses)).to_history().losses
     finite = [(i, v) for i, v in enumerate(losses, start=1) if math.isfinite(v)]
     assert len(kept) == min(MAX_POINTS, len(finite))
     if finite:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.images import check_image_tensor
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedAttention, PreparedSite, decomposed_attention
 
 

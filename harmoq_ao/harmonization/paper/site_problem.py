@@ -38,7 +38,9 @@ class SiteProblem(ABC):
     def __init__(self, site: PreparedSite, initial: Contraction, can_scale: bool) -> None:
         self.site = site
         self.initial = initial
-        self.can_scale = can_scale and all(q is not None and q.active for q in (site.left, site.right))
+        self.can_scale = can_scale and all(
+            q is not None and q.active for q in (site.act_quantizer, site.weight_quantizer)
+        )
 
     @property
     def signal(self) -> float:
@@ -81,7 +83,7 @@ class SiteProblem(ABC):
         return replace(operand, bounds=search_tensor_bounds(operand.scaled(), operand.spec))
 
     def _commit_bounds(self, state: Contraction) -> None:
-        for quantizer, operand in ((self.site.left, state.left), (self.site.right, state.right)):
+        for quantizer, operand in ((self.site.act_quantizer, state.left), (self.site.weight_quantizer, state.right)):
             if quantizer is not None and operand.bounds is not None:
                 weight = quantizer.spec.granularity is Granularity.PER_CHANNEL
                 quantizer.set_bounds(*(b.T if weight else b for b in operand.bounds))
@@ -128,9 +130,9 @@ class LinearProblem(SiteProblem):
         if site.bias is not None and reference.bias is not None:
             self._wanted_output += reference.bias - site.bias
         scale, shift = (None if v is None else v.detach() for v in (site.joint_scale, site.joint_shift))
-        left = replace(_operand(site.left, self.given[chosen][None], scale), shift=shift)
+        left = replace(_operand(site.act_quantizer, self.given[chosen][None], scale), shift=shift)
         inverse = None if scale is None else (1.0 / scale)[:, None]
-        right = _operand(site.right, site.weight.detach().T[None], inverse, transposed=True)
+        right = _operand(site.weight_quantizer, site.weight.detach().T[None], inverse, transposed=True)
         super().__init__(site, Contraction(left, right, self._target(site.weight, shift)), can_scale=True)
 
     @property
@@ -216,8 +218,8 @@ class MatmulProblem(SiteProblem):
         inherited: float = 1.0,
     ) -> None:
         scale = None if site.joint_scale is None else site.joint_scale.detach()
-        left = _operand(site.left, given[0], scale)
-        right = _operand(site.right, given[1], None if scale is None else (1.0 / scale)[:, None])
+        left = _operand(site.act_quantizer, given[0], scale)
+        right = _operand(site.weight_quantizer, given[1], None if scale is None else (1.0 / scale)[:, None])
         fixed = site.site.role == "query-key" and site.site.shape[0] > 0
         target = (given[0] @ given[1]).lerp(wanted[0] @ wanted[1], inherited)
         super().__init__(site, Contraction(left, right, target), can_scale=fixed)

@@ -18,7 +18,7 @@ from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings, AlgorithmTrace, Rounding, run_algorithm
 from harmoq_ao.harmonization.paper.capture import common_batch
 from harmoq_ao.harmonization.reference import float_reference
-from harmoq_ao.preparation.prepare import PreparedModel
+from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedLinear
 from tests.models import PER_TOKEN, build, calibrated, images, prepare, run
 
@@ -47,7 +47,10 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
     """Kinds of entries that differ: the last part of their names, with the side of a quantizer."""
     names = before.keys() | after.keys()
     differing = [n for n in names if n not in before or n not in after or not torch.equal(before[n], after[n])]
-    return {".".join(n.split(".")[-2:]) if ".left." in n or ".right." in n else n.split(".")[-1] for n in differing}
+    return {
+        ".".join(n.split(".")[-2:]) if ".act_quantizer." in n or ".weight_quantizer." in n else n.split(".")[-1]
+        for n in differing
+    }
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
@@ -123,9 +126,18 @@ def test_with_everything_off_the_model_is_left_as_calibrated(name: str) -> None:
 @pytest.mark.parametrize(
     ("component", "allowed"),
     [
-        ("src", {"weight", "bias", "shared", "right.lower", "right.upper"}),
-        ("hso", {"joint_scale", "left.lower", "left.upper", "right.lower", "right.upper"}),
-        ("abr", {"left.lower", "left.upper", "right.lower", "right.upper"}),
+        ("src", {"weight", "bias", "shared", "weight_quantizer.lower", "weight_quantizer.upper"}),
+        (
+            "hso",
+            {
+                "joint_scale",
+                "act_quantizer.lower",
+                "act_quantizer.upper",
+                "weight_quantizer.lower",
+                "weight_quantizer.upper",
+            },
+        ),
+        ("abr", {"act_quantizer.lower", "act_quantizer.upper", "weight_quantizer.lower", "weight_quantizer.upper"}),
         ("rounding", {"weight", "bias", "shared"}),
     ],
 )
@@ -134,7 +146,7 @@ def test_each_component_changes_what_is_its_own(component: str, allowed: set[str
     before = state(prepared)
     run_algorithm(prepared, images(3), replace(OFF, **{component: "gptq" if component == "rounding" else True}))
     kinds = changed(before, state(prepared))
-    own = {"src": {"weight"}, "hso": {"joint_scale"}, "abr": {"left.upper"}, "rounding": {"weight"}}
+    own = {"src": {"weight"}, "hso": {"joint_scale"}, "abr": {"act_quantizer.upper"}, "rounding": {"weight"}}
     assert kinds & own[component]
     assert kinds <= allowed
 
@@ -150,11 +162,11 @@ def test_rounding_lowers_the_error_and_the_quantizer_keeps_its_levels(config: Ha
     for site in prepared.sites():
         if site.site.name in kept:
             assert isinstance(site, PreparedLinear)
-            assert site.right is not None
+            assert site.weight_quantizer is not None
             inverse = None if site.joint_scale is None else 1.0 / site.joint_scale
             stored = site.weight if inverse is None else site.weight / inverse
-            step, _ = site.right.calculate_qparams()
-            assert ((site.right(site.weight, inverse) - stored).abs() <= 1e-3 * step).all()
+            step, _ = site.weight_quantizer.calculate_qparams()
+            assert ((site.weight_quantizer(site.weight, inverse) - stored).abs() <= 1e-3 * step).all()
 
 
 def test_the_two_other_components_off_leave_weights_or_bounds_alone_in_products() -> None:
