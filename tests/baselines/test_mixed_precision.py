@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harmoq_ao import HarmoqConfig, SiteRule, convert_harmoq, prepare_harmoq
+from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.baselines.mixed_precision import Measured, Mixture, SiteBits, bits_after, cheapest_steps, mix_bits
-from harmoq_ao.calibration import calibrate
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.conversion.serialization import folder_bytes, load_quantized, save_quantized
 from harmoq_ao.images import luma

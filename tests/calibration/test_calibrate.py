@@ -237,7 +237,7 @@ sys.stdout.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 def test_peak_memory_of_200_crops_is_at_most_a_fifth_above_that_of_20() -> None:
     def peak(crops: int) -> int:
         command = [sys.executable, "-c", _PEAK, str(crops)]
-        root = Path(__file__).parents[1]
+        root = Path(__file__).parents[2]
         return int(subprocess.run(command, capture_output=True, check=True, cwd=root, text=True).stdout)
 
     assert peak(200) <= 1.2 * peak(20)

@@ -32,7 +32,7 @@ from tests.models import PER_TOKEN, build, converted, images, prepare, run
 
 SMALL = "SwinIR/light"
 CONFIG = HarmoqConfig(4, 4, "paper")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 CASES: list[tuple[str, HarmoqConfig, torch.dtype]] = [
     ("DAT", HarmoqConfig(8, 8), torch.float32),

@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao import HarmoqConfig, convert_harmoq, prepare_harmoq
-from harmoq_ao.calibration import calibrate
+from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.graph import IslandState, finish_graphs, is_island, island_state, make_island
 from harmoq_ao.graph.folding import fold_variant, remember

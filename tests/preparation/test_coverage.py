@@ -11,8 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from harmoq_ao import HarmoqConfig, convert_harmoq, disable_fake_quant, prepare_harmoq
-from harmoq_ao.calibration import calibrate
+from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, disable_fake_quant, prepare_harmoq
 from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedLinear, PreparedMatmul

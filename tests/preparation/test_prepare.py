@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao import HarmoqConfig, SiteRule, convert_harmoq, prepare_harmoq
-from harmoq_ao.calibration import calibrate
+from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.common.errors import ConfigError, InputError, TraceError
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedConv2d, PreparedLinear, PreparedMatmul
