@@ -87,6 +87,11 @@ class SiteSettings:
     reason: str | None = None
     relative_maps: bool = False
 
+    @property
+    def both_quantized(self) -> bool:
+        """Whether neither operand stays in float, so that the contraction runs on integers."""
+        return self.act.enabled and self.weight.enabled
+
 
 @dataclass(frozen=True)
 class HarmoqConfig:

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.calibration.calibrate import disable_observers, enable_observers, has_qparams, image_of
+from harmoq_ao.calibration.calibrate import image_of
+from harmoq_ao.calibration.solve import disable_observers, enable_observers, has_qparams
 from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.sites.prepared import PreparedSite
+from harmoq_ao.sites.base import PreparedSite
 from tests.models import build, calibrated, images, prepare, run
 from tests.strategies import SEEDS
 
