@@ -43,7 +43,8 @@ if TYPE_CHECKING:
     from harmoq_ao.baselines import BASELINES
     from harmoq_ao.baselines.methods import METHODS, prepare_with
     from harmoq_ao.baselines.mixed_precision import mix_bits
-    from harmoq_ao.calibration.calibrate import calibrate, compute_qparams, disable_fake_quant, enable_fake_quant
+    from harmoq_ao.calibration.calibrate import calibrate
+    from harmoq_ao.calibration.solve import compute_qparams, disable_fake_quant, enable_fake_quant
     from harmoq_ao.common.errors import (
         CalibrationError,
         CheckpointError,
@@ -79,7 +80,8 @@ _ROOMS = {
     "baselines": "BASELINES",
     "baselines.methods": "METHODS prepare_with",
     "baselines.mixed_precision": "mix_bits",
-    "calibration.calibrate": "calibrate compute_qparams disable_fake_quant enable_fake_quant",
+    "calibration.calibrate": "calibrate",
+    "calibration.solve": "compute_qparams disable_fake_quant enable_fake_quant",
     "common.errors": "CalibrationError CheckpointError ConfigError HarmoqError "
     "ImageError InputError KernelError SavedModelError TraceError",
     "config": "HarmoqConfig SiteRule",

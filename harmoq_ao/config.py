@@ -14,7 +14,7 @@ from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, check_
 Profile = Literal["deploy", "paper"]
 Kind = Literal["linear", "matmul", "conv2d"]
 Observer = Literal["minmax", "percentile", "mse", "histogram"]
-JointScale = Literal["hso", "search", "none"]
+JointScale = Literal["hso", "none"]
 StorageDtype = Literal["auto", "float16", "bfloat16", "float32"]
 
 _KIND_ALIASES = {"Linear": "linear", "Conv2d": "conv2d"}
@@ -31,7 +31,7 @@ class SiteRule:
         weight_bits: 2 to 8, or 16 / 32 for off; None leaves the setting as it is.
         act_bits: Likewise, for activations (both operands of a matmul).
         dynamic: Per-token bounds taken from each input (True), or calibrated ones (False); None leaves it.
-        joint_scale: ``hso``, ``search`` or ``none``; None leaves it.
+        joint_scale: ``hso`` or ``none``; None leaves it.
 
     Raises:
         ConfigError: A value is outside its set.
@@ -87,6 +87,11 @@ class SiteSettings:
     reason: str | None = None
     relative_maps: bool = False
 
+    @property
+    def both_quantized(self) -> bool:
+        """Whether neither operand stays in float, so that the contraction runs on integers."""
+        return self.act.enabled and self.weight.enabled
+
 
 @dataclass(frozen=True)
 class HarmoqConfig:
@@ -102,7 +107,7 @@ class HarmoqConfig:
         rules: Ordered :class:`SiteRule`; the last that matches a site wins.
         observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A histogram is of
             all channels together: with it there are no joint scales.
-        joint_scale: ``hso`` (closed form, per channel), ``search`` (exponent picked by output error) or ``none``.
+        joint_scale: ``hso`` (closed form, per channel) or ``none``.
         joint_shift: Whether static inputs of linears that have a joint scale are centred channel by channel as well.
         relative_maps: Whether static attention maps are quantized relative to the largest entry of each row, and
             normalised after the product with the values (`modules/relative_maps.py`). Without it one step serves
@@ -225,6 +230,7 @@ class HarmoqConfig:
         """
         if not isinstance(data, dict):
             raise ConfigError("A configuration is a mapping of settings", found=type(data).__name__)
+        data = _current(data)
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(map(str, data)) - known)
         if unknown:
@@ -242,6 +248,13 @@ class HarmoqConfig:
     def with_bits(self, weight_bits: int, act_bits: int) -> HarmoqConfig:
         """The same configuration at other widths."""
         return replace(self, weight_bits=weight_bits, act_bits=act_bits)
+
+
+def _current(data: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as the present version writes it: joint scales by ``search`` are stored like those of ``hso``."""
+    if isinstance(data.get("rules"), (list, tuple)):
+        data = data | {"rules": [_current(rule) if isinstance(rule, dict) else rule for rule in data["rules"]]}
+    return data | {"joint_scale": "hso"} if data.get("joint_scale") == "search" else data
 
 
 def _as_rules(rules: Any) -> tuple[SiteRule, ...]:

@@ -87,7 +87,7 @@ def cover(architecture: Architecture) -> Coverage:
 
 
 def _floats(report: Report) -> dict[tuple[str, str], int]:
-    return dict(Counter((row.kind, _general(row.reason)) for row in report.rows if row.reason is not None))
+    return dict(Counter((row.kind, _general(row.reason.text)) for row in report.rows if row.reason is not None))
 
 
 def _general(reason: str) -> str:

@@ -23,7 +23,7 @@ from harmoq_ao.recipes.cells import Cell, Value
 from harmoq_ao.recipes.study import Study, StudySettings
 from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
 
-_OPTION_HELP = "departure from the preset (repeatable), such as refine.steps=200 or config.joint_scale=search"
+_OPTION_HELP = "departure from the preset (repeatable), such as refine.steps=200 or config.joint_scale=none"
 _BITS = re.compile(r"[Ww](\d+)[Aa](\d+)")
 EXIT_ERROR = 2
 """Nothing could be done; the message says why."""

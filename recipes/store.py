@@ -29,7 +29,7 @@ from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.graph.island import DERIVED
 from harmoq_ao.recipes.cells import to_plain
-from harmoq_ao.sites.prepared import PreparedSite
+from harmoq_ao.sites.base import PreparedSite
 
 _REMEDY = "remove the file, and the cell is computed again"
 

@@ -25,7 +25,7 @@ from rich.markup import escape
 from torch import Tensor
 
 import harmoq_ao as h
-from harmoq_ao.calibration.calibrate import disable_observers
+from harmoq_ao.calibration.solve import disable_observers
 from harmoq_ao.common.errors import DatasetError
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.harmonization.reference import float_reference

@@ -36,7 +36,7 @@ rules = st.builds(
     weight_bits=st.sampled_from((*BITS, None)),
     act_bits=st.sampled_from((*BITS, None)),
     dynamic=st.sampled_from([True, False, None]),
-    joint_scale=st.sampled_from(["hso", "search", "none", None]),
+    joint_scale=st.sampled_from(["hso", "none", None]),
 )
 configs = st.builds(
     HarmoqConfig,
@@ -45,12 +45,20 @@ configs = st.builds(
     profile=st.sampled_from(["deploy", "paper"]),
     rules=st.lists(rules, max_size=3),
     observer=st.sampled_from(["minmax", "percentile", "mse", "histogram"]),
-    joint_scale=st.sampled_from(["hso", "search", "none"]),
+    joint_scale=st.sampled_from(["hso", "none"]),
     matmul_bits=st.sampled_from((*BITS, None)),
     conv_bits=st.sampled_from(BITS),
     storage_dtype=st.sampled_from(["auto", "float16", "bfloat16", "float32"]),
     seed=st.integers(0, 2**63 - 1),
 )
+
+
+def test_configurations_with_a_searched_joint_scale_are_read_as_its_successor() -> None:
+    written = HarmoqConfig(rules=(SiteRule("a", joint_scale="none"),)).to_dict()
+    written["joint_scale"] = "search"
+    written["rules"].append({"sites": "b", "joint_scale": "search"})
+    config = HarmoqConfig.from_dict(written)
+    assert [config.settings(name, "linear").joint_scale for name in "abc"] == ["none", "hso", "hso"]
 
 
 @pytest.mark.parametrize("field", [f.name for f in fields(HarmoqConfig)])

@@ -12,10 +12,8 @@ from torch import Tensor
 from harmoq_ao.calibration.calibrate import calibrate
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Observer
-from harmoq_ao.quant.bounds import weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 
 
 @dataclass(frozen=True)
@@ -112,27 +110,16 @@ class Baseline:
 
 def activation_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
     """Quantizers of activations with bounds of their own (not dynamic): inputs, and both operands of products."""
-    found = []
-    for site in prepared.sites():
-        weighted = isinstance(site, (PreparedLinear, PreparedConv2d))
-        found += [
-            q
-            for q in (site.act_quantizer, None if weighted else site.weight_quantizer)
-            if q is not None and not q.spec.dynamic
-        ]
-    return found
+    return [q for site in prepared.sites() for q in site.activation_quantizers() if not q.spec.dynamic]
 
 
 def weight_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
     """Quantizers of the weights of linear layers and convolutions."""
-    sites = [s for s in prepared.sites() if isinstance(s, (PreparedLinear, PreparedConv2d))]
-    return [site.weight_quantizer for site in sites if site.weight_quantizer is not None]
+    return [q for site in prepared.sites() for q in site.weight_quantizers()]
 
 
 @torch.no_grad()
 def minmax_weights(prepared: PreparedModel) -> None:
     """Bounds of every weight quantizer at the largest magnitude of each row."""
     for site in prepared.sites():
-        if isinstance(site, (PreparedLinear, PreparedConv2d)) and site.weight_quantizer is not None:
-            bounds = weight_bounds(site.weight.detach().float().flatten(1), site.weight_quantizer.spec, minmax=True)
-            site.weight_quantizer.set_bounds(*(b.reshape(-1, *(1,) * (site.weight.dim() - 1)) for b in bounds))
+        site.solve_weight(minmax=True)

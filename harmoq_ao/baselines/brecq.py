@@ -161,7 +161,7 @@ class _Roundings:
             if id(site.weight) in skipped | self.weights:
                 continue
             self.weights.add(id(site.weight))
-            stand_in = RoundingQuantize(site.weight_quantizer, _scaled(site))
+            stand_in = RoundingQuantize(site.weight_quantizer, site.scaled_weight())
             self._places.append((site, site.weight_quantizer, stand_in))
             site.weight_quantizer = stand_in
         logits = [stand_in.rounding.logits for _, _, stand_in in self._places]
@@ -203,11 +203,6 @@ class _Roundings:
                 site.weight.copy_(weight)
 
 
-def _scaled(site: PreparedLinear | PreparedConv2d) -> Tensor:
-    weight = site.weight.detach().float()
-    return weight if site.joint_scale is None else weight * site.joint_scale.detach()
-
-
 class _Snapshot:
     """Weights and bounds of a block, to go back to."""
 
@@ -215,7 +210,7 @@ class _Snapshot:
         self._kept: list[tuple[Tensor, Tensor]] = []
         for site in stage.sites:
             tensors: list[Tensor] = [bound for q in site.quantizers() for bound in (q.lower, q.upper)]
-            tensors += [site.weight] if isinstance(site, (PreparedLinear, PreparedConv2d)) else []
+            tensors += [] if site.own_weight is None else [site.own_weight]
             self._kept += [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     @torch.no_grad()

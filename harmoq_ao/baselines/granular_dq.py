@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, minmax_weights
-from harmoq_ao.calibration.calibrate import compute_qparams
+from harmoq_ao.calibration.solve import compute_qparams
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.quant.quantizer import QUANTIZED_BITS
+from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedMatmul, PreparedSite
 
 LOWERED = 1 / 3
 """Share of the sites, those of least entropy, that may give up a bit."""
@@ -63,8 +63,7 @@ def chosen_bits(prepared: PreparedModel) -> dict[str, int]:
 def site_entropy(site: PreparedSite) -> float:
     """Entropy in bits of the 8-bit codes of a site's activations between their bounds; of a product the mean of two."""
     values = []
-    for quantizer in site.quantizers() if isinstance(site, PreparedMatmul) else [site.act_quantizer]:
-        assert quantizer is not None
+    for quantizer in site.activation_quantizers():
         assert quantizer.observer is not None
         lo, hi = quantizer.bounds()
         values.append(code_entropy(quantizer.observer.sample(), lo, hi))
@@ -133,10 +132,9 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
         site = sites[name]
         if width == prepared.settings(site.site).act.bits:
             continue
-        both = isinstance(site, PreparedMatmul)
-        rules.append(SiteRule(glob.escape(name), site.site.kind, width if both else None, width, dynamic=False))
-        for quantizer in site.quantizers() if both else [site.act_quantizer]:
-            assert quantizer is not None
+        right = width if site.own_weight is None else None
+        rules.append(SiteRule(glob.escape(name), site.site.kind, right, width, dynamic=False))
+        for quantizer in site.activation_quantizers():
             quantizer.spec = replace(quantizer.spec, bits=width)
             if quantizer.observer is not None:
                 quantizer.observer.spec = quantizer.spec

@@ -11,7 +11,8 @@ from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.calibration.calibrate import calibrate, enable_fake_quant
+from harmoq_ao.calibration.calibrate import calibrate
+from harmoq_ao.calibration.solve import enable_fake_quant
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.apply import harmonize

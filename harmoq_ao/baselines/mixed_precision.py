@@ -24,7 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from harmoq_ao.calibration.calibrate import calibrate, compute_qparams, enable_fake_quant
+from harmoq_ao.calibration.calibrate import calibrate
+from harmoq_ao.calibration.solve import compute_qparams, enable_fake_quant
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.common.progress import track
 from harmoq_ao.config import HarmoqConfig, SiteRule
@@ -33,9 +34,10 @@ from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
 from harmoq_ao.images import luma
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.quant.quantizer import check_bits
+from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.history import History
-from harmoq_ao.sites.model import PreparedModel, weight_quantizer
-from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite, quiet
+from harmoq_ao.sites.model import PreparedModel
+from harmoq_ao.sites.prepared import PreparedLinear
 
 WIDTHS = (8, 4, 3, 2)
 """Widths that the low-bit kernels read; others are stored as tightly, but have no fused kernel."""
@@ -361,11 +363,10 @@ def _calibrated_widths(
         candidate = copy.deepcopy(observed)
         candidate.config = replace(config, weight_bits=bits)
         for module in candidate.sites():
-            if isinstance(module, PreparedLinear):
-                module.attach(
-                    module.act_quantizer, weight_quantizer(module.site, candidate.settings(module.site).weight)
-                )
-                module.to(module.weight.device)
+            if module.site.kind == "linear" and module.own_weight is not None:
+                weight = candidate.settings(module.site).weight
+                module.attach(module.act_quantizer, module.new_weight_quantizer(weight))
+                module.to(module.own_weight.device)
         compute_qparams(candidate, show_progress=show_progress)
         enable_fake_quant(candidate)
         candidates[bits] = candidate
@@ -379,7 +380,7 @@ def _free_sites(prepared: PreparedModel) -> list[str]:
     def free(module: PreparedSite) -> bool:
         site = module.site
         return (
-            isinstance(module, PreparedLinear)
+            site.kind == "linear"
             and module.weight_quantizer is not None
             and not any(rule.matches(site.name, site.kind) for rule in fixed)
         )

@@ -1,4 +1,4 @@
-"""Stage 2: images are observed, then the bounds, joint scales and shifts of every site are solved.
+"""Stage 2: a prepared model observes images; joint scales and quantization parameters are computed from them.
 
-Imports ``preparation`` and what that may import.
+Imports ``sites``, and what that may import. ``calibrate`` runs the images, ``solve`` computes and switches.
 """

@@ -71,5 +71,5 @@ def _row_cells(row: SiteRow) -> tuple[str, ...]:
         bounds,
         joint,
         "" if row.sqnr_db is None else f"{row.sqnr_db:.1f}",
-        row.reason or row.kernel or "",
+        str(row.reason or row.kernel or ""),
     )

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.calibration.calibrate import compute_qparams, has_qparams
-from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
+from harmoq_ao.calibration.solve import compute_qparams, has_qparams
+from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.config import HarmoqConfig, StorageDtype
 from harmoq_ao.graph import Variant, finish_graphs, is_island, island_state
 from harmoq_ao.graph.folding import fold_variant, remember
@@ -23,11 +23,11 @@ from harmoq_ao.lowering.core_rewriting import lower_cores
 from harmoq_ao.lowering.mlp import fuse_mlps
 from harmoq_ao.lowering.survey import survey
 from harmoq_ao.lowering.window_attention import LoweredAttention, lower_attention
-from harmoq_ao.preparation.prepare import replace_modules
+from harmoq_ao.preparation.swap import replace_modules
+from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
-from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite
-from harmoq_ao.sites.quantized import QuantizedSite, quantize_site
+from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.report import Lowering, Report, SiteRow, quantized_report
 
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
@@ -70,14 +70,7 @@ class QuantizedModel(nn.Module):
         Raises:
             InputError: Not an image batch, not finite, or of another number of channels.
         """
-        check_image_tensor(image)
-        channels = self.example_shapes[0][1]
-        if image.shape[1] != channels:
-            raise InputError(
-                "The image has another number of channels than the model takes",
-                found=tuple(image.shape),
-                expected=f"[B, {channels}, H, W]",
-            )
+        check_image_tensor(image, channels=(self.example_shapes[0][1],))
         # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
         mixed = self.float_dtype is not torch.float32
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
@@ -187,7 +180,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     round_float_state(model, prepared.config.storage_dtype)
     stored = _rounding(prepared.config.storage_dtype)
     place = next((p.device for p in prepared.parameters()), None)
-    replace_sites(model, lambda module: quantize_site(module, prepared.settings(module.site), stored).to(place))
+    replace_sites(model, lambda site: site.to_quantized(prepared.settings(site.site), stored).to(place))
     quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
     quantized.history = prepared.history
     if float_dtype is not torch.float32:
@@ -203,8 +196,8 @@ def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite
     for module in model.modules():
         if not isinstance(module, PreparedSite) or not module.quantizers():
             continue
-        if isinstance(module, PreparedLinear) and "::" in module.site.name and module.weight_quantizer is not None:
-            shared.append(module.weight)
+        if module.site.is_functional and module.own_weight is not None and module.weight_quantizer is not None:
+            shared.append(module.own_weight)
         swaps[module] = make(module)
     replace_modules(model, swaps)
     _release(model, shared)

@@ -35,9 +35,8 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import QuantizedModel, finalize, replace_sites
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
-from harmoq_ao.sites.model import ModelTraits, PreparedModel, wants_joint_scale, wants_joint_shift
-from harmoq_ao.sites.prepared import PreparedSite
-from harmoq_ao.sites.quantized import QuantizedSite, empty_site
+from harmoq_ao.sites.model import ModelTraits, PreparedModel
+from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.zoo.checkpoints import build_architecture
 
 logger = logging.getLogger(__name__)
@@ -453,13 +452,7 @@ def _apply_measurements(prepared: PreparedModel, measured: dict[str, float | Non
 
 def _empty_model(prepared: PreparedModel) -> QuantizedModel:
     rows = prepared.report().rows
-
-    def make(module: PreparedSite) -> QuantizedSite:
-        settings = prepared.settings(module.site)
-        joint = wants_joint_scale(module.site, settings), wants_joint_shift(module.site, settings)
-        return empty_site(module, settings, *joint)
-
-    replace_sites(prepared.model, make)
+    replace_sites(prepared.model, lambda site: site.empty_quantized(prepared.settings(site.site)))
     quantized = QuantizedModel(prepared.model, prepared.config, rows, prepared.example_shapes, prepared.traits)
     return quantized.eval()
 

@@ -24,8 +24,7 @@ from harmoq_ao.common.output import atomic_write
 from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.export.common import check_exportable
 from harmoq_ao.preparation.prepare import prepare_harmoq
-from harmoq_ao.sites.prepared import PreparedLinear
-from harmoq_ao.sites.quantized import QuantizedLinear, WeightedSite
+from harmoq_ao.sites.quantized import WeightedSite
 from harmoq_ao.zoo.checkpoints import build_architecture
 
 logger = logging.getLogger(__name__)
@@ -117,14 +116,13 @@ def _undo(prepared: nn.Module, site: WeightedSite) -> bool:
     assert isinstance(target, (nn.Linear, nn.Conv2d))
     _check_whole(prepared, site)
     weight = site.float_weight().float()
-    linear = site if isinstance(site, QuantizedLinear) else None
-    if linear is not None and linear.joint_scale is not None:
-        weight = weight / linear.joint_scale
+    if site.joint_scale is not None:
+        weight = weight / site.joint_scale
     target.weight.copy_(weight.reshape(target.weight.shape))
     bias = site.bias
-    if linear is not None and linear.joint_shift is not None:
+    if site.joint_shift is not None:
         assert bias is not None
-        bias = bias - weight @ linear.joint_shift
+        bias = bias - weight @ site.joint_shift
     if target.bias is not None and bias is not None:
         target.bias.copy_(bias)
     return target.bias is None and bias is not None
@@ -132,7 +130,7 @@ def _undo(prepared: nn.Module, site: WeightedSite) -> bool:
 
 def _check_whole(prepared: nn.Module, site: WeightedSite) -> None:
     target = prepared.get_submodule(site.site.path)
-    if not isinstance(target, PreparedLinear) or "::" not in site.site.name:
+    if not site.site.is_functional:
         return
     own = {id(p) for name, p in prepared.named_parameters(remove_duplicate=False) if "harmoq_" not in name}
     if id(target.weight) not in own:

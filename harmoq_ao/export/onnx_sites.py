@@ -86,7 +86,7 @@ class _Linear(QuantizedLinear):
 
     def setup(self) -> None:
         """Derive the constants of the graph."""
-        act, bias = self._act(), self.bias
+        act, bias = self.act_qparams(), self.bias
         if self.settings.weight.enabled:
             codes, scale, rest = _stored_weight(self)
             _keep(self, codes=codes.t().contiguous(), scale=scale, rest=rest)
@@ -136,8 +136,9 @@ class _Conv2d(QuantizedConv2d):
             codes, factor = onednn.effective_codes(self.weight_codes(), self.weight_shift())
             assert factor  # an 8-bit weight has a level at zero, so its shift is none
             _keep(self, codes=codes.reshape(self.site.shape), scale=self.weight_scale / factor)
-        if self.act_bounds is not None:
-            step, zero_point = self.act_bounds.unbind()
+        qparams = self.zero_point_qparams()
+        if qparams is not None:
+            step, zero_point = qparams
             _keep(self, factor=1.0 / step, offset=zero_point)
             self.onnx_step, self.onnx_zero_point = float(step), int(zero_point)
 
@@ -163,20 +164,15 @@ class _Matmul(QuantizedMatmul):
 
     def setup(self) -> None:
         """Derive the constants of the graph."""
-        both = self.settings.act.enabled and self.settings.weight.enabled
-        for side, bounds, spec in (
-            ("left", self.left_bounds, self.settings.act),
-            ("right", self.right_bounds, self.settings.weight),
-        ):
-            scale = self.joint_scale if both else None
+        for side, act in (("left", self.act_qparams()), ("right", self.right_qparams())):
+            scale = self.joint_scale if self.both_quantized else None
             if scale is not None and side == "right":
                 scale = (1.0 / scale)[:, None]
             factor = offset = lower = None
             step = 1.0
-            if bounds is not None:
-                act = integer_reference.Affine(bounds[0], bounds[1], spec.bits)
+            if act is not None:
                 factor, offset = integer_reference.static_qparams(act, scale)
-                lower, step = bounds[1], float(bounds[0])
+                lower, step = act.lower, float(act.step)
             inverse = None if scale is None else scale.reciprocal()
             values = {"factor": factor, "offset": offset, "lower": lower, "inverse": inverse}
             _keep(self, **{f"{side}_{name}": value for name, value in values.items()})

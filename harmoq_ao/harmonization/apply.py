@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from harmoq_ao.calibration.calibrate import enable_fake_quant
+from harmoq_ao.calibration.solve import enable_fake_quant
 from harmoq_ao.harmonization.paper.algorithm import AlgorithmTrace, Balance, run_algorithm
 from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.harmonization.reference import float_reference

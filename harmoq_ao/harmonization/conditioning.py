@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite
+from harmoq_ao.sites.base import PreparedSite
+from harmoq_ao.sites.prepared import PreparedLinear
 
 _NEGLIGIBLE = 1e-6
 """Singular values below this share of the largest one are rounding errors of a weight that has not full rank."""

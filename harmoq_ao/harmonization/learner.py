@@ -14,7 +14,7 @@ from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import SCALE_LIMITS
 from harmoq_ao.quant.quantizer import Scheme
-from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedSite
+from harmoq_ao.sites.base import PreparedSite
 
 MIN_RANGE = 1e-3
 """Bounds stay this far apart, as a share of their distance at the start."""
@@ -224,12 +224,13 @@ class Learner:
             self._learn(f"{site.site.path}.joint_shift", site.joint_shift, self._rates.scales * float(width))
 
     def _add_weight(self, site: PreparedSite) -> None:
-        if self._rates.weights == 0 or not isinstance(site, (PreparedLinear, PreparedConv2d)):
+        weight, bias = site.own_weight, site.own_bias
+        if self._rates.weights == 0 or weight is None:
             return
-        rate = self._rates.weights * _spread(site.weight)
-        self._learn(f"{site.site.path}.weight", site.weight, rate)
-        if site.bias is not None:
-            self._learn(f"{site.site.path}.bias", site.bias, rate)
+        rate = self._rates.weights * _spread(weight)
+        self._learn(f"{site.site.path}.weight", weight, rate)
+        if bias is not None:
+            self._learn(f"{site.site.path}.bias", bias, rate)
 
     def _add_rest(self, rest: Iterable[tuple[str, nn.Parameter]]) -> None:
         if self._rates.rest == 0:
@@ -264,7 +265,7 @@ class Learner:
 
 
 def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
-    weight = quantizer is site.weight_quantizer and isinstance(site, (PreparedLinear, PreparedConv2d))
+    weight = any(quantizer is own for own in site.weight_quantizers())
     return not (weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT)
 
 

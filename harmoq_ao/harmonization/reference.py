@@ -15,8 +15,9 @@ from harmoq_ao.graph.folding import fold_variant
 from harmoq_ao.graph.island import finish_graphs, is_island
 from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.attention import fuse_attention
+from harmoq_ao.sites.base import quiet
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedLinear, quiet
+from harmoq_ao.sites.prepared import PreparedLinear
 
 _KEY = "_float_reference"
 

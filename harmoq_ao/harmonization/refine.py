@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as checkpointed
 
-from harmoq_ao.calibration.calibrate import disable_observers, enable_fake_quant
+from harmoq_ao.calibration.solve import disable_observers, enable_fake_quant
 from harmoq_ao.common import distributed
 from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.harmonization.blockwise import BlockErrors, refine_blocks

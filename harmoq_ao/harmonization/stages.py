@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CalibrationError
+from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedLinear, PreparedSite
+from harmoq_ao.sites.prepared import PreparedLinear
 
 _SITES_OF_A_BLOCK = 3  # fewer are parts of one: the branches of an attention, a perceptron
 

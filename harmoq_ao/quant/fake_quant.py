@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.common.torchao_import import pt2e
-from harmoq_ao.quant.observers import OperandObserver
+from harmoq_ao.quant.observers.base import OperandObserver
 from harmoq_ao.quant.quantizer import (
     QuantizerSpec,
     Scheme,
@@ -74,6 +75,18 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
             return x
         lo, hi = dynamic_bounds_for(x, self.spec, scale) if self.spec.dynamic else self.bounds()
         return fake_quantize(x, lo, hi, self.spec.bits, scale, shift)
+
+    def rounded_rows(self, rows: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
+        """``(rows - shift) / scale`` on the quantizer's levels, whatever its switches.
+
+        Args:
+            rows: `[R, K]`, contracted axis last whatever axis the operand has it on; or single values `[R]`.
+            scale: Joint scale `[K]`, or None for ones.
+            shift: Joint shift `[K]`, or None for zeros.
+        """
+        spec = replace(self.spec, axis=-1)
+        lo, hi = dynamic_bounds_for(rows, spec, scale) if spec.dynamic else self.bounds()
+        return fake_quantize(rows, lo, hi, spec.bits, scale, shift)
 
     def bounds(self) -> tuple[Tensor, Tensor]:
         """Static bounds as the quantizer uses them: float32, on the scheme also after a learning step.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.quant.joint_scale import compound_error
-from harmoq_ao.quant.quantizer import QuantizerSpec
+from harmoq_ao.quant.bounds import search_tensor_bounds
+from harmoq_ao.quant.quantizer import QuantizerSpec, fake_quantize
 
 TAIL = 1e-3
 """Share of a channel's values on either side that its robust mid-range leaves out."""
@@ -24,13 +24,11 @@ TAIL = 1e-3
 ROBUST_BITS = 2
 """Up to this width robust centres are tried as well."""
 
-_FLOAT = QuantizerSpec(16)
-
 
 def joint_shift(x: Tensor, weight: Tensor, scale: Tensor, ranges: tuple[Tensor, Tensor], act: QuantizerSpec) -> Tensor:
     """The best of a few shifts by the output's squared error: none, the mid-range, and at 2 bits robust centres.
 
-    The error is that of the rounded input alone: that of the weight is the smaller the better `x` is centred.
+    The error is that of the rounded input alone: the weight's share shrinks as `x` is centred better.
 
     At 2 bits most of an operand's error is rounding, and the centre of the bulk matters more than the tails. With more
     levels clipping the tails costs more in the image than the local error says (measured on DAT-light at 4 bits:
@@ -52,12 +50,19 @@ def joint_shift(x: Tensor, weight: Tensor, scale: Tensor, ranges: tuple[Tensor, 
     if act.dynamic:
         raise ConfigError("A joint shift needs static bounds", found="a dynamic quantizer", expected="dynamic=False")
     best = torch.zeros_like(scale)
-    least = compound_error(x, weight, scale, act, _FLOAT)
+    least = _output_error(x, weight, scale, act)
     for candidate in _candidates(x, ranges, act.bits):
-        error = compound_error(x - candidate, weight, scale, act, _FLOAT)
+        error = _output_error(x - candidate, weight, scale, act)
         if error < least:
             best, least = candidate, error
     return best
+
+
+def _output_error(x: Tensor, weight: Tensor, scale: Tensor, act: QuantizerSpec) -> float:
+    """Mean squared error of ``Q(x / s) (W s)^T`` against ``x W^T``, under the range of least error."""
+    scaled = x / scale
+    rounded = fake_quantize(scaled, *search_tensor_bounds(scaled, act), act.bits)
+    return float((rounded @ (weight * scale).T - x @ weight.T).square().mean())
 
 
 def _candidates(x: Tensor, ranges: tuple[Tensor, Tensor], bits: int) -> Iterator[Tensor]:

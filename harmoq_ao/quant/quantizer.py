@@ -217,6 +217,12 @@ def dynamic_bounds_for(x: Tensor, spec: QuantizerSpec, scale: Tensor | None = No
     return snap_bounds(*dynamic_bounds(scaled, axis), spec)
 
 
+def normalized(x: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
+    """``(x - shift) / scale``, where None stands for no shift and for ones."""
+    centred = x if shift is None else x - shift
+    return centred if scale is None else centred / scale
+
+
 def widen(x: Tensor) -> Tensor:
     """`x` in the type the quantizer computes in: float32 for 16-bit floats, unchanged otherwise."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

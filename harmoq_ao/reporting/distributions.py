@@ -9,12 +9,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harmoq_ao.conversion.convert import QuantizedModel
-from harmoq_ao.quant.quantizer import QuantizerSpec
-from harmoq_ao.quant.relative_maps import relative_rows
-from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite
+from harmoq_ao.sites.quantized import ActivationOperand, QuantizedSite
 from harmoq_ao.sites.report import SiteRow
 
 BINS = 72
@@ -69,39 +66,20 @@ def worst_sites(rows: Sequence[SiteRow], count: int) -> list[SiteRow]:
 
 def _record(found: dict[str, list[Histogram]], name: str, site: QuantizedSite, args: tuple[Any, ...]) -> None:
     if name not in found and args:
-        found[name] = [_histogram(*operand) for operand in _operands(site, args) if operand[2].enabled]
+        found[name] = [_histogram(operand) for operand in site.activations(*args) if operand.spec.enabled]
 
 
-def _operands(site: QuantizedSite, args: tuple[Any, ...]) -> list[tuple[str, Tensor, QuantizerSpec, Tensor | None]]:
-    """Name, values in the quantizer's domain, quantizer, and (step, lower bound) of every activation."""
-    settings, scale = site.settings, getattr(site, "joint_scale", None)  # a convolution has none
-    if isinstance(site, QuantizedMatmul):
-        left, right = site.form.canonical(*args)
-        if site.relative:
-            left = relative_rows(left)
-        if scale is not None:
-            left, right = left / scale, right * scale[:, None]
-        return [("left", left, settings.act, site.left_bounds), ("right", right, settings.weight, site.right_bounds)]
-    x, bounds = args[0], getattr(site, "act_bounds", None)
-    if isinstance(site, QuantizedConv2d):  # holds its zero point instead of the lower bound
-        lower = None if bounds is None else torch.stack([bounds[0], -bounds[1] * bounds[0]])
-        return [("input", x, settings.act, lower)]
-    shift = getattr(site, "joint_shift", None)
-    x = x if shift is None else x - shift
-    return [("input", x if scale is None else x / scale, settings.act, bounds)]
-
-
-def _histogram(operand: str, values: Tensor, spec: QuantizerSpec, affine: Tensor | None) -> Histogram:
-    flat = values.detach().float().flatten()
+def _histogram(operand: ActivationOperand) -> Histogram:
+    flat = operand.values.detach().float().flatten()
     low, high = float(flat.min()), float(flat.max())
     bounds, outside = None, 0.0
-    if affine is not None:
-        step, lower = (float(v) for v in affine)
-        bounds = (lower, lower + step * spec.qmax)
+    if operand.qparams is not None:
+        step, lower = float(operand.qparams.step), float(operand.qparams.lower)
+        bounds = (lower, lower + step * operand.spec.qmax)
         beyond = (flat < bounds[0] - step / 2) | (flat > bounds[1] + step / 2)
         outside = float(beyond.float().mean())
         low, high = min(low, bounds[0]), max(high, bounds[1])
     if high <= low:
         high = low + 1.0
     counts = torch.histc(flat, BINS, low, high)
-    return Histogram(operand, tuple(int(c) for c in counts), low, high, bounds, outside, spec.bits)
+    return Histogram(operand.name, tuple(int(c) for c in counts), low, high, bounds, outside, operand.spec.bits)

@@ -259,7 +259,7 @@ def _extensions(twin: QuantizedModel) -> tuple[dict[nn.Module, Any], list[Any]]:
     modules: dict[nn.Module, Any] = {}
     conversions: list[Any] = []
     for index, (name, site) in enumerate(list(twin.sites().items())):
-        if not (site.settings.act.enabled and site.settings.weight.enabled):
+        if not site.both_quantized:
             continue  # float with rounding, in plain torch
         module: nn.Module = site
         if isinstance(site, QuantizedMatmul):

@@ -57,8 +57,9 @@ def linear(x: Node, operands: LinearOperands, name: str) -> Node:
 
 def conv2d(x: Node, site: QuantizedConv2d) -> Node:
     """A quantized convolution with static bounds, `[B, C, H, W]`; zero padding is the code of zero, exactly."""
-    assert site.act_bounds is not None
-    step, zero_point = site.act_bounds.unbind()
+    qparams = site.zero_point_qparams()
+    assert qparams is not None
+    step, zero_point = qparams
     zero, bits = float(zero_point), site.settings.act.bits
     position = ops.add(ops.multiply(x, _constant(1.0 / step)), _constant(zero_point))
     codes = _round(position, bits, (0.0, 255.0), (-zero, 255.0 - zero))

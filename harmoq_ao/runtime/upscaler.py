@@ -242,7 +242,8 @@ def of_quantized(model: QuantizedModel, name: str) -> Upscaler:
     """
     traits = model.traits
     channels = _checked_channels(model.example_shapes[0][1], name)
-    return Upscaler(model, name, traits.scale, channels, max(1, traits.size_multiple), traits.size_minimum)
+    multiple = max(1, traits.size_multiple)
+    return Upscaler(model, name, traits.scale, channels, multiple, traits.size_minimum, traits.square)
 
 
 def _of_quantized(model: QuantizedModel, name: str, float_dtype: torch.dtype | None) -> Upscaler:

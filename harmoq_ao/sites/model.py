@@ -1,33 +1,30 @@
-"""The prepared model: the author's model with a site at every contraction, and what is known about its images."""
+"""The prepared model: the author's model with a site at every contraction, and the traits of its images."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.images import check_image_tensor
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.quant.observers import OBSERVERS
-from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme
+from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.history import History
-from harmoq_ao.sites.prepared import PreparedMatmul, PreparedSite
-from harmoq_ao.sites.report import Report, prepared_report
+from harmoq_ao.sites.report import Report, float_rows
 from harmoq_ao.sites.site import FloatSite, Site
 
 
 @dataclass(frozen=True)
 class ModelTraits:
-    """What is known about a model's images and how to build it.
+    """Image requirements of a model, and how to build it.
 
     Args:
         scale: Output pixels per input pixel along each side.
         size_multiple: Sides of the input must be multiples of this (1: any size).
         size_minimum: Sides of the input must be at least this.
+        square: The input must be square.
         architecture: Description from :func:`architecture_spec`, or None if spandrel does not know it.
     """
 
@@ -35,10 +32,11 @@ class ModelTraits:
     size_multiple: int = 1
     size_minimum: int = 0
     architecture: dict[str, Any] | None = None
+    square: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
-        return asdict(self)
+        """JSON-able form; ``square`` only where it holds, since older readers do not know it."""
+        return {name: value for name, value in asdict(self).items() if name != "square" or value}
 
     @classmethod
     def from_dict(cls, data: Any) -> ModelTraits:
@@ -48,8 +46,9 @@ class ModelTraits:
             SavedModelError: Unknown or ill-typed entries.
         """
         numbers = ("scale", "size_multiple", "size_minimum")
-        valid = isinstance(data, dict) and set(data) == {*numbers, "architecture"}
+        valid = isinstance(data, dict) and set(data) - {"square"} == {*numbers, "architecture"}
         valid = valid and all(type(data[n]) is int and 0 <= data[n] <= 1024 for n in numbers)
+        valid = valid and type(data.get("square", False)) is bool
         if not valid or not isinstance(data["architecture"], (dict, type(None))):
             raise SavedModelError("The traits of a saved model are not valid", found=repr(data)[:200])
         return cls(**data)
@@ -65,7 +64,7 @@ class PreparedModel(nn.Module):
         example_shapes: Shapes of the image batches it was prepared on.
         traits: Scale, size requirements and architecture.
         order: Paths of the sites in execution order.
-        history: How its sites were solved, once they are.
+        history: How its sites were solved, or None before.
     """
 
     def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
@@ -98,76 +97,6 @@ class PreparedModel(nn.Module):
         return self.config.settings(site.name, site.kind)
 
     def report(self) -> Report:
-        """One row per site: bits, bounds, joint scale, SQNR, and why a site stays float."""
-        return prepared_report(self.sites(), self.settings, self.floats)
-
-
-def attach_quantizers(module: PreparedSite, config: HarmoqConfig, device: torch.device) -> None:
-    """Give a site the observers and fake-quantizers its settings ask for, observing, with rounding off.
-
-    Args:
-        module: The site.
-        config: Whose settings hold.
-        device: Where the model is.
-    """
-    site = module.site
-    settings = config.settings(site.name, site.kind)
-    site.reason = settings.reason
-    joint = wants_joint_scale(site, settings)
-    if isinstance(module, PreparedMatmul):
-        module.relative = wants_relative_map(site, settings)
-        scheme = Scheme.INTEGER_ZERO_POINT if module.relative else settings.act.scheme  # zero is a level
-        left = _quantizer(site, replace(settings.act, scheme=scheme), config, -1, joint)
-        right = _quantizer(site, settings.weight, config, -2, joint)
-    else:
-        left = _quantizer(site, settings.act, config, 1 if site.kind == "conv2d" else -1, site.kind == "linear")
-        right = weight_quantizer(site, settings.weight)
-    module.attach(left, right)
-    module.to(device)
-
-
-def wants_joint_scale(site: Site, settings: SiteSettings) -> bool:
-    """Whether a vector joint scale is defined at a site: both operands quantized, contracted length fixed."""
-    if settings.joint_scale == "none" or not (settings.act.enabled and settings.weight.enabled):
-        return False
-    return site.kind == "linear" or (site.kind == "matmul" and site.role == "query-key" and site.shape[0] > 0)
-
-
-def wants_joint_shift(site: Site, settings: SiteSettings) -> bool:
-    """Whether a joint shift is defined at a site: a linear with a joint scale, static bounds and under 8 bits.
-
-    With 256 levels it changes nothing that could be seen, and its vectors would add one percent to a saved model.
-    """
-    linear = site.kind == "linear" and settings.joint_shift and not settings.act.dynamic and settings.act.bits < 8
-    return linear and wants_joint_scale(site, settings)
-
-
-def wants_relative_map(site: Site, settings: SiteSettings) -> bool:
-    """Whether a site's left operand is an attention map to be quantized relative to its rows' largest entries."""
-    both = settings.act.enabled and settings.weight.enabled
-    return settings.relative_maps and site.role == "attention-value" and both and not settings.act.dynamic
-
-
-def _quantizer(
-    site: Site, spec: QuantizerSpec, config: HarmoqConfig, axis: int, channels: bool
-) -> HarmoqFakeQuantize | None:
-    if not spec.enabled:
-        return None
-    quantizer = HarmoqFakeQuantize(spec)
-    quantizer.site_name = site.name
-    quantizer.disable_fake_quant()
-    if channels or not spec.dynamic:  # dynamic bounds alone need no statistics
-        observer = OBSERVERS[config.observer](spec, contracted_axis=axis, track_channels=channels, seed=config.seed)
-        observer.site_name = site.name
-        quantizer.observer = observer
-    return quantizer
-
-
-def weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | None:
-    """Fake-quantizer of a weight, with rounding off, or None where the specification is off."""
-    if not spec.enabled:
-        return None
-    quantizer = HarmoqFakeQuantize(spec, (site.shape[0],) + (1,) * (len(site.shape) - 1))
-    quantizer.site_name = site.name
-    quantizer.disable_fake_quant()
-    return quantizer
+        """One row per site: bits, quantization range, joint scale, SQNR, and why a site stays float."""
+        rows = [site.report_row(self.settings(site.site)) for site in self.sites()]
+        return Report("prepared model", rows + float_rows(self.floats))

@@ -5,110 +5,41 @@ With fake-quantization off every prepared site returns the author's own result, 
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from harmoq_ao.common.errors import KernelError
+from harmoq_ao.config import HarmoqConfig, SiteSettings
+from harmoq_ao.graph.contractions import contraction_macs
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.quant.quantizer import widen
+from harmoq_ao.quant.joint_scale import joint_scale
+from harmoq_ao.quant.joint_shift import joint_shift
+from harmoq_ao.quant.observers.base import OperandObserver
+from harmoq_ao.quant.quantizer import Scheme, widen
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized
+from harmoq_ao.sites import sqnr
+from harmoq_ao.sites.base import PreparedSite, observer_of, quiet, solve_activation, stacked_qparams
 from harmoq_ao.sites.forms import MatmulForm
+from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from harmoq_ao.sites.site import Site
 
-_state = threading.local()
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Within, prepared sites compute their float function and observe nothing (tracing, verification)."""
-    before = getattr(_state, "quiet", False)
-    _state.quiet = True
-    try:
-        yield
-    finally:
-        _state.quiet = before
-
-
-class PreparedSite(nn.Module):
-    """Base of prepared sites.
-
-    Attributes:
-        site: What the site is.
-        act_quantizer: Fake-quantizer of the activation (of the left operand of a matmul), or None.
-        weight_quantizer: Fake-quantizer of the weight (of the right operand), or None.
-        joint_scale: `[K]` vector that divides the left operand and multiplies the right one along the contracted axis,
-            or None for ones.
-        joint_shift: `[K]` vector that is taken from the left operand of a linear before it is divided, and given back
-            through the bias, or None for zeros.
-    """
-
-    site: Site
-    act_quantizer: HarmoqFakeQuantize | None
-    weight_quantizer: HarmoqFakeQuantize | None
-    joint_scale: nn.Parameter | None
-    joint_shift: nn.Parameter | None
-
-    def attach(self, left: HarmoqFakeQuantize | None, right: HarmoqFakeQuantize | None) -> None:
-        """Install the fake-quantizers; the site is left in float with none."""
-        self.act_quantizer = left
-        self.weight_quantizer = right
-
-    def set_joint_scale(self, scale: Tensor | None) -> None:
-        """Fix the joint scale `[K]`, or remove it."""
-        self.joint_scale = None if scale is None else nn.Parameter(scale.detach().clone().float(), requires_grad=False)
-
-    def set_joint_shift(self, shift: Tensor | None) -> None:
-        """Fix the joint shift `[K]`, or remove it."""
-        self.joint_shift = None if shift is None else nn.Parameter(shift.detach().clone().float(), requires_grad=False)
-
-    def quantizers(self) -> list[HarmoqFakeQuantize]:
-        """The fake-quantizers that are there."""
-        return [q for q in (self.act_quantizer, self.weight_quantizer) if q is not None]
-
-    def _init_site(self, site: Site) -> None:
-        self.site = site
-        self.act_quantizer = None
-        self.weight_quantizer = None
-        self.register_parameter("joint_scale", None)
-        self.register_parameter("joint_shift", None)
-
-    def _observe(self, left: Tensor, right: Tensor | None = None) -> None:
-        if getattr(_state, "quiet", False):
-            return
-        for quantizer, operand in ((self.act_quantizer, left), (self.weight_quantizer, right)):
-            if quantizer is None or operand is None or quantizer.observer is None:
-                continue
-            if bool(quantizer.observer_enabled[0]):
-                quantizer.observer(operand.detach())
-
-    def _active(self) -> bool:
-        return not getattr(_state, "quiet", False) and any(q.active for q in self.quantizers())
-
-    def _rounded(
-        self,
-        quantizer: HarmoqFakeQuantize | None,
-        operand: Tensor,
-        scale: Tensor | None,
-        shift: Tensor | None = None,
-    ) -> Tensor:
-        """Operand through its fake-quantizer, in the scaled domain, whether that rounds or not."""
-        if quantizer is not None and quantizer.active:
-            rounded: Tensor = quantizer(operand, scale, shift)
-            return rounded
-        centred = operand if shift is None else operand - shift
-        return centred if scale is None else centred / scale
+_Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
+_Rounding = Callable[[Tensor], Tensor]
 
 
 class PreparedLinear(nn.Linear, PreparedSite):
     """``F.linear`` with quantized input and weight.
 
     Also stands for functional calls, where it shares the author's parameter and takes the bias as an argument.
+
+    Args:
+        site: The site.
+        weight: `[N, K]`.
+        bias: `[N]`, or None.
     """
 
     def __init__(self, site: Site, weight: Tensor, bias: Tensor | None) -> None:
@@ -134,9 +65,69 @@ class PreparedLinear(nn.Linear, PreparedSite):
         constant = self.weight @ self.joint_shift.to(self.weight)
         return constant if bias is None else bias + constant
 
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """`[N, K]`."""
+        return cast(nn.Parameter, self.weight)
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """`[N]`, or None."""
+        return cast(nn.Parameter | None, self.bias)
+
+    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
+        """Multiply-accumulates of one call."""
+        return contraction_macs("linear", (operands[0], self.weight), output)
+
+    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
+        act = self._new_activation_quantizer(settings.act, config, axis=-1, channels=True)
+        return act, self.new_weight_quantizer(settings.weight)
+
+    def solve(self, settings: SiteSettings, *, minmax: bool) -> None:
+        """Joint scale, then the shift under it, then the input's range, then the weight's under both."""
+        observer = observer_of(self.act_quantizer)
+        weight = self.weight.detach().float()
+        self.set_joint_scale(None)
+        self.set_joint_shift(None)
+        if observer is not None and self.site.wants_joint_scale(settings):
+            self.set_joint_scale(_linear_scale(weight, observer, settings))
+            if self.site.wants_joint_shift(settings):
+                self.set_joint_shift(_linear_shift(weight, observer, self.joint_scale, settings))
+        scale, shift = self.joint_scale, self.joint_shift
+        solve_activation(self.act_quantizer, scale, shift)
+        moment = None if observer is None or self.weight_quantizer is None else observer.second_moment(shift)
+        if moment is not None and scale is not None:
+            moment = moment / scale.square()
+        self.solve_weight(moment, minmax=minmax)
+        self.site.sqnr_db = sqnr.linear_db(self.act_quantizer, self.weight_quantizer, weight, scale, shift)
+
+    def to_quantized(self, settings: SiteSettings, stored: _Rounding) -> QuantizedLinear:
+        """Codes of the weight; scales, shift and bias rounded to what is stored."""
+        scale = None if self.joint_scale is None else stored(self.joint_scale.detach())
+        shift = None if self.joint_shift is None else stored(self.joint_shift.detach())
+        site = QuantizedLinear(self.site, settings, self.bias is not None, scale is not None, shift is not None)
+        weight = self.weight.detach().float()
+        site.fill_weight(weight if scale is None else weight * scale, self.weight_quantizer, stored)
+        bias = None if self.bias is None else self.bias.detach().float()
+        if shift is not None:
+            bias = (0.0 if bias is None else bias) + weight @ shift
+        bias = None if bias is None else stored(bias)
+        site.fill(bias=bias, joint_shift=shift, joint_scale=scale, act_bounds=stacked_qparams(self.act_quantizer))
+        return site
+
+    def empty_quantized(self, settings: SiteSettings) -> QuantizedLinear:
+        """A quantized module of the right shapes, whose tensors are yet to be loaded."""
+        joint = self.site.wants_joint_scale(settings), self.site.wants_joint_shift(settings)
+        return QuantizedLinear(self.site, settings, self.bias is not None, *joint)
+
 
 class PreparedConv2d(nn.Conv2d, PreparedSite):
-    """``nn.Conv2d`` with quantized input and weight; zero has a code of its own because padding adds zeros."""
+    """``nn.Conv2d`` with quantized input and weight; zero has a code of its own because padding adds zeros.
+
+    Args:
+        site: The site.
+        conv: The author's convolution, whose parameters are shared.
+    """
 
     def __init__(self, site: Site, conv: nn.Conv2d) -> None:
         nn.Module.__init__(self)
@@ -153,6 +144,45 @@ class PreparedConv2d(nn.Conv2d, PreparedSite):
         x = self._rounded(self.act_quantizer, input, None)
         return self._conv_forward(x, self._rounded(self.weight_quantizer, self.weight, None), self.bias)
 
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """`[N, C, H, W]`."""
+        return cast(nn.Parameter, self.weight)
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """`[N]`, or None."""
+        return cast(nn.Parameter | None, self.bias)
+
+    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
+        """Multiply-accumulates of one call."""
+        return contraction_macs("conv2d", (operands[0], self.weight), output)
+
+    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
+        act = self._new_activation_quantizer(settings.act, config, axis=1, channels=False)
+        return act, self.new_weight_quantizer(settings.weight)
+
+    def solve(self, settings: SiteSettings, *, minmax: bool) -> None:
+        """Quantization ranges of input and weight."""
+        solve_activation(self.act_quantizer, None)
+        self.solve_weight(minmax=minmax)
+
+    def to_quantized(self, settings: SiteSettings, stored: _Rounding) -> QuantizedConv2d:
+        """Codes of the weight; the lower bound of the input becomes a zero point."""
+        site = self.empty_quantized(settings)
+        site.fill_weight(self.weight.detach().float().flatten(1), self.weight_quantizer, stored)
+        bounds = stacked_qparams(self.act_quantizer)
+        if bounds is not None:
+            step, lower = bounds.unbind()
+            bounds = torch.stack([step, torch.round(-lower / step)])
+        site.fill(bias=None if self.bias is None else stored(self.bias.detach().float()), act_bounds=bounds)
+        return site
+
+    def empty_quantized(self, settings: SiteSettings) -> QuantizedConv2d:
+        """A quantized module of the right shapes, whose tensors are yet to be loaded."""
+        geometry = {name: getattr(self, name) for name in ("stride", "padding", "dilation", "groups")}
+        return QuantizedConv2d(self.site, settings, self.bias is not None, geometry)
+
 
 class PreparedMatmul(PreparedSite):
     """Product of two activations with both operands quantized.
@@ -163,7 +193,7 @@ class PreparedMatmul(PreparedSite):
 
     Attributes:
         relative: The left operand is an attention map, quantized relative to the largest entry of each row
-            (`relative_maps.py`).
+            (`quant/relative_maps.py`).
     """
 
     def __init__(self, site: Site, form: MatmulForm) -> None:
@@ -178,7 +208,7 @@ class PreparedMatmul(PreparedSite):
             self._observe(self._map(left), right)
             return self.form.original(*operands, **options)
         scale = self.joint_scale
-        check_length(left, scale, self.site)
+        self.site.check_length(left, scale)
         a = self._rounded(self.act_quantizer, self._map(left), scale)
         b = self._rounded(self.weight_quantizer, right, None if scale is None else 1.0 / scale[:, None])
         product = torch.matmul(a, b)
@@ -190,72 +220,78 @@ class PreparedMatmul(PreparedSite):
         """The left operand as its quantizer takes it."""
         return relative_rows(left) if self.relative else left
 
+    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
+        """Multiply-accumulates of one call, batch axes broadcast."""
+        left, right = self.form.canonical(*operands)
+        repeats = max(1, right[..., 0, 0].numel() // max(1, left[..., 0, 0].numel()))
+        return left.numel() * right.shape[-1] * repeats
 
-def check_length(left: Tensor, joint_scale: Tensor | None, site: Site) -> None:
-    """Raise :class:`KernelError` if the contracted length is not that of the joint scale: it depends on the image."""
-    if joint_scale is not None and left.shape[-1] != len(joint_scale):
-        raise KernelError(
-            f"{site.name} contracts over another length than in calibration",
-            found=left.shape[-1],
-            expected=len(joint_scale),
-            remedy="prepare with example_inputs of two image sizes, so that this length is seen to depend on the image",
-        )
+    def note_length(self, operands: tuple[Any, ...]) -> None:
+        """A contracted length other than the one known so far depends on the image: it becomes 0."""
+        left, _ = self.form.canonical(*operands)
+        if self.site.shape != (left.shape[-1],):
+            self.site.shape = (0,)
 
+    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
+        self.relative = self.site.wants_relative_map(settings)
+        scheme = Scheme.INTEGER_ZERO_POINT if self.relative else settings.act.scheme  # zero is a level
+        channels = self.site.wants_joint_scale(settings)
+        act = replace(settings.act, scheme=scheme)
+        left = self._new_activation_quantizer(act, config, axis=-1, channels=channels)
+        return left, self._new_activation_quantizer(settings.weight, config, axis=-2, channels=channels)
 
-class PreparedAttention(nn.Module):
-    """``F.scaled_dot_product_attention`` as two products, query-key and attention-value.
-
-    With both in float it is the author's fused call. Observing computes the attention map beside it.
-    """
-
-    def __init__(self, qk: PreparedMatmul, av: PreparedMatmul) -> None:
-        super().__init__()
-        self.qk = qk
-        self.av = av
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        arguments = (query, key, value, attn_mask, dropout_p, is_causal)
-        if self.qk._active() or self.av._active():
-            return decomposed_attention(self.qk, self.av, query, key, value, attn_mask, scale)
-        with torch.no_grad():
-            if not getattr(_state, "quiet", False) and (self.qk.quantizers() or self.av.quantizers()):
-                decomposed_attention(self.qk, self.av, query, key, value, attn_mask, scale)
-        return F.scaled_dot_product_attention(*arguments, scale=scale)
-
-
-def decomposed_attention(
-    qk: nn.Module,
-    av: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None,
-    scale: float | None,
-) -> Tensor:
-    """``softmax(q k^T * scale + mask) v`` with the two products done by modules.
-
-    Args:
-        query: `[..., M, E]`.
-        key: `[..., N, E]`.
-        value: `[..., N, V]`.
-        attn_mask: Boolean (True takes part) or additive, broadcastable to `[..., M, N]`, or None.
-        scale: Factor of the scores; ``1 / sqrt(E)`` by default.
-    """
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = qk(query, key.transpose(-2, -1)) * factor
-    if attn_mask is not None:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, float("-inf"))
+    def solve(self, settings: SiteSettings, *, minmax: bool) -> None:
+        """Joint scale of the two operands, then the range of each under it."""
+        left, right = observer_of(self.act_quantizer), observer_of(self.weight_quantizer)
+        self.set_joint_scale(None)
+        if self.site.wants_joint_scale(settings) and left is not None and right is not None:
+            self.set_joint_scale(_pair_scale(left, right, settings, self.site.shape[0]))
+        scale = self.joint_scale
+        inverse = None if scale is None else 1.0 / scale
+        if self.relative and self.act_quantizer is not None:
+            self.act_quantizer.set_bounds(0.0, 1.0)  # the largest entry of every row is the highest level
         else:
-            scores = scores + attn_mask
-    result: Tensor = av(torch.softmax(scores, dim=-1), value)
-    return result
+            solve_activation(self.act_quantizer, scale)
+        solve_activation(self.weight_quantizer, inverse)
+        self.site.sqnr_db = sqnr.product_db(((self.act_quantizer, scale), (self.weight_quantizer, inverse)))
+
+    def to_quantized(self, settings: SiteSettings, stored: _Rounding) -> QuantizedMatmul:
+        """Ranges and joint scale alone: there is no weight."""
+        scale = None if self.joint_scale is None else stored(self.joint_scale.detach())
+        site = QuantizedMatmul(self.site, settings, self.form, scale is not None, self.relative)
+        ranges = stacked_qparams(self.act_quantizer), stacked_qparams(self.weight_quantizer)
+        site.fill(joint_scale=scale, left_bounds=ranges[0], right_bounds=ranges[1])
+        return site
+
+    def empty_quantized(self, settings: SiteSettings) -> QuantizedMatmul:
+        """A quantized module of the right shapes, whose tensors are yet to be loaded."""
+        joint = self.site.wants_joint_scale(settings)
+        return QuantizedMatmul(self.site, settings, self.form, joint, self.relative)
+
+
+def _linear_scale(weight: Tensor, observer: OperandObserver, settings: SiteSettings) -> Tensor:
+    """Joint scale `[K]` of an observed input and a weight `[N, K]`; ones where channels were not told apart."""
+    ranges = observer.channel_range()
+    if ranges is None:
+        return torch.ones(weight.shape[1])
+    width = weight.amax(0) - weight.amin(0)
+    return joint_scale(ranges[1] - ranges[0], width, settings.act.bits, settings.weight.bits)
+
+
+def _linear_shift(weight: Tensor, observer: OperandObserver, scale: Tensor | None, settings: SiteSettings) -> Tensor:
+    """Joint shift `[K]` under a joint scale; zeros where channels were not told apart."""
+    ranges = observer.channel_range()
+    if ranges is None or scale is None:
+        return torch.zeros(weight.shape[1])
+    return joint_shift(observer.sample(), weight, scale, ranges, settings.act)
+
+
+def _pair_scale(left: OperandObserver, right: OperandObserver, settings: SiteSettings, length: int) -> Tensor:
+    """Joint scale `[K]` of two observed operands; ones where channels were not told apart."""
+    a, b = left.channel_range(), right.channel_range()
+    if a is None or b is None:
+        return torch.ones(length)
+    return joint_scale(a[1] - a[0], b[1] - b[0], settings.act.bits, settings.weight.bits)
+
+
+__all__ = ["PreparedConv2d", "PreparedLinear", "PreparedMatmul", "PreparedSite", "quiet"]

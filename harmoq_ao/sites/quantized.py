@@ -1,14 +1,14 @@
-"""Quantized sites: packed integer codes, scales and bounds. No float weight is left behind a quantized weight.
+"""Quantized sites: packed integer codes, scales and quantization ranges. No float weight is kept beside its codes.
 
-Each module holds tensors that do not depend on a device's kernels; what a kernel wants (unpacked, re-ordered, folded)
-is derived on first use and never stored.
+Each module holds tensors that do not depend on a device's kernels; what a kernel needs (unpacked, re-ordered, folded)
+is derived on first use and never stored. Prepared sites make these modules: ``to_quantized`` and ``empty_quantized``.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +18,32 @@ from harmoq_ao.config import SiteSettings
 from harmoq_ao.kernels import compiler_view, ops
 from harmoq_ao.kernels.linear import Backend, LinearKernel
 from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.quant.packing import pack, packed_length, unpack_signed
 from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, quantize, step_size
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
 from harmoq_ao.sites.forms import MatmulForm
-from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, check_length
 from harmoq_ao.sites.site import Site
 
 Rounding = Callable[[Tensor], Tensor]
 T = TypeVar("T")
+
+
+class ActivationOperand(NamedTuple):
+    """One activation of a call, as its quantizer sees it.
+
+    Attributes:
+        name: ``input``, or ``left`` and ``right`` of a product.
+        values: Any shape, shifted and divided by the joint vectors.
+        spec: Its quantizer.
+        qparams: Static step and lower bound; None for a dynamic or float operand.
+    """
+
+    name: str
+    values: Tensor
+    spec: QuantizerSpec
+    qparams: Affine | None
 
 
 class QuantizedSite(nn.Module):
@@ -37,6 +53,7 @@ class QuantizedSite(nn.Module):
         site: What the site is.
         settings: Quantizers of both operands.
         backend: Which kernels to run; by default the fastest of the input's device.
+        joint_scale: float32 `[K]`, or None for ones.
     """
 
     site: Site
@@ -53,6 +70,41 @@ class QuantizedSite(nn.Module):
     def kernel(self) -> str:
         """Name of the path that runs on the module's device."""
         raise NotImplementedError
+
+    @property
+    def both_quantized(self) -> bool:
+        """Whether the contraction runs on integers."""
+        return self.settings.both_quantized
+
+    def act_qparams(self) -> Affine | None:
+        """Static step and lower bound (float32, 0-d) of the activation or left operand, or None."""
+        raise NotImplementedError
+
+    def activations(self, *args: Tensor) -> list[ActivationOperand]:
+        """The activations among the operands of a call, whether they are quantized or not.
+
+        Args:
+            args: Operands of the author's call.
+        """
+        raise NotImplementedError
+
+    def stored_facts(self) -> dict[str, Any]:
+        """What the stored tensors tell a :class:`SiteRow`: ``bounds`` and ``joint_scale``, each where there is one."""
+        facts: dict[str, Any] = {}
+        act = self.act_qparams()
+        if act is not None:
+            step, lower = float(act.step), float(act.lower)
+            facts["bounds"] = (lower, lower + step * self.settings.act.qmax)
+        if self.joint_scale is not None:
+            facts["joint_scale"] = (float(self.joint_scale.min()), float(self.joint_scale.max()))
+        return facts
+
+    def fill(self, **values: Tensor | None) -> None:
+        """Copy values into registered tensors by name; None, or a name without a tensor here, changes nothing."""
+        for name, value in values.items():
+            target = self._buffers[name]
+            if target is not None and value is not None:
+                target.copy_(value)
 
     def _active(self) -> bool:
         return True
@@ -95,7 +147,8 @@ class WeightedSite(QuantizedSite):
         weight_scale: Step of each row, float32 `[N]` (where weights are quantized).
         weight: Float weight `[N, K]` (where they are not).
         bias: float32 `[N]`, or None.
-        act_bounds: float32 `[2]`: step, and lower bound (zero point, for a convolution) of static activations.
+        joint_shift: float32 `[K]`, or None for zeros; the bias already gives it back.
+        act_bounds: float32 `[2]` as a saved model stores it; :meth:`act_qparams` is its meaning.
     """
 
     codes: Tensor
@@ -103,6 +156,7 @@ class WeightedSite(QuantizedSite):
     weight: nn.Parameter
     bias: Tensor | None
     act_bounds: Tensor | None
+    joint_shift: Tensor | None
 
     def _register_weight(self, rows: int, columns: int) -> None:
         spec = self.settings.weight
@@ -113,14 +167,20 @@ class WeightedSite(QuantizedSite):
         self.register_buffer("codes", torch.zeros(rows, packed_length(columns, spec.bits), dtype=torch.uint8))
         self.register_buffer("weight_scale", torch.ones(rows))
 
-    def _fill_weight(self, weight: Tensor, prepared: PreparedSite, stored: Rounding) -> None:
-        """Codes of `weight` `[N, K]` (joint scale included) under the calibrated bounds; scales are rounded first."""
+    def fill_weight(self, weight: Tensor, quantizer: HarmoqFakeQuantize | None, stored: Rounding) -> None:
+        """Quantize the weight for good, its steps rounded first.
+
+        Args:
+            weight: float32 `[N, K]`, joint scale included.
+            quantizer: Its calibrated fake-quantizer; None keeps the weight in float.
+            stored: Rounds a float tensor to what a saved model can hold.
+        """
         spec = self.settings.weight
-        if not spec.enabled or prepared.weight_quantizer is None:
+        if not spec.enabled or quantizer is None:
             self.weight.data.copy_(stored(weight))
             return
-        lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in prepared.weight_quantizer.bounds())
-        scale = stored_step(step_size(lo, hi, spec.bits), stored)
+        lo, hi = (v.reshape(-1, 1).expand(len(weight), 1) for v in quantizer.bounds())
+        scale = _stored_step(step_size(lo, hi, spec.bits), stored)
         lower = (_shift(spec) - (1 << (spec.bits - 1))) * scale
         codes = quantize(weight, lower, lower + scale * spec.qmax, spec.bits)
         self.codes.copy_(pack(codes, spec.bits))
@@ -140,11 +200,6 @@ class WeightedSite(QuantizedSite):
             return self.weight
         return (self.weight_codes().float() + self.weight_shift()[:, None]) * self.weight_scale[:, None]
 
-    @property
-    def both_quantized(self) -> bool:
-        """Whether the contraction runs on integers."""
-        return self.settings.act.enabled and self.settings.weight.enabled
-
 
 class QuantizedLinear(WeightedSite):
     """``F.linear`` on integer codes.
@@ -160,8 +215,6 @@ class QuantizedLinear(WeightedSite):
         joint_shift: Whether a joint shift does; then it has a bias in any case.
     """
 
-    joint_shift: Tensor | None
-
     def __init__(
         self, site: Site, settings: SiteSettings, bias: bool, joint_scale: bool, joint_shift: bool = False
     ) -> None:
@@ -174,31 +227,6 @@ class QuantizedLinear(WeightedSite):
         self.register_buffer("joint_shift", torch.zeros(columns) if joint_shift else None)
         static = settings.act.enabled and not settings.act.dynamic
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if static else None)
-
-    @classmethod
-    def from_prepared(cls, prepared: PreparedLinear, settings: SiteSettings, stored: Rounding) -> QuantizedLinear:
-        """Quantize for good.
-
-        Args:
-            prepared: A calibrated site.
-            settings: Its quantizers.
-            stored: Rounds a float tensor to what a saved model can hold.
-        """
-        scale = None if prepared.joint_scale is None else stored(prepared.joint_scale.detach())
-        shift = None if prepared.joint_shift is None else stored(prepared.joint_shift.detach())
-        self = cls(prepared.site, settings, prepared.bias is not None, scale is not None, shift is not None)
-        weight = prepared.weight.detach().float()
-        self._fill_weight(weight if scale is None else weight * scale, prepared, stored)
-        if self.bias is not None:
-            bias = 0.0 if prepared.bias is None else prepared.bias.detach().float()
-            self.bias.copy_(stored(bias + (0.0 if shift is None else weight @ shift)))
-        if self.joint_shift is not None and shift is not None:
-            self.joint_shift.copy_(shift)
-        if self.joint_scale is not None and scale is not None:
-            self.joint_scale.copy_(scale)
-        if self.act_bounds is not None and prepared.act_quantizer is not None:
-            self.act_bounds.copy_(torch.stack([v.reshape(()) for v in prepared.act_quantizer.calculate_qparams()]))
-        return self
 
     @property
     def kernel(self) -> str:
@@ -243,21 +271,33 @@ class QuantizedLinear(WeightedSite):
     def _numbers(self) -> tuple[int, int, float]:
         return self.settings.weight.bits, self.settings.act.bits, _shift(self.settings.weight)
 
-    def _act(self) -> Affine | None:
-        if self.act_bounds is None:
-            return None
-        return Affine(self.act_bounds[0], self.act_bounds[1], self.settings.act.bits)
+    def act_qparams(self) -> Affine | None:
+        """Of the input; ``act_bounds`` holds step and lower bound."""
+        return _affine(self.act_bounds, self.settings.act)
+
+    def activations(self, *args: Tensor) -> list[ActivationOperand]:
+        """The input."""
+        x = args[0] if self.joint_shift is None else args[0] - self.joint_shift
+        x = x if self.joint_scale is None else x / self.joint_scale
+        return [ActivationOperand("input", x, self.settings.act, self.act_qparams())]
 
     def _half_float(self, x: Tensor) -> Tensor:
         if self.settings.act.enabled:
-            x = _round_trip(x, self._act(), self.settings.act, self.joint_scale)
+            x = _round_trip(x, self.act_qparams(), self.settings.act, self.joint_scale)
         weight = self._derive("float_weight", self.float_weight)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
 
 
 class QuantizedConv2d(WeightedSite):
-    """Convolution on integer codes, exact, with zero padding as the code of zero."""
+    """Convolution on integer codes, exact, with zero padding as the code of zero.
+
+    Args:
+        site: The site; its shape is that of the weight, ``(N, C, H, W)``.
+        settings: Quantizers.
+        bias: Whether a bias belongs to the site.
+        geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
+    """
 
     def __init__(self, site: Site, settings: SiteSettings, bias: bool, geometry: dict[str, Any]) -> None:
         super().__init__()
@@ -266,29 +306,35 @@ class QuantizedConv2d(WeightedSite):
         rows, columns = site.shape[0], int(torch.tensor(site.shape[1:]).prod())
         self._register_weight(rows, columns)
         self.register_buffer("bias", torch.zeros(rows) if bias else None)
+        self.register_buffer("joint_scale", None)
+        self.register_buffer("joint_shift", None)
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if settings.act.enabled else None)
-
-    @classmethod
-    def from_prepared(cls, prepared: PreparedConv2d, settings: SiteSettings, stored: Rounding) -> QuantizedConv2d:
-        """Quantize for good; arguments as in :meth:`QuantizedLinear.from_prepared`."""
-        self = cls(prepared.site, settings, prepared.bias is not None, conv_geometry(prepared))
-        self._fill_weight(prepared.weight.detach().float().flatten(1), prepared, stored)
-        if self.bias is not None and prepared.bias is not None:
-            self.bias.copy_(stored(prepared.bias.detach().float()))
-        if self.act_bounds is not None and prepared.act_quantizer is not None:
-            step, lower = (v.reshape(()) for v in prepared.act_quantizer.calculate_qparams())
-            self.act_bounds.copy_(torch.stack([step, torch.round(-lower / step)]))
-        return self
 
     @property
     def kernel(self) -> str:
         """``float32 on integer codes``, or ``float`` where one operand is float."""
         return "float32 on integer codes" if self.both_quantized else "float (one operand quantized)"
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.act_bounds is None or not self.both_quantized:
-            return self._half_float(input)
+    def zero_point_qparams(self) -> tuple[Tensor, Tensor] | None:
+        """Step and zero point of the input, which is what ``act_bounds`` holds, or None in float."""
+        return None if self.act_bounds is None else (self.act_bounds[0], self.act_bounds[1])
+
+    def act_qparams(self) -> Affine | None:
+        """Of the input; its lower bound is a whole number of steps."""
+        if self.act_bounds is None:
+            return None
         step, zero_point = self.act_bounds.unbind()
+        return Affine(step, -zero_point * step, self.settings.act.bits)
+
+    def activations(self, *args: Tensor) -> list[ActivationOperand]:
+        """The input."""
+        return [ActivationOperand("input", args[0], self.settings.act, self.act_qparams())]
+
+    def forward(self, input: Tensor) -> Tensor:
+        qparams = self.zero_point_qparams()
+        if qparams is None or not self.both_quantized:
+            return self._half_float(input)
+        step, zero_point = qparams
         codes = integer_reference.quantize_codes(input, 1.0 / step, zero_point, self.settings.act.bits)
         acc = self.accumulate(codes).to(torch.float32)
         y = acc * (self.weight_scale * step / 2)[:, None, None]
@@ -317,8 +363,7 @@ class QuantizedConv2d(WeightedSite):
 
     def _half_float(self, x: Tensor) -> Tensor:
         if self.act_bounds is not None:
-            step, zero_point = self.act_bounds.unbind()
-            x = _round_trip(x, Affine(step, -zero_point * step, self.settings.act.bits), self.settings.act, None)
+            x = _round_trip(x, self.act_qparams(), self.settings.act, None)
         weight = self._derive("float_weight", lambda: self.float_weight().reshape(self.site.shape))
         y = _conv(x, weight.to(x.dtype), self.geometry)
         return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
@@ -327,7 +372,7 @@ class QuantizedConv2d(WeightedSite):
 class QuantizedMatmul(QuantizedSite):
     """Product of two quantized activations.
 
-    Tensors: ``left_bounds`` and ``right_bounds`` float32 `[2]` = step and lower bound of static operands,
+    Tensors: ``left_bounds`` and ``right_bounds`` float32 `[2]`, step and lower bound of static operands,
     ``joint_scale`` float32 `[K]`.
 
     Args:
@@ -354,20 +399,6 @@ class QuantizedMatmul(QuantizedSite):
             static = spec.enabled and not spec.dynamic
             self.register_buffer(name, torch.tensor([1.0, 0.0]) if static else None)
 
-    @classmethod
-    def from_prepared(cls, prepared: PreparedMatmul, settings: SiteSettings, stored: Rounding) -> QuantizedMatmul:
-        """Quantize for good; arguments as in :meth:`QuantizedLinear.from_prepared`."""
-        self = cls(prepared.site, settings, prepared.form, prepared.joint_scale is not None, prepared.relative)
-        if prepared.joint_scale is not None and self.joint_scale is not None:
-            self.joint_scale.copy_(stored(prepared.joint_scale.detach()))
-        for bounds, quantizer in (
-            (self.left_bounds, prepared.act_quantizer),
-            (self.right_bounds, prepared.weight_quantizer),
-        ):
-            if bounds is not None and quantizer is not None:
-                bounds.copy_(torch.stack([v.reshape(()) for v in quantizer.calculate_qparams()]))
-        return self
-
     @property
     def kernel(self) -> str:
         """``float32 on integer codes`` (exact), ``reference integer``, or ``float`` where one operand is float."""
@@ -375,6 +406,25 @@ class QuantizedMatmul(QuantizedSite):
             return "float (one operand quantized)"
         on_cpu = self.backend == "auto" and self._device().type == "cpu"
         return "float32 on integer codes" if on_cpu else "reference integer"
+
+    def act_qparams(self) -> Affine | None:
+        """Of the left operand."""
+        return _affine(self.left_bounds, self.settings.act)
+
+    def right_qparams(self) -> Affine | None:
+        """Static step and lower bound of the right operand, or None."""
+        return _affine(self.right_bounds, self.settings.weight)
+
+    def activations(self, *args: Tensor) -> list[ActivationOperand]:
+        """Both operands in canonical form; an attention map may be relative to its rows' largest entries."""
+        left, right = self.form.canonical(*args)
+        left = relative_rows(left) if self.relative else left
+        if self.joint_scale is not None:
+            left, right = left / self.joint_scale, right * self.joint_scale[:, None]
+        return [
+            ActivationOperand("left", left, self.settings.act, self.act_qparams()),
+            ActivationOperand("right", right, self.settings.weight, self.right_qparams()),
+        ]
 
     def operands(self) -> tuple[MatmulOperand, MatmulOperand]:
         """The quantizers of both operands, for kernels and tests; both must be quantized."""
@@ -391,10 +441,10 @@ class QuantizedMatmul(QuantizedSite):
 
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
-        check_length(left, self.joint_scale, self.site)
-        if not (self.settings.act.enabled and self.settings.weight.enabled):
-            x = self._float_operand(left, self.left_bounds, self.settings.act)
-            product = torch.matmul(x, self._float_operand(right, self.right_bounds, self.settings.weight))
+        self.site.check_length(left, self.joint_scale)
+        if not self.both_quantized:
+            x = _half_quantized(left, self.act_qparams(), self.settings.act)
+            product = torch.matmul(x, _half_quantized(right, self.right_qparams(), self.settings.weight))
         elif self.relative:
             product = self.of_map(left, lambda relative: self._product(relative, right))
         else:
@@ -413,42 +463,10 @@ class QuantizedMatmul(QuantizedSite):
             attention_map: `[..., M, K]`.
             product: Takes the map relative to its rows' largest entries, quantizes and multiplies it.
         """
-        relative = relative_rows(attention_map)
-        assert self.left_bounds is not None
-        act = Affine(self.left_bounds[0], self.left_bounds[1], self.settings.act.bits)
+        relative, act = relative_rows(attention_map), self.act_qparams()
+        assert act is not None
         codes = integer_reference.quantize_codes(relative, *integer_reference.static_qparams(act), act.bits)
         return renormalized(product(relative), attention_map, row_sums(codes, act.step, act.lower))
-
-    @staticmethod
-    def _float_operand(x: Tensor, bounds: Tensor | None, spec: QuantizerSpec) -> Tensor:
-        if not spec.enabled:
-            return x
-        return _round_trip(x, None if bounds is None else Affine(bounds[0], bounds[1], spec.bits), spec, None)
-
-
-def quantize_site(prepared: PreparedSite, settings: SiteSettings, stored: Rounding) -> QuantizedSite:
-    """The quantized module of a calibrated prepared site."""
-    if isinstance(prepared, PreparedLinear):
-        return QuantizedLinear.from_prepared(prepared, settings, stored)
-    if isinstance(prepared, PreparedConv2d):
-        return QuantizedConv2d.from_prepared(prepared, settings, stored)
-    assert isinstance(prepared, PreparedMatmul)
-    return QuantizedMatmul.from_prepared(prepared, settings, stored)
-
-
-def empty_site(prepared: PreparedSite, settings: SiteSettings, joint_scale: bool, joint_shift: bool) -> QuantizedSite:
-    """A quantized module of the right shapes, whose tensors are yet to be loaded."""
-    if isinstance(prepared, PreparedLinear):
-        return QuantizedLinear(prepared.site, settings, prepared.bias is not None, joint_scale, joint_shift)
-    if isinstance(prepared, PreparedConv2d):
-        return QuantizedConv2d(prepared.site, settings, prepared.bias is not None, conv_geometry(prepared))
-    assert isinstance(prepared, PreparedMatmul)
-    return QuantizedMatmul(prepared.site, settings, prepared.form, joint_scale, prepared.relative)
-
-
-def conv_geometry(conv: nn.Conv2d) -> dict[str, Any]:
-    """Stride, padding, dilation and groups of a convolution with zero padding."""
-    return {"stride": conv.stride, "padding": conv.padding, "dilation": conv.dilation, "groups": conv.groups}
 
 
 def _conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
@@ -463,7 +481,7 @@ def _exact_conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def stored_step(step: Tensor, stored: Rounding) -> Tensor:
+def _stored_step(step: Tensor, stored: Rounding) -> Tensor:
     """A step as it will be stored; one that would vanish in storage keeps its float32 value."""
     rounded = stored(step)
     return torch.where(rounded > 0, rounded, step)
@@ -477,6 +495,16 @@ def _shift(spec: QuantizerSpec) -> float:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
+def _affine(bounds: Tensor | None, spec: QuantizerSpec) -> Affine | None:
+    """Stored step and lower bound `[2]`, typed."""
+    return None if bounds is None else Affine(bounds[0], bounds[1], spec.bits)
+
+
+def _half_quantized(x: Tensor, act: Affine | None, spec: QuantizerSpec) -> Tensor:
+    """One operand of a product whose other one is float."""
+    return _round_trip(x, act, spec, None) if spec.enabled else x
+
+
 def _round_trip(x: Tensor, act: Affine | None, spec: QuantizerSpec, scale: Tensor | None) -> Tensor:
     """Activation through its codes and back to float, in the scaled domain."""
     codes, act = integer_reference.quantize_operand(x, MatmulOperand(spec.bits, act, scale), spec.axis)
@@ -484,11 +512,10 @@ def _round_trip(x: Tensor, act: Affine | None, spec: QuantizerSpec, scale: Tenso
 
 
 __all__ = [
+    "ActivationOperand",
     "QuantizedConv2d",
     "QuantizedLinear",
     "QuantizedMatmul",
     "QuantizedSite",
-    "conv_geometry",
-    "empty_site",
-    "quantize_site",
+    "WeightedSite",
 ]

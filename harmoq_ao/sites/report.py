@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.quant.quantizer import QuantizerSpec
-from harmoq_ao.sites.prepared import PreparedSite
 from harmoq_ao.sites.quantized import QuantizedSite
-from harmoq_ao.sites.site import FloatSite, Site
+from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite, Site
 
 
 @dataclass(frozen=True)
@@ -19,7 +18,7 @@ class Lowering:
 
     Args:
         kernel: Its kernel.
-        reason: Why it is no fused one; None if it is.
+        reason: Why it is not a fused one; None if it is.
     """
 
     kernel: str
@@ -36,11 +35,11 @@ class SiteRow:
         shape: Weight shape, or the contracted length of a product of activations (0: depends on the image).
         weight_bits: Bits of the weight or right operand; 32 is float.
         act_bits: Bits of the activation or left operand; 32 is float.
-        bounds: Activation bounds ``(lo, hi)``, ``"dynamic"``, or None in float.
+        bounds: Quantization range ``(lo, hi)`` of the activation, ``"dynamic"``, or None in float.
         joint_scale: Smallest and largest entry of the joint scale, or None.
         sqnr_db: Signal to quantization noise of the site's output on calibration samples, in dB.
         kernel: The code path that runs it, once converted.
-        miss: Why that is no fused kernel, where there are such.
+        miss: Why that is not a fused kernel, where there is one.
         macs: Multiply-accumulates on the example image.
         reason: Why it stays in float.
         sensitivity_db: What quantizing this site alone costs the network's output, in dB, where that was measured.
@@ -57,23 +56,27 @@ class SiteRow:
     kernel: str | None = None
     miss: str | None = None
     macs: int = 0
-    reason: str | None = None
+    reason: FloatReason | None = None
     sensitivity_db: float | None = None
 
     @property
     def depends_on_image(self) -> bool:
         """Whether the image reaches its operands; position-bias networks are constants."""
-        return "does not depend on the image" not in (self.reason or "")
+        return self.reason is None or self.reason.cause is not FloatCause.CONSTANT
 
     @property
     def quantized(self) -> bool:
         """Whether at least one operand is quantized."""
         return self.reason is None
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; the reason is its text."""
+        return asdict(self) | {"reason": None if self.reason is None else self.reason.text}
+
 
 @dataclass
 class Report:
-    """Rows in execution order; contractions that are no sites come last.
+    """Rows in execution order; contractions that are not sites come last.
 
     Args:
         title: What the report is about.
@@ -101,7 +104,7 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {"title": self.title, "macs_share": self.macs_share, "sites": [asdict(r) for r in self.rows]}
+        return {"title": self.title, "macs_share": self.macs_share, "sites": [r.to_dict() for r in self.rows]}
 
     def __str__(self) -> str:
         lines = [
@@ -142,33 +145,10 @@ def site_row(site: Site, settings: SiteSettings) -> SiteRow:
     )
 
 
-def prepared_report(
-    sites: Iterable[PreparedSite], settings: Callable[[Site], SiteSettings], floats: Iterable[FloatSite]
-) -> Report:
-    """Report of a prepared model; bounds and SQNR are there after calibration.
-
-    Args:
-        sites: Its sites in execution order.
-        settings: Gives the quantizers of a site.
-        floats: Contractions that stay float.
-    """
-    rows = []
-    for module in sites:
-        row = site_row(module.site, settings(module.site))
-        if module.act_quantizer is not None and module.act_quantizer.has_bounds:
-            lo, hi = module.act_quantizer.bounds()
-            row.bounds = (float(lo.min()), float(hi.max()))
-        if module.joint_scale is not None:
-            row.joint_scale = (float(module.joint_scale.min()), float(module.joint_scale.max()))
-        row.sqnr_db = module.site.sqnr_db
-        rows.append(row)
-    return Report("prepared model", rows + float_rows(floats))
-
-
 def quantized_report(
     rows: Iterable[SiteRow], sites: Mapping[str, QuantizedSite], lowerings: Mapping[str, Lowering]
 ) -> Report:
-    """Report of a converted model: rows of its preparation, with each site's kernel, bounds and joint scale.
+    """Report of a converted model: rows of its preparation, with each site's kernel, range and joint scale.
 
     Args:
         rows: Of its preparation.
@@ -177,26 +157,12 @@ def quantized_report(
     """
     found = []
     for row in rows:
-        site = sites.get(row.name)
-        facts: dict[str, Any] = {} if site is None else _stored_facts(site)
-        if site is not None:
-            facts |= {"kernel": lowerings[row.name].kernel, "miss": lowerings[row.name].reason}
+        facts: dict[str, Any] = {}
+        if row.name in sites:
+            lowering = lowerings[row.name]
+            facts = sites[row.name].stored_facts() | {"kernel": lowering.kernel, "miss": lowering.reason}
         found.append(replace(row, **facts))
     return Report("quantized model", found)
-
-
-def _stored_facts(site: QuantizedSite) -> dict[str, Any]:
-    """What the tensors of a site tell, so that a loaded model reports what the saved one did."""
-    facts: dict[str, Any] = {}
-    bounds = getattr(site, "act_bounds", getattr(site, "left_bounds", None))
-    if bounds is not None:
-        step, second = (float(v) for v in bounds)
-        lower = -second * step if site.site.kind == "conv2d" else second  # convolutions hold their zero point
-        facts["bounds"] = (lower, lower + step * site.settings.act.qmax)
-    scale = getattr(site, "joint_scale", None)
-    if scale is not None:
-        facts["joint_scale"] = (float(scale.min()), float(scale.max()))
-    return facts
 
 
 def float_rows(floats: Iterable[FloatSite]) -> list[SiteRow]:

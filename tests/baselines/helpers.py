@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.calibration.calibrate import disable_fake_quant, enable_observers
+from harmoq_ao.calibration.solve import disable_fake_quant, enable_observers
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.refine import feature_error, features_of

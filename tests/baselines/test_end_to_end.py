@@ -37,7 +37,7 @@ def test_the_words_of_the_command_line() -> None:
 
 @pytest.mark.parametrize("method", BASELINES)
 def test_configurations_lose_what_is_harmoqs_own_and_keep_the_rest(method: str) -> None:
-    rules = (SiteRule("*.qkv", act_bits=8), SiteRule("*", joint_scale="search"))
+    rules = (SiteRule("*.qkv", act_bits=8), SiteRule("*", joint_scale="hso"))
     config = HarmoqConfig(3, 4, "paper", rules=rules, joint_scale="hso", conv_bits=8, seed=5)
     configured = BASELINES[method].configure(config)
     for name in ("a.qkv", "a.proj"):

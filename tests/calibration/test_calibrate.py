@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.calibration.calibrate import disable_observers, enable_observers, has_qparams, image_of
+from harmoq_ao.calibration.calibrate import image_of
+from harmoq_ao.calibration.solve import disable_observers, enable_observers, has_qparams
 from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.sites.prepared import PreparedSite
+from harmoq_ao.sites.base import PreparedSite
 from tests.models import build, calibrated, images, prepare, run
 from tests.strategies import SEEDS
 
@@ -78,7 +79,7 @@ def test_calibrate_returns_the_model_it_was_given_with_observers_off() -> None:
     assert all(q.fake_quant_enabled[0] and not q.observer_enabled[0] for q in quantizers)
 
 
-@pytest.mark.parametrize("config", [PAPER, DEPLOY, HarmoqConfig(3, 4, observer="percentile", joint_scale="search")])
+@pytest.mark.parametrize("config", [PAPER, DEPLOY, HarmoqConfig(3, 4, observer="percentile")])
 def test_the_same_data_and_seed_give_the_same_bounds_bit_for_bit(config: HarmoqConfig) -> None:
     crops = images(4, (24, 24))
     first = h.calibrate(prepare("SwinIR/light", config), crops)
@@ -277,12 +278,9 @@ def _scaled_without_rounding(prepared: h.PreparedModel, monkeypatch: pytest.Monk
         return run(prepared.double(), images(1, seed=99)[0].double())
 
 
-@pytest.mark.parametrize("joint_scale", ["hso", "search"])
 @pytest.mark.parametrize("name", NAMES)
-def test_calibrated_joint_scales_do_not_change_the_float_function(
-    name: str, joint_scale: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepared = calibrated(name, HarmoqConfig(4, 4, "paper", joint_scale=joint_scale))
+def test_calibrated_joint_scales_do_not_change_the_float_function(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared = calibrated(name, HarmoqConfig(4, 4, "paper"))
     scales = [m.joint_scale for m in prepared.sites() if m.joint_scale is not None]
     assert any(float(s.max() / s.min()) > 1.5 for s in scales)
     expected = run(build(name).double(), images(1, seed=99)[0].double())
@@ -312,7 +310,7 @@ def test_joint_scales_are_where_they_are_defined() -> None:
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse", "histogram"])
-@pytest.mark.parametrize("joint_scale", ["hso", "search", "none"])
+@pytest.mark.parametrize("joint_scale", ["hso", "none"])
 def test_every_observer_works_with_every_joint_scale(observer: Any, joint_scale: Any) -> None:
     prepared = calibrated("SwinIR/light", HarmoqConfig(6, 6, "paper", observer=observer, joint_scale=joint_scale))
     scaled = [m for m in prepared.sites() if m.joint_scale is not None]

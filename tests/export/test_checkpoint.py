@@ -9,7 +9,7 @@ import torch
 from spandrel import ModelLoader
 from torch import nn
 
-from harmoq_ao.calibration.calibrate import enable_fake_quant
+from harmoq_ao.calibration.solve import enable_fake_quant
 from harmoq_ao.common.errors import ExportError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import convert_harmoq

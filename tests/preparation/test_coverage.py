@@ -85,7 +85,7 @@ def test_architecture(architecture: Architecture) -> None:
 
 def _check_everything_is_accounted_for(architecture: Architecture, prepared: PreparedModel) -> None:
     assert not [f for f in prepared.floats if f.kind == "module"]
-    assert all(f.reason for f in prepared.floats)
+    assert all(f.reason.text for f in prepared.floats)
     original = architecture.build()
     counter = _Counter(original)
     with counter:

@@ -12,8 +12,9 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import ConfigError, KernelError
 from harmoq_ao.kernels import onednn
 from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.bounds import search_channel_bounds, search_tensor_bounds
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands
-from harmoq_ao.quant.joint_scale import compound_error, joint_scale
+from harmoq_ao.quant.joint_scale import joint_scale
 from harmoq_ao.quant.joint_shift import joint_shift
 from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, fake_quantize, quantize
 from harmoq_ao.sites.prepared import PreparedLinear
@@ -24,6 +25,16 @@ from tests.strategies import float_tensors, joint_scales
 
 def specs(bits: int) -> tuple[QuantizerSpec, QuantizerSpec]:
     return QuantizerSpec(bits), QuantizerSpec(bits, Scheme.SYMMETRIC, Granularity.PER_CHANNEL, axis=0)
+
+
+def compound_error(x: Tensor, weight: Tensor, scale: Tensor, act: QuantizerSpec, weights: QuantizerSpec) -> float:
+    """Mean squared error of ``Q(x / s) Q(W s)^T`` against ``x W^T``."""
+    left, right = x / scale, weight * scale
+    if weights.enabled:
+        lo, hi = search_channel_bounds(right, weights, left.square().mean(0))
+        right = fake_quantize(right, lo, hi, weights.bits)
+    left = fake_quantize(left, *search_tensor_bounds(left, act), act.bits)
+    return float((left @ right.T - x @ weight.T).square().mean())
 
 
 @given(data=st.data(), bits=st.integers(2, 4))

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import Tensor
 
 import harmoq_ao as h
-from harmoq_ao.calibration.calibrate import disable_fake_quant
+from harmoq_ao.calibration.solve import disable_fake_quant
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.recipes import figures, inspection, options
 from harmoq_ao.recipes.curves import convergence_curves

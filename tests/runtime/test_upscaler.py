@@ -10,10 +10,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq, save_quantized
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError, SavedModelError
 from harmoq_ao.images import image_from_array
 from harmoq_ao.recipes.architectures import ARCHITECTURES
-from harmoq_ao.runtime.upscaler import Upscaler, open_float, open_model
+from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, open_float, open_model
+from harmoq_ao.zoo.checkpoints import LoadedModel
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 
@@ -44,6 +46,19 @@ def test_any_size_fits_any_requirement(multiple: int, minimum: int, square: bool
     upscaler = Upscaler(Doubling(multiple, minimum, square), "x", 2, 3, multiple, minimum, square)
     image = torch.rand(1, 3, *size)
     assert torch.equal(upscaler(image), image.repeat_interleave(2, -1).repeat_interleave(2, -2))
+
+
+def test_a_quantized_model_takes_square_images_where_its_float_one_does(tmp_path: Path) -> None:
+    uformer = BY_NAME["Uformer"]
+    loaded = LoadedModel(uformer.build(), "Uformer", 1, 3, 3, size_multiple=64, square=True)
+    prepared = prepare_harmoq(loaded, HarmoqConfig(), uformer.example())  # type: ignore[arg-type]
+    calibrate(prepared, [uformer.example(seed=1)], show_progress=False)
+    folder = save_quantized(convert_harmoq(prepared), tmp_path / "uformer")
+    image = torch.rand(1, 3, 70, 30, generator=torch.Generator().manual_seed(2))
+    expected = of_loaded(loaded, "float")(image)
+    actual = open_model(folder)(image)
+    assert actual.shape == expected.shape == image.shape
+    assert (actual - expected).square().mean() < 1e-2 * expected.var()
 
 
 def test_a_model_of_one_channel_keeps_colour_and_takes_gray_once() -> None:

@@ -10,6 +10,7 @@ import pytest
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.sites.report import Report, SiteRow
+from harmoq_ao.sites.site import CONSTANT, FloatCause, FloatReason
 from tests.models import PER_TOKEN, build, calibrated, converted, prepare
 
 PAPER = HarmoqConfig(4, 6, "paper", conv_bits=8)
@@ -81,9 +82,9 @@ def test_summary_figures_count_the_rows() -> None:
 def test_constants_are_no_sites() -> None:
     rows = [
         SiteRow("a", "linear"),
-        SiteRow("b", "linear", reason="does not depend on the image; folded"),
-        SiteRow("c", "conv2d", reason="float"),
-        SiteRow("d", "matmul", reason="float"),
+        SiteRow("b", "linear", reason=CONSTANT),
+        SiteRow("c", "conv2d", reason=FloatReason(FloatCause.SETTINGS, "float")),
+        SiteRow("d", "matmul", reason=FloatReason(FloatCause.SETTINGS, "float")),
     ]
     report = Report("t", rows)
     assert [r.name for r in report.sites] == ["a", "d"]

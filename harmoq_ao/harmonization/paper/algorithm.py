@@ -24,8 +24,9 @@ from harmoq_ao.harmonization.paper.site_problem import LinearProblem, MatmulProb
 from harmoq_ao.harmonization.paper.src import SRCSettings
 from harmoq_ao.harmonization.progress import open_progress
 from harmoq_ao.harmonization.reference import float_reference
+from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul, PreparedSite, quiet
+from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedMatmul
 
 Rounding = Literal["nearest", "gptq", "gptq-edges"]
 _FIRST_EXPONENT = 0.5

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.images import check_image_tensor
+from harmoq_ao.sites.attention import PreparedAttention, decomposed_attention
+from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedAttention, PreparedSite, decomposed_attention
 
 
 class _Stop(Exception):  # noqa: N818

@@ -17,7 +17,8 @@ from harmoq_ao.quant.bounds import search_tensor_bounds, weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import power_scale
 from harmoq_ao.quant.quantizer import Granularity, snap_bounds, step_size
-from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul, PreparedSite
+from harmoq_ao.sites.base import PreparedSite
+from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul
 
 _VALUES_PER_ROW = 1024
 """A sample of a product of activations holds at most this many numbers per row asked for, on each side."""

@@ -1,0 +1,91 @@
+"""What the prepared model does on the examples: it equals the original, and its sites learn their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from harmoq_ao.common.errors import TraceError
+from harmoq_ao.graph import Discovery, IslandState, is_island, island_state, same_values
+from harmoq_ao.preparation.first_runs import Run, run
+from harmoq_ao.preparation.site_factory import SiteFactory
+from harmoq_ao.sites.base import PreparedSite, quiet
+from harmoq_ao.sites.model import PreparedModel
+from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite
+
+_UNREACHED = FloatReason(FloatCause.UNREACHED, "no example image reached it")
+
+
+def measure(prepared: PreparedModel, runs: list[Run]) -> None:
+    """Trace every island; learn execution order, multiply-accumulates and which lengths depend on the image.
+
+    Args:
+        prepared: With islands and sites; changed in place.
+        runs: The examples, with the outputs of the float model.
+
+    Raises:
+        TraceError: The prepared model differs from the original.
+    """
+    with quiet():
+        for example, _ in runs:
+            run(prepared.model, example)  # traces
+    for index, (example, expected) in enumerate(runs):
+        with quiet(), _site_hooks(prepared, first=index == 0):
+            output = run(prepared.model, example)
+        if not same_values(expected, output):
+            raise TraceError("The prepared model differs from the original", remedy="report this architecture")
+    for module in prepared.model.modules():
+        if is_island(module):
+            state = island_state(module)
+            assert isinstance(state.site_factory, SiteFactory)
+            state.site_factory.ready = True
+            _report_floats(prepared, module, state)
+
+
+def _report_floats(prepared: PreparedModel, module: nn.Module, state: IslandState) -> None:
+    """List what tracing left in float, and take away sites that no graph calls (met before a trace failed)."""
+    if state.float_reason is not None:
+        prepared.floats.append(
+            FloatSite(state.qualname, "module", FloatReason(FloatCause.UNTRACED, state.float_reason))
+        )
+    for hidden in dict.fromkeys(h for v in state.all_variants() for h in v.hidden):
+        name = f"{state.qualname}::{hidden.partition(': ')[0]}"
+        reason = FloatReason(FloatCause.UNTRACED, f"{hidden}, inside a call that cannot be traced")
+        prepared.floats.append(FloatSite(name, "matmul", reason))
+    called = {str(n.target) for v in state.all_variants() for n in v.graph.nodes if n.op == "call_module"}
+    factory = state.site_factory
+    assert isinstance(factory, SiteFactory)
+    for key, attribute in list(factory.known.items()):
+        if key[0] == state.qualname and attribute is not None and attribute not in called:
+            del module._modules[attribute]
+            del factory.known[key]
+
+
+@contextmanager
+def _site_hooks(prepared: PreparedModel, first: bool) -> Iterator[None]:
+    """Context manager that notes the calls of every site; multiply-accumulates and order are of the first example."""
+
+    def note(module: PreparedSite, inputs: tuple[Any, ...], output: Tensor) -> None:
+        module.note_length(inputs)
+        if first:
+            module.site.macs += module.macs(inputs, output)
+            if module.site.path not in prepared.order:
+                prepared.order.append(module.site.path)
+
+    handles = [m.register_forward_hook(note) for m in prepared.sites()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def report_unreached(prepared: PreparedModel, found: Discovery) -> None:
+    """List linear layers that no example image reached (experts, other branches); they stay float."""
+    used = {id(site.own_weight) for site in prepared.sites()}
+    for name, module in prepared.model.named_modules():
+        if type(module) is nn.Linear and name not in found.calls and id(module.weight) not in used:
+            prepared.floats.append(FloatSite(name, "linear", _UNREACHED))
