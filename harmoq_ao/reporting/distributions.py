@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.quant.quantizer import QuantizerSpec
 from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedMatmul, QuantizedSite

@@ -59,7 +59,7 @@ def converted(attention: nn.Module, **config: object) -> tuple[harmoq_ao.Prepare
     images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 8)]
     settings = harmoq_ao.HarmoqConfig(8, 8, **config)  # type: ignore[arg-type]
     prepared = harmoq_ao.prepare_harmoq(model, settings, images, strict=True)
-    harmoq_ao.calibration.calibrate(prepared, images)
+    harmoq_ao.calibrate(prepared, images)
     return prepared, harmoq_ao.convert_harmoq(prepared)
 
 
