@@ -138,17 +138,17 @@ def product_quantizers(scores: QuantizedMatmul, values: QuantizedMatmul) -> Any:
 
 @dataclass(frozen=True)
 class _PackedCore:
-    """The kernel's operands, and what they were made from: the sites make other objects when their tensors change."""
+    """The kernel's operands, and what they were made from.
 
-    scores: Any
-    values: Any
-    heads: int
-    head_dim: int
+    Args:
+        key: Identities of the sites' operands (sites make others when their tensors change), heads and their channels.
+        operands: Those operands, held so that no other object takes their identity.
+        packed: The kernel's.
+    """
+
+    key: tuple[int, ...]
+    operands: tuple[Any, Any]
     packed: Any
-
-    def is_of(self, scores: Any, values: Any, heads: int, head_dim: int) -> bool:
-        """Whether these operands are still those of the sites."""
-        return self.scores is scores and self.values is values and (self.heads, self.head_dim) == (heads, head_dim)
 
 
 def _packed(island: nn.Module, scores: str, values: str, heads: int, head_dim: int) -> Any:
@@ -158,10 +158,11 @@ def _packed(island: nn.Module, scores: str, values: str, heads: int, head_dim: i
     assert isinstance(second, QuantizedMatmul)
     if first.joint_scale is not None and len(first.joint_scale) != head_dim:
         raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(first.joint_scale)}")
-    made_of = first.operands(), second.operands(), heads, head_dim
+    operands = first.operands(), second.operands()
+    key = (*map(id, operands), heads, head_dim)
     kept = island_state(island).packed
     known = kept.get((scores, values))
-    if known is not None and known.is_of(*made_of):
+    if known is not None and known.key == key:
         return known.packed
     try:
         matmuls = product_quantizers(first, second)
@@ -171,5 +172,5 @@ def _packed(island: nn.Module, scores: str, values: str, heads: int, head_dim: i
         )
     except KernelError as error:
         raise Misfit(str(error)) from error
-    kept[scores, values] = _PackedCore(*made_of, packed)
+    kept[scores, values] = _PackedCore(key, operands, packed)
     return packed
