@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, write_json
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
 from harmoq_ao.runtime.fixed_size import fixed_size

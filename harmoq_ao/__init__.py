@@ -57,7 +57,8 @@ if TYPE_CHECKING:
         TraceError,
     )
     from harmoq_ao.config import HarmoqConfig, SiteRule
-    from harmoq_ao.conversion.convert import QuantizedModel, convert_harmoq
+    from harmoq_ao.conversion.convert import convert_harmoq
+    from harmoq_ao.conversion.model import QuantizedModel
     from harmoq_ao.conversion.serialization import load_quantized, save_quantized
     from harmoq_ao.export import export_checkpoint, export_onnx, export_program
     from harmoq_ao.harmonization.apply import HarmonizeTrace, harmonize
@@ -85,7 +86,8 @@ _ROOMS = {
     "common.errors": "CalibrationError CheckpointError ConfigError HarmoqError "
     "ImageError InputError KernelError SavedModelError TraceError",
     "config": "HarmoqConfig SiteRule",
-    "conversion.convert": "QuantizedModel convert_harmoq",
+    "conversion.convert": "convert_harmoq",
+    "conversion.model": "QuantizedModel",
     "conversion.serialization": "load_quantized save_quantized",
     "export": "export_checkpoint export_onnx export_program",
     "harmonization.apply": "HarmonizeTrace harmonize",

@@ -27,7 +27,6 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.common.output import atomic_write, make_folder
-from harmoq_ao.graph.island import DERIVED
 from harmoq_ao.recipes.cells import to_plain
 from harmoq_ao.sites.base import PreparedSite
 
@@ -176,9 +175,9 @@ def _cpu_model() -> str:
 
 
 def state_of(prepared: h.PreparedModel) -> dict[str, Tensor]:
-    """Parameters and buffers by name, each with memory of its own; constants of traced graphs are left out."""
+    """Parameters and buffers by name, each with memory of its own; constants of traced graphs are no part of it."""
     state = prepared.model.state_dict()
-    return {name: t.detach().cpu().clone().contiguous() for name, t in state.items() if not _derived(name)}
+    return {name: t.detach().cpu().clone().contiguous() for name, t in state.items()}
 
 
 def restore_state(prepared: h.PreparedModel, state: dict[str, Tensor]) -> None:
@@ -189,12 +188,11 @@ def restore_state(prepared: h.PreparedModel, state: dict[str, Tensor]) -> None:
     """
     for module in prepared.sites():
         _make_optional(module, state)
-    own = {name for name in prepared.model.state_dict() if not _derived(name)}
-    odd = sorted(own ^ set(state))
+    odd = sorted(set(prepared.model.state_dict()) ^ set(state))
     if odd:
         raise SavedModelError("The stored state is not that of the model", found=f"{odd[0]} in one only")
     try:
-        prepared.model.load_state_dict(state, strict=False)  # derived constants are missing
+        prepared.model.load_state_dict(state)
     except RuntimeError as error:
         raise SavedModelError("The stored state is not that of the model", found=str(error)[:300]) from error
 
@@ -206,7 +204,3 @@ def _make_optional(module: PreparedSite, state: dict[str, Tensor]) -> None:
         stored = state.get(f"{module.site.path}.{name}")
         if present is None and stored is not None:
             setattr(module, name, nn.Parameter(stored.to(device), requires_grad=False))
-
-
-def _derived(name: str) -> bool:
-    return name.rpartition(".")[2].startswith(DERIVED)

@@ -1,4 +1,4 @@
-"""Stage 4: a prepared model becomes one that holds integer codes; saving and loading it.
+"""Stage 4: a prepared model becomes an integer one. Saving and loading.
 
-Imports ``calibration``, ``lowering`` and what those may import.
+Imports ``lowering``, ``preparation`` and what lies below them.
 """

@@ -32,7 +32,8 @@ from harmoq_ao.common.errors import ConfigError, OutputError, SavedModelError, s
 from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.common.version import __version__
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.convert import QuantizedModel, finalize, replace_sites
+from harmoq_ao.conversion.convert import replace_sites
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
@@ -170,7 +171,7 @@ def _assembled(config: dict[str, Any], tensors: dict[str, Tensor], model: nn.Mod
     _fill(quantized, _unflattened(tensors, config["weights"]["layout"], _state(quantized)))
     if config["float_dtype"] == "bfloat16":
         return quantized.set_float_dtype(torch.bfloat16)
-    finalize(quantized)
+    quantized.finalize()
     return quantized
 
 

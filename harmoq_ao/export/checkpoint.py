@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import ExportError
 from harmoq_ao.common.output import atomic_write
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.common import check_exportable
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.quantized import WeightedSite

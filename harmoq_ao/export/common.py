@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ExportError
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 
 DEFAULT_SIDE = 128
 """Height and width of the images of a file for one size, unless others are asked for; in input pixels."""

@@ -10,7 +10,7 @@ import torch
 from harmoq_ao.common.errors import ExportError, HarmoqError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.common.version import __version__
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.common import check_exportable, example_for
 
 

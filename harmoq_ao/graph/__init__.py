@@ -5,22 +5,24 @@ A super-resolution model stays its author's Python, with every image size and br
 its ``forward`` is traced by :class:`IslandTracer` into one FX graph per calling pattern, in
 which every contraction is a call to a site module.
 
-Reading order: ``contractions`` (what is looked for), ``proxies`` and ``namespaces`` (how Python is followed),
-``tracer`` (one forward to one graph), ``island`` (which graph to run), ``discovery`` (which modules to trace).
+Reading order: ``contractions`` (what is looked for), ``proxies``, ``handles`` and ``namespaces`` (how Python is
+followed), ``tracer`` and ``trace`` (one forward to one graph), ``variant`` (a compiled graph), ``exchange`` and
+``island`` (which graph to run), ``folding`` (constants), ``discovery`` (which modules to trace).
+
+Imports ``common`` alone.
 """
 
+from harmoq_ao.graph.calls import same_values
 from harmoq_ao.graph.contractions import Contraction, einsum_form
 from harmoq_ao.graph.discovery import Discovery, discovering
-from harmoq_ao.graph.island import IslandState, finish_graphs, is_island, island_state, make_island, same_values
-from harmoq_ao.graph.proxies import GuardFailed
-from harmoq_ao.graph.tracer import IslandTracer, Variant, trace_island
+from harmoq_ao.graph.island import IslandState, Phase, finish_graphs, is_island, island_state, make_island
+from harmoq_ao.graph.variant import Variant
 
 __all__ = [
     "Contraction",
     "Discovery",
-    "GuardFailed",
     "IslandState",
-    "IslandTracer",
+    "Phase",
     "Variant",
     "discovering",
     "einsum_form",
@@ -29,5 +31,4 @@ __all__ = [
     "island_state",
     "make_island",
     "same_values",
-    "trace_island",
 ]

@@ -1,28 +1,99 @@
 """Another forward for a module that stays the same object: its class becomes one derived from its own.
 
-Attributes, names of parameters and whoever holds the module stay as they are, as with ``fully_shard``.
+Attributes, names of parameters and whoever holds the module stay as they are, as with ``fully_shard``. All that is kept
+for the new forward lies in one typed object, the module's :class:`Replacement`; it is copied with the module.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-_classes: dict[tuple[type[nn.Module], str], type[nn.Module]] = {}
+from harmoq_ao.graph.nodes import SELF
+
+_classes: dict[type[nn.Module], type[nn.Module]] = {}
 
 
-def exchange_class(module: nn.Module, kind: str, members: Callable[[type[nn.Module]], dict[str, Any]]) -> None:
-    """Give a module a class derived from its own.
+@dataclass(frozen=True)
+class Finding:
+    """Whether a fused kernel computes some sites of a module.
 
     Args:
-        module: Changed in place.
-        kind: Ends the name of the class; modules of one class and kind share it.
-        members: Makes the members of the derived class from the module's class.
+        kernel: Its name.
+        sites: The sites' modules: those it computes, or those it was tried for.
+        reason: Why it does not take them; None if it does.
     """
+
+    kernel: str
+    sites: list[nn.Module]
+    reason: str | None
+
+
+class Replacement:
+    """What runs in place of a module's own forward, with everything it keeps between calls."""
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a call of `module`."""
+        raise NotImplementedError
+
+    def forget(self, module: nn.Module) -> None:
+        """Drop what was computed from the module's tensors; called when their type changes."""
+
+    def findings(self, module: nn.Module) -> list[Finding]:
+        """Which fused kernels were tried on `module`, in order; of two about one site the later one holds."""
+        return []
+
+
+R = TypeVar("R", bound=Replacement)
+
+
+def exchange(module: nn.Module, replacement: Replacement) -> None:
+    """Let `replacement` answer the calls of a module, whose class becomes one derived from its own, in place."""
     cls = type(module)
-    if (cls, kind) not in _classes:  # one base only: a mixin would change the object's layout, which forbids it
-        body = {"__module__": cls.__module__, **members(cls)}
-        _classes[cls, kind] = type(cls)(f"{cls.__name__}{kind}", (cls,), body)  # type: ignore[misc]
-    module.__class__ = _classes[cls, kind]
+    if cls not in _classes:  # one base only: a mixin would change the object's layout, which forbids it
+        _classes[cls] = type(cls)(f"{cls.__name__}Exchanged", (cls,), _members(cls))  # type: ignore[misc]
+    module.__class__ = _classes[cls]
+    module.harmoq_replacement = replacement  # type: ignore[assignment]
+
+
+def _members(cls: type[nn.Module]) -> dict[str, Any]:
+    return {
+        "__module__": cls.__module__,
+        "forward": _forward,
+        "_apply": _apply,
+        "harmoq_original_class": cls,
+        "harmoq_replacement": None,  # a slice of a sequence is of its class, and has no replacement of its own
+        SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
+    }
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    replacement = replacement_of(self, Replacement)
+    if replacement is None:
+        return original_class(self).forward(self, *args, **kwargs)
+    return replacement.forward(self, args, kwargs)
+
+
+def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+    """``nn.Module._apply``: what was computed in one type is computed anew in another, as rounding it is no use."""
+    before = [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]
+    result: nn.Module = original_class(self)._apply(self, fn, recurse)
+    replacement = replacement_of(self, Replacement)
+    if replacement is not None and before != [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]:
+        replacement.forget(self)
+    return result
+
+
+def original_class(module: nn.Module) -> type[Any]:
+    """The author's class of a module, exchanged or not."""
+    return getattr(type(module), "harmoq_original_class", type(module))
+
+
+def replacement_of(module: nn.Module, kind: type[R]) -> R | None:
+    """The replacement of a module's forward if there is one of this kind."""
+    found = getattr(module, "harmoq_replacement", None)
+    return found if isinstance(found, kind) else None

@@ -2,23 +2,19 @@
 
 Position-bias tables (a small network on fixed coordinates, a gather, a permutation) do not depend on the image. In an
 island's graph every node without a placeholder among its ancestors is such a constant; the last ones before the rest of
-the graph become buffers. Outside of islands, a module whose input is the same for every image keeps its last result.
+the graph become buffers.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.graph.exchange import exchange_class
-from harmoq_ao.graph.island import original_class
-from harmoq_ao.graph.proxies import check_guard
-from harmoq_ao.graph.tracer import SELF, Variant, compile_graph, op_of_site
-
-_PREFIX = "harmoq_folded_"
+from harmoq_ao.graph.island import island_state
+from harmoq_ao.graph.nodes import SELF, calls_site, is_guard, is_random, run_node
+from harmoq_ao.graph.variant import Variant
 
 
 def fold_variant(module: nn.Module, variant: Variant) -> Variant:
@@ -28,13 +24,12 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
         module: The island, with the parameters it will run with.
         variant: One of its graphs; left as it is.
     """
-    graph = fx.Graph()
-    output = graph.graph_copy(variant.graph, {})
-    graph.output(output)
+    graph = variant.copied_graph()
     constant = _constant_nodes(graph)
-    for node in [n for n in graph.nodes if _is_guard(n) and n.args[0] in constant]:
+    for node in [n for n in graph.nodes if is_guard(n) and n.args[0] in constant]:
         graph.erase_node(node)  # it held when the constant was computed
-    edges = [n for n in constant if n.op != "get_attr" and any(u not in constant for u in n.users)]
+    inner = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
+    edges = [n for n in inner if any(u not in constant for u in n.users)]
     edges = [n for n in edges if not any(u.op == "output" for u in n.users)]  # the caller may write into a result
     if not edges:
         return variant
@@ -43,46 +38,23 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
         value = values[node]
         if not isinstance(value, Tensor):
             continue
-        name = _buffer(module, value)
+        name = island_state(module).derived.add_folded(module, value)
         with graph.inserting_before(node):
             replacement = graph.create_node("get_attr", name)
         node.replace_all_uses_with(replacement)
     _drop_dead(graph)
-    return replace(variant, graph=graph, run=compile_graph(graph, original_class(module)))
-
-
-def remember(module: nn.Module) -> None:
-    """Let a module keep its last result and return it as long as its input is the same, tensor for tensor.
-
-    Its class is exchanged for one derived from its own, so that names of parameters stay.
-    """
-    if "harmoq_forward" in vars(type(module)):
-        return
-    exchange_class(module, "Remembered", lambda cls: {"forward": _remembered_forward, "harmoq_forward": cls.forward})
-
-
-def _remembered_forward(self: nn.Module, input: Tensor) -> Any:
-    last: tuple[Tensor, Tensor, int] | None = self.__dict__.get("_harmoq_last")
-    if last is not None and last[1]._version == last[2] and _same(last[0], input):  # nobody wrote into the result
-        return last[1]
-    result = self.harmoq_forward(input)  # type: ignore[operator]
-    self.__dict__["_harmoq_last"] = (input.detach().clone(), result, result._version)
-    return result
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+    return variant.with_graph(module, graph)
 
 
 def _constant_nodes(graph: fx.Graph) -> set[fx.Node]:
     """Nodes computed from parameters, buffers and Python constants alone, and from nothing that is written to."""
     constant: set[fx.Node] = set()
     for node in graph.nodes:
-        if node.op in ("placeholder", "output") or _is_guard(node) or node.target is setattr:
+        if node.op in ("placeholder", "output") or is_guard(node) or node.target is setattr:
             continue
-        if (node.op == "get_attr" and node.target == SELF) or _is_random(node):
+        if (node.op == "get_attr" and node.target == SELF) or is_random(node):
             continue
-        if node.op == "call_module" and op_of_site(node.target) is not None:
+        if calls_site(node):
             continue
         if all(n in constant for n in node.all_input_nodes):
             constant.add(node)
@@ -109,16 +81,6 @@ def _written(graph: fx.Graph, constant: set[fx.Node]) -> set[fx.Node]:
     return spoiled
 
 
-def _is_random(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    drawn = any(word in name for word in ("rand", "bernoulli", "multinomial", "normal", "uniform_"))
-    return bool(node.meta.get("random")) or drawn
-
-
-def _is_guard(node: fx.Node) -> bool:
-    return node.op == "call_function" and node.target is check_guard
-
-
 def _evaluate(module: nn.Module, graph: fx.Graph, constant: set[fx.Node], edges: list[fx.Node]) -> dict[fx.Node, Any]:
     wanted = set(edges)
     for node in reversed(list(graph.nodes)):
@@ -134,34 +96,8 @@ def _evaluate(module: nn.Module, graph: fx.Graph, constant: set[fx.Node], edges:
     return values
 
 
-def run_node(module: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
-    if node.op == "get_attr":
-        value: Any = module
-        for part in str(node.target).split("."):
-            value = getattr(value, part) if isinstance(value, nn.Module) else value[int(part)]
-        return value
-    if node.op == "call_function":
-        return node.target(*args, **kwargs)  # type: ignore[operator]
-    if node.op == "call_method":
-        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    return module.get_submodule(str(node.target))(*args, **kwargs)
-
-
-def _buffer(module: nn.Module, value: Tensor) -> str:
-    """Name of a buffer of the island that holds `value`; equal tables of several graphs are kept once."""
-    value = value.detach()
-    count = 0
-    for name, buffer in module._buffers.items():
-        if name.startswith(_PREFIX):
-            count += 1
-            if buffer is not None and _same(buffer, value):
-                return name
-    module.register_buffer(f"{_PREFIX}{count}", value.clone(), persistent=False)
-    return f"{_PREFIX}{count}"
-
-
 def _drop_dead(graph: fx.Graph) -> None:
     for node in reversed(list(graph.nodes)):
-        kept = node.op in ("placeholder", "output") or _is_guard(node) or node.target is setattr
+        kept = node.op in ("placeholder", "output") or is_guard(node) or node.target is setattr
         if not node.users and not kept and not node.meta.get("writes") and not node.meta.get("random"):
             graph.erase_node(node)

@@ -18,14 +18,12 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from harmoq_ao.graph.proxies import ValueProxy, find_tracer
-
-if TYPE_CHECKING:
-    from harmoq_ao.graph.tracer import IslandTracer
+from harmoq_ao.graph.recorder import Recorder
 
 #: Tensor factories are nodes even without a proxy among their arguments: a constant must follow the model's device.
 FACTORIES = frozenset(
@@ -46,19 +44,19 @@ class _Active(threading.local):
     """
 
     def __init__(self) -> None:
-        self.stack: list[IslandTracer | None] = []
+        self.stack: list[Recorder | None] = []
 
 
 _active = _Active()
 
 
-def active_tracer() -> IslandTracer | None:
+def active_tracer() -> Recorder | None:
     """The tracer whose forward is running in this thread now, or None."""
     return _active.stack[-1] if _active.stack else None
 
 
 @contextmanager
-def activate(tracer: IslandTracer | None) -> Iterator[None]:
+def activate(tracer: Recorder | None) -> Iterator[None]:
     """Make ``tracer`` this thread's active one; None suspends tracing, so that real values can be computed."""
     _active.stack.append(tracer)
     try:

@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from harmoq_ao.common.errors import TraceError
-
-if TYPE_CHECKING:
-    from harmoq_ao.graph.tracer import IslandTracer
+from harmoq_ao.graph.recorder import Recorder
 
 #: What a proxy itself keeps; an author's assignment to anything else would be lost.
 _OWN_ATTRIBUTES = frozenset({"_node", "attr", "node", "root", "tracer", "value"})
@@ -56,10 +54,10 @@ def check_guard(value: Any, question: str, expected: Any) -> None:
 class ValueProxy(fx.Proxy):
     """An FX proxy together with the value of its node on the example input."""
 
-    tracer: IslandTracer
+    tracer: Recorder  # type: ignore[assignment]
 
-    def __init__(self, node: fx.Node, tracer: IslandTracer, value: Any) -> None:
-        super().__init__(node, tracer)
+    def __init__(self, node: fx.Node, tracer: Recorder, value: Any) -> None:
+        super().__init__(node, tracer)  # type: ignore[arg-type]
         self.value = value
 
     def __repr__(self) -> str:
@@ -147,7 +145,7 @@ class ValueAttribute(ValueProxy):
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
 
 
-def find_tracer(structure: Any) -> IslandTracer | None:
+def find_tracer(structure: Any) -> Recorder | None:
     """The tracer of the first proxy in a nested structure of tuples, lists, dicts and slices; None without one."""
     if isinstance(structure, ValueProxy):
         return structure.tracer

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.graph.folding import fold_variant
 from harmoq_ao.graph.island import finish_graphs, is_island
-from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.sites.base import quiet
 from harmoq_ao.sites.model import PreparedModel
@@ -60,12 +59,8 @@ def teacher(prepared: PreparedModel) -> PreparedModel:
     with quiet(), torch.no_grad():
         for module in quick.model.modules():
             if is_island(module):
-                finish_graphs(module, _quicker)
+                finish_graphs(module, (fold_variant, fuse_attention))
     return quick
-
-
-def _quicker(module: nn.Module, variant: Variant) -> Variant:
-    return fuse_attention(module, fold_variant(module, variant))
 
 
 @contextmanager

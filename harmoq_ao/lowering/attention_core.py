@@ -8,28 +8,24 @@ the graph as it was. How it comes into a graph: `core_rewriting.py`.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.graph.tracer import Variant
-from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
+from harmoq_ao.graph import island_state
+from harmoq_ao.lowering.fusing import Misfit, is_recognising
 from harmoq_ao.sites.quantized import QuantizedMatmul
 
 _LOG2E = 1.4426950408889634  # the kernel's exponentials are powers of two
-_MEMO_SIZE = 256  # shapes of calls; images come in every size
-_KEY = "_harmoq_attention_core"
-_numbers = itertools.count()
 
 
 def attention_core(
-    scores: QuantizedMatmul,
-    values: QuantizedMatmul,
+    island: nn.Module,
+    scores: str,
+    values: str,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,8 +38,9 @@ def attention_core(
     """``softmax(factor * query @ key + terms + mask) @ value`` with both products on integers, by the kernel.
 
     Args:
-        scores: Site of the first product.
-        values: Site of the second one.
+        island: The module whose attention it is.
+        scores: Name of the site of the first product, within the island.
+        values: Name of the site of the second one.
         query: `[windows, heads, N, D]`; the windows may have several axes, the heads none.
         key: `[windows, heads, D, M]`.
         value: `[windows, heads, M, D]`.
@@ -57,7 +54,7 @@ def attention_core(
         `[windows, heads, N, D]` in the type of `query`.
 
     Raises:
-        Misfit: The kernel does not take it; says why.
+        Misfit: The kernel does not take the call; the message says why.
     """
     from harmoq_ao.triton_kernels import ops, window_attention
 
@@ -70,7 +67,7 @@ def attention_core(
     table = [_spread(term, (heads, tokens, keys), query, "What is added to its scores") for term in terms]
     windows = None if mask is None else _check_mask(mask, frame, (heads, tokens, keys))
     packed = replace(
-        _packed(scores, values, heads, head_dim),
+        _packed(island, scores, values, heads, head_dim),
         score_scale=scale.float().reshape(heads).contiguous(),
         bias=torch.stack([t.float() for t in table]).sum(0) * _LOG2E if table else None,
     )
@@ -139,99 +136,41 @@ def product_quantizers(scores: QuantizedMatmul, values: QuantizedMatmul) -> Any:
     return _limits().MatmulQuantizers(*scores.operands(), *values.operands(), values.relative)
 
 
-def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_dim: int) -> Any:
-    """The kernel's operands but for factor and bias, made once."""
-    if scores.joint_scale is not None and len(scores.joint_scale) != head_dim:
-        raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(scores.joint_scale)}")
-    operands = scores.operands(), values.operands()
-    key = (*map(id, operands), heads, head_dim)  # the operands are held by their sites, or by what is kept here
-    known = values._derived.get("attention")
-    if known is not None and known[0] == key:
-        return known[2]
-    kernels = _limits()
+@dataclass(frozen=True)
+class _PackedCore:
+    """The kernel's operands, and what they were made from.
+
+    Args:
+        key: Identities of the sites' operands (sites make others when their tensors change), heads and their channels.
+        operands: Those operands, held so that no other object takes their identity.
+        packed: The kernel's.
+    """
+
+    key: tuple[int, ...]
+    operands: tuple[Any, Any]
+    packed: Any
+
+
+def _packed(island: nn.Module, scores: str, values: str, heads: int, head_dim: int) -> Any:
+    """The kernel's operands but for factor and bias, made once and kept with the island."""
+    first, second = island.get_submodule(scores), island.get_submodule(values)
+    assert isinstance(first, QuantizedMatmul)
+    assert isinstance(second, QuantizedMatmul)
+    if first.joint_scale is not None and len(first.joint_scale) != head_dim:
+        raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(first.joint_scale)}")
+    operands = first.operands(), second.operands()
+    key = (*map(id, operands), heads, head_dim)
+    kept = island_state(island).packed
+    known = kept.get((scores, values))
+    if known is not None and known.key == key:
+        return known.packed
     try:
-        matmuls = product_quantizers(scores, values)
-        device = next(b.device for b in scores.buffers())
-        packed = kernels.pack_attention(
+        matmuls = product_quantizers(first, second)
+        device = next(b.device for b in first.buffers())
+        packed = _limits().pack_attention(
             None, None, heads, head_dim, torch.ones(heads, device=device), scale_after=True, matmuls=matmuls
         )
     except KernelError as error:
         raise Misfit(str(error)) from error
-    values._derived["attention"] = (key, operands, packed)
+    kept[scores, values] = _PackedCore(key, operands, packed)
     return packed
-
-
-# --- running it -------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class _State:
-    """What one island knows of the cores of one of its graphs.
-
-    Attributes:
-        taken: Shapes of calls that the kernel took.
-        refused: Shapes of calls that it did not take.
-        reason: Why not, once that was asked.
-    """
-
-    taken: set[Any] = field(default_factory=set)
-    refused: set[Any] = field(default_factory=set)
-    reason: str | None = None
-
-
-class LoweredCores:
-    """Runs a graph, or the same with attention kernels. What it finds is kept with the island, and copied with it.
-
-    Args:
-        variant: The graph.
-        run: The graph with kernels, compiled; None if there is nothing that they could compute.
-        names: Names of the sites that they compute.
-        reason: Why there is nothing.
-    """
-
-    def __init__(self, variant: Variant, run: Callable[..., Any] | None, names: tuple[str, ...], reason: str) -> None:
-        self.variant, self.run, self.names, self.reason = variant, run, names, reason
-        self.number = next(_numbers)
-
-    def __call__(self, module: nn.Module, *leaves: Any) -> Any:
-        """The graph's result for these leaves."""
-        trying, state = is_recognising(), self.state(module)
-        if self.run is None:
-            state.reason = self.reason
-            return self.variant.run(module, *leaves)
-        if not (trying or runs_triton(module.get_submodule(self.names[0]), leaves)):
-            return self.variant.run(module, *leaves)
-        shapes = tuple(tuple(leaf.shape) if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if torch.compiler.is_compiling():  # no trial: what eager calls found
-            run = self.run if any(shapes == known for known in state.taken) else self.variant.run
-            return run(module, *leaves)
-        if shapes in state.refused:
-            return self.variant.run(module, *leaves)
-        try:
-            result = self.run(module, *leaves)
-        except Misfit as misfit:
-            state.reason = str(misfit)
-            _remember(state.refused, shapes)
-            return self.variant.run(module, *leaves)
-        _remember(state.taken, shapes)
-        return self.variant.run(module, *leaves) if trying else result
-
-    def state(self, module: nn.Module) -> _State:
-        """What an island knows of this graph."""
-        known: dict[int, _State] = module.__dict__.setdefault(_KEY, {})
-        return known.setdefault(self.number, _State())
-
-    def sites(self, module: nn.Module) -> tuple[str, ...]:
-        """Names of the sites that kernels compute, within the island; none where they do not take it."""
-        return self.names if self.state(module).taken else ()
-
-    def miss(self, module: nn.Module) -> str | None:
-        """Why kernels do not take it; None if they do, or if that was not asked."""
-        state = self.state(module)
-        return None if state.taken else state.reason
-
-
-def _remember(shapes: set[Any], new: Any) -> None:
-    if len(shapes) >= _MEMO_SIZE:
-        shapes.clear()
-    shapes.add(new)

@@ -1,30 +1,97 @@
-"""Finding attention with quantized products in a graph, and putting one call of the kernel in its place."""
+"""Attention with quantized products in a graph: one call of the kernel is put in its place."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import fx, nn
 
-from harmoq_ao.graph.contractions import einsum_form
-from harmoq_ao.graph.island import original_class
-from harmoq_ao.graph.tracer import Variant, compile_graph
-from harmoq_ao.lowering.attention import (
+from harmoq_ao.graph import Variant, einsum_form
+from harmoq_ao.graph.calls import leaf_shapes
+from harmoq_ao.graph.exchange import Finding, original_class
+from harmoq_ao.graph.nodes import SELF, called_module, target_name, writes_arguments
+from harmoq_ao.graph.variant import Declined
+from harmoq_ao.lowering.attention_core import attention_core
+from harmoq_ao.lowering.attention_pattern import (
     ADDITIONS,
     MULTIPLICATIONS,
     VIEWS,
     Match,
-    asks_metadata,
+    ask_instead,
     drop_unused,
     erase_attention,
     is_softmax,
     match_attention,
+    product_site,
     score_stand_in,
 )
-from harmoq_ao.lowering.attention_core import LoweredCores, attention_core
-from harmoq_ao.lowering.fusing import Misfit
+from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.sites.quantized import QuantizedMatmul
+
+_MEMO_SIZE = 256  # shapes of calls; images come in every size
+
+
+@dataclass
+class LoweredCores:
+    """A graph with attention kernels, to be run in place of the one without.
+
+    Args:
+        run: The graph with kernels, compiled; None if there is nothing that they could compute.
+        names: Names of the sites that they compute.
+        blocked: Why there is nothing.
+
+    Attributes:
+        taken: Shapes of calls that the kernels took.
+        refused: Shapes of calls that they did not take.
+        reason: Why not, once that was asked.
+    """
+
+    run: Callable[..., Any] | None
+    names: tuple[str, ...]
+    blocked: str
+    taken: set[Any] = field(default_factory=set)
+    refused: set[Any] = field(default_factory=set)
+    reason: str | None = None
+
+    def attempt(self, variant: Variant, module: nn.Module, leaves: tuple[Any, ...]) -> Any:
+        """The result of a call if the kernels take its shapes, which a first call tries."""
+        if self.run is None:
+            self.reason = self.blocked
+            return Declined.DECLINED
+        trying = is_recognising()
+        if not (trying or runs_triton(module.get_submodule(self.names[0]), leaves)):
+            return Declined.DECLINED
+        shapes = leaf_shapes(leaves)
+        if torch.compiler.is_compiling():  # no trial: what eager calls found
+            known = any(shapes == taken for taken in self.taken)
+            return self.run(module, *leaves) if known else Declined.DECLINED
+        if shapes in self.refused:
+            return Declined.DECLINED
+        try:
+            result = self.run(module, *leaves)
+        except Misfit as misfit:
+            self.reason = str(misfit)
+            _remember(self.refused, shapes)
+            return Declined.DECLINED
+        _remember(self.taken, shapes)
+        return Declined.DECLINED if trying else result
+
+    def finding(self, module: nn.Module) -> Finding | None:
+        """The sites that the kernels compute once they took a call; every quantized product if they refused it."""
+        if self.taken:
+            return Finding("triton attention", [module.get_submodule(name) for name in self.names], None)
+        if self.reason is None:
+            return None
+        return Finding("triton attention", [m for m in module.modules() if isinstance(m, QuantizedMatmul)], self.reason)
+
+
+def _remember(shapes: set[Any], new: Any) -> None:
+    if len(shapes) >= _MEMO_SIZE:
+        shapes.clear()
+    shapes.add(new)
 
 
 def lower_cores(module: nn.Module, variant: Variant) -> Variant:
@@ -36,8 +103,7 @@ def lower_cores(module: nn.Module, variant: Variant) -> Variant:
     """
     if not any(_is_quantized_product(module, node) for node in variant.graph.nodes):
         return variant
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(variant.graph, {}))
+    graph = variant.copied_graph()
     sites: list[str] = []
     reason = _blocking(module, graph)
     for node in list(graph.nodes):
@@ -50,29 +116,15 @@ def lower_cores(module: nn.Module, variant: Variant) -> Variant:
             reason = str(misfit)
             continue
         sites += [str(match.scores.target), str(match.product.target)]
-    if any(node.meta.get("random") for node in graph.nodes) or _writes_arguments(variant.graph):
+    if any(node.meta.get("random") for node in graph.nodes) or writes_arguments(variant.graph):
         sites, reason = [], "its graph draws or writes into arguments, and a call that is given up half-way runs again"
     drop_unused(graph)
-    run = None if not sites else compile_graph(graph, original_class(module))
-    return replace(variant, run=LoweredCores(variant, run, tuple(sites), reason))
-
-
-def _writes_arguments(graph: fx.Graph) -> bool:
-    """Whether a graph writes into what shares memory with its arguments."""
-    shared: set[fx.Node] = set()
-    for node in graph.nodes:
-        operands = node.all_input_nodes
-        if any(operands[i] in shared for i in node.meta.get("writes", ())):
-            return True
-        if node.op == "placeholder" or any(operands[i] in shared for i in node.meta.get("shares", ())):
-            shared.add(node)
-    return False
+    run = variant.with_graph(module, graph).run if sites else None
+    return replace(variant, lowered=(*variant.lowered, LoweredCores(run, tuple(sites), reason)))
 
 
 def _is_quantized_product(module: nn.Module, node: Any) -> bool:
-    if not isinstance(node, fx.Node) or node.op != "call_module" or len(node.args) != 2 or node.kwargs:
-        return False
-    site = module.get_submodule(str(node.target))
+    site = product_site(module, node)
     if not isinstance(site, QuantizedMatmul):
         return False
     return site.form.op in ("matmul", "bmm") or _right_is_transposed(site) is not None
@@ -103,9 +155,8 @@ def _blocking(module: nn.Module, graph: fx.Graph) -> str:
 
 
 def _called(module: nn.Module, node: fx.Node) -> str:
-    if node.op == "call_module":
-        return original_class(module.get_submodule(str(node.target))).__name__
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    called = called_module(module, node)
+    return original_class(called).__name__ if called is not None else target_name(node) or str(node.target)
 
 
 @dataclass
@@ -173,9 +224,8 @@ def _rewrite(module: nn.Module, graph: fx.Graph, match: Match) -> None:
             back = whole
         for node in [match.scores, *match.chain, *match.after[1:]]:
             seen_through = frame if node in match.chain[-3:-1] and chain.view is not None else whole
-            for user in [u for u in node.users if asks_metadata(u)]:
-                user.replace_input_with(node, seen_through)
-        sites = [graph.get_attr(str(n.target)) for n in (match.scores, match.product)]
+            ask_instead(node, seen_through)
+        sites = (graph.get_attr(SELF), str(match.scores.target), str(match.product.target))
         operands = (query, key, value, chain.factor, tuple(chain.terms), chain.mask, frame, back)
         core = graph.call_function(attention_core, (*sites, *operands))
         if any(user.op == "call_method" and user.target == "view" for user in match.product.users):

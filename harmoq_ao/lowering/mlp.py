@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.graph import is_island
-from harmoq_ao.graph.exchange import exchange_class
+from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
 from harmoq_ao.kernels import onednn_mlp
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
 from harmoq_ao.sites.quantized import QuantizedLinear
@@ -19,8 +21,9 @@ _ROWS = (3, 5)
 _KINDS = {"erf": "none", "tanh": "tanh"}
 
 
-class FusedMlp:
-    """What a module that is ``fc2(gelu(fc1(x)))`` keeps beside itself.
+@dataclass
+class FusedMlp(Replacement):
+    """A module that is ``fc2(gelu(fc1(x)))``, run fused where a kernel takes it.
 
     Args:
         fc1: Name of the first linear.
@@ -32,13 +35,25 @@ class FusedMlp:
         taken: Whether the fused kernel took a call.
     """
 
-    def __init__(self, fc1: str, fc2: str, gelu: str) -> None:
-        self.fc1, self.fc2, self.gelu = fc1, fc2, gelu
-        self.reason: str | None = None
-        self.taken = False
+    fc1: str
+    fc2: str
+    gelu: str
+    reason: str | None = None
+    taken: bool = False
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The fused result, or None where the module's own forward is to run."""
+    def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The fused result, or that of the author's forward."""
+        fused = self._fused(module, args[0]) if len(args) == 1 and not kwargs and not module.training else None
+        return original_class(module).forward(module, *args, **kwargs) if fused is None else fused
+
+    def findings(self, module: nn.Module) -> list[Finding]:
+        """Both linears, once the kernel was tried."""
+        if not self.taken and self.reason is None:
+            return []
+        linears = [module.get_submodule(self.fc1), module.get_submodule(self.fc2)]
+        return [Finding("triton mlp", linears, self.reason)]
+
+    def _fused(self, module: nn.Module, x: Tensor) -> Tensor | None:
         fc1, fc2 = module.get_submodule(self.fc1), module.get_submodule(self.fc2)
         assert isinstance(fc1, QuantizedLinear)
         assert isinstance(fc2, QuantizedLinear)
@@ -81,7 +96,7 @@ def find_mlp(module: nn.Module) -> FusedMlp:
     linears.
 
     Raises:
-        Misfit: It is none; says why.
+        Misfit: Not an MLP; the message explains why.
     """
     if is_island(module):
         raise Misfit("its own forward contracts")
@@ -151,34 +166,9 @@ class _Probe(fx.Interpreter):
         return super().call_module(target, args, kwargs)
 
 
-# --- in a model -------------------------------------------------------------------------------------------------------
-
-_KEY = "_harmoq_mlp"
-
-
 def fuse_mlps(model: nn.Module) -> None:
     """Let every MLP of `model` run fused where its sites choose Triton; its parts keep their names."""
     for module in list(model.modules()):
-        if _KEY in module.__dict__:
-            continue
-        try:
-            found = find_mlp(module)
-        except Misfit:
-            continue
-        exchange_class(module, "Fused", lambda cls: {"forward": _forward, "harmoq_forward": cls.forward})
-        module.__dict__[_KEY] = found
-
-
-def fused_mlp(module: nn.Module) -> FusedMlp | None:
-    """What :func:`fuse_mlps` found of a module."""
-    found: FusedMlp | None = module.__dict__.get(_KEY)
-    return found
-
-
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    found = fused_mlp(self)  # a slice of a sequence is of its class, and none
-    if found is not None and len(args) == 1 and not kwargs and not self.training:
-        fused = found(self, args[0])
-        if fused is not None:
-            return fused
-    return self.harmoq_forward(*args, **kwargs)  # type: ignore[operator]
+        if replacement_of(module, Replacement) is None:
+            with suppress(Misfit):
+                exchange(module, find_mlp(module))

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.graph.folding import run_node
-from harmoq_ao.lowering.attention import fused_attention, is_softmax, sum_of
+from harmoq_ao.graph.nodes import called_module, run_node
+from harmoq_ao.lowering.attention import fused_attention, sum_of
+from harmoq_ao.lowering.attention_pattern import is_softmax
 from harmoq_ao.sites.prepared import PreparedMatmul
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul
 
@@ -108,7 +109,7 @@ def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand
         operands = query, key, value, sum_of(terms)
         batch = torch.broadcast_shapes(query.shape[:-2], value.shape[:-2])
         return stand_in("attention", "", *batch, query.shape[-2], value.shape[-1])
-    contraction = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    contraction = called_module(module, node)
     if isinstance(contraction, QuantizedLinear):
         return stand_in("linear", str(node.target), *args[0].shape[:-1], contraction.site.shape[0])
     if isinstance(contraction, (QuantizedMatmul, PreparedMatmul)) and contraction.form.op == "matmul":

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from torch import nn
 
-from harmoq_ao.graph import is_island, island_state
-from harmoq_ao.lowering.attention_core import LoweredCores
+from harmoq_ao.graph.exchange import Finding, Replacement, replacement_of
 from harmoq_ao.lowering.fusing import Misfit, recognising
-from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
-from harmoq_ao.lowering.window_attention import LoweredAttention
-from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
+from harmoq_ao.lowering.mlp import find_mlp
+from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedSite
 from harmoq_ao.sites.report import Lowering
 
 
@@ -38,11 +35,12 @@ def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], run: Callable[[
     found = {name: _single(site) for name, site in sites.items()}
     names = {id(site): name for name, site in sites.items()}
     for module in model.modules():
-        for kernel, parts, reason in _fused(module):
-            for part in parts:
-                name = names.get(id(part))
-                if name is not None:
-                    found[name] = Lowering(kernel) if reason is None else Lowering(found[name].kernel, reason)
+        replacement = replacement_of(module, Replacement)
+        findings = _unfused_mlp(module) if replacement is None else replacement.findings(module)
+        for finding in findings:
+            for name in (names[id(site)] for site in finding.sites if id(site) in names):
+                kernel = finding.kernel if finding.reason is None else found[name].kernel
+                found[name] = Lowering(kernel, finding.reason)
     return found
 
 
@@ -57,50 +55,13 @@ def _single(site: QuantizedSite) -> Lowering:
     return Lowering(site.kernel, "no Triton kernel of its own")
 
 
-def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:
-    """Fused kernels that were tried on a module: name, its sites, and why it was not taken."""
-    mlp = fused_mlp(module)
-    if mlp is not None and (mlp.taken or mlp.reason is not None):
-        return [("triton mlp", [module.get_submodule(mlp.fc1), module.get_submodule(mlp.fc2)], mlp.reason)]
-    if not is_island(module):
-        return _unfused_mlp(module)
-    runs = (variant.run for variant in island_state(module).all_variants())
-    return [row for run in runs for row in _rows(module, run)]
-
-
-_Row = tuple[str, list[nn.Module], str | None]
-
-
-def _unfused_mlp(module: nn.Module) -> list[_Row]:
-    """Why a module of two linears is no MLP that is fused."""
+def _unfused_mlp(module: nn.Module) -> list[Finding]:
+    """Why a module of two quantized linears is not fused as an MLP."""
     linears: list[nn.Module] = [m for m in module.children() if isinstance(m, QuantizedLinear) and m.both_quantized]
-    if len(linears) != 2 or fused_mlp(module) is not None:
+    if len(linears) != 2:
         return []
     try:
         find_mlp(module)
     except Misfit as misfit:
-        return [("triton mlp", linears, f"its module is no MLP: {misfit}")]
+        return [Finding("triton mlp", linears, f"its module is no MLP: {misfit}")]
     return []
-
-
-def _rows(module: nn.Module, run: Any) -> list[_Row]:
-    """What fused kernels found of one graph of an island."""
-    if isinstance(run, LoweredAttention):
-        inner, reason = _rows(module, run.variant.run), run.state(module).reason
-        if run.sites(module):
-            return [("triton window_attention", _named(module, run.sites(module)), None)]
-        if reason is None:
-            return inner
-        within = [part for _, parts, _ in inner for part in parts]
-        sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite) and m not in within]
-        return [("triton window_attention", sites, reason), *inner]
-    if not isinstance(run, LoweredCores):
-        return []
-    if run.sites(module):
-        return [("triton attention", _named(module, run.sites(module)), None)]
-    products: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedMatmul)]
-    return [("triton attention", products, run.miss(module))] if run.miss(module) is not None else []
-
-
-def _named(module: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    return [module.get_submodule(name) for name in names]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,15 +9,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.graph.tracer import Variant
+from harmoq_ao.graph import Variant
+from harmoq_ao.graph.exchange import Finding
+from harmoq_ao.graph.variant import Declined
 from harmoq_ao.lowering.attention_core import product_quantizers
-from harmoq_ao.lowering.attention_matching import WindowAttention, find_window_attention
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.lowering.probing import read_constants
+from harmoq_ao.lowering.window_recognition import WindowAttention, find_window_attention
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul, QuantizedSite
 
 
-def lower_attention(module: nn.Module, variant: Variant) -> Variant:
+def lower_window_attention(module: nn.Module, variant: Variant) -> Variant:
     """The same variant, which runs the fused kernel where its sites choose Triton and it is a window attention.
 
     Args:
@@ -26,93 +27,80 @@ def lower_attention(module: nn.Module, variant: Variant) -> Variant:
         variant: One of its graphs, in its final form.
     """
     names = [n for n, m in module.named_modules() if isinstance(m, QuantizedLinear) and m.both_quantized]
-    return replace(variant, run=LoweredAttention(variant, names[0])) if names else variant
-
-
-_KEY = "_harmoq_attention"
-_numbers = itertools.count()
+    # A whole attention is worth more than its core: it is tried before what other passes found.
+    return replace(variant, lowered=(LoweredAttention(names[0]), *variant.lowered)) if names else variant
 
 
 @dataclass
-class _State:
-    """What one island knows of one of its graphs.
+class LoweredAttention:
+    """The fused kernel in place of a graph that is a whole window attention.
+
+    Args:
+        first: Name of the linear whose backend decides.
 
     Attributes:
-        reason: Why the kernel does not take it.
-        found: What it computes.
-        packed: The kernels' operands.
+        reason: Why the kernel does not take the graph.
+        found: What the graph computes.
+        packed: The kernel's operands.
         seen: Tensors that `packed` was made from, with their versions; held, so that no other takes their identity.
         shapes: Shapes that were tried.
     """
 
+    first: str
     reason: str | None = None
     found: WindowAttention | None = None
     packed: Any = None
     seen: tuple[tuple[Tensor, int], ...] = ()
     shapes: tuple[tuple[int, ...], ...] = ()
 
-
-class LoweredAttention:
-    """Runs a graph, or the fused kernel in its place. What it finds is kept with the island, and copied with it.
-
-    Args:
-        variant: The graph.
-        first: Name of the linear whose backend decides.
-    """
-
-    def __init__(self, variant: Variant, first: str) -> None:
-        self.variant = variant
-        self.first = first
-        self.number = next(_numbers)
-
-    def __call__(self, module: nn.Module, *leaves: Any) -> Any:
-        """The graph's result for these leaves."""
+    def attempt(self, variant: Variant, module: nn.Module, leaves: tuple[Any, ...]) -> Any:
+        """The kernel's result, if the graph is an attention and the kernel takes it."""
         trying = is_recognising()
-        asked = trying or runs_triton(module.get_submodule(self.first), leaves)
-        taken = asked and self.recognise(module, list(leaves))
-        return _launch(self.state(module), leaves) if taken and not trying else self.variant.run(module, *leaves)
+        if not (trying or runs_triton(module.get_submodule(self.first), leaves)):
+            return Declined.DECLINED
+        taken = self._recognise(variant, module, list(leaves))
+        return self._launch(leaves) if taken and not trying else Declined.DECLINED
 
-    def state(self, module: nn.Module) -> _State:
-        """What an island knows of this graph."""
-        known: dict[int, _State] = module.__dict__.setdefault(_KEY, {})
-        return known.setdefault(self.number, _State())
+    def finding(self, module: nn.Module) -> Finding | None:
+        """The sites that the kernel computes; every site of the island where it refused."""
+        if self.found is not None:
+            names = (self.found.qkv, self.found.proj, *(self.found.products or ()))
+            return Finding("triton window_attention", [module.get_submodule(name) for name in names], None)
+        if self.reason is None:
+            return None
+        sites: list[nn.Module] = [m for m in module.modules() if isinstance(m, QuantizedSite)]
+        return Finding("triton window_attention", sites, self.reason)
 
-    def sites(self, module: nn.Module) -> tuple[str, ...]:
-        """Names of the sites that the kernel computes, within the island; none where it does not take it."""
-        found = self.state(module).found
-        return () if found is None else (found.qkv, found.proj, *(found.products or ()))
-
-    def recognise(self, module: nn.Module, leaves: list[Any]) -> bool:
+    def _recognise(self, variant: Variant, module: nn.Module, leaves: list[Any]) -> bool:
         """Whether the kernel takes a call; tried once for each window size and set of weights."""
-        state, shapes = self.state(module), _shapes(leaves)
+        shapes = _shapes(leaves)
         if torch.compiler.is_compiling():  # no trial: what an eager call found
-            return state.found is not None and state.shapes == shapes
-        tensors = _tensors(module, self.variant.graph, leaves)
-        if state.found is not None and state.shapes == shapes and _unchanged(state.seen, tensors):
+            return self.found is not None and self.shapes == shapes
+        tensors = _tensors(module, variant.graph, leaves)
+        if self.found is not None and self.shapes == shapes and _unchanged(self.seen, tensors):
             return True
-        if state.reason is not None:
+        if self.reason is not None:
             return False
         try:
-            state.found = find_window_attention(module, self.variant, leaves)
+            self.found = find_window_attention(module, variant, leaves)
             device = next(leaf.device for leaf in leaves if isinstance(leaf, Tensor))
-            state.packed = pack_attention(module, state.found, device)
+            self.packed = pack_attention(module, self.found, device)
         except (Misfit, KernelError) as error:
-            state.reason, state.found = str(error), None
+            self.reason, self.found = str(error), None
             return False
-        state.shapes, state.seen = shapes, tuple((t, t._version) for t in tensors)
+        self.shapes, self.seen = shapes, tuple((t, t._version) for t in tensors)
         return True
 
+    def _launch(self, leaves: tuple[Any, ...]) -> Tensor:
+        from harmoq_ao.triton_kernels import ops, window_attention
 
-def _launch(state: _State, leaves: tuple[Any, ...]) -> Tensor:
-    from harmoq_ao.triton_kernels import ops, window_attention
-
-    assert state.found is not None
-    tokens, place = leaves[state.found.image], state.found.mask
-    mask = None if place is None else leaves[place].to(tokens.dtype).contiguous()
-    compute = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float16
-    if torch.compiler.is_compiling():
-        return ops.window_attention(tokens, state.packed, mask=mask, compute=compute)
-    return window_attention.launch_window_attention(tokens, state.packed, mask=mask, compute=compute)
+        assert self.found is not None
+        tokens, place = leaves[self.found.image], self.found.mask
+        mask = None if place is None else leaves[place].to(tokens.dtype).contiguous()
+        compute = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float16
+        if torch.compiler.is_compiling():
+            return ops.window_attention(tokens, self.packed, mask=mask, compute=compute)
+        return window_attention.launch_window_attention(tokens, self.packed, mask=mask, compute=compute)
 
 
 def _tensors(module: nn.Module, graph: fx.Graph, leaves: list[Any]) -> list[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.sites.quantized import ActivationOperand, QuantizedSite
 from harmoq_ao.sites.report import SiteRow
 

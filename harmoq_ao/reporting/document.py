@@ -20,7 +20,7 @@ from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.common.progress import track
 from harmoq_ao.common.version import __version__
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.reporting import charts
 from harmoq_ao.reporting.charts import Axis, Series
 from harmoq_ao.reporting.distributions import Histogram, recorded, worst_sites

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CompilerError, ConfigError
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.compiler_view import for_compiler
 from harmoq_ao.runtime.few_sizes import kept

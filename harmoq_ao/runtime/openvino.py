@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import ConfigError, InputError, OpenVinoError
 from harmoq_ao.common.optional import require
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.runtime.few_sizes import kept
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.conversion.serialization import load_quantized
 from harmoq_ao.images import ImageRecord
 from harmoq_ao.runtime.tiling import Progress, join_rows, upscale_rows

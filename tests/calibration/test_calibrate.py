@@ -183,7 +183,7 @@ def test_a_bad_batch_in_the_middle_is_refused_and_calibration_can_start_over() -
     assert has_qparams(h.calibrate(prepared, images(2)))
 
 
-@pytest.mark.parametrize("settle", [h.convert_harmoq, h.compute_qparams, h.enable_fake_quant])
+@pytest.mark.parametrize("settle", [h.compute_qparams, h.enable_fake_quant])
 def test_nothing_is_settled_without_data(settle: Any) -> None:
     with pytest.raises(CalibrationError, match="saw no calibration data") as caught:
         settle(prepare("linears", PAPER))

@@ -381,6 +381,20 @@ def test_only_a_prepared_model_is_converted(model: Any) -> None:
         h.convert_harmoq(model)
 
 
+def test_conversion_computes_no_qparams_behind_the_callers_back() -> None:
+    prepared = h.prepare_harmoq(build("linears"), PAPER, images(1))
+    for seen in (False, True):
+        if seen:
+            prepared(images(1)[0])
+        with pytest.raises(CalibrationError, match="no quantization parameters") as caught:
+            h.convert_harmoq(prepared)
+        assert "quantizers without, first at" in str(caught.value.found)
+        assert "calibrate" in str(caught.value.remedy)
+        assert "compute_qparams" in str(caught.value.remedy)
+    h.compute_qparams(prepared)
+    assert torch.isfinite(run(h.convert_harmoq(prepared))).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.int8, None, "bfloat16"])
 def test_other_float_types_are_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match="float type"):

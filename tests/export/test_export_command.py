@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.graph import is_island
-from harmoq_ao.graph.island import forget
+from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.kernels import ops
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul
 from tests.models import PER_TOKEN, converted, images
@@ -71,7 +70,7 @@ def test_export_of_a_size_never_seen_says_what_to_do() -> None:
     model = converted("SwinIR/light", HarmoqConfig(8, 8))
     for module in model.modules():
         if is_island(module):
-            forget(module)
+            island_state(module).forget(module)
     with pytest.raises(TraceError, match="run the model once"):
         torch.export.export(model, (images(1)[0],), strict=False)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.common.errors import ExportError, OutputError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.check import onnx_engines
 from harmoq_ao.export.onnx import OPSET, OnnxExport, export_onnx
 from harmoq_ao.sites.quantized import QuantizedLinear

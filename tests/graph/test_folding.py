@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
-from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.graph import IslandState, finish_graphs, is_island, island_state, make_island
-from harmoq_ao.graph.folding import fold_variant, remember
+from harmoq_ao.graph.exchange import Replacement, original_class, replacement_of
+from harmoq_ao.graph.folding import fold_variant
+from harmoq_ao.graph.last_result import LastResult, remember
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 
 
@@ -27,7 +29,7 @@ def _folded(module: nn.Module, *args: Any) -> nn.Module:
     """An island folded after one call."""
     twin = _island(module)
     twin(*args)
-    finish_graphs(twin, fold_variant)
+    finish_graphs(twin, (fold_variant,))
     return twin
 
 
@@ -249,12 +251,10 @@ def test_folding_does_not_change_a_converted_model(name: str) -> None:
     for module in plain.modules():
         if is_island(module):
             state = island_state(module)
-            state.finish = None
-            state.variants.clear()
-            state.memo.clear()
-        module.__dict__.pop("_harmoq_last", None)
-        if "harmoq_forward" in vars(type(module)):
-            module.__class__ = type(module).__mro__[1]
+            state.passes = ()
+            state.forget(module)
+        elif replacement_of(module, Replacement) is not None:
+            module.__class__ = original_class(module)
     for size in architecture.sizes:
         for batch in architecture.batches:
             image = architecture.example(size, batch, seed=batch)
@@ -276,8 +276,9 @@ def test_position_networks_outside_of_islands_are_remembered() -> None:
     architecture = _entry("GRL")
     quantized = _converted(architecture)
     forward(quantized, architecture.example())
-    kept = [m.__dict__["_harmoq_last"][1] for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
-    assert len(kept) == 12
+    memories = [replacement_of(m, LastResult) for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
+    kept = [memory.last[1] for memory in memories if memory is not None and memory.last is not None]
+    assert len(kept) == len(memories) == 12
     forward(quantized, architecture.example(seed=8))
-    again = [m.__dict__["_harmoq_last"][1] for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
+    again = [memory.last[1] for memory in memories if memory is not None and memory.last is not None]
     assert all(a is b for a, b in zip(kept, again, strict=True))

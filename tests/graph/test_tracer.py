@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import TraceError
-from harmoq_ao.graph import Contraction, IslandState, island_state, make_island, same_values
+from harmoq_ao.graph import Contraction, IslandState, Phase, island_state, make_island, same_values
 from harmoq_ao.graph.contractions import SourceKey
 
 SIZES = ((1, 8, 8), (3, 8, 8), (2, 16, 8), (1, 5, 7), (2, 12, 20))
@@ -63,28 +63,26 @@ class Factory:
         return self.known[contraction.key]
 
 
-def island(module: nn.Module, *, strict: bool = True, quiet: Any = None) -> tuple[nn.Module, Factory]:
+def island(module: nn.Module, **settings: Any) -> tuple[nn.Module, Factory]:
     """A copy of a module as an island with a site at every contraction."""
     twin, factory = copy.deepcopy(module).eval(), Factory()
-    state = IslandState("island", factory, strict=strict)
-    if quiet is not None:
-        state.quiet = quiet
-    make_island(twin, state)
+    make_island(twin, IslandState("island", factory, **{"strict": True, **settings}))
     return twin, factory
 
 
 def check(module: nn.Module, inputs: Callable[[int, int, int], tuple[Any, ...]] | None = None) -> Any:
-    """Compare island and original at all sizes, twice; return (island, factory)."""
+    """Compare island and original at all sizes, twice, in both phases; return (island, factory)."""
     module = module.eval()
-    twin, factory = island(module)
     make = inputs or (lambda b, h, w: (torch.randn(b, h, w, 12),))
-    with torch.no_grad():
-        for size in SIZES * 2:
-            args = make(*size)
-            mine = copy.deepcopy(args)
-            assert same_values(module(*args), twin(*mine)), size
-            assert same_values(args, mine), f"arguments were written differently at {size}"
-    assert factory.known, "no contraction was found"
+    for phase in reversed(Phase):
+        twin, factory = island(module, phase=phase)
+        with torch.no_grad():
+            for size in SIZES * 2:
+                args = make(*size)
+                mine = copy.deepcopy(args)
+                assert same_values(module(*args), twin(*mine)), size
+                assert same_values(args, mine), f"arguments were written differently at {size}"
+        assert factory.known, "no contraction was found"
     return twin, factory
 
 
@@ -680,7 +678,7 @@ def test_state_dict_and_class_stay_the_authors() -> None:
 
 
 def test_a_new_size_runs_once_where_no_site_observes() -> None:
-    twin, _ = island(UsesHelper())
+    twin, _ = island(UsesHelper(), phase=Phase.CONVERTED)
     twin(torch.randn(1, 4, 12))
     sites = [m for m in twin.modules() if isinstance(m, Product)]
     before = [s.calls for s in sites]
@@ -713,9 +711,10 @@ class LateGuard(Base):
         return y * 2 if x.mean() > 1 else y
 
 
-def test_a_guard_after_a_write_does_not_write_twice() -> None:
+@pytest.mark.parametrize("phase", Phase)
+def test_a_guard_after_a_write_does_not_write_twice(phase: Phase) -> None:
     module = LateGuard().eval()
-    twin, _ = island(module)
+    twin, _ = island(module, phase=phase)
     for shift in (-1, 1, -1, 1, 1):
         x = torch.randn(2, 4, 12) + shift
         mine = x.clone()
@@ -739,9 +738,10 @@ def test_memory_is_bounded() -> None:
     assert len(island_state(twin).memo) <= 256
 
 
-def test_threads_may_share_an_island() -> None:
+@pytest.mark.parametrize("phase", Phase)
+def test_threads_may_share_an_island(phase: Phase) -> None:
     module = SizeBranch().eval()
-    twin, _ = island(module)
+    twin, _ = island(module, phase=phase)
     failures: list[str] = []
     start = threading.Barrier(4)
 

@@ -13,7 +13,7 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.config import Profile
 from harmoq_ao.graph.island import is_island, island_state
-from harmoq_ao.graph.tracer import op_of_site
+from harmoq_ao.graph.nodes import calls_site
 from harmoq_ao.harmonization.learner import Learner, Rates
 from harmoq_ao.harmonization.reference import float_reference, teacher
 from harmoq_ao.harmonization.refine import RefineSettings, RefineTrace, features_of, refine
@@ -61,7 +61,7 @@ def test_the_teacher_computes_the_float_network_with_the_same_parameters_and_few
 def _products(model: h.PreparedModel) -> int:
     """Attention products in the graphs."""
     graphs = [v.graph for m in model.model.modules() if is_island(m) for v in island_state(m).all_variants()]
-    return sum(n.op == "call_module" and op_of_site(n.target) is not None for g in graphs for n in g.nodes)
+    return sum(calls_site(n) for g in graphs for n in g.nodes)
 
 
 @pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT"])

@@ -198,15 +198,15 @@ def test_constants_that_change_are_met_with_new_operands() -> None:
     quantized = quantize(CosineAttention(2, "mlp", "parts"), HarmoqConfig(8, 8))
     island = quantized.model.attention
     image = torch.rand(1, 3, 8, 12)
-    (run,) = (v.run for v in island_state(island).all_variants())
-    assert isinstance(run, LoweredAttention)
+    (variant,) = island_state(island).all_variants()
+    (kernel,) = (lowered for lowered in variant.lowered if isinstance(lowered, LoweredAttention))
     quantized.use_backend("triton")
     with kernel_references():
         before = quantized(image)
-        packed = run.state(island).packed
+        packed = kernel.packed
         assert packed.bias is not None
         quantized(image)
-        assert run.state(island).packed is packed
+        assert kernel.packed is packed
     constants = [b for name, b in island.named_buffers() if name.startswith("harmoq_folded")]
     assert constants
     for constant in constants:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.graph.exchange import replacement_of
 from harmoq_ao.lowering.fusing import Misfit
-from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
+from harmoq_ao.lowering.mlp import FusedMlp, find_mlp
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 from harmoq_ao.recipes.architectures import forward as run_model
 from tests.lowering.helpers import Network, assert_same_image, kernel_references
@@ -179,7 +180,7 @@ def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
     prepared = h.prepare_harmoq(Pixels().eval(), HarmoqConfig(8, 8), [example])
     quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
     module = quantized.model.mlp
-    found = fused_mlp(module)
+    found = replacement_of(module, FusedMlp)
     assert (None if found is None else found.gelu) == expected
     if expected is None:
         with pytest.raises(Misfit):

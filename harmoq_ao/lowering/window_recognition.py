@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmoq_ao.graph import Variant
 from harmoq_ao.graph.proxies import GuardFailed
-from harmoq_ao.graph.tracer import Variant
 from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.probing import Call, Stand, probe, random_results, uneven_results, zero_results
 from harmoq_ao.sites.quantized import QuantizedMatmul
@@ -64,7 +64,7 @@ def find_window_attention(module: nn.Module, variant: Variant, leaves: list[Any]
         leaves: Arguments of a call that the graph fits.
 
     Raises:
-        Misfit: It is none, or not one that the kernels compute; says why.
+        Misfit: Not a window attention, or not one that the kernels compute; the message explains why.
     """
     image, mask = _roles(leaves)
     trial = _Trial(module, variant, leaves, image, mask)

@@ -1,0 +1,146 @@
+"""The converted model: the author's model, whose sites hold integer codes and compute with them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.conversion.passes import finalize
+from harmoq_ao.images import check_image_tensor
+from harmoq_ao.kernels.linear import check_backend
+from harmoq_ao.lowering.survey import survey
+from harmoq_ao.sites.history import History
+from harmoq_ao.sites.model import ModelTraits
+from harmoq_ao.sites.quantized import QuantizedSite
+from harmoq_ao.sites.report import Lowering, Report, SiteRow, quantized_report
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16)
+
+
+class QuantizedModel(nn.Module):
+    """A model whose sites compute on integers; call it as the original.
+
+    Attributes:
+        model: The author's model, with quantized modules at its sites.
+        config: The configuration it was made with.
+        rows: One report row per contraction.
+        example_shapes: Image shapes it was prepared on.
+        traits: Scale, size requirements and architecture.
+        float_dtype: Type of the parts that stay float.
+        history: How it was made, or None if that is not known.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: HarmoqConfig,
+        rows: list[SiteRow],
+        example_shapes: list[tuple[int, ...]],
+        traits: ModelTraits,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.rows = rows
+        self.example_shapes = example_shapes
+        self.traits = traits
+        self.float_dtype = torch.float32
+        self.history: History | None = None
+
+    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Upscale an image batch `[B, C, H, W]` in 0..1; the result has the type of the input.
+
+        Raises:
+            InputError: Not an image batch, not finite, or of another number of channels.
+        """
+        check_image_tensor(image, channels=(self.example_shapes[0][1],))
+        # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
+        mixed = self.float_dtype is not torch.float32
+        with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
+            output = self.model(image.to(self.float_dtype), *args, **kwargs)
+        return output.to(image.dtype) if isinstance(output, Tensor) else output
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
+        """As any module's, but weights that were released have no memory on any device."""
+        super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+        return self
+
+    def sites(self) -> dict[str, QuantizedSite]:
+        """Quantized modules by site name."""
+        return {m.site.name: m for m in self.model.modules() if isinstance(m, QuantizedSite)}
+
+    def kernels(self) -> dict[str, str]:
+        """Code path of each quantized site on its present device."""
+        return {name: lowering.kernel for name, lowering in self.lowerings().items()}
+
+    def lowerings(self, device: str | None = None) -> dict[str, Lowering]:
+        """What computes each quantized site, and where it could be a fused kernel but is not, why.
+
+        Args:
+            device: ``cpu`` or ``cuda``; by default where the model is. A GPU need not be there.
+
+        Raises:
+            ConfigError: Another device.
+        """
+        if device not in (None, "cpu", "cuda"):
+            raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
+        sites = self.sites()
+        first = next(self.model.parameters(), None)
+        here = "cpu" if first is None else first.device.type
+        if any(s.backend == "triton" for s in sites.values()) or (device or here) == "cuda":
+            return survey(self.model, sites, self._example_run)
+        return {name: Lowering(module.kernel) for name, module in sites.items()}
+
+    def _example_run(self) -> None:
+        """Run the first example's size once."""
+        place = next((p.device for p in self.parameters()), torch.device("cpu"))
+        self(torch.rand(self.example_shapes[0]).to(place))
+
+    def use_reference(self, enabled: bool = True) -> None:
+        """Run every site on the plain integer reference (slow) instead of the device's kernels."""
+        self.use_backend("reference" if enabled else "auto")
+
+    def use_backend(self, backend: str) -> None:
+        """Choose the kernels of every site: ``auto`` (the device's own), ``reference`` or ``triton``.
+
+        Raises:
+            ConfigError: Another name.
+        """
+        chosen = check_backend(backend)
+        for module in self.sites().values():
+            module.backend = chosen
+
+    def set_float_dtype(self, dtype: torch.dtype) -> QuantizedModel:
+        """Run the parts that stay float in float32 or bfloat16; codes and qparams are not touched.
+
+        Raises:
+            ConfigError: Another type.
+        """
+        if dtype not in _FLOAT_DTYPES:
+            raise ConfigError("Unsupported float type", found=dtype, expected="torch.float32 or torch.bfloat16")
+        self.model.to(dtype)  # islands forget what was folded in the former type
+        self.float_dtype = dtype
+        self.finalize()
+        return self
+
+    def finalize(self) -> None:
+        """Fold constants and fuse kernels, once all tensors have their final values and types."""
+        constants = {r.name for r in self.rows if r.kind == "linear" and not r.depends_on_image}
+        finalize(self.model, constants, self._example_run)
+
+    def report(self, device: str | None = None) -> Report:
+        """One row per site: bits, quantization range, joint scale, SQNR, kernel, and why a site stays float.
+
+        Args:
+            device: Whose kernels to name, as in :meth:`lowerings`.
+        """
+        report = quantized_report(self.rows, self.sites(), self.lowerings(device))
+        measured = {} if self.history is None else self.history.sensitivities
+        for row in report.rows:
+            row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
+        return report
