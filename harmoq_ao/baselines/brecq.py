@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
+from harmoq_ao.baselines.block_reconstruction import StageCall, block_error, relative_error, stage_calls
+from harmoq_ao.baselines.learned_rounding import LearnedRounding
 from harmoq_ao.common.progress import track
-from harmoq_ao.harmonization.blockwise import block_error, relative_error, stage_calls
-from harmoq_ao.harmonization.learner import Learner, Rates
-from harmoq_ao.harmonization.paper.rounding import LearnedRounding
-from harmoq_ao.harmonization.reference import frozen, set_weight
+from harmoq_ao.harmonization.learner import Learner
 from harmoq_ao.harmonization.sampling import image_batches
-from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
+from harmoq_ao.harmonization.settings import Rates
+from harmoq_ao.harmonization.stages import Stage, find_stages
+from harmoq_ao.harmonization.teacher import Teacher
+from harmoq_ao.harmonization.weights import frozen, set_weight
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
@@ -71,9 +73,10 @@ class BRECQ(Baseline):
         count = min(MAX_IMAGES, budget.steps * budget.batch_size)
         batches = image_batches(prepared, crops, count, budget.batch_size, budget.crop_size, budget.seed)
         rounded: set[int] = set()
+        teacher = Teacher(prepared)
         with frozen(prepared):
             for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
-                calls = stage_calls(prepared, stage, batches)
+                calls = stage_calls(prepared, teacher, stage, batches)
                 reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget, activation_quantizers, minmax_weights
 from harmoq_ao.baselines.learning import distil_bounds, rows_to_learn
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.observers import HistogramObserver
 from harmoq_ao.sites.model import PreparedModel
@@ -47,8 +48,9 @@ class DBDCPac(Baseline):
         first = budget.steps // 2 if rows_to_learn(prepared) else budget.steps
         first = first if activation_quantizers(prepared) else 0
         second = replace(budget, steps=budget.steps - first, seed=budget.seed + 1)
-        distil_bounds(prepared, crops, replace(budget, steps=first), rate=RATE, weights=False)
-        distil_bounds(prepared, crops, second, rate=RATE, activations=False)
+        teacher = Teacher(prepared)
+        distil_bounds(prepared, crops, replace(budget, steps=first), rate=RATE, teacher=teacher, weights=False)
+        distil_bounds(prepared, crops, second, rate=RATE, teacher=teacher, activations=False)
 
 
 def clipped_share(bits: int) -> float:

@@ -14,9 +14,9 @@ from harmoq_ao.baselines import BASELINES
 from harmoq_ao.calibration.calibrate import calibrate, enable_fake_quant
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonization.apply import harmonize
+from harmoq_ao.harmonization.harmonize import harmonize
 from harmoq_ao.harmonization.presets import preset as preset_of
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import PreparedModel

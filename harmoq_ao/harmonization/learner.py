@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.distributed import is_distributed, sum_gradients
-from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.harmonization.settings import Rates
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import SCALE_LIMITS
 from harmoq_ao.quant.quantizer import Scheme
@@ -19,40 +19,6 @@ from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedSit
 MIN_RANGE = 1e-3
 """Bounds stay this far apart, as a share of their distance at the start."""
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
-
-
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates of Adam at 2 bits; 0 leaves that kind of parameter alone.
-
-    Args:
-        bounds: Of the quantizers' bounds, as a share of their distance.
-        scales: Of the logarithms of the joint scales, and of the joint shifts as a share of the input's range.
-        weights: Of weights and biases of the sites, as a share of their standard deviation.
-        rest: Of all other parameters (norms, convolutions, position biases), likewise.
-
-    Raises:
-        ConfigError: A rate is negative or not finite.
-    """
-
-    bounds: float = 5e-3
-    scales: float = 5e-3
-    weights: float = 1e-2
-    rest: float = 3e-3
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"The learning rate of {name} is out of range", found=value, expected="0 or more")
-
-    def at(self, bits: int) -> Rates:
-        """Rates for another width, times ``sqrt(3 / (2**bits - 1))``.
-
-        The smaller the step of the quantizers, the less there is to correct. On DAT-light at 4 bits the rates of 2 bits
-        first lose half a decibel on held-out crops; divided by five they gain from the start and end higher.
-        """
-        factor = math.sqrt(3.0 / (2**bits - 1))
-        return Rates(**{name: value * factor for name, value in vars(self).items()})
 
 
 class Learner:
@@ -138,7 +104,7 @@ class Learner:
         self._project()
 
     def finish(self) -> None:
-        """Take no more gradients."""
+        """Freeze the learned parameters."""
         for parameter in self._named.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -200,13 +166,13 @@ class Learner:
         if self._rates.bounds == 0:
             return
         for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
-            if quantizer is None or quantizer.spec.dynamic or not _free(site, quantizer):
+            if quantizer is None or not _free(site, quantizer):
                 continue
             width = (quantizer.upper - quantizer.lower).detach()
             rate = self._rates.bounds * float(width.mean())
             self._gaps.append((quantizer, width.clamp_min(1e-8) * MIN_RANGE))
             self._learn(f"{site.site.path}.{side}.upper", quantizer.upper, rate)
-            if quantizer.spec.scheme is not Scheme.SYMMETRIC:  # else it mirrors the upper one
+            if quantizer.lower_ratio is None:  # else it follows the upper one
                 self._learn(f"{site.site.path}.{side}.lower", quantizer.lower, rate)
 
     def _add_scale(self, site: PreparedSite) -> None:
@@ -244,9 +210,10 @@ class Learner:
     @torch.no_grad()
     def _project(self) -> None:
         for quantizer, gap in self._gaps:
-            if quantizer.spec.scheme is Scheme.SYMMETRIC:
-                quantizer.upper.copy_(torch.maximum(quantizer.upper, gap / 2))
-                quantizer.lower.copy_(-quantizer.upper)
+            ratio = quantizer.lower_ratio
+            if ratio is not None:
+                quantizer.upper.copy_(torch.maximum(quantizer.upper, gap / (1.0 + ratio)))
+                quantizer.lower.copy_(-ratio * quantizer.upper)
                 continue
             missing = (gap - (quantizer.upper - quantizer.lower)).clamp_min(0)
             quantizer.upper.add_(missing / 2)
@@ -264,8 +231,10 @@ class Learner:
 
 
 def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
+    """Whether the range can be learned; not that of an 8-bit weight, whose codes are signed around a zero."""
     weight = quantizer is site.weight_quantizer and isinstance(site, (PreparedLinear, PreparedConv2d))
-    return not (weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT)
+    signed = weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT
+    return quantizer.learnable and not quantizer.spec.dynamic and not signed
 
 
 def _common(rate: float) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class HarmonizeSettings:
 
     @property
     def steps(self) -> int:
-        """Gradient steps of the refinement; as many steps in every block count as one of the network."""
-        return 0 if self.refine is None else self.refine.total_steps + self.refine.block_steps
+        """Gradient steps of the refinement."""
+        return 0 if self.refine is None else self.refine.total_steps
 
 
 PRESETS: dict[str, HarmonizeSettings] = {

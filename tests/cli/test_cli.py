@@ -24,7 +24,7 @@ from harmoq_ao.cli.upscale import _tiles_shown
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.runtime import upscaler
 

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.harmonization.paper.abr import Contraction, Operand
-from harmoq_ao.harmonization.paper.projections import TokenGrid, find_grid
-from harmoq_ao.harmonization.paper.rounding import edge_magnitude, edge_weights, gptq_round, token_hessian
+from harmoq_ao.harmonization.paper.projections import SPATIAL_FILTERS, Projection, TokenGrid, find_grid
 from harmoq_ao.harmonization.paper.src import ResidualStatistics, SRCSettings
-from harmoq_ao.harmonization.reference import owns_bias, set_weight
+from harmoq_ao.harmonization.weights import owns_bias, set_weight
 from harmoq_ao.quant.bounds import search_tensor_bounds, weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import power_scale
-from harmoq_ao.quant.quantizer import Granularity, snap_bounds, step_size
+from harmoq_ao.quant.quantizer import Granularity, snap_bounds
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul, PreparedSite
 
 _VALUES_PER_ROW = 1024
@@ -33,7 +32,12 @@ class SiteProblem(ABC):
         site: The prepared site.
         initial: The site as it is.
         can_scale: Whether a joint scale is defined: both operands quantized, contracted length fixed.
+        can_calibrate: Whether there is a weight that SRC may change.
+        corrects_bias: Whether the mean error can be taken up by a bias that belongs to this site alone.
     """
+
+    can_calibrate = False
+    corrects_bias = False
 
     def __init__(self, site: PreparedSite, initial: Contraction, can_scale: bool) -> None:
         self.site = site
@@ -63,6 +67,14 @@ class SiteProblem(ABC):
         left = self._with_bounds(left, None)
         right = self._with_bounds(replace(state.right, scale=inverse), left.scaled())
         return replace(state, left=left, right=right)
+
+    def usable_projection(self, projection: Projection) -> Projection:
+        """The projection that SRC can apply here: without a grid of tokens a spatial filter becomes the identity."""
+        return projection
+
+    def calibrated(self, state: Contraction, settings: SRCSettings) -> Contraction:
+        """SRC of the weight for the input as `state` quantizes it; a product of activations stays as it is."""
+        return state
 
     @abstractmethod
     def _ranges(self, state: Contraction) -> tuple[Tensor, Tensor]:
@@ -123,6 +135,7 @@ class LinearProblem(SiteProblem):
         self.wanted = self.given.lerp(wanted, inherited)
         self.grid: TokenGrid | None = find_grid(given, image)
         self.can_calibrate = own_parameters
+        self.corrects_bias = own_parameters and owns_bias(site)
         self._linear, self._reference = site, reference
         chosen = sample_indices(len(self.given), rows, seed).to(given.device)
         self._wanted_output = self.wanted[chosen] @ reference.weight.T
@@ -135,49 +148,16 @@ class LinearProblem(SiteProblem):
         right = _operand(site.weight_quantizer, site.weight.detach().T[None], inverse, transposed=True)
         super().__init__(site, Contraction(left, right, self._target(site.weight, shift)), can_scale=True)
 
-    @property
-    def corrects_bias(self) -> bool:
-        """Whether the mean error can be taken up by a bias that belongs to this site alone."""
-        return self.can_calibrate and owns_bias(self._linear)
+    def usable_projection(self, projection: Projection) -> Projection:
+        return "identity" if projection in SPATIAL_FILTERS and self.grid is None else projection
 
     def calibrated(self, state: Contraction, settings: SRCSettings) -> Contraction:
-        """SRC of the float weight for what the input quantizer of `state` makes of the input."""
         statistics = ResidualStatistics(settings)
         whole = replace(state.left, values=self.given)
         statistics.update(whole.unscaled(whole.rounded()), self.wanted, self.grid)
         weight = self._reference.weight + statistics.solve(self._reference.weight).delta
         right = self._with_bounds(replace(state.right, values=weight.T[None]), state.left.scaled())
         return replace(state, right=right, target=self._target(weight, state.left.shift))
-
-    def rounded(self, state: Contraction, *, edges: bool) -> Contraction:
-        """The weight on the levels that GPTQ chooses for what the input quantizer of `state` makes of the input.
-
-        A bias of the site's own takes up the mean error: with a joint shift there is much of it, which the nearest
-        levels do not have, because the shift is given back by the weight that is stored.
-
-        Args:
-            state: Where to start; its bounds stay.
-            edges: Tokens count more where the float input has edges (where it is a grid).
-        """
-        right = state.right
-        if right.spec is None or right.bounds is None:
-            return state
-        whole = replace(state.left, values=self.given)
-        tokens = whole.unscaled(whole.rounded())
-        tokens = tokens if whole.scale is None else tokens / whole.scale
-        free_mean = state.free_mean or self.corrects_bias
-        hessian = token_hessian(tokens - tokens.mean(0) if free_mean else tokens, self._importance(edges))
-        lower, upper = (bound.expand(1, 1, right.values.shape[-1]).flatten() for bound in right.bounds)
-        step = step_size(lower, upper, right.spec.bits)
-        weight = gptq_round(right.scaled()[0].T, lower, step, right.spec.bits, hessian)
-        values = right.unscaled(weight.T[None])
-        target = self._target(values[0].T, state.left.shift)
-        return replace(state, right=replace(right, values=values), target=target, free_mean=free_mean)
-
-    def _importance(self, edges: bool) -> Tensor | None:
-        if not edges or self.grid is None:
-            return None
-        return edge_weights(edge_magnitude(self.wanted.reshape(*self.grid, -1))).flatten()
 
     def commit(self, state: Contraction) -> None:
         """Set bounds, joint scale, weight, and the bias where the mean is free."""

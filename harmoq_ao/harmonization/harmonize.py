@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from harmoq_ao.calibration.calibrate import enable_fake_quant
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmTrace, Balance, run_algorithm
+from harmoq_ao.harmonization.paper.algorithm import run_algorithm
+from harmoq_ao.harmonization.paper.trace import AlgorithmTrace, Balance
 from harmoq_ao.harmonization.presets import HarmonizeSettings
-from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.refine import RefineTrace, refine
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.sites.history import History, SiteChange, short, thinned
 from harmoq_ao.sites.model import PreparedModel
 
@@ -47,15 +48,6 @@ class HarmonizeTrace:
             return History(method, preset, sites)
         losses = thinned(list(enumerate(learned.losses, start=1)))
         return History(method, preset, sites, losses, thinned(learned.held_out), learned.best_step)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HarmonizeTrace:
-        """Inverse of :meth:`to_dict`."""
-        algorithm, learned = data.get("algorithm"), data.get("refine")
-        return cls(
-            None if algorithm is None else AlgorithmTrace.from_dict(algorithm),
-            None if learned is None else RefineTrace.from_dict(learned),
-        )
 
 
 def _change(name: str, start: float, end: float, balances: Sequence[Balance]) -> SiteChange:
@@ -92,13 +84,21 @@ def harmonize(
         CheckpointError: The checkpoint belongs to other work.
     """
     enable_fake_quant(prepared)
-    float_reference(prepared)  # before any weight changes
+    teacher = Teacher(prepared)
     trace = HarmonizeTrace()
     if settings.algorithm is not None:
-        trace.algorithm = run_algorithm(prepared, crops, settings.algorithm, show_progress=show_progress)
+        trace.algorithm = run_algorithm(
+            prepared, crops, settings.algorithm, teacher=teacher, show_progress=show_progress
+        )
     if settings.refine is not None:
         trace.refine = refine(
-            prepared, crops, settings.refine, held_out=held_out, checkpoint=checkpoint, show_progress=show_progress
+            prepared,
+            crops,
+            settings.refine,
+            teacher=teacher,
+            held_out=held_out,
+            checkpoint=checkpoint,
+            show_progress=show_progress,
         )
     prepared.history = trace.to_history(method="harmoq")
     return trace
