@@ -42,7 +42,6 @@ class ABRSettings:
         review_every: Updates between two reviews.
         tolerance: Relative fall of the objective that counts as progress at a review.
         patience: Reviews without progress, one after the other, after which to stop.
-        second_order: Whether ``dW dx`` belongs to the objective.
 
     Raises:
         ConfigError: A value is outside its range.
@@ -57,7 +56,6 @@ class ABRSettings:
     review_every: int = 5
     tolerance: float = 1e-4
     patience: int = 2
-    second_order: bool = True
 
     def __post_init__(self) -> None:
         counts = type(self.updates) is int and self.updates >= 0
@@ -143,27 +141,25 @@ class Evaluation(NamedTuple):
     right: Gradient | None
 
 
-def output_error(contraction: Contraction, *, second_order: bool = True) -> float:
+def output_error(contraction: Contraction) -> float:
     """The objective: mean squared error of the product."""
-    return evaluate(contraction, second_order=second_order, gradients=False).objective
+    return evaluate(contraction, gradients=False).objective
 
 
 @torch.no_grad()
-def evaluate(contraction: Contraction, *, second_order: bool = True, gradients: bool = True) -> Evaluation:
+def evaluate(contraction: Contraction, *, gradients: bool = True) -> Evaluation:
     """Objective and gradient of Theorem 3, derived by hand."""
     left, right = contraction.left, contraction.right
     x, y = left.rounded(), right.rounded()
-    partner_x, partner_y = (y, x) if second_order else (right.scaled(), left.scaled())  # what multiplies dx' and dy'
-    product = x @ y if second_order else x @ partner_x + partner_y @ (y - partner_x)
-    residual = product - contraction.target
+    residual = x @ y - contraction.target
     if contraction.free_mean:
         residual -= residual.mean((0, 1))
     objective = float(residual.square().mean(dtype=torch.float64))
     if not gradients:
         return Evaluation(objective, None, None)
     residual *= 2.0 / residual.numel()
-    grad_x = _bound_gradient(left, x, residual, partner_x.mT, on_left=True)
-    grad_y = _bound_gradient(right, y, residual, partner_y.mT, on_left=False)
+    grad_x = _bound_gradient(left, x, residual, y.mT, on_left=True)
+    grad_y = _bound_gradient(right, y, residual, x.mT, on_left=False)
     return Evaluation(objective, grad_x, grad_y)
 
 
@@ -283,7 +279,7 @@ class BoundaryRefiner:
         directions = iter(self._adam.direction(clipped(flat, self.settings.clip)))
         step = self._rate() * 0.5**self._halvings
         self._place = self._moved({side: [next(directions) for _ in part] for side, part in gradients.items()}, step)
-        self._evaluation = evaluate(self._place, second_order=self.settings.second_order)
+        self._evaluation = evaluate(self._place)
         self._done += 1
         if self._evaluation.objective < self.objective:
             self.best, self.objective = self._place, self._evaluation.objective
@@ -301,7 +297,7 @@ class BoundaryRefiner:
 
     def _enter(self, contraction: Contraction) -> None:
         self._place = self.best = contraction
-        self._evaluation = evaluate(contraction, second_order=self.settings.second_order)
+        self._evaluation = evaluate(contraction)
         self.objective = self._evaluation.objective
         self._reviewed = self.objective
         self._adam = _Adam()
@@ -352,19 +348,3 @@ class _Adam:
             second.lerp_(g.square(), 0.001)
             result.append(first / bias_1 / ((second / bias_2).sqrt() + 1e-8))
         return result
-
-
-def refine_bounds(contraction: Contraction, settings: ABRSettings | None = None) -> tuple[Contraction, list[float]]:
-    """Refine the bounds of one contraction.
-
-    Returns:
-        The contraction with the best bounds, and the objective before and after every update.
-    """
-    settings = settings or ABRSettings()
-    refiner = BoundaryRefiner(contraction, settings)
-    objectives = [refiner.objective]
-    for update in range(1, settings.updates + 1 if refiner.can_learn else 1):
-        objectives.append(refiner.update())
-        if update % settings.review_every == 0 and not refiner.review() and refiner.failures >= settings.patience:
-            break
-    return refiner.best, objectives
