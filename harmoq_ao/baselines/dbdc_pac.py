@@ -1,4 +1,4 @@
-"""DBDC+Pac: clip by density, then calibrate by gradients, activations before weights."""
+"""DBDC+Pac: clip by density, then learn the ranges, activations before weights."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class DBDCPac(Baseline):
     observer = "histogram"
     learns = True
 
-    def settle(self, prepared: PreparedModel) -> None:
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
         """Clip activations by density; weights start at their extremes."""
         for quantizer in activation_quantizers(prepared):
             _clip(quantizer)
         minmax_weights(prepared)
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
-        """Distil the bounds of activations, then those of weights, half of the steps each if there are both."""
+        """Distil the ranges of activations, then those of weights, half of the steps each if there are both."""
         first = budget.steps // 2 if rows_to_learn(prepared) else budget.steps
         first = first if activation_quantizers(prepared) else 0
         second = replace(budget, steps=budget.steps - first, seed=budget.seed + 1)
@@ -59,7 +59,7 @@ def clipped_share(bits: int) -> float:
 
 
 def dual_clip(edges: Tensor, counts: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Bounds after taking bins off the less dense end for as long as no more than `share` of the values is lost.
+    """The range left after taking bins off the less dense end while no more than `share` of the values is lost.
 
     Args:
         edges: Ascending bin edges, `[bins + 1]`.

@@ -21,7 +21,7 @@ class LearnedRounding(nn.Module):
         W~ = lower + step * clamp(floor((W - lower) / step) + h(V), 0, 2**bits - 1)
         h(V) = clamp(1.2 sigmoid(V) - 0.1, 0, 1)
 
-    It starts at the weight itself: `h` is the part behind the comma.
+    It starts at the weight itself: `h` is the fractional part.
 
     Args:
         weight: Any shape.
@@ -53,7 +53,7 @@ class LearnedRounding(nn.Module):
         return (torch.sigmoid(self.logits) * (high - low) + low).clamp(0.0, 1.0)
 
     def soft(self) -> Tensor:
-        """The weight between its two levels, differentiable in the logits; clipped entries stay at their bound."""
+        """The weight between its two levels, differentiable in the logits; clipped entries stay clipped."""
         return self._at(self.floor + self.share())
 
     def hard(self) -> Tensor:
@@ -61,7 +61,7 @@ class LearnedRounding(nn.Module):
         return self._at(self.floor + (self.share().detach() >= 0.5))
 
     def regularizer(self, beta: float) -> Tensor:
-        """Mean of ``1 - |2 h - 1|**beta``: zero where every entry has decided. A falling beta lets go, then presses.
+        """Mean of ``1 - |2 h - 1|**beta``: zero once every `h` is 0 or 1. A falling beta first lets them move freely.
 
         Args:
             beta: Exponent, above 1: large values act only close to 0 and 1, small ones everywhere.

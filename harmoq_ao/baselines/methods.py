@@ -1,4 +1,4 @@
-"""One entry for every method of quantization that the command line and the recipes know."""
+"""One entry point for every quantization method that the command line and the recipes know."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def prepare_with(
         method: One of :data:`METHODS`.
         model: As for :func:`prepare_harmoq`.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-        config: Bits, profile and rules; observer and joint scales are the method's own.
+        config: Bits, profile and rules; the method chooses observer and joint scales.
         preset: How much work: a name of :data:`PRESETS`. Baselines that learn take as many
             gradient steps, of as many images, as HarmoQ's refinement.
         held_out: Images that are not learned from (HarmoQ keeps the state that is best on them).
@@ -61,7 +61,7 @@ def prepare_with(
 
     Raises:
         ConfigError: Unknown method or preset.
-        CalibrationError: The crops do not do.
+        CalibrationError: No crops, crops of different sizes, or a site that none of them reaches.
     """
     check_method(method)
     settings = preset_of(preset)

@@ -37,7 +37,7 @@ class PAMS(Baseline):
     observer = "minmax"
     learns = True
 
-    def settle(self, prepared: PreparedModel) -> None:
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
         """Put every alpha at the largest magnitude seen."""
         for quantizer in activation_quantizers(prepared):
             lowest, highest = _range(quantizer)

@@ -1,4 +1,4 @@
-"""Harmonization as one pass over a calibrated model: Algorithm 1, then refinement."""
+"""Harmonization of a calibrated model: Algorithm 1, then refinement."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from harmoq_ao.sites.model import PreparedModel
 
 @dataclass
 class HarmonizeTrace:
-    """How :func:`harmonize` went.
+    """Record of a call of :func:`harmonize`.
 
     Args:
-        algorithm: Of Algorithm 1, or None where it was left out.
-        refine: Of the refinement, or None.
+        algorithm: Trace of Algorithm 1, or None where it was left out.
+        refine: Trace of the refinement, or None.
     """
 
     algorithm: AlgorithmTrace | None = None
@@ -38,7 +38,7 @@ class HarmonizeTrace:
         return {name: None if part is None else part.to_dict() for name, part in parts.items()}
 
     def to_history(self, method: str | None = None, preset: str | None = None) -> History:
-        """The part that is saved with a model: four digits, and curves thinned to :data:`MAX_POINTS` points."""
+        """The part saved with a model: numbers of four digits, curves thinned to :data:`MAX_POINTS` points."""
         sites: tuple[SiteChange, ...] = ()
         if self.algorithm is not None:
             changes = (_change(s.name, s.start, s.end, s.balances) for s in self.algorithm.sites)
@@ -70,14 +70,14 @@ def harmonize(
     Args:
         prepared: From :func:`calibrate`; changed in place, ready to convert afterwards.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-        settings: Such as ``PRESETS["fast"]``.
-        held_out: Images like `crops` that are not learned from; refinement keeps the state that is best on them.
-        checkpoint: File that refinement saves its progress in and resumes from. Algorithm 1, which is short and
-            deterministic, is repeated on resuming.
+        settings: What to do, such as ``PRESETS["fast"]``.
+        held_out: Images like `crops` that are not learned from; refinement keeps its best state on them.
+        checkpoint: File that refinement saves its progress to and resumes from. Algorithm 1 is short and
+            deterministic, so it is repeated on resuming.
         show_progress: Show progress bars; by default where standard error is a terminal.
 
     Returns:
-        The whole trace; what is saved with the model stays in ``prepared.history``.
+        The whole trace; the part saved with the model goes to ``prepared.history``.
 
     Raises:
         CalibrationError: Not calibrated, or no crops.

@@ -1,4 +1,4 @@
-"""What refinement learns at a set of sites, each kind of parameter at its own relative rate."""
+"""The optimizer of refinement: ranges, scales, weights and the rest, each kind at its own relative rate."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear, PreparedSite
 
 MIN_RANGE = 1e-3
-"""Bounds stay this far apart, as a share of their distance at the start."""
+"""Smallest quantization range, as a share of the range at the start."""
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
 class Learner:
-    """Adam with a cosine schedule over the bounds, joint scales, weights and other parameters of some sites.
+    """Adam with a cosine schedule over the ranges, joint scales, weights and other parameters of some sites.
 
     Joint scales are learned as logarithms, so that they stay positive, and kept within
-    :data:`SCALE_LIMITS`; bounds are kept apart (a projection after each step). Bounds of 8-bit
+    :data:`SCALE_LIMITS`; ranges keep a width (a projection after each step). Ranges of 8-bit
     weights are not learned: their codes are signed, with the middle one at zero.
 
     Args:
         sites: The sites.
         rates: Learning rates.
         steps: Length of the schedule.
-        cycles: How often the schedule is gone through, each time from half the rates of the time before.
-        rest: Parameters of the rest, by name.
+        cycles: Repetitions of the schedule, each at half the rates of the one before.
+        rest: Further parameters, by name.
         warm_up: Steps over which the rates rise from zero.
-        max_norm: Gradients are scaled down to this global norm.
-        shared: The loss of a step is the sum of those of all ranks (`harmoq_ao.common.distributed`).
+        max_norm: Largest global norm of the gradients; beyond it they are scaled down.
+        shared: Sum the gradients over all ranks (`harmoq_ao.common.distributed`); the loss of a step is a sum as well.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Learner:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is learned, by name; joint scales are there as their logarithms."""
+        """The learned parameters by name; joint scales as their logarithms."""
         return dict(self._named)
 
     @property
@@ -81,7 +81,7 @@ class Learner:
         return self._schedule(self.steps_done)
 
     def step(self, loss: Tensor) -> None:
-        """Back-propagate `loss` and change the parameters once."""
+        """Back-propagate `loss` and update the parameters."""
         if self._optimizer is None:
             self.steps_done += 1
             return
@@ -117,20 +117,20 @@ class Learner:
         return {name: parameter.detach().clone() for name, parameter in self._named.items()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Go back to a snapshot."""
+        """Return to a snapshot."""
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(snapshot[name])
         self._project()
 
     def restart(self, snapshot: dict[str, Tensor]) -> None:
-        """Begin the next cycle from a snapshot, with new moments of Adam."""
+        """Start the next cycle from a snapshot, with fresh moments of Adam."""
         self.restore(snapshot)
         if self._optimizer is not None:
             self._optimizer.state.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and moments of Adam, to go on from later."""
+        """Parameters and moments of Adam, to resume from."""
         state = {f"now/{name}": tensor for name, tensor in self.snapshot().items()}
         for name, parameter in self._named.items():
             moments = {} if self._optimizer is None else self._optimizer.state.get(parameter, {})
@@ -238,12 +238,12 @@ def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
 
 
 def _common(rate: float) -> float:
-    """The nearest of eight rates an octave: parameters of one rate are updated in one call."""
+    """The nearest of eight rates per octave, so that parameters of like rates are updated in one call."""
     return 2.0 ** (round(8 * math.log2(rate)) / 8) if rate > 0 else 0.0
 
 
 def _spread(parameter: Tensor) -> float:
-    """Standard deviation of a parameter, its mean magnitude where it hardly varies, never zero."""
+    """Standard deviation of a parameter; a share of its mean magnitude where it hardly varies; never zero."""
     values = parameter.detach().float()
     deviation = float(values.std()) if values.numel() > 1 else 0.0
     return max(deviation, 0.01 * float(values.abs().mean()), 1e-6)
@@ -251,7 +251,7 @@ def _spread(parameter: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Linear warm-up, then half a cosine down to zero; every further cycle is the same at half the height."""
+    """Linear warm-up, then half a cosine down to zero; every further cycle the same at half the height."""
 
     steps: int
     warm_up: int

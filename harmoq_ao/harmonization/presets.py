@@ -1,4 +1,4 @@
-"""How much harmonization: settings by name."""
+"""Presets: settings of harmonization by name."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from harmoq_ao.harmonization.settings import RefineSettings
 
 @dataclass(frozen=True)
 class HarmonizeSettings:
-    """What harmonization does.
+    """Settings of :func:`harmonize`.
 
     Args:
-        algorithm: Algorithm 1, or None to leave it out.
-        refine: Refinement, or None to leave it out.
-        crops: Calibration crops it is meant for.
+        algorithm: Settings of Algorithm 1, or None to leave it out.
+        refine: Settings of refinement, or None to leave it out.
+        crops: Number of calibration crops it is meant for.
         crop_size: Their side in low-resolution pixels.
-        held_out: Crops of other images that choose the state to keep.
+        held_out: Number of crops of other images that choose the state to keep.
     """
 
     algorithm: AlgorithmSettings | None = field(default_factory=AlgorithmSettings)
@@ -58,10 +58,10 @@ after it ended at 40.1 dB to the float network on held-out crops, without it at 
 
 
 def preset(name: str) -> HarmonizeSettings:
-    """Settings of that name.
+    """The preset of that name.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: There is none.
     """
     if name not in PRESETS:
         raise ConfigError("Unknown preset", found=name, expected=", ".join(PRESETS))

@@ -35,7 +35,7 @@ from harmoq_ao.sites.model import PreparedModel
 
 @dataclass
 class RefineTrace:
-    """How :func:`refine` went.
+    """Record of a call of :func:`refine`.
 
     Args:
         losses: Training loss of every step.
@@ -80,7 +80,7 @@ def refine(
     Args:
         prepared: Calibrated; changed in place.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-        settings: How; the default if None.
+        settings: How to refine; the default if None.
         teacher: The float network. Needed where weights have changed since the model was prepared; by default it is
             made from `prepared` as it is.
         held_out: Images like `crops` that are not learned from: the state that is best on them is kept, the one before
@@ -137,7 +137,7 @@ def _same_everywhere(found: Progress | None, prepared: PreparedModel) -> Progres
 
 
 class _Refinement:
-    """State of one refinement."""
+    """State of one call of :func:`refine`."""
 
     def __init__(
         self,
@@ -182,7 +182,7 @@ class _Refinement:
         self.learner.step(loss)
 
     def _loss(self, images: list[Tensor]) -> Tensor:
-        """What the images of this rank add to the loss of the batch."""
+        """Contribution of this rank's images to the loss of the batch."""
         share = len(images) / self.settings.batch_size
         wanted: dict[str, Tensor] = {}
         if images:
@@ -200,7 +200,7 @@ class _Refinement:
         return loss if share == 1 else loss * share
 
     def check(self) -> None:
-        """Measure the held-out crops and remember the state if it is the best so far."""
+        """Measure the held-out crops and keep the state if it is the best so far."""
         if not self.held_out:
             self.trace.best_step = self.learner.steps_done
             return
@@ -211,23 +211,23 @@ class _Refinement:
             self.trace.best_step = self.learner.steps_done
 
     def restart(self) -> None:
-        """Begin the next cycle from the kept state."""
+        """Start the next cycle from the kept state."""
         self.learner.restart(self.best[1] if self.held_out else self.learner.snapshot())
 
     def finish(self) -> None:
-        """Leave the kept state in the model."""
+        """Put the kept state into the model."""
         if self.held_out:
             self.learner.restore(self.best[1])
         self.learner.finish()
 
     def describe(self) -> str:
-        """Progress in words."""
+        """The present loss and fidelity, for the progress bar."""
         recent = self.trace.losses[-10:]
         text = f"loss {sum(recent) / len(recent):.5f}"
         return text + (f", held out {self.trace.held_out[-1][1]:.2f} dB" if self.trace.held_out else "")
 
     def resume(self, found: Progress | None) -> None:
-        """Go on from a checkpoint, or look at where things start."""
+        """Resume from a checkpoint, or measure the start."""
         if found is None:
             self.check()
             return
@@ -240,7 +240,7 @@ class _Refinement:
         self.learner.load_state(tensors, int(data["step"]))
 
     def save(self, store: Checkpoint) -> None:
-        """Write everything that :meth:`resume` needs."""
+        """Write what :meth:`resume` needs."""
         if not distributed.is_first():
             return
         tensors = self.learner.state() | {f"best/{name}": tensor for name, tensor in self.best[1].items()}
@@ -264,7 +264,7 @@ class _Refinement:
             return [(image, first_tensor(self.reference(image[None].to(self.like)))) for image in own]
 
     def _held_out_psnr(self) -> float:
-        """Mean over all held-out images, added up in their order whoever measured them."""
+        """Mean over all held-out images; summed in their order, whichever rank measured them, so that it is exact."""
         size = distributed.world_size()
         measured = torch.zeros(math.ceil(len(self.held_out) / size), dtype=torch.float64, device=self.like.device)
         with distributed.own_share():

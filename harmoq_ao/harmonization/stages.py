@@ -29,7 +29,7 @@ class Stage:
 
 
 def find_stages(prepared: PreparedModel) -> list[Stage]:
-    """The innermost blocks that hold three or more sites, a linear layer among them, and stand in a list of modules.
+    """The innermost members of module lists that hold three or more sites, a linear layer among them.
 
     Disjoint, in execution order of their first sites. Sites between blocks belong to none.
     """

@@ -169,7 +169,7 @@ def test_a_checkpoint_of_other_work_or_damaged_is_refused(tmp_path: Path) -> Non
     with pytest.raises(CheckpointError, match="other work"):
         refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=3), checkpoint=state)
     state.write_bytes(state.read_bytes()[:100])
-    with pytest.raises(CheckpointError, match="no progress file"):
+    with pytest.raises(CheckpointError, match="not a progress file"):
         refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
 
 

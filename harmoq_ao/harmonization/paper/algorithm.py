@@ -41,7 +41,7 @@ def run_algorithm(
     Args:
         prepared: A calibrated model, fake-quantization on.
         batches: Low-resolution image batches `[B, C, H, W]` or images `[C, H, W]` in 0..1.
-        settings: What to do.
+        settings: What to do; the default if None.
         teacher: The float network; by default it is made from `prepared` as it is.
         show_progress: Show a progress bar; by default where standard error is a terminal.
 
@@ -99,7 +99,7 @@ class _Run:
                 trace.skipped[site.site.name] = reason
 
     def next_pass(self) -> bool:
-        """Capture what fits, solve it; whether anything was there to solve."""
+        """Capture as much as fits and solve it; returns whether there was anything to solve."""
         wanted = capture_inputs(self.reference, self.image, self.remaining, self._keep, self.settings.memory)
 
         def solve(site: PreparedSite, args: tuple[Tensor, ...]) -> None:
@@ -112,7 +112,7 @@ class _Run:
         return len(self.remaining) < before
 
     def _keep(self, site: PreparedSite, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Of a linear layer the whole input (filters need the grid), of a product a sample."""
+        """The whole input of a linear layer (filters need the grid), or a sample of a product."""
         if not isinstance(site, PreparedMatmul):
             return (args[0].detach(),)
         path = site.site.path

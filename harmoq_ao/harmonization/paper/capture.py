@@ -1,4 +1,4 @@
-"""What reaches a site: captured from the float network, and met again while the quantized one runs."""
+"""Inputs of sites: captured from the float network, and visited while the quantized one runs."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedAttention, PreparedSite, decomposed_attention
 
 Keep = Callable[[PreparedSite, tuple[Tensor, ...]], tuple[Tensor, ...]]
-"""Chooses what is kept of the arguments of a site's first call."""
+"""Selects what to keep of the arguments of a site's first call."""
 
 
 @torch.no_grad()
 def capture_inputs(
     model: FloatNetwork, image: Tensor, paths: Iterable[str], keep: Keep, limit: int
 ) -> dict[str, tuple[Tensor, ...]]:
-    """What the first sites of `paths` to run are given in one forward, by path, in the order of their first calls.
+    """Inputs of the first sites of `paths` to run in one forward pass, by path, in the order of their first calls.
 
     Args:
         model: The float network.
         image: Image batch `[B, C, H, W]`.
-        paths: Sites wanted.
-        keep: Chooses what is kept.
-        limit: Bytes after which the forward ends; at least one site is captured. The rest is for the next call.
+        paths: Paths of the sites wanted.
+        keep: Selects what is kept.
+        limit: Bytes after which the forward pass ends; at least one site is captured. The rest is for the next call.
     """
     wanted = set(paths)
     kept: dict[str, tuple[Tensor, ...]] = {}
@@ -55,14 +55,14 @@ def capture_inputs(
 def visit_inputs(
     model: PreparedModel, image: Tensor, paths: Iterable[str], visit: Callable[[PreparedSite, tuple[Tensor, ...]], None]
 ) -> None:
-    """Run the quantized network and call `visit` just before the first call of each site; end after the last one.
+    """Run the quantized network, call `visit` just before the first call of each site, and end after the last one.
 
-    What `visit` changes about its site counts from that very call on, so later sites see it.
+    What `visit` changes about its site takes effect in that very call, so later sites see it.
 
     Args:
         model: The prepared model, fake-quantization on.
         image: Image batch `[B, C, H, W]`.
-        paths: Sites to visit.
+        paths: Paths of the sites to visit.
         visit: Takes the site and the arguments of its call.
     """
     left = set(paths)

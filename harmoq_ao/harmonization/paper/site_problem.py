@@ -1,4 +1,4 @@
-"""The problem that one site poses: its operands on a sample, and the moves that Algorithm 1 may make."""
+"""The optimization problem of one site: its operands on a sample, and the moves that Algorithm 1 may make."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _VALUES_PER_ROW = 1024
 
 
 class SiteProblem(ABC):
-    """One site, what reaches it, and what it should return.
+    """One site with its inputs and its target.
 
     A state of the site is a :class:`Contraction`; the methods propose others and leave the
     site itself alone until :meth:`commit`.
@@ -53,11 +53,11 @@ class SiteProblem(ABC):
         return float((target - target.mean((0, 1))).square().mean(dtype=torch.float64))
 
     def rescaled(self, state: Contraction, exponent: float | None) -> Contraction:
-        """Another joint scale, ``Rx^a / Rw^(1 - a)`` per channel, and bounds searched anew for it.
+        """Another joint scale, ``Rx^a / Rw^(1 - a)`` per channel, with ranges searched anew for it.
 
         Args:
-            state: Where to start; ranges are clipped to its bounds.
-            exponent: a; 0.5 is equation (6). None keeps the scale and only searches bounds.
+            state: The start; ranges are clipped to its bounds.
+            exponent: a; 0.5 is equation (6). None keeps the scale and only searches the ranges.
         """
         scale = state.left.scale
         if exponent is not None:
@@ -82,10 +82,10 @@ class SiteProblem(ABC):
 
     @abstractmethod
     def commit(self, state: Contraction) -> None:
-        """Make the site what `state` says."""
+        """Write `state` into the site."""
 
     def _with_bounds(self, operand: Operand, partner: Tensor | None) -> Operand:
-        """Bounds of least error; those of a weight's rows weigh channels by the partner's mean squares."""
+        """Ranges of least error; those of a weight's rows weigh channels by the partner's mean squares."""
         if operand.bounds is None or operand.spec is None:
             return operand
         if operand.spec.granularity is Granularity.PER_CHANNEL:
@@ -113,8 +113,8 @@ class LinearProblem(SiteProblem):
         image: Batch size, height and width of the model's input.
         rows: Rows in the sample.
         seed: Of the sample.
-        inherited: Share of the deviation that the input brings along which the output is to make up for. The mean of
-            the output is always to be that of the float network.
+        inherited: Share of the deviation already in the input that the output is to make up for. The mean of the
+            output is always to be that of the float network.
         own_parameters: Whether no other site shares weight or bias, so that they may be changed.
     """
 
@@ -160,7 +160,7 @@ class LinearProblem(SiteProblem):
         return replace(state, right=right, target=self._target(weight, state.left.shift))
 
     def commit(self, state: Contraction) -> None:
-        """Set bounds, joint scale, weight, and the bias where the mean is free."""
+        """Set ranges, joint scale, weight, and the bias where the mean is free."""
         self._commit_bounds(state)
         bias = None
         if state.free_mean:
@@ -170,7 +170,7 @@ class LinearProblem(SiteProblem):
             set_weight(self._linear, state.right.values[0].T, bias)
 
     def _target(self, weight: Tensor, shift: Tensor | None) -> Tensor:
-        """What the product should come to, `[1, R, m]`: the layer adds its bias and what the joint shift took away."""
+        """Target of the product, `[1, R, m]`: the layer adds its bias and gives back the joint shift."""
         constant = 0.0 if shift is None else weight.detach() @ shift
         return (self._wanted_output - constant)[None]
 
@@ -186,7 +186,7 @@ class MatmulProblem(SiteProblem):
         site: The site.
         given: Sampled operands in the quantized network, `[G, M, K]` and `[G, K, N]`.
         wanted: The same of the float network.
-        inherited: Share of the deviation that the operands bring along which the output is to make up for.
+        inherited: Share of the deviation already in the operands that the output is to make up for.
     """
 
     def __init__(
@@ -205,7 +205,7 @@ class MatmulProblem(SiteProblem):
         super().__init__(site, Contraction(left, right, target), can_scale=fixed)
 
     def commit(self, state: Contraction) -> None:
-        """Set bounds and joint scale."""
+        """Set ranges and joint scale."""
         self._commit_bounds(state)
 
     def _ranges(self, state: Contraction) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ class MatmulProblem(SiteProblem):
 
 @dataclass(frozen=True)
 class MatmulSample:
-    """Which groups, rows and columns of a product ``[..., M, K] x [..., K, N]`` are looked at.
+    """A sample of groups, rows and columns of a product ``[..., M, K] x [..., K, N]``.
 
     Args:
         batch: Common batch shape of the operands.

@@ -46,7 +46,7 @@ class SiteSolver:
         return self.settings.src and self.problem.can_calibrate
 
     def _calibrate(self) -> None:
-        """Step 1. The bias is free from here on: it takes up whatever mean error there is."""
+        """Step 1: SRC. From here on the bias is free: it absorbs the mean error."""
         settings = self.settings.src_settings()
         self.trace.projection = self.problem.usable_projection(settings.projection)
         if settings.centred and self.problem.corrects_bias:
@@ -54,21 +54,21 @@ class SiteSolver:
         self._consider(self.problem.calibrated(self.state, settings), "src", 0, force=self.settings.printed)
 
     def _rescale(self, exponent: float, kind: str, update: int) -> bool:
-        """Step 2."""
+        """Step 2: HSO."""
         kept = self._consider(self._rescaled(exponent), kind, update)
         if kept:
             self.trace.exponent = self._exponent = exponent
         return kept
 
     def _rescaled(self, exponent: float | None) -> Contraction:
-        """Another scale and other bounds; calibrated for them where step 1 is on."""
+        """A state with another scale and new ranges; calibrated for them if step 1 is on."""
         candidate = self.problem.rescaled(self.state, exponent)
         if self._calibrates:
             candidate = self.problem.calibrated(candidate, self.settings.src_settings())
         return candidate
 
     def _refine(self) -> None:
-        """Step 3, with a look at the balance every few updates."""
+        """Step 3: ABR, with a look at the balance every few updates."""
         refiner = BoundaryRefiner(self.state, self.refinement)
         tolerance = self.settings.balance_tolerance * self.objective
         objectives = [self.objective]
@@ -87,7 +87,7 @@ class SiteSolver:
         self.trace.objectives = [o / self._signal for o in objectives]
 
     def _coordinate(self, update: int, tolerance: float) -> bool:
-        """Recompute the scale, and calibrate again, where one operand causes much more of the error; if changed."""
+        """Where one operand causes much more of the error, recompute the scale and calibrate again; True if it changed."""
         left, right = error_balance(self.state)
         self.trace.balances.append(Balance(update, left / self._signal, right / self._signal))
         difference = left - right
@@ -100,7 +100,7 @@ class SiteSolver:
         return changed
 
     def _rebalance(self, difference: float, update: int) -> bool:
-        """Move the exponent towards the operand that causes more error; half as far after a failure."""
+        """Move the exponent towards the operand that causes more error, half as far after each failure."""
         if self._exponent_step < _LAST_EXPONENT_STEP:
             return False
         step = self._exponent_step if difference > 0 else -self._exponent_step
@@ -111,7 +111,7 @@ class SiteSolver:
         return kept
 
     def _consider(self, candidate: Contraction, kind: str, update: int, *, force: bool = False) -> bool:
-        """Keep a candidate unless it raises the objective."""
+        """Keep a candidate unless it raises the objective; returns whether it was kept."""
         objective = output_error(candidate)
         kept = force or objective <= self.objective
         if kept:

@@ -1,15 +1,15 @@
-"""Structural residual calibration (SRC): a change of the weight that makes up for the error of its input.
+"""Structural residual calibration (SRC): a change of the weight that compensates for the error of its input.
 
 A linear layer ``y = W x`` receives ``z`` in place of ``x``; with ``d = z - x`` its output is off by ``W d``.
-Equation (5) of HarmoQ, ``dW = -W E[d x^T] H^T (H E[x x^T] H^T + l I)^-1``, is no matrix of the shape of W as printed.
-It has two readings, both here:
+Equation (5) of HarmoQ, ``dW = -W E[d x^T] H^T (H E[x x^T] H^T + l I)^-1``, does not have the shape of W as printed.
+It has two readings, both implemented here:
 
 * H filters in space and commutes with W: ``min E||H(W d + dW z)||^2 + l ||dW||^2`` is a ridge regression on filtered
   features, ``dW = -W E[(Hd)(Hz)^T] (E[(Hz)(Hz)^T] + l I)^-1`` (a spatial filter in :func:`calibrate_residual`);
 * H projects the channels and ``dW = A H``: ``min E||W d + A H z||^2 + l ||A||^2`` gives
   ``A = -W E[d z^T] H^T (H E[z z^T] H^T + l I)^-1``, equation (5) with H put back on the right.
 
-What is regressed on is what the layer will see, the quantized input ``z``, about its mean; the bias takes up the means.
+The regressor is what the layer will see, the quantized input ``z``, about its mean; the bias absorbs the means.
 :meth:`SRCSettings.printed` gives the paper's form: on the float input ``x``, about zero, bias untouched.
 """
 
@@ -42,7 +42,7 @@ _LARGEST_STABILISER = 1e-1
 
 @dataclass(frozen=True)
 class SRCSettings:
-    """How the residual is calibrated.
+    """Settings of structural residual calibration.
 
     Args:
         projection: H: ``laplacian``, ``sobel`` or ``dct`` in space, ``learned`` or ``random`` in channels, or
@@ -81,7 +81,7 @@ class SRCSettings:
 
 
 class Calibration(NamedTuple):
-    """What SRC found.
+    """Result of SRC.
 
     Attributes:
         delta: Change of the weight, `[m, K]`.

@@ -1,4 +1,4 @@
-"""How Algorithm 1 went, site by site."""
+"""Records of Algorithm 1, site by site."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 
 
 class Event(NamedTuple):
-    """Something that happened at a site.
+    """A move at a site.
 
     Attributes:
         update: Updates of the bounds done before.
-        kind: ``bias`` (the bias takes up the mean error), ``src``, ``bounds`` (searched anew), ``hso``, ``rebalance``,
+        kind: ``bias`` (the bias absorbs the mean error), ``src``, ``bounds`` (searched anew), ``hso``, ``rebalance``,
             ``rollback`` (of the last updates) or ``early stop``.
         kept: Whether the move was kept or rolled back.
         objective: Relative objective that the move led to.
@@ -26,7 +26,7 @@ class Event(NamedTuple):
 
 
 class Balance(NamedTuple):
-    """Shares of the relative output error that the rounding of each operand causes alone.
+    """Relative output errors that the rounding of each operand causes alone.
 
     Attributes:
         update: Updates of the bounds done before.
@@ -41,7 +41,7 @@ class Balance(NamedTuple):
 
 @dataclass
 class SiteTrace:
-    """How one site was solved. Objectives are mean squared output errors relative to the variance of the float output.
+    """Record of one site. Objectives are mean squared output errors relative to the variance of the float output.
 
     Args:
         name: Of the site.
@@ -68,10 +68,10 @@ class SiteTrace:
 
 @dataclass
 class AlgorithmTrace:
-    """How :func:`run_algorithm` went.
+    """Record of a call of :func:`run_algorithm`.
 
     Args:
-        settings: What was asked for.
+        settings: The settings it ran with.
         sites: One entry for every solved site, in execution order.
         skipped: Names of the sites that were not solved, with the reason.
     """
