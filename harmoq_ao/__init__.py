@@ -61,10 +61,10 @@ if TYPE_CHECKING:
     from harmoq_ao.conversion.model import QuantizedModel
     from harmoq_ao.conversion.serialization import load_quantized, save_quantized
     from harmoq_ao.export import export_checkpoint, export_onnx, export_program
-    from harmoq_ao.harmonization.apply import HarmonizeTrace, harmonize
-    from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
+    from harmoq_ao.harmonization.harmonize import HarmonizeTrace, harmonize
+    from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
     from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings
-    from harmoq_ao.harmonization.refine import RefineSettings
+    from harmoq_ao.harmonization.settings import RefineSettings
     from harmoq_ao.images import CalibrationCrops, find_images, from_hf_dataset, load_image, load_pairs, save_image
     from harmoq_ao.images.metrics import psnr_y, ssim_y
     from harmoq_ao.preparation.prepare import prepare_harmoq
@@ -90,10 +90,10 @@ _ROOMS = {
     "conversion.model": "QuantizedModel",
     "conversion.serialization": "load_quantized save_quantized",
     "export": "export_checkpoint export_onnx export_program",
-    "harmonization.apply": "HarmonizeTrace harmonize",
-    "harmonization.paper.algorithm": "AlgorithmSettings",
+    "harmonization.harmonize": "HarmonizeTrace harmonize",
+    "harmonization.paper.settings": "AlgorithmSettings",
     "harmonization.presets": "PRESETS HarmonizeSettings",
-    "harmonization.refine": "RefineSettings",
+    "harmonization.settings": "RefineSettings",
     "images": "CalibrationCrops find_images from_hf_dataset load_image load_pairs save_image",
     "images.metrics": "psnr_y ssim_y",
     "preparation.prepare": "prepare_harmoq",

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from harmoq_ao.baselines.methods import METHODS
 from harmoq_ao.common.errors import DatasetError
-from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.recipes import drawing, inspection, options
 from harmoq_ao.recipes.cells import HARMOQ, Cell, bicubic_cell, float_cell
 from harmoq_ao.recipes.curves import convergence_curves
@@ -126,9 +125,10 @@ def figure3(study: Study, arguments: argparse.Namespace) -> Numbers:
     numbers, crops = Numbers(failures=failures), _crops(study, scale, 4)
     if not {"none", arguments.projection} <= set(models):
         return numbers
-    wanted = inspection.site_outputs(float_reference(models["none"]), crops)
+    exact = study.fresh(scale, base.config(arguments.seed))
+    wanted = inspection.site_outputs(exact, crops)
     reached = {name: inspection.site_outputs(model, crops) for name, model in models.items()}
-    changes = {name: inspection.weight_changes(model) for name, model in models.items()}
+    changes = {name: inspection.weight_changes(model, exact) for name, model in models.items()}
     weights = {s.site.name: s.weight.detach().float().norm() for s in inspection.linear_sites(models["none"])}
     for name in models:
         errors = inspection.relative_errors(reached[name], wanted)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import SiteRule
-from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.stages import find_stages
 from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul
@@ -162,8 +161,8 @@ def relative_errors(reached: Mapping[str, Tensor], wanted: Mapping[str, Tensor])
     return {name: float((reached[name] - y).norm() / y.norm().clamp_min(1e-12)) for name, y in wanted.items()}
 
 
-def weight_changes(prepared: h.PreparedModel) -> dict[str, Tensor]:
-    """``W' - W`` by linear site, `[m, K]`: against the float reference that the model remembers."""
-    original = {site.site.name: site.weight.detach() for site in linear_sites(float_reference(prepared))}
+def weight_changes(prepared: h.PreparedModel, exact: h.PreparedModel) -> dict[str, Tensor]:
+    """``W' - W`` by linear site, `[m, K]`, with `W` of a model that still has the float weights."""
+    original = {site.site.name: site.weight.detach() for site in linear_sites(exact)}
     present = {site.site.name: site.weight.detach() for site in linear_sites(prepared)}
     return {name: (weight - original[name]).float().cpu() for name, weight in present.items() if name in original}

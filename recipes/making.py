@@ -14,7 +14,7 @@ import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.baselines.methods import check_method, prepare_with
 from harmoq_ao.common.errors import CalibrationError, ConfigError
-from harmoq_ao.harmonization.apply import harmonize
+from harmoq_ao.harmonization.harmonize import harmonize
 from harmoq_ao.harmonization.presets import HarmonizeSettings, preset
 from harmoq_ao.images import CalibrationCrops, list_images, luma, split_photographs
 from harmoq_ao.recipes.cells import HARMOQ, Cell, harmonize_settings, to_plain

@@ -28,7 +28,6 @@ import harmoq_ao as h
 from harmoq_ao.calibration.solve import disable_observers
 from harmoq_ao.common.errors import DatasetError
 from harmoq_ao.common.progress import progress_bar
-from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.images import ImagePair, atomic_write, load_pairs
 from harmoq_ao.images.metrics import bicubic_batch, to_uint8
 from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell
@@ -280,10 +279,9 @@ class Study:
         return made.prepared
 
     def fresh(self, scale: int, config: h.HarmoqConfig) -> h.PreparedModel:
-        """A prepared model with the float weights, observing nothing; it remembers them as its float reference."""
+        """A prepared model with the float weights, observing nothing."""
         prepared = h.prepare_harmoq(self.loaded(scale), config)
         disable_observers(prepared)
-        float_reference(prepared)
         return prepared
 
     def loaded(self, scale: int) -> LoadedModel:

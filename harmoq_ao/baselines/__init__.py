@@ -1,4 +1,7 @@
-"""Published methods to compare with, each on the same sites, quantizers and images as HarmoQ."""
+"""Published methods to compare with, on the same sites, quantizers and images as HarmoQ; mixed precision.
+
+Imports ``conversion``, ``harmonization`` and what those may import.
+"""
 
 from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.baselines.brecq import BRECQ

@@ -1,4 +1,4 @@
-"""What a baseline is, and what several of them share."""
+"""The interface of a baseline, and helpers that several of them share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harmoq_ao.sites.model import PreparedModel
 
 @dataclass(frozen=True)
 class Budget:
-    """What a method that learns may spend.
+    """Optimization budget of a method that learns.
 
     Args:
         steps: Gradient steps of the whole network.
@@ -50,12 +50,12 @@ class Budget:
 class Baseline:
     """A published method on the same sites, quantizers and images as HarmoQ.
 
-    A method overrides :meth:`settle`, :meth:`learn`, or neither.
+    A method overrides :meth:`adjust_qparams`, :meth:`learn`, or neither.
 
     Attributes:
         name: Word that selects it on the command line.
         title: Name in tables.
-        observer: How its static bounds are found, before :meth:`settle` changes them and anything is learned.
+        observer: How calibration finds its static quantization ranges, before :meth:`adjust_qparams` and :meth:`learn`.
         learns: Whether it takes gradient steps.
     """
 
@@ -80,7 +80,7 @@ class Baseline:
         seed: int = 0,
         show_progress: bool | None = None,
     ) -> None:
-        """Calibrate, settle, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.
+        """Calibrate, adjust, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.
 
         Args:
             prepared: From ``prepare_harmoq(model, self.configure(config))``, not calibrated; changed in place.
@@ -97,19 +97,19 @@ class Baseline:
         """
         budget = Budget(steps, batch_size, crop_size, seed, show_progress)
         calibrate(prepared, crops, show_progress=show_progress)
-        self.settle(prepared)
+        self.adjust_qparams(prepared)
         if self.learns and steps > 0:
             self.learn(prepared, crops, budget)
 
-    def settle(self, prepared: PreparedModel) -> None:
-        """Change the bounds or bits of a calibrated model by rule; as it comes, nothing."""
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
+        """Change the quantization ranges or bits of a calibrated model by rule. The default changes nothing."""
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Take gradient steps, if the method :attr:`learns`."""
 
 
 def activation_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
-    """Quantizers of activations with bounds of their own (not dynamic): inputs, and both operands of products."""
+    """Static quantizers of activations: of inputs, and of both operands of products."""
     return [q for site in prepared.sites() for q in site.activation_quantizers() if not q.spec.dynamic]
 
 
@@ -120,6 +120,6 @@ def weight_quantizers(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
 
 @torch.no_grad()
 def minmax_weights(prepared: PreparedModel) -> None:
-    """Bounds of every weight quantizer at the largest magnitude of each row."""
+    """Set the range of every weight quantizer to the largest magnitude of each row."""
     for site in prepared.sites():
         site.solve_weight(minmax=True)

@@ -1,4 +1,4 @@
-"""BRECQ: block after block, rounding of weights and bounds of activations for the least error of the block's output."""
+"""BRECQ: block by block, learn the rounding of weights and the ranges of activations from the block's float output."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
+from harmoq_ao.baselines.block_reconstruction import StageCall, block_error, relative_error, stage_calls
+from harmoq_ao.baselines.learned_rounding import LearnedRounding
 from harmoq_ao.common.progress import track
-from harmoq_ao.harmonization.blockwise import block_error, relative_error, stage_calls
-from harmoq_ao.harmonization.learner import Learner, Rates
-from harmoq_ao.harmonization.paper.rounding import LearnedRounding
-from harmoq_ao.harmonization.reference import frozen, set_weight
+from harmoq_ao.harmonization.learner import Learner
 from harmoq_ao.harmonization.sampling import image_batches
-from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
+from harmoq_ao.harmonization.settings import Rates
+from harmoq_ao.harmonization.stages import Stage, find_stages
+from harmoq_ao.harmonization.teacher import Teacher
+from harmoq_ao.harmonization.weights import frozen, set_weight
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
@@ -30,13 +32,13 @@ class ReconstructionSettings:
     """How a block is reconstructed.
 
     Args:
-        bounds_rate: Learning rate of activation bounds, as a share of their distance.
+        bounds_rate: Learning rate of activation ranges, as a share of the range.
         travel: Sum of the learning rates of the rounding's logits over all steps, how far they can get; at most 0.5
             in a step.
         regularization: Weight of the rounding term beside the error relative to its start.
         betas: Exponent of the rounding term, after the warm-up and at the end.
         warm_up: Share of the steps at the beginning without the rounding term.
-        decided: Share of the steps at the end with all weights rounded, for the bounds to follow.
+        decided: Share of the steps at the end with all weights rounded, for the ranges to follow.
     """
 
     bounds_rate: float = 2e-2
@@ -48,7 +50,7 @@ class ReconstructionSettings:
 
 
 class BRECQ(Baseline):
-    """Block reconstruction: learned rounding of weights, learned bounds of activations.
+    """Block reconstruction: learned rounding of weights, learned ranges of activations.
 
     Source: Li, Gong, Tan, Yang, Hu, Zhang, Yu, Wang, Gu: "BRECQ: Pushing the limit of post-training quantization by
     block reconstruction", ICLR 2021, with the rounding of AdaRound (ICML 2020).
@@ -57,7 +59,7 @@ class BRECQ(Baseline):
     task's loss (there is no task without labels). Weights and activations are learned together and from the beginning,
     inputs come from the quantized blocks before; bounds of activations go on learning after the rounding is decided,
     and have two sides. The schedule is as long as the given steps, with rates to match, where the paper takes 20000. A
-    block that does not gain stays as it was. Sites outside of all blocks keep the bounds of
+    block that does not gain stays as it was. Sites outside of all blocks keep the ranges of
     :class:`DOBI`; a network without repeated blocks is one block.
     """
 
@@ -71,9 +73,10 @@ class BRECQ(Baseline):
         count = min(MAX_IMAGES, budget.steps * budget.batch_size)
         batches = image_batches(prepared, crops, count, budget.batch_size, budget.crop_size, budget.seed)
         rounded: set[int] = set()
+        teacher = Teacher(prepared)
         with frozen(prepared):
             for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
-                calls = stage_calls(prepared, stage, batches)
+                calls = stage_calls(prepared, teacher, stage, batches)
                 reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
 
 
@@ -91,15 +94,15 @@ def reconstruct(
     rounded: set[int] | None = None,
     settings: ReconstructionSettings | None = None,
 ) -> tuple[float, float]:
-    """Learn rounding and bounds of one block.
+    """Learn the rounding and the ranges of one block.
 
     Args:
         stage: The block, calibrated, fake-quantization on.
         calls: Inputs from the quantized prefix, with the float block's output as target.
         steps: Gradient steps, one call each.
         seed: Of the order of the calls.
-        rounded: Identities of weights that are rounded already, because a block before shares them; extended.
-        settings: How; the default if None.
+        rounded: Identities of weights already rounded, because an earlier block shares them; extended in place.
+        settings: How to reconstruct; the default if None.
 
     Returns:
         Mean squared error relative to the targets' mean square, before and after; the second is never larger.
@@ -126,14 +129,14 @@ def reconstruct(
 
 
 class RoundingQuantize(HarmoqFakeQuantize):
-    """Stands in for a weight quantizer while its rounding is learned.
+    """Replaces a weight quantizer while its rounding is learned.
 
     Args:
-        quantizer: The weight quantizer, with bounds.
+        quantizer: The weight quantizer, calibrated.
         weight: What it rounds, joint scale included.
 
     Attributes:
-        decided: Return the weight at its levels instead, out of reach of gradients.
+        decided: Whether to return the weight at its levels, without gradients.
     """
 
     def __init__(self, quantizer: HarmoqFakeQuantize, weight: Tensor) -> None:
@@ -144,7 +147,7 @@ class RoundingQuantize(HarmoqFakeQuantize):
         self.to(weight.device)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """The weight `x` was at the start, each entry somewhere between its two levels, or at one of them."""
+        """The weight given at construction (`x` is ignored), each entry between its two levels, or at one of them."""
         return (self.rounding.hard() if self.decided else self.rounding.soft()).to(x.dtype)
 
 
@@ -168,7 +171,7 @@ class _Roundings:
         self._optimizer = torch.optim.Adam(logits, lr=min(0.5, settings.travel / steps)) if logits else None
 
     def advance(self, progress: float) -> Tensor | float:
-        """Go to a share of the steps; returns the rounding term there, or rounds for good when its time is over."""
+        """Set the progress, 0 to 1, and return the rounding term there; round for good once its time is over."""
         start, end = self.settings.warm_up, 1.0 - self.settings.decided
         for _, _, stand_in in self._places:
             stand_in.decided = progress >= end
@@ -180,19 +183,19 @@ class _Roundings:
         return self.settings.regularization * torch.stack(terms).mean()
 
     def step(self, loss: Tensor, learner: Learner) -> None:
-        """Change bounds and roundings once."""
+        """One update of ranges and roundings."""
         if self._optimizer is not None:
             self._optimizer.zero_grad()
         if loss.requires_grad and learner.parameters:
             learner.step(loss)
-        elif loss.requires_grad:  # dynamic activations have no bounds to learn
+        elif loss.requires_grad:  # dynamic activations have no range to learn
             loss.backward()
         if self._optimizer is not None:
             self._optimizer.step()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Decide every entry, write the weights, and put their quantizers back."""
+        """Round every entry, write the weights, and put their quantizers back."""
         for site, quantizer, stand_in in self._places:
             site.weight_quantizer = quantizer
             weight = stand_in.rounding.hard()
@@ -204,7 +207,7 @@ class _Roundings:
 
 
 class _Snapshot:
-    """Weights and bounds of a block, to go back to."""
+    """Weights and ranges of a block, to go back to."""
 
     def __init__(self, stage: Stage) -> None:
         self._kept: list[tuple[Tensor, Tensor]] = []

@@ -1,4 +1,4 @@
-"""DBDC+Pac: clip by density, then calibrate by gradients, activations before weights."""
+"""DBDC+Pac: clip by density, then learn the ranges, activations before weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget, activation_quantizers, minmax_weights
 from harmoq_ao.baselines.learning import distil_bounds, rows_to_learn
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.observers import HistogramObserver
 from harmoq_ao.sites.model import PreparedModel
@@ -36,19 +37,20 @@ class DBDCPac(Baseline):
     observer = "histogram"
     learns = True
 
-    def settle(self, prepared: PreparedModel) -> None:
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
         """Clip activations by density; weights start at their extremes."""
         for quantizer in activation_quantizers(prepared):
             _clip(quantizer)
         minmax_weights(prepared)
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
-        """Distil the bounds of activations, then those of weights, half of the steps each if there are both."""
+        """Distil the ranges of activations, then those of weights, half of the steps each if there are both."""
         first = budget.steps // 2 if rows_to_learn(prepared) else budget.steps
         first = first if activation_quantizers(prepared) else 0
         second = replace(budget, steps=budget.steps - first, seed=budget.seed + 1)
-        distil_bounds(prepared, crops, replace(budget, steps=first), rate=RATE, weights=False)
-        distil_bounds(prepared, crops, second, rate=RATE, activations=False)
+        teacher = Teacher(prepared)
+        distil_bounds(prepared, crops, replace(budget, steps=first), rate=RATE, teacher=teacher, weights=False)
+        distil_bounds(prepared, crops, second, rate=RATE, teacher=teacher, activations=False)
 
 
 def clipped_share(bits: int) -> float:
@@ -57,7 +59,7 @@ def clipped_share(bits: int) -> float:
 
 
 def dual_clip(edges: Tensor, counts: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Bounds after taking bins off the less dense end for as long as no more than `share` of the values is lost.
+    """The range left after taking bins off the less dense end while no more than `share` of the values is lost.
 
     Args:
         edges: Ascending bin edges, `[bins + 1]`.

@@ -1,4 +1,4 @@
-"""DOBI: searched bounds, the first stage of 2DQuant."""
+"""DOBI: ranges found by search, the first stage of 2DQuant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harmoq_ao.baselines.base import Baseline
 
 
 class DOBI(Baseline):
-    """Distribution-oriented bound initialization: the bounds of least squared quantization error, by search.
+    """Distribution-oriented bound initialization: the range of least squared quantization error, by search.
 
     Source: Liu, Qin, Guo, Yuan, Kong, Chen, Zhang: "2DQuant: Low-bit post-training quantization for image
     super-resolution", NeurIPS 2024, section on its first stage.

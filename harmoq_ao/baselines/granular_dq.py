@@ -44,8 +44,8 @@ class GranularDQ(Baseline):
         configured = super().configure(config)
         return replace(configured, rules=(SiteRule(dynamic=False), *configured.rules))
 
-    def settle(self, prepared: PreparedModel) -> None:
-        """Choose bits, and the bounds that go with them."""
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
+        """Choose bits, and compute the quantization parameters that go with them."""
         set_activation_bits(prepared, chosen_bits(prepared))
         compute_qparams(prepared, show_progress=False)
         minmax_weights(prepared)
@@ -111,7 +111,7 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
     """Change the bits of activations of single sites after calibration, in the quantizers and in the configuration.
 
     A rule for each site that changes is appended to the configuration, so that conversion, reports and saved models
-    follow. Bounds have to be settled again (:func:`compute_qparams`).
+    follow. Quantization parameters have to be computed again (:func:`compute_qparams`).
 
     Args:
         prepared: Calibrated, static; changed in place.

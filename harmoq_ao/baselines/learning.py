@@ -1,41 +1,32 @@
-"""Learning some bounds of a network and not others, with the library's refinement against the float network."""
+"""Learning some quantization ranges of a network and nothing else, with the library's refinement."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Budget, activation_quantizers, weight_quantizers
-from harmoq_ao.harmonization.learner import Rates
-from harmoq_ao.harmonization.refine import RefineSettings, refine
+from harmoq_ao.harmonization.refine import refine
+from harmoq_ao.harmonization.settings import Rates, RefineSettings
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.model import PreparedModel
 
-Bounds = tuple[Tensor, Tensor]
-
 
 @contextmanager
-def bounds_replaced(
-    quantizers: Iterable[HarmoqFakeQuantize], make: Callable[[HarmoqFakeQuantize], Callable[[], Bounds]]
-) -> Iterator[None]:
-    """Within, ``quantizer.bounds()`` is what ``make(quantizer)`` returns: it decides where gradients go."""
-    changed = list(quantizers)
-    for quantizer in changed:
-        quantizer.__dict__["bounds"] = make(quantizer)
+def fixed_ranges(quantizers: Iterable[HarmoqFakeQuantize]) -> Iterator[None]:
+    """Context manager inside which no learning moves the ranges of `quantizers`."""
+    fixed = list(quantizers)
+    for quantizer in fixed:
+        quantizer.learnable = False
     try:
         yield
     finally:
-        for quantizer in changed:
-            del quantizer.__dict__["bounds"]
-
-
-def frozen(quantizer: HarmoqFakeQuantize) -> Callable[[], Bounds]:
-    """The bounds as they are, out of reach of any gradient."""
-    lo, hi = (bound.detach().clone() for bound in quantizer.bounds())
-    return lambda: (lo, hi)
+        for quantizer in fixed:
+            quantizer.learnable = True
 
 
 def distil_bounds(
@@ -44,21 +35,23 @@ def distil_bounds(
     budget: Budget,
     *,
     rate: float,
+    teacher: Teacher | None = None,
     activations: bool = True,
     weights: bool = True,
 ) -> None:
-    """Draw the quantized network to the float one by its bounds alone; see :func:`refine`.
+    """Refine the quantization ranges of a network and nothing else; see :func:`refine`.
 
-    Nothing happens where there is nothing to learn: dynamic activations have no bounds, and those of 8-bit weights are
-    fixed by their largest magnitude.
+    Nothing happens where there is nothing to learn: dynamic activations have no static range, and those of 8-bit
+    weights are fixed by their largest magnitude.
 
     Args:
         prepared: Calibrated; changed in place.
         crops: Images `[C, S, S]`.
         budget: Steps, and what a step sees.
-        rate: Learning rate of Adam, as a share of the distance of the bounds.
-        activations: Learn bounds of activations.
-        weights: Learn bounds of weights.
+        rate: Learning rate of Adam, as a share of the range.
+        teacher: The float network; by default it is made from `prepared` as it is.
+        activations: Learn ranges of activations.
+        weights: Learn ranges of weights.
     """
     inputs, rows = activation_quantizers(prepared), weight_quantizers(prepared)
     learned = (inputs if activations else []) + (rows_to_learn(prepared) if weights else [])
@@ -73,10 +66,10 @@ def distil_bounds(
         seed=budget.seed,
     )
     fixed = ([] if activations else inputs) + ([] if weights else rows)
-    with bounds_replaced(fixed, frozen):
-        refine(prepared, crops, settings, show_progress=budget.show_progress)
+    with fixed_ranges(fixed):
+        refine(prepared, crops, settings, teacher=teacher, show_progress=budget.show_progress)
 
 
 def rows_to_learn(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
-    """Weight quantizers whose bounds can be learned: those of 8 bits have signed codes around a zero in the middle."""
+    """Weight quantizers whose range can be learned; codes of 8-bit weights are signed around a zero in the middle."""
     return [q for q in weight_quantizers(prepared) if q.spec.scheme is not Scheme.INTEGER_ZERO_POINT]

@@ -1,4 +1,4 @@
-"""One entry for every method of quantization that the command line and the recipes know."""
+"""One entry point for every quantization method that the command line and the recipes know."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from harmoq_ao.calibration.calibrate import calibrate
 from harmoq_ao.calibration.solve import enable_fake_quant
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonization.apply import harmonize
+from harmoq_ao.harmonization.harmonize import harmonize
 from harmoq_ao.harmonization.presets import preset as preset_of
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import PreparedModel
@@ -50,7 +50,7 @@ def prepare_with(
         method: One of :data:`METHODS`.
         model: As for :func:`prepare_harmoq`.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-        config: Bits, profile and rules; observer and joint scales are the method's own.
+        config: Bits, profile and rules; the method chooses observer and joint scales.
         preset: How much work: a name of :data:`PRESETS`. Baselines that learn take as many
             gradient steps, of as many images, as HarmoQ's refinement.
         held_out: Images that are not learned from (HarmoQ keeps the state that is best on them).
@@ -62,7 +62,7 @@ def prepare_with(
 
     Raises:
         ConfigError: Unknown method or preset.
-        CalibrationError: The crops do not do.
+        CalibrationError: No crops, crops of different sizes, or a site that none of them reaches.
     """
     check_method(method)
     settings = preset_of(preset)

@@ -1,4 +1,4 @@
-"""MinMax: bounds at the extremes."""
+"""MinMax: ranges from the extremes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harmoq_ao.baselines.base import Baseline
 
 
 class MinMax(Baseline):
-    """Bounds at the smallest and largest value seen; weights at the largest magnitude of each row.
+    """Ranges from the smallest to the largest value seen; weights up to the largest magnitude of each row.
 
     Source: Jacob, Kligys, Chen, Zhu, Tang, Howard, Adam, Kalenichenko: "Quantization and training of neural networks
     for efficient integer-arithmetic-only inference", CVPR 2018 (its ranges, without its training).

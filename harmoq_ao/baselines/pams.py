@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget, activation_quantizers
-from harmoq_ao.baselines.learning import Bounds, bounds_replaced, distil_bounds
+from harmoq_ao.baselines.learning import distil_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.quant.quantizer import Scheme, snap_bounds
+from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.model import PreparedModel
 
 RATE = 1e-2
@@ -36,7 +37,7 @@ class PAMS(Baseline):
     observer = "minmax"
     learns = True
 
-    def settle(self, prepared: PreparedModel) -> None:
+    def adjust_qparams(self, prepared: PreparedModel) -> None:
         """Put every alpha at the largest magnitude seen."""
         for quantizer in activation_quantizers(prepared):
             lowest, highest = _range(quantizer)
@@ -46,7 +47,7 @@ class PAMS(Baseline):
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Distil the alphas."""
         operands = activation_quantizers(prepared)
-        with bounds_replaced(operands, max_scale):
+        with one_scale(operands):
             distil_bounds(prepared, crops, budget, rate=RATE, weights=False)
         for quantizer in operands:
             _set_upper(quantizer, quantizer.upper, lower_share(quantizer))
@@ -66,22 +67,20 @@ def lower_share(quantizer: HarmoqFakeQuantize) -> float:
     return below / (spec.qmax - below)
 
 
-def max_scale(quantizer: HarmoqFakeQuantize) -> Callable[[], Bounds]:
-    """Bounds ``(-share * upper, upper)``, which have one parameter, the quantizer's upper bound."""
-    share = lower_share(quantizer)
-
-    def bounds() -> Bounds:
-        hi = quantizer.upper.float()
-        lo = -share * hi
-        if quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT:
-            snapped = snap_bounds(lo.detach(), hi.detach(), quantizer.spec)
-            lo, hi = (at + (free - free.detach()) for at, free in zip(snapped, (lo, hi), strict=True))
-        return lo, hi
-
-    return bounds
+@contextmanager
+def one_scale(quantizers: Iterable[HarmoqFakeQuantize]) -> Iterator[None]:
+    """Context manager inside which the upper bound is the only parameter of each range, the lower one in proportion."""
+    before = [(quantizer, quantizer.lower_ratio) for quantizer in quantizers]
+    for quantizer, _ in before:
+        quantizer.lower_ratio = lower_share(quantizer)
+    try:
+        yield
+    finally:
+        for quantizer, ratio in before:
+            quantizer.lower_ratio = ratio
 
 
-def _range(quantizer: HarmoqFakeQuantize) -> Bounds:
+def _range(quantizer: HarmoqFakeQuantize) -> tuple[Tensor, Tensor]:
     assert quantizer.observer is not None
     return quantizer.observer.value_range()
 

@@ -1,4 +1,4 @@
-"""Percentile: bounds that clip a fixed share."""
+"""Percentile: ranges that clip a fixed share of the values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from harmoq_ao.baselines.base import Baseline
 
 
 class Percentile(Baseline):
-    """Activation bounds at the percentiles 0.2 and 99.8 of what was seen.
+    """Activation ranges from percentile 0.2 to 99.8 of the values seen.
 
     Source: Li, Wang, Liang, Qin, Yan, Fan: "Fully quantized network for object detection", CVPR 2019, where activations
     are clipped at a percentile because their extremes are unstable.

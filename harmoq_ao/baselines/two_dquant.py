@@ -1,4 +1,4 @@
-"""2DQuant: searched bounds, then distilled ones."""
+"""2DQuant: ranges found by search, then distilled."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ RATE = 1e-2
 
 
 class TwoDQuant(Baseline):
-    """DOBI, then distillation quantization calibration: Adam on all bounds and on nothing else.
+    """DOBI, then distillation quantization calibration: Adam on all quantization ranges and on nothing else.
 
     Source: Liu, Qin, Guo, Yuan, Kong, Chen, Zhang: "2DQuant: Low-bit post-training quantization for image
     super-resolution", NeurIPS 2024. Loss: mean absolute error to the float network's output, plus the error of the
     features between blocks.
 
     Different here: the first stage is :class:`DOBI`. The rate of 1e-2 is a share of the
-    distance of the bounds, falls along a cosine, and gradients are clipped; bounds also learn from the rounding error
+    range, falls along a cosine, and gradients are clipped; bounds also learn from the rounding error
     inside of them (LSQ), not only from what they clip. Features are those of every block, their error divided by their
     variance instead of their norm. The last state is kept: the published code picks its checkpoint on Set5. Bounds of
     8-bit weights stay where DOBI put them.
@@ -33,5 +33,5 @@ class TwoDQuant(Baseline):
     learns = True
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
-        """Distil all bounds."""
+        """Distil all ranges."""
         distil_bounds(prepared, crops, budget, rate=RATE)

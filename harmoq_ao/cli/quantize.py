@@ -13,7 +13,8 @@ import typer
 from rich.markup import escape
 
 from harmoq_ao.baselines.methods import METHODS, check_method, prepare_with
-from harmoq_ao.baselines.mixed_precision import Measured, mix_bits
+from harmoq_ao.baselines.mixed_precision import mix_bits
+from harmoq_ao.baselines.sensitivity import Measured
 from harmoq_ao.cli.common import (
     FloatDtype,
     app,

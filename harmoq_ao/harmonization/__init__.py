@@ -1,4 +1,4 @@
-"""Stage 3: Algorithm 1 of the paper (``paper/``), then refinement of the whole network against the float network.
+"""Stage 3, harmonization: Algorithm 1 of the paper (``paper/``), then refinement against the float network.
 
 Imports ``calibration``, ``lowering`` and what those may import.
 """

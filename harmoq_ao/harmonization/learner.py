@@ -1,4 +1,4 @@
-"""What refinement learns at a set of sites, each kind of parameter at its own relative rate."""
+"""The optimizer of refinement: ranges, scales, weights and the rest, each kind at its own relative rate."""
 
 from __future__ import annotations
 
@@ -10,67 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.distributed import is_distributed, sum_gradients
-from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.harmonization.settings import Rates
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import SCALE_LIMITS
 from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.base import PreparedSite
 
 MIN_RANGE = 1e-3
-"""Bounds stay this far apart, as a share of their distance at the start."""
+"""Smallest quantization range, as a share of the range at the start."""
 _ADAM_STATE = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class Rates:
-    """Learning rates of Adam at 2 bits; 0 leaves that kind of parameter alone.
-
-    Args:
-        bounds: Of the quantizers' bounds, as a share of their distance.
-        scales: Of the logarithms of the joint scales, and of the joint shifts as a share of the input's range.
-        weights: Of weights and biases of the sites, as a share of their standard deviation.
-        rest: Of all other parameters (norms, convolutions, position biases), likewise.
-
-    Raises:
-        ConfigError: A rate is negative or not finite.
-    """
-
-    bounds: float = 5e-3
-    scales: float = 5e-3
-    weights: float = 1e-2
-    rest: float = 3e-3
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if not 0 <= value < math.inf:
-                raise ConfigError(f"The learning rate of {name} is out of range", found=value, expected="0 or more")
-
-    def at(self, bits: int) -> Rates:
-        """Rates for another width, times ``sqrt(3 / (2**bits - 1))``.
-
-        The smaller the step of the quantizers, the less there is to correct. On DAT-light at 4 bits the rates of 2 bits
-        first lose half a decibel on held-out crops; divided by five they gain from the start and end higher.
-        """
-        factor = math.sqrt(3.0 / (2**bits - 1))
-        return Rates(**{name: value * factor for name, value in vars(self).items()})
-
-
 class Learner:
-    """Adam with a cosine schedule over the bounds, joint scales, weights and other parameters of some sites.
+    """Adam with a cosine schedule over the ranges, joint scales, weights and other parameters of some sites.
 
     Joint scales are learned as logarithms, so that they stay positive, and kept within
-    :data:`SCALE_LIMITS`; bounds are kept apart (a projection after each step). Bounds of 8-bit
+    :data:`SCALE_LIMITS`; ranges keep a width (a projection after each step). Ranges of 8-bit
     weights are not learned: their codes are signed, with the middle one at zero.
 
     Args:
         sites: The sites.
         rates: Learning rates.
         steps: Length of the schedule.
-        cycles: How often the schedule is gone through, each time from half the rates of the time before.
-        rest: Parameters of the rest, by name.
+        cycles: Repetitions of the schedule, each at half the rates of the one before.
+        rest: Further parameters, by name.
         warm_up: Steps over which the rates rise from zero.
-        max_norm: Gradients are scaled down to this global norm.
-        shared: The loss of a step is the sum of those of all ranks (`harmoq_ao.common.distributed`).
+        max_norm: Largest global norm of the gradients; beyond it they are scaled down.
+        shared: Sum the gradients over all ranks (`harmoq_ao.common.distributed`); the loss of a step is a sum as well.
     """
 
     def __init__(
@@ -106,7 +72,7 @@ class Learner:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What is learned, by name; joint scales are there as their logarithms."""
+        """The learned parameters by name; joint scales as their logarithms."""
         return dict(self._named)
 
     @property
@@ -115,7 +81,7 @@ class Learner:
         return self._schedule(self.steps_done)
 
     def step(self, loss: Tensor) -> None:
-        """Back-propagate `loss` and change the parameters once."""
+        """Back-propagate `loss` and update the parameters."""
         if self._optimizer is None:
             self.steps_done += 1
             return
@@ -138,7 +104,7 @@ class Learner:
         self._project()
 
     def finish(self) -> None:
-        """Take no more gradients."""
+        """Freeze the learned parameters."""
         for parameter in self._named.values():
             parameter.requires_grad_(False)
             parameter.grad = None
@@ -151,20 +117,20 @@ class Learner:
         return {name: parameter.detach().clone() for name, parameter in self._named.items()}
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Go back to a snapshot."""
+        """Return to a snapshot."""
         with torch.no_grad():
             for name, parameter in self._named.items():
                 parameter.copy_(snapshot[name])
         self._project()
 
     def restart(self, snapshot: dict[str, Tensor]) -> None:
-        """Begin the next cycle from a snapshot, with new moments of Adam."""
+        """Start the next cycle from a snapshot, with fresh moments of Adam."""
         self.restore(snapshot)
         if self._optimizer is not None:
             self._optimizer.state.clear()
 
     def state(self) -> dict[str, Tensor]:
-        """Parameters and moments of Adam, to go on from later."""
+        """Parameters and moments of Adam, to resume from."""
         state = {f"now/{name}": tensor for name, tensor in self.snapshot().items()}
         for name, parameter in self._named.items():
             moments = {} if self._optimizer is None else self._optimizer.state.get(parameter, {})
@@ -200,13 +166,13 @@ class Learner:
         if self._rates.bounds == 0:
             return
         for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
-            if quantizer is None or quantizer.spec.dynamic or not _free(site, quantizer):
+            if quantizer is None or not _free(site, quantizer):
                 continue
             width = (quantizer.upper - quantizer.lower).detach()
             rate = self._rates.bounds * float(width.mean())
             self._gaps.append((quantizer, width.clamp_min(1e-8) * MIN_RANGE))
             self._learn(f"{site.site.path}.{side}.upper", quantizer.upper, rate)
-            if quantizer.spec.scheme is not Scheme.SYMMETRIC:  # else it mirrors the upper one
+            if quantizer.lower_ratio is None:  # else it follows the upper one
                 self._learn(f"{site.site.path}.{side}.lower", quantizer.lower, rate)
 
     def _add_scale(self, site: PreparedSite) -> None:
@@ -245,9 +211,10 @@ class Learner:
     @torch.no_grad()
     def _project(self) -> None:
         for quantizer, gap in self._gaps:
-            if quantizer.spec.scheme is Scheme.SYMMETRIC:
-                quantizer.upper.copy_(torch.maximum(quantizer.upper, gap / 2))
-                quantizer.lower.copy_(-quantizer.upper)
+            ratio = quantizer.lower_ratio
+            if ratio is not None:
+                quantizer.upper.copy_(torch.maximum(quantizer.upper, gap / (1.0 + ratio)))
+                quantizer.lower.copy_(-ratio * quantizer.upper)
                 continue
             missing = (gap - (quantizer.upper - quantizer.lower)).clamp_min(0)
             quantizer.upper.add_(missing / 2)
@@ -265,17 +232,19 @@ class Learner:
 
 
 def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
+    """Whether the range can be learned; not that of an 8-bit weight, whose codes are signed around a zero."""
     weight = any(quantizer is own for own in site.weight_quantizers())
-    return not (weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT)
+    signed = weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT
+    return quantizer.learnable and not quantizer.spec.dynamic and not signed
 
 
 def _common(rate: float) -> float:
-    """The nearest of eight rates an octave: parameters of one rate are updated in one call."""
+    """The nearest of eight rates per octave, so that parameters of like rates are updated in one call."""
     return 2.0 ** (round(8 * math.log2(rate)) / 8) if rate > 0 else 0.0
 
 
 def _spread(parameter: Tensor) -> float:
-    """Standard deviation of a parameter, its mean magnitude where it hardly varies, never zero."""
+    """Standard deviation of a parameter; a share of its mean magnitude where it hardly varies; never zero."""
     values = parameter.detach().float()
     deviation = float(values.std()) if values.numel() > 1 else 0.0
     return max(deviation, 0.01 * float(values.abs().mean()), 1e-6)
@@ -283,7 +252,7 @@ def _spread(parameter: Tensor) -> float:
 
 @dataclass(frozen=True)
 class _Schedule:
-    """Linear warm-up, then half a cosine down to zero; every further cycle is the same at half the height."""
+    """Linear warm-up, then half a cosine down to zero; every further cycle the same at half the height."""
 
     steps: int
     warm_up: int

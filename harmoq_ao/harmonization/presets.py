@@ -1,24 +1,24 @@
-"""How much harmonization: settings by name."""
+"""Presets: settings of harmonization by name."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 
 
 @dataclass(frozen=True)
 class HarmonizeSettings:
-    """What harmonization does.
+    """Settings of :func:`harmonize`.
 
     Args:
-        algorithm: Algorithm 1, or None to leave it out.
-        refine: Refinement, or None to leave it out.
-        crops: Calibration crops it is meant for.
+        algorithm: Settings of Algorithm 1, or None to leave it out.
+        refine: Settings of refinement, or None to leave it out.
+        crops: Number of calibration crops it is meant for.
         crop_size: Their side in low-resolution pixels.
-        held_out: Crops of other images that choose the state to keep.
+        held_out: Number of crops of other images that choose the state to keep.
     """
 
     algorithm: AlgorithmSettings | None = field(default_factory=AlgorithmSettings)
@@ -29,8 +29,8 @@ class HarmonizeSettings:
 
     @property
     def steps(self) -> int:
-        """Gradient steps of the refinement; as many steps in every block count as one of the network."""
-        return 0 if self.refine is None else self.refine.total_steps + self.refine.block_steps
+        """Gradient steps of the refinement."""
+        return 0 if self.refine is None else self.refine.total_steps
 
 
 PRESETS: dict[str, HarmonizeSettings] = {
@@ -58,10 +58,10 @@ after it ended at 40.1 dB to the float network on held-out crops, without it at 
 
 
 def preset(name: str) -> HarmonizeSettings:
-    """Settings of that name.
+    """The preset of that name.
 
     Raises:
-        ConfigError: There are none.
+        ConfigError: There is none.
     """
     if name not in PRESETS:
         raise ConfigError("Unknown preset", found=name, expected=", ".join(PRESETS))

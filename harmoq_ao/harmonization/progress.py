@@ -1,4 +1,4 @@
-"""The progress bar of an optimisation: steps, time left, and how it is doing."""
+"""The progress bar of an optimisation: steps, time left, and its present loss."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from harmoq_ao.common.progress import is_shown, progress_bar
 
 @contextmanager
 def open_progress(title: str, steps: int, done: int, show: bool | None) -> Iterator[Callable[[int, str], None]]:
-    """A function that takes the steps done and a few words, shown on a terminal and silent elsewhere.
+    """Context manager that opens a progress bar, on a terminal only.
+
+    Yields a function that takes the number of steps done and a few words on the present state.
 
     Args:
         title: Text before the bar.
-        steps: All steps.
-        done: Steps done already.
+        steps: Number of all steps.
+        done: Number of steps done already.
         show: Whether to show the bar; None shows it where standard error is a terminal.
     """
     if not is_shown(show):

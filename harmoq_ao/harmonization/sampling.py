@@ -1,4 +1,4 @@
-"""Which parts of the calibration crops gradient steps see."""
+"""The images of gradient steps: crops in a seeded order, mirrored, cut where there is detail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DIHEDRAL = 8
 
 
 def sample_order(count: int, seed: int, position: int) -> tuple[int, int]:
-    """Which crop and which of the eight mirrorings stands at a position of the seeded, endless order."""
+    """Index of the crop, and of its mirroring, at a position of the seeded, endless order."""
     epoch, place = divmod(position, count)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(count, generator=generator)
@@ -33,7 +33,7 @@ def mirrored(crop: Tensor, turn: int) -> Tensor:
 
 
 def allowed_side(prepared: PreparedModel, side: int) -> int:
-    """The smallest side from `side` on that the network takes, as far as its traits tell."""
+    """The smallest side, at least `side`, that the network accepts according to its traits."""
     traits = prepared.traits
     return math.ceil(max(side, traits.size_minimum) / traits.size_multiple) * traits.size_multiple
 
@@ -49,12 +49,12 @@ def random_cut(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
 
 
 def detailed_cut(image: Tensor, side: int, cuts: int, generator: torch.Generator) -> Tensor:
-    """Of `cuts` parts as :func:`random_cut` takes them the one with most :func:`detail`."""
+    """The one with most :func:`detail` among `cuts` parts drawn by :func:`random_cut`."""
     return max((random_cut(image, side, generator) for _ in range(cuts)), key=detail)
 
 
 def detail(image: Tensor) -> float:
-    """Mean squared difference of neighbours in the mean over the channels of `[C, H, W]`, down and across added up.
+    """Mean squared difference of neighbouring pixels of the channel mean of `[C, H, W]`, vertical plus horizontal.
 
     A side of one pixel has no neighbours and adds nothing.
     """

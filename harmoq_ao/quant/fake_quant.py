@@ -36,6 +36,9 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
     Attributes:
         observer: Attached by the caller; None collects nothing.
         site_name: Used in error messages.
+        learnable: Whether learning may move the bounds.
+        lower_ratio: If given, the range has one free parameter: it is ``(-lower_ratio * upper, upper)``. A symmetric
+            quantizer is always like that, with a ratio of 1.
     """
 
     def __init__(self, spec: QuantizerSpec, bounds_shape: tuple[int, ...] = ()) -> None:
@@ -43,6 +46,8 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         self.spec = spec
         self.site_name = ""
         self.observer: OperandObserver | None = None
+        self.learnable = True
+        self.lower_ratio: float | None = 1.0 if spec.scheme is Scheme.SYMMETRIC else None
         self.lower = nn.Parameter(torch.zeros(bounds_shape), requires_grad=False)
         self.upper = nn.Parameter(torch.zeros(bounds_shape), requires_grad=False)
         self.bounds_known: Tensor
@@ -96,8 +101,8 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         """
         self._require_bounds()
         lower, upper = self.lower.float(), self.upper.float()
-        if self.spec.scheme is Scheme.SYMMETRIC:
-            return -upper, upper
+        if self.lower_ratio is not None:
+            lower = -self.lower_ratio * upper
         if self.spec.scheme is Scheme.INTEGER_ZERO_POINT:
             snapped = snap_bounds(lower.detach(), upper.detach(), self.spec)
             return _straight_through(snapped[0], lower), _straight_through(snapped[1], upper)
@@ -123,9 +128,9 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         self._store(lower, upper)
 
     def learn_bounds(self, enabled: bool = True) -> None:
-        """Let gradients reach the bounds. A symmetric quantizer learns `upper` alone and mirrors it."""
+        """Let gradients reach the bounds; of a range with one free parameter, `upper` alone."""
         self.upper.requires_grad_(enabled)
-        self.lower.requires_grad_(enabled and self.spec.scheme is not Scheme.SYMMETRIC)
+        self.lower.requires_grad_(enabled and self.lower_ratio is None)
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Step and lower bound of the static quantizer, ``(step, lower)``, in the shape of the bounds.

@@ -13,9 +13,9 @@ import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.calibration.solve import disable_fake_quant, enable_observers
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonization.reference import float_reference
-from harmoq_ao.harmonization.refine import feature_error, features_of
+from harmoq_ao.harmonization.distillation import feature_error, features_of
 from harmoq_ao.harmonization.stages import find_stages, first_tensor
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.sites.prepared import PreparedMatmul
 from tests.models import images, prepare
 
@@ -74,11 +74,15 @@ def changed(before: h.PreparedModel, after: h.PreparedModel) -> set[str]:
 
 @torch.no_grad()
 def distillation_loss(prepared: h.PreparedModel, batches: Sequence[Tensor]) -> float:
-    """Mean absolute error to the float network's output, plus the error of the blocks' features."""
+    """Mean absolute error to the float network's output, plus the error of the blocks' features.
+
+    For models of which only bounds were learned: their weights are those of the float network.
+    """
+    teacher = Teacher(prepared).exact
     names, total = [stage.name for stage in find_stages(prepared)], 0.0
     for batch in batches:
-        with features_of(float_reference(prepared), names) as wanted:
-            target = first_tensor(float_reference(prepared)(batch))
+        with features_of(teacher, names) as wanted:
+            target = first_tensor(teacher(batch))
         with features_of(prepared, names) as reached:
             output = first_tensor(prepared(batch))
         total += float((output - target).abs().mean())

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 import harmoq_ao as h
+from harmoq_ao.baselines.block_reconstruction import StageCall, block_error, stage_calls
 from harmoq_ao.baselines.brecq import ReconstructionSettings, blocks, reconstruct
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonization.blockwise import block_error, stage_calls
-from harmoq_ao.harmonization.stages import Stage, StageCall, find_stages
+from harmoq_ao.harmonization.stages import Stage, find_stages
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 from tests.baselines.helpers import applied, changed
 from tests.models import PER_TOKEN, calibrated, images
@@ -22,7 +23,7 @@ def first_block(name: str, config: HarmoqConfig = CONFIG) -> tuple[h.PreparedMod
     prepared = calibrated(name, config)
     prepared.requires_grad_(False)
     stage = blocks(prepared)[0]
-    return prepared, stage, stage_calls(prepared, stage, images(4))
+    return prepared, stage, stage_calls(prepared, Teacher(prepared), stage, images(4))
 
 
 @pytest.mark.parametrize("name", ["SwinIR/light", "forms"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from harmoq_ao.baselines import Budget, dbdc_pac
 from harmoq_ao.baselines.dbdc_pac import clipped_share, dual_clip
 from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.harmonization.teacher import Teacher
 from tests.baselines.helpers import applied, changed, distillation_loss, float_operands
 from tests.models import images
 
@@ -84,6 +85,7 @@ def test_activations_are_learned_before_weights_on_one_budget(
 
     def record(prepared: Any, crops: Any, budget: Budget, **kinds: Any) -> None:
         assert kinds.pop("rate") > 0
+        assert isinstance(kinds.pop("teacher"), Teacher)
         assert list(kinds.values()) == [False]
         seen.append(("activations" if "weights" in kinds else "weights", budget.steps))
 

@@ -100,7 +100,7 @@ def test_a_step_sees_images_of_the_size_asked_for(method: str, monkeypatch: pyte
     shapes: list[tuple[int, ...]] = []
     monkeypatch.setattr(
         baseline,
-        "settle",
+        "adjust_qparams",
         lambda _: prepared.model.register_forward_pre_hook(
             lambda module, inputs: shapes.append(tuple(inputs[0].shape))
         ),

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from harmoq_ao.baselines.base import Budget, activation_quantizers, weight_quantizers
-from harmoq_ao.baselines.learning import bounds_replaced, distil_bounds, frozen
+from harmoq_ao.baselines.learning import distil_bounds, fixed_ranges
 from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.harmonization.learner import Learner
+from harmoq_ao.harmonization.settings import Rates
 from tests.baselines.helpers import crops
 from tests.models import calibrated
 
@@ -26,17 +28,20 @@ def test_the_other_kind_of_bounds_stays(activations: bool) -> None:
     assert not any(q.upper.requires_grad or q.lower.requires_grad for q in inputs + rows)
 
 
-def test_replaced_bounds_come_back_even_after_an_error() -> None:
-    quantizers = activation_quantizers(calibrated("linears", HarmoqConfig(3, 3, "paper")))
-    quantizers[0].learn_bounds()
-    seen: list[bool] = []
+def test_fixed_ranges_can_be_learned_again_even_after_an_error() -> None:
+    prepared = calibrated("linears", HarmoqConfig(3, 3, "paper"))
+    fixed = activation_quantizers(prepared)
+    learned: list[int] = []
+
+    def count() -> None:
+        learned.append(len(Learner(prepared.sites(), Rates(scales=0, weights=0), 1).parameters))
 
     def fail() -> None:
-        with bounds_replaced(quantizers, frozen):
-            seen.append(quantizers[0].bounds()[1].requires_grad)
+        with fixed_ranges(fixed):
+            count()
             raise ValueError("inside")
 
     with pytest.raises(ValueError, match="inside"):
         fail()
-    assert seen == [False]
-    assert quantizers[0].bounds()[1].requires_grad
+    count()
+    assert learned[1] == learned[0] + 2 * len(fixed)

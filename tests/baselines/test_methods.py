@@ -11,10 +11,10 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.baselines.methods import METHODS, prepare_with
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.harmonization.apply import HarmonizeTrace, harmonize
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
+from harmoq_ao.harmonization.harmonize import harmonize
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings, preset
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.images import luma, split_photographs
 from tests.models import build, calibrated, images
 
@@ -52,7 +52,7 @@ def test_harmonize_runs_both_parts_and_says_how() -> None:
     trace = harmonize(prepared, crops(3), SHORT, held_out=crops(1, 9))
     assert trace.algorithm is not None
     assert trace.refine is not None
-    assert HarmonizeTrace.from_dict(trace.to_dict()).to_dict() == trace.to_dict()
+    assert trace.to_dict() == {"algorithm": trace.algorithm.to_dict(), "refine": trace.refine.to_dict()}
     nothing = harmonize(prepared, crops(3), HarmonizeSettings(None, None))
     assert nothing.to_dict() == {"algorithm": None, "refine": None}
 

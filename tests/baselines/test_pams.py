@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harmoq_ao.baselines.base import activation_quantizers
-from harmoq_ao.baselines.pams import lower_share, max_scale
+from harmoq_ao.baselines.pams import lower_share, one_scale
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.observers import MinMaxObserver
@@ -58,9 +58,12 @@ def test_gradients_reach_alpha_alone(scheme: Scheme, lowest: float) -> None:
     quantizer.set_bounds(lowest, 1.0)
     share = lower_share(quantizer)
     assert share == (0.0 if lowest == 0.0 else 1.0 if scheme is Scheme.ASYMMETRIC else 7 / 8)
-    quantizer.learn_bounds()
-    lo, hi = max_scale(quantizer)()
-    (2.0 * lo + 5.0 * hi).backward()
+    with one_scale([quantizer]):
+        quantizer.learn_bounds()
+        assert not quantizer.lower.requires_grad
+        lo, hi = quantizer.bounds()
+        (2.0 * lo + 5.0 * hi).backward()
+    assert quantizer.lower_ratio is None
     assert quantizer.lower.grad is None
     assert float(quantizer.upper.grad) == 5.0 - 2.0 * share
     assert float(lo.detach()) == pytest.approx(-share * float(hi.detach()), rel=1e-5)

@@ -24,7 +24,7 @@ from harmoq_ao.cli.upscale import _tiles_shown
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.runtime import upscaler
 
@@ -147,7 +147,7 @@ def test_quantize_chooses_bits_by_need(folder: Path, tmp_path: Path) -> None:
     assert {rule.weight_bits for rule in rules} <= {2, 3, 4}
     assert "--method harmoq" in fails(*given, "--max-drop", 0.5, "--method", "minmax")
     assert "leave out --lr" in fails(*given, "--max-drop", 0.5, "--lr")
-    assert "One aim" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
+    assert "Exactly one" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
 
 
 def test_quantize_on_a_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

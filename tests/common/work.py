@@ -14,8 +14,9 @@ from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.common.errors import RankLostError
-from harmoq_ao.harmonization.learner import Learner, Rates
-from harmoq_ao.harmonization.refine import RefineSettings, refine
+from harmoq_ao.harmonization.learner import Learner
+from harmoq_ao.harmonization.refine import refine
+from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.quant.observers import OBSERVERS, HistogramObserver
 from tests.common.ranks import join, tiny
 from tests.models import images
@@ -26,8 +27,6 @@ SETTINGS = RefineSettings(
     crop_size=8,
     checks=4,
     warm_up=1,
-    block_steps=2,
-    block_images=3,
     rates=Rates(1e-3, 1e-3, 1e-3, 1e-3),
 )
 LOST = 17

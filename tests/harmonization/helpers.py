@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import harmoq_ao as h
+from harmoq_ao.harmonization.distillation import held_out_psnr
 from harmoq_ao.harmonization.learner import Learner
-from harmoq_ao.harmonization.reference import float_reference
-from harmoq_ao.harmonization.refine import held_out_psnr
+from harmoq_ao.harmonization.teacher import Teacher
 from tests.models import images
 
 
@@ -20,11 +20,10 @@ def crops(count: int, seed: int = 5) -> list[Tensor]:
     return [image[0] for image in images(count, (16, 16), seed)]
 
 
-def fidelity(prepared: h.PreparedModel, unseen: Sequence[Tensor]) -> float:
+def fidelity(prepared: h.PreparedModel, teacher: Teacher, unseen: Sequence[Tensor]) -> float:
     """PSNR in dB against the float network on images `[3, H, W]`."""
-    reference = float_reference(prepared)
     with torch.no_grad():
-        targets = [(image, reference(image[None])) for image in unseen]
+        targets = [(image, teacher.exact(image[None])) for image in unseen]
     return held_out_psnr(prepared, targets, torch.zeros(()))
 
 

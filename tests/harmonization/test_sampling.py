@@ -14,6 +14,7 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.harmonization import refine as refinement
 from harmoq_ao.harmonization.sampling import detail, detailed_cut, image_batches, mirrored, random_cut, sample_order
+from harmoq_ao.harmonization.settings import RefineSettings
 from tests.harmonization.helpers import crops
 from tests.models import calibrated
 
@@ -57,7 +58,7 @@ def test_refinement_sees_such_cuts(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = Mock(wraps=detailed_cut)
     monkeypatch.setattr(refinement, "detailed_cut", seen)
     images = crops(2)
-    settings = refinement.RefineSettings(steps=1, batch_size=2, crop_size=8, cuts=5, checks=1)
+    settings = RefineSettings(steps=1, batch_size=2, crop_size=8, cuts=5, checks=1)
     refinement.refine(calibrated("SwinIR/light", W3A3), images, settings)
     assert [call.args[1:3] for call in seen.call_args_list] == [(8, 5)] * 2
     seen.reset_mock()

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.harmonization.refine import RefineSettings, refine
+from harmoq_ao.harmonization.refine import refine
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.quant import fused_rounding as fusing
 from harmoq_ao.quant.fused_rounding import FUSED_FROM, fused_rounding, is_fused
 from harmoq_ao.quant.quantizer import fake_quantize

@@ -14,10 +14,10 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.harmonization.apply import harmonize
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
+from harmoq_ao.harmonization.harmonize import harmonize
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import HarmonizeSettings
-from harmoq_ao.harmonization.refine import RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.quant.quantizer import Scheme, fake_quantize, quantize
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
 from harmoq_ao.sites.prepared import PreparedMatmul

@@ -19,6 +19,7 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.calibration.solve import disable_fake_quant
 from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.recipes import figures, inspection, options
 from harmoq_ao.recipes.curves import convergence_curves
 from tests.models import entry
@@ -189,19 +190,20 @@ def test_relative_maps_are_shown_as_they_weigh_the_values(calibrated: h.Prepared
 def test_errors_and_changes_are_zero_for_the_float_model(calibrated: h.PreparedModel) -> None:
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(6))
     exact = h.prepare_harmoq(load_transformer(), calibrated.config)
-    wanted = inspection.site_outputs(inspection.float_reference(calibrated), images)
+    wanted = inspection.site_outputs(Teacher(calibrated).exact, images)
     disable_fake_quant(exact)
     assert set(inspection.relative_errors(inspection.site_outputs(exact, images), wanted).values()) == {0.0}
     errors = inspection.relative_errors(inspection.site_outputs(calibrated, images), wanted)
     assert list(errors) == [s.site.name for s in inspection.linear_sites(calibrated)]
     assert min(errors.values()) > 0
-    assert all(not change.any() for change in inspection.weight_changes(calibrated).values())
+    assert all(not change.any() for change in inspection.weight_changes(calibrated, exact).values())
 
 
 def test_weight_changes_of_a_restored_model_are_against_the_float_weights(tmp_path: Path) -> None:
     cell = quick_cell("harmoq", 3).with_options({"refine": None})
-    made = inspection.weight_changes(tiny_study(tmp_path, load_transformer).prepared(cell))
-    restored = inspection.weight_changes(tiny_study(tmp_path, load_transformer).prepared(cell))
+    exact = tiny_study(tmp_path, load_transformer).fresh(cell.scale, cell.config(0))
+    made = inspection.weight_changes(tiny_study(tmp_path, load_transformer).prepared(cell), exact)
+    restored = inspection.weight_changes(tiny_study(tmp_path, load_transformer).prepared(cell), exact)
     assert any(bool(change.any()) for change in made.values())
     assert all(torch.equal(made[name], restored[name]) for name in made)
 

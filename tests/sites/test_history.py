@@ -16,10 +16,11 @@ from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import convert_harmoq
 from harmoq_ao.conversion.serialization import load_quantized, save_quantized
-from harmoq_ao.harmonization.apply import HarmonizeTrace, harmonize
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
+from harmoq_ao.harmonization.harmonize import HarmonizeTrace, harmonize
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import HarmonizeSettings
-from harmoq_ao.harmonization.refine import RefineSettings, RefineTrace
+from harmoq_ao.harmonization.refine import RefineTrace
+from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.sites.history import MAX_POINTS, History, SiteChange
 from tests.models import build, calibrated, converted, images
 

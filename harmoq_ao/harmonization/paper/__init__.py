@@ -1,4 +1,4 @@
-"""Algorithm 1 of the paper, site by site.
+"""Algorithm 1 of the paper, site by site: structural residual calibration, harmonized scales, boundary refinement.
 
-Structural residual calibration (``src``), harmonized scales, adaptive boundary refinement (``abr``).
+Imports what ``harmonization`` may import, and its ``teacher``, ``weights``, ``run_until`` and ``progress``.
 """

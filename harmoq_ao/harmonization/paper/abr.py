@@ -1,4 +1,4 @@
-"""Adaptive boundary refinement (ABR): the bounds of one contraction by projected gradient descent on its output error.
+"""Adaptive boundary refinement (ABR): the ranges of one contraction by projected gradient descent on its output error.
 
 With ``X~ = Q(X / s)`` and ``Y~ = Q(Y s)`` the objective is ``L = E[(X~ Y~ - target)^2]``, which for ``target = X Y`` is
 HarmoQ's ``E||W dx + dW x + dW dx||^2``; the printed one leaves the last, second-order term out. Theorem 3 gives
@@ -30,7 +30,7 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class ABRSettings:
-    """How bounds are refined.
+    """Settings of boundary refinement.
 
     Args:
         updates: Most updates of one contraction.
@@ -41,8 +41,7 @@ class ABRSettings:
         gap: Smallest range, in units of the first.
         review_every: Updates between two reviews.
         tolerance: Relative fall of the objective that counts as progress at a review.
-        patience: Reviews without progress, one after the other, after which to stop.
-        second_order: Whether ``dW dx`` belongs to the objective.
+        patience: Successive reviews without progress after which to stop.
 
     Raises:
         ConfigError: A value is outside its range.
@@ -57,7 +56,6 @@ class ABRSettings:
     review_every: int = 5
     tolerance: float = 1e-4
     patience: int = 2
-    second_order: bool = True
 
     def __post_init__(self) -> None:
         counts = type(self.updates) is int and self.updates >= 0
@@ -82,9 +80,9 @@ class Operand:
     Args:
         values: Batched matrices `[G, M, K]` (left) or `[G, K, N]` (right), or with a batch of one.
         spec: The quantizer; None leaves the operand in float. A dynamic one needs no bounds.
-        bounds: ``(lo, hi)`` of the scaled values, each broadcastable to them; None where there are none to learn.
+        bounds: ``(lo, hi)`` of the scaled values, each broadcastable to them; None where nothing is to be learned.
         scale: Divides the values, broadcastable to them; None for ones.
-        shift: Is taken from the values first; None for zeros.
+        shift: Subtracted from the values first; None for zeros.
     """
 
     values: Tensor
@@ -113,13 +111,13 @@ class Operand:
 
 @dataclass(frozen=True)
 class Contraction:
-    """A batched product of two operands and what it should come to.
+    """A batched product of two operands and its target.
 
     Args:
         left: `[G, M, K]`.
         right: `[G, K, N]`.
         target: `[G, M, N]`.
-        free_mean: Whether a bias takes up the mean error of each column `[N]`, so that it does not count.
+        free_mean: Whether a bias absorbs the mean error of each column `[N]`, so that it does not count.
     """
 
     left: Operand
@@ -143,27 +141,25 @@ class Evaluation(NamedTuple):
     right: Gradient | None
 
 
-def output_error(contraction: Contraction, *, second_order: bool = True) -> float:
+def output_error(contraction: Contraction) -> float:
     """The objective: mean squared error of the product."""
-    return evaluate(contraction, second_order=second_order, gradients=False).objective
+    return evaluate(contraction, gradients=False).objective
 
 
 @torch.no_grad()
-def evaluate(contraction: Contraction, *, second_order: bool = True, gradients: bool = True) -> Evaluation:
+def evaluate(contraction: Contraction, *, gradients: bool = True) -> Evaluation:
     """Objective and gradient of Theorem 3, derived by hand."""
     left, right = contraction.left, contraction.right
     x, y = left.rounded(), right.rounded()
-    partner_x, partner_y = (y, x) if second_order else (right.scaled(), left.scaled())  # what multiplies dx' and dy'
-    product = x @ y if second_order else x @ partner_x + partner_y @ (y - partner_x)
-    residual = product - contraction.target
+    residual = x @ y - contraction.target
     if contraction.free_mean:
         residual -= residual.mean((0, 1))
     objective = float(residual.square().mean(dtype=torch.float64))
     if not gradients:
         return Evaluation(objective, None, None)
     residual *= 2.0 / residual.numel()
-    grad_x = _bound_gradient(left, x, residual, partner_x.mT, on_left=True)
-    grad_y = _bound_gradient(right, y, residual, partner_y.mT, on_left=False)
+    grad_x = _bound_gradient(left, x, residual, y.mT, on_left=True)
+    grad_y = _bound_gradient(right, y, residual, x.mT, on_left=False)
     return Evaluation(objective, grad_x, grad_y)
 
 
@@ -196,10 +192,10 @@ def _mean_square(error: Tensor, free_mean: bool) -> float:
 
 
 class _FreeBounds:
-    """What may be chosen about the bounds of one operand, in units of their first range.
+    """The free parameters of one operand's range, in units of the range at the start.
 
-    An asymmetric quantizer has two free bounds. Under the other schemes the place of zero among the codes is fixed, and
-    the width of the range is all that is free.
+    An asymmetric quantizer has two free bounds. Under the other schemes the code of zero is fixed, and only the
+    width of the range is free.
     """
 
     def __init__(self, spec: QuantizerSpec, bounds: tuple[Tensor, Tensor], gap: float) -> None:
@@ -214,12 +210,12 @@ class _FreeBounds:
         return [(hi - lo) / self.unit] if self.tied else [lo / self.unit, hi / self.unit]
 
     def gradient(self, gradient: Gradient, objective: float) -> list[Tensor]:
-        """Of the logarithm of the objective, by the parameters."""
+        """Gradient of the logarithm of the objective by the parameters."""
         lo, hi = (g * self.unit / max(objective, _TINY) for g in gradient)
         return [(1 - self.below) * hi - self.below * lo] if self.tied else [lo, hi]
 
     def bounds(self, parameters: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The nearest bounds that are feasible: at least a gap apart, and on the scheme."""
+        """The nearest feasible bounds: at least a gap apart, and valid under the scheme."""
         if self.tied:
             width = parameters[0].clamp_min(self.gap) * self.unit
             return snap_bounds(-self.below * width, (1 - self.below) * width, self.spec)
@@ -231,11 +227,11 @@ class _FreeBounds:
 class BoundaryRefiner:
     """Projected Adam on the bounds of one contraction.
 
-    It moves freely and remembers the best place. A review after some updates goes back to that place, at half the step,
-    unless it was found since the last review.
+    It moves freely and remembers its best state. A review every few updates returns to that state, at half the step,
+    unless the state was found since the last review.
 
     Args:
-        contraction: Where to start.
+        contraction: The start.
         settings: Steps and their schedule.
 
     Attributes:
@@ -259,7 +255,7 @@ class BoundaryRefiner:
         self.restart(contraction)
 
     def restart(self, contraction: Contraction) -> None:
-        """Go on from another contraction (a new scale, another weight), at the present step."""
+        """Continue from another contraction (a new scale, another weight), at the present step size."""
         self.failures = 0
         self._free = {
             side: _FreeBounds(operand.spec, operand.bounds, self.settings.gap)
@@ -274,7 +270,7 @@ class BoundaryRefiner:
         return self.objective > 0 and bool(self._free)
 
     def update(self) -> float:
-        """One step from the present place; returns the objective there."""
+        """One step from the present state; returns the objective there."""
         gradients = {
             side: free.gradient(getattr(self._evaluation, side), self._evaluation.objective)
             for side, free in self._free.items()
@@ -283,14 +279,14 @@ class BoundaryRefiner:
         directions = iter(self._adam.direction(clipped(flat, self.settings.clip)))
         step = self._rate() * 0.5**self._halvings
         self._place = self._moved({side: [next(directions) for _ in part] for side, part in gradients.items()}, step)
-        self._evaluation = evaluate(self._place, second_order=self.settings.second_order)
+        self._evaluation = evaluate(self._place)
         self._done += 1
         if self._evaluation.objective < self.objective:
             self.best, self.objective = self._place, self._evaluation.objective
         return self._evaluation.objective
 
     def review(self) -> bool:
-        """Whether there was progress since the last review; if not, back to the best place, at half the step."""
+        """Whether there was progress since the last review; if not, return to the best state, at half the step."""
         progress = self.objective < self._reviewed * (1 - self.settings.tolerance)
         self.failures = 0 if progress else self.failures + 1
         if not progress:
@@ -301,7 +297,7 @@ class BoundaryRefiner:
 
     def _enter(self, contraction: Contraction) -> None:
         self._place = self.best = contraction
-        self._evaluation = evaluate(contraction, second_order=self.settings.second_order)
+        self._evaluation = evaluate(contraction)
         self.objective = self._evaluation.objective
         self._reviewed = self.objective
         self._adam = _Adam()
@@ -352,19 +348,3 @@ class _Adam:
             second.lerp_(g.square(), 0.001)
             result.append(first / bias_1 / ((second / bias_2).sqrt() + 1e-8))
         return result
-
-
-def refine_bounds(contraction: Contraction, settings: ABRSettings | None = None) -> tuple[Contraction, list[float]]:
-    """Refine the bounds of one contraction.
-
-    Returns:
-        The contraction with the best bounds, and the objective before and after every update.
-    """
-    settings = settings or ABRSettings()
-    refiner = BoundaryRefiner(contraction, settings)
-    objectives = [refiner.objective]
-    for update in range(1, settings.updates + 1 if refiner.can_learn else 1):
-        objectives.append(refiner.update())
-        if update % settings.review_every == 0 and not refiner.review() and refiner.failures >= settings.patience:
-            break
-    return refiner.best, objectives

@@ -1,41 +1,38 @@
-"""What reaches a site: captured from the float network, and met again while the quantized one runs."""
+"""Inputs of sites: captured from the float network, and visited while the quantized one runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CalibrationError
+from harmoq_ao.harmonization.run_until import run_until_stopped, stop_forward
+from harmoq_ao.harmonization.teacher import FloatNetwork
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.sites.attention import PreparedAttention, decomposed_attention
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.model import PreparedModel
 
-
-class _Stop(Exception):  # noqa: N818
-    """Raised inside a forward to end it where nothing more is needed."""
-
-
 Keep = Callable[[PreparedSite, tuple[Tensor, ...]], tuple[Tensor, ...]]
-"""Chooses what is kept of the arguments of a site's first call."""
+"""Selects what to keep of the arguments of a site's first call."""
 
 
 @torch.no_grad()
 def capture_inputs(
-    model: PreparedModel, image: Tensor, paths: Iterable[str], keep: Keep, limit: int
+    model: FloatNetwork, image: Tensor, paths: Iterable[str], keep: Keep, limit: int
 ) -> dict[str, tuple[Tensor, ...]]:
-    """What the first sites of `paths` to run are given in one forward, by path, in the order of their first calls.
+    """Inputs of the first sites of `paths` to run in one forward pass, by path, in the order of their first calls.
 
     Args:
         model: The float network.
         image: Image batch `[B, C, H, W]`.
-        paths: Sites wanted.
-        keep: Chooses what is kept.
-        limit: Bytes after which the forward ends; at least one site is captured. The rest is for the next call.
+        paths: Paths of the sites wanted.
+        keep: Selects what is kept.
+        limit: Bytes after which the forward pass ends; at least one site is captured. The rest is for the next call.
     """
     wanted = set(paths)
     kept: dict[str, tuple[Tensor, ...]] = {}
@@ -46,12 +43,12 @@ def capture_inputs(
         if path in kept:
             return
         if _bytes(kept.values()) >= limit:
-            raise _Stop
+            stop_forward()
         kept[path] = keep(site, args)
 
     sites = [s for s in model.sites() if s.site.path in wanted]
-    with _pre_hooks(sites, hook), _products_of_attention(model, sites), suppress(_Stop):
-        model(image)
+    with _pre_hooks(sites, hook), _products_of_attention(model, sites):
+        run_until_stopped(model, image)
     return kept
 
 
@@ -59,14 +56,14 @@ def capture_inputs(
 def visit_inputs(
     model: PreparedModel, image: Tensor, paths: Iterable[str], visit: Callable[[PreparedSite, tuple[Tensor, ...]], None]
 ) -> None:
-    """Run the quantized network and call `visit` just before the first call of each site; end after the last one.
+    """Run the quantized network, call `visit` just before the first call of each site, and end after the last one.
 
-    What `visit` changes about its site counts from that very call on, so later sites see it.
+    What `visit` changes about its site takes effect in that very call, so later sites see it.
 
     Args:
         model: The prepared model, fake-quantization on.
         image: Image batch `[B, C, H, W]`.
-        paths: Sites to visit.
+        paths: Paths of the sites to visit.
         visit: Takes the site and the arguments of its call.
     """
     left = set(paths)
@@ -81,10 +78,10 @@ def visit_inputs(
         left.discard(site.site.path)
         visit(site, args)
         if not left:
-            raise _Stop
+            stop_forward()
 
-    with _pre_hooks([s for s in model.sites() if s.site.path in left], hook), suppress(_Stop):
-        model(image)
+    with _pre_hooks([s for s in model.sites() if s.site.path in left], hook):
+        run_until_stopped(model, image)
 
 
 def common_batch(batches: Sequence[Tensor], most: int) -> Tensor:
@@ -123,7 +120,10 @@ def _bytes(kept: Iterable[tuple[Tensor, ...]]) -> int:
 
 @contextmanager
 def _products_of_attention(model: nn.Module, sites: Iterable[PreparedSite]) -> Iterator[None]:
-    """Within, fused attention also runs as the two products that are among `sites`: in float it calls no site."""
+    """Context manager that also runs fused attention as its two products, if they are among `sites`.
+
+    In float it calls no site, so nothing would be captured.
+    """
 
     def hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(attention, PreparedAttention)
@@ -132,12 +132,10 @@ def _products_of_attention(model: nn.Module, sites: Iterable[PreparedSite]) -> I
 
     wanted = {id(site) for site in sites}
     fused = [m for m in model.modules() if isinstance(m, PreparedAttention) and {id(m.qk), id(m.av)} & wanted]
-    handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in fused]
-    try:
+    with ExitStack() as hooks:
+        for module in fused:
+            hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _attention_arguments(
@@ -154,9 +152,7 @@ def _attention_arguments(
 
 @contextmanager
 def _pre_hooks(sites: Iterable[PreparedSite], hook: Callable[[nn.Module, tuple[Any, ...]], None]) -> Iterator[None]:
-    handles = [site.register_forward_pre_hook(hook) for site in sites]
-    try:
+    with ExitStack() as hooks:
+        for site in sites:
+            hooks.enter_context(site.register_forward_pre_hook(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -1,4 +1,4 @@
-"""H, the operator that says which part of a residual is structure: edge filters in space, or a subspace of channels.
+"""H, the operator that selects the structure in a residual: edge filters in space, or a subspace of channels.
 
 A *spatial filter* acts on the grid of tokens, channel by channel, so it commutes with a linear layer. It is evaluated
 where its whole support lies on the grid; nothing is padded. Each is scaled so that uncorrelated tokens keep their mean
@@ -37,7 +37,7 @@ _SMALLEST_SIDE = 3
 
 
 class TokenGrid(NamedTuple):
-    """How the tokens of an operand lie in space: a batch of grids (images or windows) of `height` x `width`."""
+    """Spatial arrangement of an operand's tokens: a batch of grids (images or windows) of `height` x `width`."""
 
     batch: int
     height: int
@@ -45,9 +45,9 @@ class TokenGrid(NamedTuple):
 
 
 def find_grid(x: Tensor, image: tuple[int, int, int]) -> TokenGrid | None:
-    """The grid of the tokens of `x`, or None where it cannot be told.
+    """The grid of the tokens of `x`, or None if it cannot be determined.
 
-    Understood are `[B, H, W, K]`, `[B, H*W, K]`, `[B*H*W, K]` and windows `[n, h*w, K]`, where the grid is that of the
+    It knows `[B, H, W, K]`, `[B, H*W, K]`, `[B*H*W, K]` and windows `[n, h*w, K]`, where the grid is that of the
     image, of a reduction of it by 2, 4 or 8, or of one padded to whole windows. Where several shapes of window are
     possible, the one whose vertical neighbours differ least is taken.
 

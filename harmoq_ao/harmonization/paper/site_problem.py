@@ -1,4 +1,4 @@
-"""The problem that one site poses: its operands on a sample, and the moves that Algorithm 1 may make."""
+"""The optimization problem of one site: its operands on a sample, and the moves that Algorithm 1 may make."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.harmonization.paper.abr import Contraction, Operand
-from harmoq_ao.harmonization.paper.projections import TokenGrid, find_grid
-from harmoq_ao.harmonization.paper.rounding import edge_magnitude, edge_weights, gptq_round, token_hessian
-from harmoq_ao.harmonization.paper.src import ResidualStatistics, SRCSettings
-from harmoq_ao.harmonization.reference import owns_bias, set_weight
+from harmoq_ao.harmonization.paper.projections import SPATIAL_FILTERS, Projection, TokenGrid, find_grid
+from harmoq_ao.harmonization.paper.src import SRCSettings, calibrate_residual
+from harmoq_ao.harmonization.weights import owns_bias, set_weight
 from harmoq_ao.quant.bounds import search_tensor_bounds, weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import power_scale
-from harmoq_ao.quant.quantizer import Granularity, snap_bounds, step_size
+from harmoq_ao.quant.quantizer import Granularity, snap_bounds
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul
 
@@ -25,7 +24,7 @@ _VALUES_PER_ROW = 1024
 
 
 class SiteProblem(ABC):
-    """One site, what reaches it, and what it should return.
+    """One site with its inputs and its target.
 
     A state of the site is a :class:`Contraction`; the methods propose others and leave the
     site itself alone until :meth:`commit`.
@@ -34,7 +33,12 @@ class SiteProblem(ABC):
         site: The prepared site.
         initial: The site as it is.
         can_scale: Whether a joint scale is defined: both operands quantized, contracted length fixed.
+        can_calibrate: Whether there is a weight that SRC may change.
+        corrects_bias: Whether the mean error can be taken up by a bias that belongs to this site alone.
     """
+
+    can_calibrate = False
+    corrects_bias = False
 
     def __init__(self, site: PreparedSite, initial: Contraction, can_scale: bool) -> None:
         self.site = site
@@ -50,11 +54,11 @@ class SiteProblem(ABC):
         return float((target - target.mean((0, 1))).square().mean(dtype=torch.float64))
 
     def rescaled(self, state: Contraction, exponent: float | None) -> Contraction:
-        """Another joint scale, ``Rx^a / Rw^(1 - a)`` per channel, and bounds searched anew for it.
+        """Another joint scale, ``Rx^a / Rw^(1 - a)`` per channel, with ranges searched anew for it.
 
         Args:
-            state: Where to start; ranges are clipped to its bounds.
-            exponent: a; 0.5 is equation (6). None keeps the scale and only searches bounds.
+            state: The start; ranges are clipped to its bounds.
+            exponent: a; 0.5 is equation (6). None keeps the scale and only searches the ranges.
         """
         scale = state.left.scale
         if exponent is not None:
@@ -65,16 +69,24 @@ class SiteProblem(ABC):
         right = self._with_bounds(replace(state.right, scale=inverse), left.scaled())
         return replace(state, left=left, right=right)
 
+    def usable_projection(self, projection: Projection) -> Projection:
+        """The projection that SRC can apply here: without a grid of tokens a spatial filter becomes the identity."""
+        return projection
+
+    def calibrated(self, state: Contraction, settings: SRCSettings) -> Contraction:
+        """SRC of the weight for the input as `state` quantizes it; a product of activations stays as it is."""
+        return state
+
     @abstractmethod
     def _ranges(self, state: Contraction) -> tuple[Tensor, Tensor]:
         """Clipped range of every channel of the left and of the right operand, `[K]` each, unscaled."""
 
     @abstractmethod
     def commit(self, state: Contraction) -> None:
-        """Make the site what `state` says."""
+        """Write `state` into the site."""
 
     def _with_bounds(self, operand: Operand, partner: Tensor | None) -> Operand:
-        """Bounds of least error; those of a weight's rows weigh channels by the partner's mean squares."""
+        """Ranges of least error; those of a weight's rows weigh channels by the partner's mean squares."""
         if operand.bounds is None or operand.spec is None:
             return operand
         if operand.spec.granularity is Granularity.PER_CHANNEL:
@@ -102,8 +114,8 @@ class LinearProblem(SiteProblem):
         image: Batch size, height and width of the model's input.
         rows: Rows in the sample.
         seed: Of the sample.
-        inherited: Share of the deviation that the input brings along which the output is to make up for. The mean of
-            the output is always to be that of the float network.
+        inherited: Share of the deviation already in the input that the output is to make up for. The mean of the
+            output is always to be that of the float network.
         own_parameters: Whether no other site shares weight or bias, so that they may be changed.
     """
 
@@ -124,6 +136,7 @@ class LinearProblem(SiteProblem):
         self.wanted = self.given.lerp(wanted, inherited)
         self.grid: TokenGrid | None = find_grid(given, image)
         self.can_calibrate = own_parameters
+        self.corrects_bias = own_parameters and owns_bias(site)
         self._linear, self._reference = site, reference
         chosen = sample_indices(len(self.given), rows, seed).to(given.device)
         self._wanted_output = self.wanted[chosen] @ reference.weight.T
@@ -136,52 +149,19 @@ class LinearProblem(SiteProblem):
         right = _operand(site.weight_quantizer, site.weight.detach().T[None], inverse, transposed=True)
         super().__init__(site, Contraction(left, right, self._target(site.weight, shift)), can_scale=True)
 
-    @property
-    def corrects_bias(self) -> bool:
-        """Whether the mean error can be taken up by a bias that belongs to this site alone."""
-        return self.can_calibrate and owns_bias(self._linear)
+    def usable_projection(self, projection: Projection) -> Projection:
+        return "identity" if projection in SPATIAL_FILTERS and self.grid is None else projection
 
     def calibrated(self, state: Contraction, settings: SRCSettings) -> Contraction:
-        """SRC of the float weight for what the input quantizer of `state` makes of the input."""
-        statistics = ResidualStatistics(settings)
         whole = replace(state.left, values=self.given)
-        statistics.update(whole.unscaled(whole.rounded()), self.wanted, self.grid)
-        weight = self._reference.weight + statistics.solve(self._reference.weight).delta
+        z = whole.unscaled(whole.rounded())
+        weight = self._reference.weight
+        weight = weight + calibrate_residual(settings, weight, z, self.wanted, self.grid).delta
         right = self._with_bounds(replace(state.right, values=weight.T[None]), state.left.scaled())
         return replace(state, right=right, target=self._target(weight, state.left.shift))
 
-    def rounded(self, state: Contraction, *, edges: bool) -> Contraction:
-        """The weight on the levels that GPTQ chooses for what the input quantizer of `state` makes of the input.
-
-        A bias of the site's own takes up the mean error: with a joint shift there is much of it, which the nearest
-        levels do not have, because the shift is given back by the weight that is stored.
-
-        Args:
-            state: Where to start; its bounds stay.
-            edges: Tokens count more where the float input has edges (where it is a grid).
-        """
-        right = state.right
-        if right.spec is None or right.bounds is None:
-            return state
-        whole = replace(state.left, values=self.given)
-        tokens = whole.unscaled(whole.rounded())
-        tokens = tokens if whole.scale is None else tokens / whole.scale
-        free_mean = state.free_mean or self.corrects_bias
-        hessian = token_hessian(tokens - tokens.mean(0) if free_mean else tokens, self._importance(edges))
-        lower, upper = (bound.expand(1, 1, right.values.shape[-1]).flatten() for bound in right.bounds)
-        step = step_size(lower, upper, right.spec.bits)
-        weight = gptq_round(right.scaled()[0].T, lower, step, right.spec.bits, hessian)
-        values = right.unscaled(weight.T[None])
-        target = self._target(values[0].T, state.left.shift)
-        return replace(state, right=replace(right, values=values), target=target, free_mean=free_mean)
-
-    def _importance(self, edges: bool) -> Tensor | None:
-        if not edges or self.grid is None:
-            return None
-        return edge_weights(edge_magnitude(self.wanted.reshape(*self.grid, -1))).flatten()
-
     def commit(self, state: Contraction) -> None:
-        """Set bounds, joint scale, weight, and the bias where the mean is free."""
+        """Set ranges, joint scale, weight, and the bias where the mean is free."""
         self._commit_bounds(state)
         bias = None
         if state.free_mean:
@@ -191,7 +171,7 @@ class LinearProblem(SiteProblem):
             set_weight(self._linear, state.right.values[0].T, bias)
 
     def _target(self, weight: Tensor, shift: Tensor | None) -> Tensor:
-        """What the product should come to, `[1, R, m]`: the layer adds its bias and what the joint shift took away."""
+        """Target of the product, `[1, R, m]`: the layer adds its bias and gives back the joint shift."""
         constant = 0.0 if shift is None else weight.detach() @ shift
         return (self._wanted_output - constant)[None]
 
@@ -207,7 +187,7 @@ class MatmulProblem(SiteProblem):
         site: The site.
         given: Sampled operands in the quantized network, `[G, M, K]` and `[G, K, N]`.
         wanted: The same of the float network.
-        inherited: Share of the deviation that the operands bring along which the output is to make up for.
+        inherited: Share of the deviation already in the operands that the output is to make up for.
     """
 
     def __init__(
@@ -226,7 +206,7 @@ class MatmulProblem(SiteProblem):
         super().__init__(site, Contraction(left, right, target), can_scale=fixed)
 
     def commit(self, state: Contraction) -> None:
-        """Set bounds and joint scale."""
+        """Set ranges and joint scale."""
         self._commit_bounds(state)
 
     def _ranges(self, state: Contraction) -> tuple[Tensor, Tensor]:
@@ -239,7 +219,7 @@ class MatmulProblem(SiteProblem):
 
 @dataclass(frozen=True)
 class MatmulSample:
-    """Which groups, rows and columns of a product ``[..., M, K] x [..., K, N]`` are looked at.
+    """A sample of groups, rows and columns of a product ``[..., M, K] x [..., K, N]``.
 
     Args:
         batch: Common batch shape of the operands.

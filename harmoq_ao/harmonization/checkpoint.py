@@ -1,4 +1,4 @@
-"""A file that long work saves its progress in, and resumes from."""
+"""A file that a long optimisation saves its progress to, and resumes from."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from harmoq_ao.common.errors import CheckpointError
 from harmoq_ao.common.output import atomic_write
 
 Progress = tuple[dict[str, Tensor], dict[str, Any]]
-"""What a file holds: tensors by name, and JSON-able data."""
+"""Contents of a file: tensors by name, and JSON-able data."""
 _KEY = "harmoq_ao_progress"
 
 
@@ -23,7 +23,7 @@ class Checkpoint:
 
     Args:
         path: The file; None saves nothing.
-        identity: What the work is. A file of other work is refused.
+        identity: JSON-able description of the work. A file of other work is refused.
     """
 
     def __init__(self, path: Path | None, identity: dict[str, Any]) -> None:
@@ -31,7 +31,7 @@ class Checkpoint:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     def save(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Write; an interrupted write leaves the previous file.
+        """Write the file; an interrupted write leaves the previous one.
 
         Raises:
             OutputError: The file cannot be written.
@@ -44,10 +44,10 @@ class Checkpoint:
             file.write(content)
 
     def load(self) -> Progress | None:
-        """What was saved; None without a file.
+        """Contents of the file, or None if there is no file.
 
         Raises:
-            CheckpointError: Damaged, no checkpoint of this project, or of other work.
+            CheckpointError: It is damaged, not a checkpoint of this project, or of other work.
         """
         if self.path is None or not self.path.exists():
             return None
@@ -57,7 +57,7 @@ class Checkpoint:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} is no progress file",
+                f"{self.path} is not a progress file",
                 found=f"{type(error).__name__}: {error}",
                 expected="a file that harmonization has saved",
                 remedy="delete it to start over",

@@ -1,4 +1,4 @@
-"""Harmonization as one pass over a calibrated model: Algorithm 1, then refinement."""
+"""Harmonization of a calibrated model: Algorithm 1, then refinement."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from typing import Any
 from torch import Tensor
 
 from harmoq_ao.calibration.solve import enable_fake_quant
-from harmoq_ao.harmonization.paper.algorithm import AlgorithmTrace, Balance, run_algorithm
+from harmoq_ao.harmonization.paper.algorithm import run_algorithm
+from harmoq_ao.harmonization.paper.trace import AlgorithmTrace, Balance
 from harmoq_ao.harmonization.presets import HarmonizeSettings
-from harmoq_ao.harmonization.reference import float_reference
 from harmoq_ao.harmonization.refine import RefineTrace, refine
+from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.sites.history import History, SiteChange, short, thinned
 from harmoq_ao.sites.model import PreparedModel
 
 
 @dataclass
 class HarmonizeTrace:
-    """How :func:`harmonize` went.
+    """Record of a call of :func:`harmonize`.
 
     Args:
-        algorithm: Of Algorithm 1, or None where it was left out.
-        refine: Of the refinement, or None.
+        algorithm: Trace of Algorithm 1, or None where it was left out.
+        refine: Trace of the refinement, or None.
     """
 
     algorithm: AlgorithmTrace | None = None
@@ -37,7 +38,7 @@ class HarmonizeTrace:
         return {name: None if part is None else part.to_dict() for name, part in parts.items()}
 
     def to_history(self, method: str | None = None, preset: str | None = None) -> History:
-        """The part that is saved with a model: four digits, and curves thinned to :data:`MAX_POINTS` points."""
+        """The part saved with a model: numbers of four digits, curves thinned to :data:`MAX_POINTS` points."""
         sites: tuple[SiteChange, ...] = ()
         if self.algorithm is not None:
             changes = (_change(s.name, s.start, s.end, s.balances) for s in self.algorithm.sites)
@@ -47,15 +48,6 @@ class HarmonizeTrace:
             return History(method, preset, sites)
         losses = thinned(list(enumerate(learned.losses, start=1)))
         return History(method, preset, sites, losses, thinned(learned.held_out), learned.best_step)
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> HarmonizeTrace:
-        """Inverse of :meth:`to_dict`."""
-        algorithm, learned = data.get("algorithm"), data.get("refine")
-        return cls(
-            None if algorithm is None else AlgorithmTrace.from_dict(algorithm),
-            None if learned is None else RefineTrace.from_dict(learned),
-        )
 
 
 def _change(name: str, start: float, end: float, balances: Sequence[Balance]) -> SiteChange:
@@ -78,27 +70,35 @@ def harmonize(
     Args:
         prepared: From :func:`calibrate`; changed in place, ready to convert afterwards.
         crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-        settings: Such as ``PRESETS["fast"]``.
-        held_out: Images like `crops` that are not learned from; refinement keeps the state that is best on them.
-        checkpoint: File that refinement saves its progress in and resumes from. Algorithm 1, which is short and
-            deterministic, is repeated on resuming.
+        settings: What to do, such as ``PRESETS["fast"]``.
+        held_out: Images like `crops` that are not learned from; refinement keeps its best state on them.
+        checkpoint: File that refinement saves its progress to and resumes from. Algorithm 1 is short and
+            deterministic, so it is repeated on resuming.
         show_progress: Show progress bars; by default where standard error is a terminal.
 
     Returns:
-        The whole trace; what is saved with the model stays in ``prepared.history``.
+        The whole trace; the part saved with the model goes to ``prepared.history``.
 
     Raises:
         CalibrationError: Not calibrated, or no crops.
         CheckpointError: The checkpoint belongs to other work.
     """
     enable_fake_quant(prepared)
-    float_reference(prepared)  # before any weight changes
+    teacher = Teacher(prepared)
     trace = HarmonizeTrace()
     if settings.algorithm is not None:
-        trace.algorithm = run_algorithm(prepared, crops, settings.algorithm, show_progress=show_progress)
+        trace.algorithm = run_algorithm(
+            prepared, crops, settings.algorithm, teacher=teacher, show_progress=show_progress
+        )
     if settings.refine is not None:
         trace.refine = refine(
-            prepared, crops, settings.refine, held_out=held_out, checkpoint=checkpoint, show_progress=show_progress
+            prepared,
+            crops,
+            settings.refine,
+            teacher=teacher,
+            held_out=held_out,
+            checkpoint=checkpoint,
+            show_progress=show_progress,
         )
     prepared.history = trace.to_history(method="harmoq")
     return trace
