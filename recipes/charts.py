@@ -8,9 +8,10 @@ from typing import Any, cast
 
 import numpy as np
 import pandas as pd
-from matplotlib import cycler, rc_context
+from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator
 from PIL import Image
 

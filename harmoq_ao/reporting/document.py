@@ -22,7 +22,7 @@ from harmoq_ao.common.progress import track
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.reporting import charts
-from harmoq_ao.reporting.charts import Axis, Series
+from harmoq_ao.reporting.charts import Axis
 from harmoq_ao.reporting.distributions import Histogram, recorded, worst_sites
 from harmoq_ao.reporting.pictures import Picture, Source, compare, heat_ceiling, heat_colours, heat_png, png
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
@@ -245,7 +245,7 @@ def _history_facts(history: History | None) -> dict[str, Any]:
         axes = Axis("steps of refinement"), Axis("PSNR to the float model, dB")
         best = history.best_step
         drawn["Held-out fidelity"] = charts.xy_chart(
-            Series(history.held_out), *axes, title="Fidelity on held-out crops", mark=best
+            history.held_out, *axes, title="Fidelity on held-out crops", mark=best
         )
     drawn |= _site_charts(history)
     return {"known": True, "charts": drawn, "best_step": history.best_step if history.held_out else None}
@@ -254,7 +254,7 @@ def _history_facts(history: History | None) -> dict[str, Any]:
 def _loss_chart(history: History) -> Markup:
     positive = all(value > 0 for _, value in history.losses)
     axes = Axis("steps of refinement"), Axis("loss", log=positive)
-    return charts.xy_chart(Series(history.losses), *axes, title="Training loss")
+    return charts.xy_chart(history.losses, *axes, title="Training loss")
 
 
 def _site_charts(history: History) -> dict[str, Markup]:
@@ -263,15 +263,16 @@ def _site_charts(history: History) -> dict[str, Markup]:
     moved = [(i, s) for i, s in enumerate(history.sites, start=1) if s.start > 0 and s.end > 0]
     if moved:
         points = [(float(i), 10 * math.log10(s.start / s.end)) for i, s in moved]
-        titles = [f"{s.name}: {gain:.2f} dB" for (_, s), (_, gain) in zip(moved, points, strict=True)]
+        names = [f"{s.name}: {gain:.2f} dB" for (_, s), (_, gain) in zip(moved, points, strict=True)]
         axes = Axis("site, in execution order"), Axis("output error won, dB")
-        drawn["Convergence by site"] = charts.xy_chart(Series(points, titles), *axes, title="Error won at each site")
+        drawn["Convergence by site"] = charts.xy_chart(points, *axes, title="Error won at each site", names=names)
     shares = [(s.name, s.left, s.right) for s in history.sites if s.left and s.right and min(s.left, s.right) > 0]
     if shares:
         axes = Axis("error by activation (left)", log=True), Axis("error by weight (right)", log=True)
-        titles = [f"{name}: activation {left:.3g}, weight {right:.3g}" for name, left, right in shares]
-        series = Series([(left, right) for _, left, right in shares], titles)
-        drawn["Balance by site"] = charts.xy_chart(series, *axes, title="Balance of the operands", diagonal=True)
+        names = [f"{name}: activation {left:.3g}, weight {right:.3g}" for name, left, right in shares]
+        points = [(left, right) for _, left, right in shares]
+        title = "Balance of the operands"
+        drawn["Balance by site"] = charts.xy_chart(points, *axes, title=title, names=names, diagonal=True)
     return drawn
 
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.images.metrics import bicubic_upscale, psnr_y
 from harmoq_ao.reporting import Scene, pictures
-from harmoq_ao.reporting.charts import Axis, Series, xy_chart
+from harmoq_ao.reporting.charts import Axis, xy_chart
 from harmoq_ao.reporting.distributions import recorded, worst_sites
 from harmoq_ao.reporting.pictures import compare, heat_ceiling
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
@@ -125,13 +126,17 @@ def test_sizes_add_up_to_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [1e-6, 1e3], [0.5, 0.52]])
 def test_charts_place_every_point_inside(values: list[float], log: bool) -> None:
-    chart = xy_chart(
-        Series([(v, v) for v in values], [HOSTILE] * len(values)), Axis("x", log), Axis(HOSTILE, log), title=HOSTILE
-    )
+    points, names = [(v, v) for v in values], [HOSTILE] * len(values)
+    chart = xy_chart(points, Axis("x", log), Axis(HOSTILE, log), title=HOSTILE, names=names)
+    assert chart == xy_chart(points, Axis("x", log), Axis(HOSTILE, log), title=HOSTILE, names=names)
     assert "nan" not in chart
     assert "<script" not in chart
-    assert chart.count("<circle") == len(values)
-    assert chart.count('class="grid"') >= 1
+    assert "var(--grid)" in chart
+    root = ElementTree.fromstring(chart)
+    width, height = (float(v) for v in root.attrib["viewBox"].split()[2:])
+    dots = [dot for dot in root.iter("use") if dot.find("title") is not None]
+    assert [dot.find("title").text for dot in dots] == names
+    assert all(0 < float(dot.attrib["x"]) < width and 0 < float(dot.attrib["y"]) < height for dot in dots)
 
 
 # --- command ----------------------------------------------------------------------------------------------------------
