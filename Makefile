@@ -10,7 +10,7 @@ SOURCES := $(wildcard harmoq_ao recipes triton_kernels benchmarks tests)
 # One thread per test worker: two workers with two threads each are slower than two with one.
 SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test test-all check format bench bench-gpu clean
+.PHONY: help install demo test test-all check format bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make format   let ruff format and fix the sources'
 	@echo 'make bench    run the CPU benchmarks of linears and of the model'
 	@echo 'make bench-gpu  check the kernels on a GPU and measure whole models; one command for all of it'
+	@echo 'make docs     build the API reference into build/docs/api.md'
 	@echo 'make clean    remove the environment and everything built'
 	@echo 'PYTHON=python3.12 make ...   choose the interpreter of the environment'
 
@@ -66,6 +67,9 @@ bench: $(STAMP)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m harmoq_ao.recipes.api_reference build/docs/api.md
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

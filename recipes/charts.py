@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,7 @@ WIDTH = 8.4
 """Inches; 1680 pixels, twice a page's width."""
 DPI = 200
 _LEAST_DROP = 0.005  # dB; smaller drops are drawn here: the axis is logarithmic
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
     "axes.edgecolor": "#555555",
@@ -39,7 +39,7 @@ _STYLE: dict[str, Any] = {
     "lines.markersize": 5.5,
 }
 
-styled = rc_context(cast(Any, _STYLE))
+styled = rc_context(_STYLE)
 """Decorator of a function that draws: the house style while it runs."""
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -21,7 +20,7 @@ Point = tuple[float, float]
 _THEME = {"#100000": "--quiet", "#200000": "--grid", "#300000": "--ours", "#400000": "--bound", "#500000": "--beyond"}
 """Colours to draw with, and the variables of the page's style sheet that stand in their places in the SVG."""
 QUIET, GRID, OURS, BOUND, BEYOND = _THEME
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "svg.fonttype": "none",  # text stays text
     "svg.hashsalt": "harmoq-ao",  # the same chart is the same SVG
     "font.size": 11.0,
@@ -49,25 +48,13 @@ _PRESENTATION = re.compile(r"(fill|stroke|text-anchor)[\w-]*$")
 _ANCHOR = "{http://www.w3.org/1999/xlink}href"
 
 
-@dataclass(frozen=True)
-class Axis:
-    """One direction of a chart.
-
-    Args:
-        label: With its unit.
-        log: Whether the scale is logarithmic; all values must be positive then.
-    """
-
-    label: str
-    log: bool = False
-
-
 def xy_chart(
     points: Sequence[Point],
-    x: Axis,
-    y: Axis,
+    x: str,
+    y: str,
     *,
     title: str,
+    log: str = "",
     names: Sequence[str] = (),
     diagonal: bool = False,
     mark: float | None = None,
@@ -76,16 +63,17 @@ def xy_chart(
 
     Args:
         points: (x, y), at least one.
-        x: Horizontal axis.
-        y: Vertical axis.
+        x: Label of the horizontal axis, with its unit.
+        y: Label of the vertical axis, with its unit.
         title: For screen readers.
+        log: Axes with a logarithmic scale, ``y`` or ``xy``; all their values must be positive.
         names: A text for each point, shown when it is pointed at; with them single points are drawn, without a line.
         diagonal: Draw the line of equal values; both axes then span the same.
         mark: Draw a vertical line here.
     """
     with rc_context(_STYLE):
-        figure, axes = _panel(x.label, y.label)
-        axes.set(xscale="log" if x.log else "linear", yscale="log" if y.log else "linear")
+        figure, axes = _panel(x, y)
+        axes.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
         style = {"linestyle": "none" if names else "-", "marker": "o" if names or len(points) <= 12 else ""}
         axes.plot(*zip(*points, strict=True), color=OURS, gid="points", **style)
         rule = {"color": QUIET, "linestyle": ":", "linewidth": 1.0}

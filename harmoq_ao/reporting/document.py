@@ -22,7 +22,6 @@ from harmoq_ao.common.progress import track
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.convert import QuantizedModel
 from harmoq_ao.reporting import charts
-from harmoq_ao.reporting.charts import Axis
 from harmoq_ao.reporting.distributions import Histogram, recorded, worst_sites
 from harmoq_ao.reporting.pictures import Picture, Source, compare, heat_ceiling, heat_colours, heat_png, png
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
@@ -187,7 +186,7 @@ def _summary(scene: Scene, report: Report) -> dict[str, str]:
         "Architecture": "not of spandrel" if spec is None else str(spec.get("architecture", "unknown")),
         "Scale": f"x{scene.quantized.scale}",
         "Bits": config.widths,
-        **({"Bits by need": history.choice} if history and history.choice else {}),
+        **({"Mixed precision": history.choice} if history and history.choice else {}),
         "Profile": config.profile,
         "Method": f"{history.method}, {'own settings' if history.preset is None else f'preset {history.preset}'}"
         if history and known
@@ -239,22 +238,16 @@ def _history_facts(history: History | None) -> dict[str, Any]:
     drawn: dict[str, Markup] = {}
     if history is None:
         return {"known": False, "charts": drawn, "best_step": None}
+    steps = "steps of refinement"
     if history.losses:
-        drawn["Training loss"] = _loss_chart(history)
+        log = "y" if all(value > 0 for _, value in history.losses) else ""
+        drawn["Training loss"] = charts.xy_chart(history.losses, steps, "loss", title="Training loss", log=log)
     if history.held_out:
-        axes = Axis("steps of refinement"), Axis("PSNR to the float model, dB")
-        best = history.best_step
-        drawn["Held-out fidelity"] = charts.xy_chart(
-            history.held_out, *axes, title="Fidelity on held-out crops", mark=best
-        )
+        fidelity, title = "PSNR to the float model, dB", "Fidelity on held-out crops"
+        chart = charts.xy_chart(history.held_out, steps, fidelity, title=title, mark=history.best_step)
+        drawn["Held-out fidelity"] = chart
     drawn |= _site_charts(history)
     return {"known": True, "charts": drawn, "best_step": history.best_step if history.held_out else None}
-
-
-def _loss_chart(history: History) -> Markup:
-    positive = all(value > 0 for _, value in history.losses)
-    axes = Axis("steps of refinement"), Axis("loss", log=positive)
-    return charts.xy_chart(history.losses, *axes, title="Training loss")
 
 
 def _site_charts(history: History) -> dict[str, Markup]:
@@ -264,15 +257,17 @@ def _site_charts(history: History) -> dict[str, Markup]:
     if moved:
         points = [(float(i), 10 * math.log10(s.start / s.end)) for i, s in moved]
         names = [f"{s.name}: {gain:.2f} dB" for (_, s), (_, gain) in zip(moved, points, strict=True)]
-        axes = Axis("site, in execution order"), Axis("output error won, dB")
-        drawn["Convergence by site"] = charts.xy_chart(points, *axes, title="Error won at each site", names=names)
+        axes = "site, in execution order", "reduction of the output error, dB"
+        title = "Reduction of the error at each site"
+        drawn["Convergence by site"] = charts.xy_chart(points, *axes, title=title, names=names)
     shares = [(s.name, s.left, s.right) for s in history.sites if s.left and s.right and min(s.left, s.right) > 0]
     if shares:
-        axes = Axis("error by activation (left)", log=True), Axis("error by weight (right)", log=True)
+        axes = "error by activation (left)", "error by weight (right)"
         names = [f"{name}: activation {left:.3g}, weight {right:.3g}" for name, left, right in shares]
         points = [(left, right) for _, left, right in shares]
-        title = "Balance of the operands"
-        drawn["Balance by site"] = charts.xy_chart(points, *axes, title=title, names=names, diagonal=True)
+        drawn["Balance by site"] = charts.xy_chart(
+            points, *axes, title="Balance of the operands", log="xy", names=names, diagonal=True
+        )
     return drawn
 
 
