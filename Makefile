@@ -63,7 +63,10 @@ format: $(STAMP)
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 
 bench: $(STAMP)
-	@set -e; for name in cpu_linear cpu_model; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+	$(BIN)/python -m benchmarks.cpu_linear $(ARGS)
+	rm -rf build/bench
+	$(BIN)/python -m benchmarks.cpu_peers --model dat-light --output build/bench \
+		--contenders "float32 eager;bfloat16 eager;harmoq W8A8;harmoq W4A4;harmoq W8A8, OpenVINO" $(ARGS)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.common.errors import SavedModelError
-from harmoq_ao.common.output import atomic_write
+from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.graph.island import DERIVED
 from harmoq_ao.sites.prepared import PreparedSite
 
@@ -44,7 +44,8 @@ def write_json(path: Path, record: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file whole or not at all; its folder is created if need be."""
+    make_folder(path.parent)
     with atomic_write(path) as file:
         file.write(text.encode())
 
