@@ -11,6 +11,7 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator
 from PIL import Image
@@ -73,6 +74,11 @@ def show_image(axis: Any, pixels: Any, **options: Any) -> Any:
     axis.grid(False)
     axis.spines[:].set_visible(False)
     return image
+
+
+def square(corner: tuple[int, int], side: int) -> Any:
+    """Frame around a part of a picture; `corner` is its top and left."""
+    return Rectangle(corner[::-1], side, side, fill=False, edgecolor="#ffd400", linewidth=1.7)
 
 
 def log_axis(axis: Any) -> None:

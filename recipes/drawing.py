@@ -11,15 +11,23 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-from matplotlib.patches import Rectangle
 
-from harmoq_ao.recipes.charts import COLOURS, OURS, WIDTH, log_axis, new_figure, panels, save_figure, show_image, styled
+from harmoq_ao.recipes.charts import (
+    COLOURS,
+    OURS,
+    WIDTH,
+    log_axis,
+    new_figure,
+    panels,
+    save_figure,
+    show_image,
+    square,
+    styled,
+)
 from harmoq_ao.recipes.curves import LOSS, STEPS
 from harmoq_ao.recipes.inspection import AttentionMaps
 
 Pixels = npt.NDArray[np.uint8]
-MARK = "#ffd400"
-"""Frame around the magnified part of a picture."""
 
 
 @styled
@@ -148,11 +156,6 @@ def figure5(path: Path, comparisons: Sequence[Comparison]) -> None:
             show_image(axis, crop)
             axis.set_xlabel(caption, fontsize=8)
     save_figure(figure, path)
-
-
-def square(corner: tuple[int, int], side: int) -> Any:
-    """Frame around a part of a picture; `corner` is its top and left."""
-    return Rectangle(corner[::-1], side, side, fill=False, edgecolor=MARK, linewidth=1.7)
 
 
 @styled
