@@ -66,7 +66,7 @@ VARIANTS = (
     Variant("DOBI", "dobi", 4, "paper", "none"),
     Variant("HarmoQ", "harmoq", 4, "paper", "fast"),
 )
-"""8 bits as one would deploy them, and 4 bits everywhere (attention too, static quantization ranges) by three methods."""
+"""8 bits as one would deploy them, and 4 bits everywhere (attention too, static ranges) by three methods."""
 ZOOM = 48
 """Side of the magnified part in high-resolution pixels."""
 
