@@ -1,8 +1,8 @@
 """Is the int8 linear faster than float on this CPU, quantization of its input included?
 
-Times, in one process and interleaved, `onednn.linear` (static bounds, static with a joint scale, 8-bit mid-rise
-weights, bounds per token) against ``F.linear`` in float32 and bfloat16, at the shapes of SwinIR-light and DAT-light, on
-fresh random inputs in every round; then products of two quantized activations. Reports p20/p50/p80 in milliseconds and
+Times, in one process and interleaved, `onednn.linear` (static qparams, static with a joint scale, 8-bit mid-rise
+weights, qparams per token) against ``F.linear`` in float32 and bfloat16, at the shapes of SwinIR-light and DAT-light,
+on fresh random inputs in every round; then products of two quantized activations. Reports p20/p50/p80 in ms and
 the ratio of medians to float32 (above 1: faster than float32).
 
     python -m benchmarks.cpu_linear --threads 2 --output benchmarks/results/cpu_linear

@@ -1,4 +1,4 @@
-"""Arguments that tables and figures share."""
+"""Command-line arguments that tables and figures share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -93,15 +94,7 @@ def template(arguments: argparse.Namespace, method: str, scale: int, widths: tup
 def open_study(arguments: argparse.Namespace) -> Study:
     """The study that the arguments describe."""
     warnings.filterwarnings("ignore", category=UserWarning)  # remarks of libraries on how they use each other
-    settings = StudySettings(
-        arguments.output,
-        arguments.benchmark,
-        arguments.calibration,
-        arguments.seed,
-        arguments.device,
-        arguments.converted,
-        arguments.tile,
-    )
+    settings = StudySettings(**{f.name: getattr(arguments, f.name) for f in fields(StudySettings)})
     return Study(settings, loader(arguments.checkpoint))
 
 

@@ -98,7 +98,7 @@ def histogram_chart(histogram: Histogram, title: str) -> Markup:
         axes.set(yscale="log", xlim=(low, high), ylim=(0.5, 2.0 * max(1, *histogram.counts)))
         _few_ticks(axes.xaxis, None)
         _few_ticks(axes.yaxis, EngFormatter(places=0, sep=""))
-        for bound, end in zip(histogram.bounds or (), (low, high), strict=False):
+        for bound, end in zip(histogram.quant_range or (), (low, high), strict=False):
             axes.axvspan(bound, end, color=BEYOND, linewidth=0.0)
             axes.axvline(bound, color=BOUND, linestyle="--", linewidth=1.5, gid="bound")
         return _svg(figure, title)

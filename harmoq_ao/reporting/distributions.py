@@ -1,4 +1,4 @@
-"""What reaches a quantized site on one picture, beside the bounds it is clipped to."""
+"""Histograms of the operands of quantized sites on one picture, with their quantization ranges."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ BINS = 72
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of one operand, as its quantizer sees them: shifted and divided by the joint ones.
+    """Values of one operand in its quantizer's domain: after the joint shift and scale.
 
     Args:
         operand: ``input``, or ``left`` and ``right`` of a product.
         counts: By bin, from `low` to `high`.
         low: Left edge of the first bin.
         high: Right edge of the last bin.
-        bounds: What values are clipped to; None where each token has its own.
-        outside: Share of the values that lie more than half a step beyond the bounds: rounding moves no others as far.
+        quant_range: What values are clipped to; None where each token has its own.
+        outside: Share of the values that lie more than half a step outside this range: rounding moves no others as far.
         bits: Of the quantizer.
     """
 
@@ -38,14 +38,14 @@ class Histogram:
     counts: tuple[int, ...]
     low: float
     high: float
-    bounds: tuple[float, float] | None
+    quant_range: tuple[float, float] | None
     outside: float
     bits: int
 
 
 @contextmanager
 def recorded(model: QuantizedModel, names: Sequence[str]) -> Iterator[dict[str, list[Histogram]]]:
-    """Histograms of the operands of sites, by name, filled at the first call of each inside the block.
+    """Context manager that records histograms of the operands of sites, by name, at the first call of each.
 
     Args:
         model: On the CPU, or on a GPU with kernels that run site by site: a fused kernel calls no site.
@@ -62,7 +62,7 @@ def recorded(model: QuantizedModel, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 def worst_sites(rows: Sequence[SiteRow], count: int) -> list[SiteRow]:
-    """The quantized sites of the lowest signal to noise ratio, lowest first; those without one do not count."""
+    """The quantized sites of the lowest signal-to-noise ratio, lowest first; sites without one are left out."""
     measured = [(row.sqnr_db, index) for index, row in enumerate(rows) if row.quantized and row.sqnr_db is not None]
     return [rows[index] for _, index in sorted(measured)[:count]]
 
@@ -94,14 +94,14 @@ def _operands(site: QuantizedSite, args: tuple[Any, ...]) -> list[tuple[str, Ten
 def _histogram(operand: str, values: Tensor, spec: QuantizerSpec, affine: Tensor | None) -> Histogram:
     flat = values.detach().float().flatten()
     low, high = float(flat.min()), float(flat.max())
-    bounds, outside = None, 0.0
+    quant_range, outside = None, 0.0
     if affine is not None:
         step, lower = (float(v) for v in affine)
-        bounds = (lower, lower + step * spec.qmax)
-        beyond = (flat < bounds[0] - step / 2) | (flat > bounds[1] + step / 2)
+        quant_range = (lower, lower + step * spec.qmax)
+        beyond = (flat < quant_range[0] - step / 2) | (flat > quant_range[1] + step / 2)
         outside = float(beyond.float().mean())
-        low, high = min(low, bounds[0]), max(high, bounds[1])
+        low, high = min(low, quant_range[0]), max(high, quant_range[1])
     if high <= low:
         high = low + 1.0
     counts = torch.histc(flat, BINS, low, high)
-    return Histogram(operand, tuple(int(c) for c in counts), low, high, bounds, outside, spec.bits)
+    return Histogram(operand, tuple(int(c) for c in counts), low, high, quant_range, outside, spec.bits)

@@ -1,4 +1,4 @@
-"""The page: facts of a model put into the template, with everything it needs inside."""
+"""The report page: the facts of a model, rendered into one self-contained HTML document."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PACKAGES = ("torch", "spandrel", "numpy")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a report is about.
+    """The subject of a report.
 
     Args:
         quantized: The quantized model.
@@ -84,10 +84,10 @@ class Scene:
 
 
 def write_report(scene: Scene, path: str | Path) -> Path:
-    """Write the report to a file; on any error what was there before is untouched.
+    """Write the report to a file; on any error a former file is left untouched.
 
     Args:
-        scene: What it is about.
+        scene: Model and pictures.
         path: Of the page.
 
     Raises:
@@ -101,10 +101,10 @@ def write_report(scene: Scene, path: str | Path) -> Path:
 
 
 def build_report(scene: Scene) -> str:
-    """The report as one HTML page without any reference to a network.
+    """The report as one HTML page that loads nothing from elsewhere.
 
     Args:
-        scene: What it is about.
+        scene: Model and pictures.
 
     Raises:
         InputError: See :func:`compare`.
@@ -130,7 +130,7 @@ def build_report(scene: Scene) -> str:
 
 
 def _pictures(scene: Scene, names: Sequence[str]) -> tuple[list[Picture], dict[str, list[Histogram]]]:
-    """Every picture, and what reached the sites of these names on the first one."""
+    """Every picture, and histograms of the sites of these names on the first one."""
     pictures: list[Picture] = []
     histograms: dict[str, list[Histogram]] = {}
     for source in track(scene.sources, "Upscaling"):
@@ -161,12 +161,12 @@ def _rendered(context: dict[str, Any]) -> str:
 
 
 def _inlined(name: str) -> Markup:
-    """A file of ours as it is: text inside of style and script is not HTML."""
+    """A template file verbatim: text inside style and script elements is not HTML."""
     return Markup((files("harmoq_ao.reporting") / _TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _csp_hash(text: str) -> str:
-    """What the page's own policy allows; whatever else came into it would not run."""
+    """Hash by which the page's content security policy allows an element; no other would run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
@@ -251,7 +251,7 @@ def _history_facts(history: History | None) -> dict[str, Any]:
 
 
 def _site_charts(history: History) -> dict[str, Markup]:
-    """What Algorithm 1 did to each site, and how the error is shared between its operands."""
+    """Reduction of each site's error by Algorithm 1, and how the error is shared between its operands."""
     drawn = {}
     moved = [(i, s) for i, s in enumerate(history.sites, start=1) if s.start > 0 and s.end > 0]
     if moved:

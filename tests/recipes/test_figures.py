@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 from dataclasses import replace
@@ -14,7 +12,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
 
 import harmoq_ao as h
 from harmoq_ao.calibration.calibrate import disable_fake_quant
@@ -22,19 +19,14 @@ from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.recipes import curves, figures, inspection, options
 from harmoq_ao.recipes.curves import convergence_curves
 from tests.models import entry
-from tests.recipes.studies import QUICK, load_transformer, quick_cell, tiny_study, write_benchmark, write_photographs
+from tests.recipes.studies import load_transformer, quick_cell, read_csv, run_command, tiny_study
 from tests.recipes.test_tables import check_picture
 
 
 def run(figure: str, folder: Path, *more: str, expected: int = 0) -> list[dict[str, str]]:
     """Rows of the CSV."""
-    if not (folder / "sets").exists():
-        write_benchmark(folder / "sets")
-        write_photographs(folder / "photographs")
-    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
-    common += ["--preset", "fast", *(f"--set={name}={json.dumps(value)}" for name, value in QUICK.items())]
-    assert figures.main([figure, *common, *more], Console(file=io.StringIO())) == expected
-    return list(csv.DictReader((folder / "out" / f"{figure}.csv").open()))
+    run_command(figures.main, folder, figure, *more, expected=expected)
+    return read_csv(folder / "out" / f"{figure}.csv")
 
 
 @pytest.fixture(autouse=True)

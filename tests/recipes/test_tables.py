@@ -18,7 +18,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 
 import harmoq_ao as h
 from harmoq_ao.common.errors import CheckpointError, ConfigError
@@ -28,21 +27,14 @@ from harmoq_ao.recipes.documents import Entry, Plan, grid, numbers, provenance, 
 from harmoq_ao.recipes.making import Made
 from harmoq_ao.recipes.study import Outcome, Result
 from harmoq_ao.zoo.checkpoints import LoadedModel
-from tests.recipes.studies import QUICK, load_transformer, write_benchmark, write_checkpoint, write_photographs
+from tests.recipes.studies import load_transformer, read_csv, run_command, write_checkpoint
 
 
 def run(table: str, folder: Path, *more: str, expected: int = 0) -> tuple[list[dict[str, str]], str, str]:
     """Rows of the CSV, the Markdown, and what was printed."""
-    if not (folder / "sets").exists():
-        write_benchmark(folder / "sets")
-        write_photographs(folder / "photographs")
-    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
-    common += ["--preset", "fast", *(f"--set={name}={json.dumps(value)}" for name, value in QUICK.items())]
-    text = io.StringIO()
-    assert tables.main([table, *common, *more], Console(file=text, width=200)) == expected
+    printed = run_command(tables.main, folder, table, *more, expected=expected)
     name = "ours" if "ours" in more else table
-    rows = list(csv.DictReader((folder / "out" / f"{name}.csv").open()))
-    return rows, (folder / "out" / f"{name}.md").read_text(), text.getvalue()
+    return read_csv(folder / "out" / f"{name}.csv"), (folder / "out" / f"{name}.md").read_text(), printed
 
 
 @pytest.fixture(autouse=True)

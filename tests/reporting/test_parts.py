@@ -70,7 +70,7 @@ def test_histograms_count_what_a_site_was_given(rules: Any) -> None:
         kind = model.sites()[name].site.kind
         assert [h.operand for h in histograms] == (["left", "right"] if kind == "matmul" else ["input"])
         assert all(sum(h.counts) > 0 and 0 <= h.outside < 0.5 for h in histograms)
-        first = histograms[0].bounds
+        first = histograms[0].quant_range
         assert first == (pytest.approx(bounds[name]) if isinstance(bounds[name], tuple) else None)
     assert not [m for m in model.modules() if m._forward_pre_hooks and m in model.sites().values()]
 
@@ -88,7 +88,7 @@ def test_histograms_are_of_the_quantizers_own_domain() -> None:
     expected = (kept[0] - shift) / site.joint_scale
     histogram = found[name][0]
     assert sum(histogram.counts) == expected.numel()
-    assert histogram.low == pytest.approx(min(float(expected.min()), (histogram.bounds or (0, 0))[0]))
+    assert histogram.low == pytest.approx(min(float(expected.min()), (histogram.quant_range or (0, 0))[0]))
 
 
 def test_histograms_of_relative_maps_are_within_their_rows_range() -> None:
@@ -98,7 +98,7 @@ def test_histograms_of_relative_maps_are_within_their_rows_range() -> None:
     with recorded(model, names) as found:
         model(images(1)[0])
     for left, _ in found.values():
-        assert left.bounds == pytest.approx((0, 1), abs=1e-3)
+        assert left.quant_range == pytest.approx((0, 1), abs=1e-3)
         assert left.low >= 0
         assert left.counts[-1] > 0  # every row has an entry of one
 
