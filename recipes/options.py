@@ -1,4 +1,4 @@
-"""Arguments that tables and figures share."""
+"""Command-line arguments that tables and figures share."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shlex
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -19,11 +20,12 @@ from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.common.errors import CheckpointError, ConfigError, HarmoqError
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.quant.quantizer import check_bits
-from harmoq_ao.recipes.cells import Cell, Value
+from harmoq_ao.recipes.cells import HARMOQ, Cell, Value
 from harmoq_ao.recipes.study import Study, StudySettings
 from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
 
 _OPTION_HELP = "departure from the preset (repeatable), such as refine.steps=200 or config.joint_scale=none"
+_STAGES = ("algorithm", "refine")
 _BITS = re.compile(r"[Ww](\d+)[Aa](\d+)")
 EXIT_ERROR = 2
 """Nothing could be done; the message says why."""
@@ -39,13 +41,11 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, help="folder of results; what is there is not computed again")
     add("--benchmark", type=Path, required=True, help="folder of sets, each with HR and LR_bicubic/X2")
     add("--calibration", type=Path, required=True, help="folder of photographs")
+    add("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
     add("--checkpoint", type=Path, nargs="+", help="float models by path, one for each scale (default: DAT-light)")
     add("--profile", choices=("paper", "deploy"), default="paper")
     add("--preset", choices=tuple(PRESETS), default="standard", help="how much work HarmoQ and learned baselines do")
     add("--set", dest="options", action="append", default=[], type=option, metavar="NAME=VALUE", help=_OPTION_HELP)
-    add("--crops", type=int, help="calibration crops (default: the preset's)")
-    add("--crop-size", type=int, help="their side in low-resolution pixels (default: the preset's)")
-    add("--held-out", type=int, help="crops that choose the state to keep, of photographs not calibrated on")
     add("--seed", type=int, default=0)
     add("--device", default="cpu", help="cpu or cuda")
     add("--tile", type=int, help="upscale in tiles of this side, in input pixels")
@@ -87,26 +87,14 @@ def methods(text: str) -> str:
 
 def template(arguments: argparse.Namespace, method: str, scale: int, widths: tuple[int, int], label: str = "") -> Cell:
     """A cell as the arguments ask for; options of HarmoQ's stages go to HarmoQ only."""
-    names = ("crops", "crop_size", "held_out")
-    chosen: dict[str, Value] = {name: getattr(arguments, name) for name in names}
-    chosen = {name: value for name, value in chosen.items() if value is not None}
-    own = method == "harmoq"
-    chosen |= {name: value for name, value in arguments.options if own or name.partition(".")[0] == "config"}
+    chosen = {n: v for n, v in arguments.options if method == HARMOQ or n.partition(".")[0] not in _STAGES}
     return Cell(method, *widths, scale, arguments.profile, arguments.preset, label=label).with_options(chosen)
 
 
 def open_study(arguments: argparse.Namespace) -> Study:
     """The study that the arguments describe."""
     warnings.filterwarnings("ignore", category=UserWarning)  # remarks of libraries on how they use each other
-    settings = StudySettings(
-        arguments.output,
-        arguments.benchmark,
-        arguments.calibration,
-        arguments.seed,
-        arguments.device,
-        arguments.converted,
-        arguments.tile,
-    )
+    settings = StudySettings(**{f.name: getattr(arguments, f.name) for f in fields(StudySettings)})
     return Study(settings, loader(arguments.checkpoint))
 
 
@@ -120,18 +108,17 @@ def loader(checkpoints: Sequence[Path] | None) -> Callable[[int], LoadedModel]:
         return load_demo_model
 
     @cache
-    def loaded(path: Path) -> LoadedModel:
-        return load_model(path)
+    def found() -> dict[int, tuple[Path, LoadedModel]]:
+        return {loaded.scale: (path, loaded) for path in checkpoints for loaded in [load_model(path)]}
 
     def load(scale: int) -> LoadedModel:
-        found = {loaded(path).scale: path for path in checkpoints}
-        if scale not in found:
+        if scale not in found():
             raise CheckpointError(
                 f"No checkpoint is of scale {scale}",
-                found=", ".join(f"x{s} ({path.name})" for s, path in found.items()),
+                found=", ".join(f"x{s} ({path.name})" for s, (path, _) in found().items()),
                 remedy="name a checkpoint for each of --scales, or fewer scales",
             )
-        return loaded(found[scale])
+        return found()[scale][1]
 
     return load
 

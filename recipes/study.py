@@ -1,18 +1,26 @@
-"""The engine of tables and figures: quantize a cell once, measure it on benchmark sets, keep everything, resume.
+"""The engine of tables and figures: quantizes each cell once, measures it on benchmark sets, and resumes.
 
-The model that is measured simulates quantization in float (or, with ``converted``, computes on integers: the same
-numbers up to the order of float additions). All crops come from one folder of photographs; the held-out crops from
-photographs that are not calibrated on. References (float, bicubic) are measured by the same code.
+    OUTPUT/cells/ID.SET.json        scores of one cell on one set
+    OUTPUT/states/ID.safetensors    parameters of the quantized model
+    OUTPUT/states/ID.json           how it was made, written last: present means complete
+    OUTPUT/pictures/ID.SET.IMAGE.png
+
+An ID covers the cell, all settings that it reads, the float model, the photographs and the seed: whatever changes, the
+cell is computed anew under another ID. Every file is written beside its place and renamed, so a killed run leaves
+whole files only, and the same command continues with what is missing.
+
+By default the model that is measured simulates quantization in float; with ``converted`` it computes on integers: the
+same numbers up to the order of float additions. References (float, bicubic) are measured by the same code.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
-import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +35,21 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.calibration.solve import disable_observers
 from harmoq_ao.common.errors import DatasetError
+from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.images import ImagePair, atomic_write, load_pairs
 from harmoq_ao.images.metrics import bicubic_batch, to_uint8
-from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell
-from harmoq_ao.recipes.making import Photographs, files_digest, plain_settings, quantize
-from harmoq_ao.recipes.store import Result, Store, environment, restore_state, state_of
+from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell, digest
+from harmoq_ao.recipes.making import Photographs, files_digest, quantize
+from harmoq_ao.recipes.store import (
+    environment,
+    read_json,
+    read_state,
+    restore_state,
+    state_of,
+    write_json,
+    write_state,
+)
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
 from harmoq_ao.zoo.checkpoints import LoadedModel
@@ -46,9 +63,9 @@ class StudySettings:
     """What all cells of a study share.
 
     Args:
-        output: Folder of everything that is kept; see `store.py`.
+        output: Folder of everything that is kept.
         benchmark: Folder of sets, each with ``HR`` and ``LR_bicubic/X2``.
-        calibration: Folder of photographs, searched with its subfolders.
+        calibration: Folder of photographs, searched recursively.
         seed: Of the crops, the split of the photographs and the observers' samples.
         device: Where models run.
         converted: Measure the integer models instead of the simulations.
@@ -64,14 +81,36 @@ class StudySettings:
     tile: int | None = None
 
 
+@dataclass(frozen=True)
+class Result:
+    """Scores of one cell on one set, with their provenance.
+
+    Args:
+        psnr_y: Mean over the images in dB.
+        ssim_y: Mean over the images.
+        images: ``psnr_y``, ``ssim_y`` and ``seconds`` by image.
+        seconds_quantize: Time that making the model took; 0 for a reference.
+        seconds_evaluate: Time that measuring took.
+        measured: ``integer model``, ``simulation in float``, or empty for a reference.
+        cell: The cell with all its settings.
+        surroundings: Digests of the float model, the photographs and the benchmark, and the seed.
+        environment: Versions and machine.
+    """
+
+    psnr_y: float
+    ssim_y: float
+    images: dict[str, dict[str, float]] = field(default_factory=dict)
+    seconds_quantize: float = 0.0
+    seconds_evaluate: float = 0.0
+    measured: str = ""
+    cell: dict[str, Any] = field(default_factory=dict)
+    surroundings: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+
 @dataclass
 class Outcome:
-    """What a run gave.
-
-    Attributes:
-        results: Scores by cell and set.
-        failures: One sentence for each cell that could not be measured.
-    """
+    """Scores by cell and set, and one sentence for each cell that could not be measured."""
 
     results: dict[tuple[Cell, str], Result] = field(default_factory=dict)
     failures: dict[Cell, str] = field(default_factory=dict)
@@ -101,18 +140,18 @@ class Study:
         self.settings = settings
         self.console = console or Console(stderr=True)
         self.photographs = Photographs(settings.calibration, settings.seed)
-        self.store = Store(settings.output)
+        for kind in ("cells", "states", "pictures"):
+            make_folder(settings.output / kind)
         self._load = load
-        self._models: dict[int, tuple[LoadedModel, str]] = {}
-        self._photographs_digest = self.photographs.digest()
-        self._benchmarks: dict[tuple[int, str], str] = {}
+        self._model = cache(self._loaded_with_digest)
+        self._benchmark = cache(self._benchmark_digest)
 
     # --- measuring ----------------------------------------------------------------------------------------------------
 
     def run(self, cells: Iterable[Cell], sets: Sequence[str]) -> Outcome:
         """Measure every cell on every set, taking from the output folder what is there.
 
-        A cell that fails is recorded, and the others run. Nothing finished is lost when the run is killed.
+        A cell that fails is reported, and the others run.
 
         Raises:
             DatasetError: A set is not there.
@@ -123,72 +162,54 @@ class Study:
             self.loaded(scale)
             for name in sets:
                 self._benchmark(scale, name)
-
-        def measure(cell: Cell, counter: str) -> None:
-            outcome.results |= self._run_cell(cell, sets, counter)
-
-        outcome.failures = self.attempt(unique, measure)
+        for number, cell in enumerate(unique, start=1):
+            with self._reported(cell, outcome.failures):
+                missing = [name for name in sets if not self._result_path(cell, name).is_file()]
+                if missing:
+                    self._say(f"[bold]{number}/{len(unique)}[/] {escape(cell.name)}: {', '.join(missing)}")
+                    model = self.upscaler(cell)
+                    for name in missing:
+                        write_json(self._result_path(cell, name), asdict(self._measure(cell, model, name)))
+                for name in sets:
+                    outcome.results[cell, name] = Result(**read_json(self._result_path(cell, name)) or {})
         return outcome
 
-    def attempt(self, cells: Iterable[Cell], action: Callable[[Cell, str], None]) -> dict[Cell, str]:
-        """Do something with each cell; one that fails is recorded, and the others have their turn.
+    def models(self, cells: Mapping[str, Cell]) -> tuple[dict[str, h.PreparedModel], dict[Cell, str]]:
+        """Quantized models by the names of their cells, and the reasons of those that failed."""
+        found: dict[str, h.PreparedModel] = {}
+        failures: dict[Cell, str] = {}
+        for name, cell in cells.items():
+            with self._reported(cell, failures):
+                self._say(f"[bold]{len(found) + 1}/{len(cells)}[/] {escape(cell.name)}")
+                found[name] = self.prepared(cell)
+        return found, failures
 
-        Args:
-            cells: The cells.
-            action: Takes a cell and a counter such as ``2/7``.
+    @contextmanager
+    def _reported(self, cell: Cell, failures: dict[Cell, str]) -> Iterator[None]:
+        """Context manager that turns any error into an entry of `failures`, with its traceback on the console."""
+        try:
+            yield
+        except Exception as error:  # whatever it is, the other cells can still be done
+            failures[cell] = f"{type(error).__name__}: {error}"
+            if not isinstance(error, h.HarmoqError):
+                self.console.print_exception()
+            self._say(f"[bold red]failed[/] {escape(cell.name)}: {escape(failures[cell])}")
 
-        Returns:
-            Reasons of the failures.
-        """
-        unique, failures = list(dict.fromkeys(cells)), {}
-        for number, cell in enumerate(unique, start=1):
-            try:
-                action(cell, f"{number}/{len(unique)}")
-                self.store.forget_failure(self.identity(cell))
-            except Exception as error:  # whatever it is, the other cells can still be done
-                failures[cell] = f"{type(error).__name__}: {error}"
-                text = "".join(traceback.format_exception(error))
-                record = {"cell": cell.to_dict(), "reason": failures[cell], "traceback": text}
-                self.store.keep_failure(self.identity(cell), record)
-        for cell, reason in failures.items():
-            self._say(f"[bold red]failed[/] {escape(cell.name)}: {escape(reason)}")
-        return failures
-
-    def _run_cell(self, cell: Cell, sets: Sequence[str], counter: str) -> dict[tuple[Cell, str], Result]:
-        found = {name: self.result(cell, name) for name in sets}
-        missing = [name for name, result in found.items() if result is None]
-        if missing:
-            self._say(f"[bold]{counter}[/] {escape(cell.name)}: {', '.join(missing)}")
-            model = self.upscaler(cell)
-            for name in missing:
-                self._measure(cell, model, name)
-        results = {(cell, name): found[name] or self.result(cell, name) for name in sets}
-        return {key: result for key, result in results.items() if result is not None}
-
-    def result(self, cell: Cell, set_name: str) -> Result | None:
-        """What was measured before, with the same settings on the same images, or None."""
-        found = self.store.result(self.identity(cell), set_name, self._converted(cell))
-        if found is None or found.record["benchmark"] != self._benchmark(cell.scale, set_name):
-            return None
-        return found if agree(found.record["settings"], plain_settings(cell)) else None
-
-    def _measure(self, cell: Cell, model: Upscale, set_name: str) -> None:
+    def _measure(self, cell: Cell, model: Upscale, set_name: str) -> Result:
         start = time.perf_counter()
         table = self._evaluate(cell, model, set_name)
-        making = None if cell.is_reference else self.store.making(self.identity(cell))
-        record = {
-            **self._head(cell),
-            "set": set_name,
-            "measured": "integer model" if self._converted(cell) else "simulation in float",
-            "scores": table.to_dict(),
-            "seconds": {
-                "quantize": 0.0 if making is None else making["seconds"],
-                "evaluate": round(time.perf_counter() - start, 3),
-            },
-            "benchmark": self._benchmark(cell.scale, set_name),
-            "tile": self.settings.tile,
-        }
-        self.store.keep_result(self.identity(cell), set_name, record, self._converted(cell))
+        making = None if cell.is_reference else read_json(self._state_path(cell, "json"))
+        return Result(
+            psnr_y=table.mean.psnr,
+            ssim_y=table.mean.ssim,
+            images=table.to_dict()["images"],
+            seconds_quantize=0.0 if making is None else making["seconds"],
+            seconds_evaluate=round(time.perf_counter() - start, 3),
+            measured="" if cell.is_reference else "integer model" if self.settings.converted else "simulation in float",
+            cell=cell.to_dict(),
+            surroundings={**self._surroundings(cell), "benchmark": self._benchmark(cell.scale, set_name)},
+            environment=environment(self.settings.device),
+        )
 
     def _evaluate(self, cell: Cell, model: Upscale, set_name: str) -> EvaluationTable:
         pairs = self.pairs(cell.scale, set_name)
@@ -217,7 +238,7 @@ class Study:
 
     def picture(self, cell: Cell, set_name: str, image: str) -> Pixels:
         """One image of a set as the cell upscales it, `[H, W, 3]`; kept as a PNG after the first time."""
-        path = self.store.picture(self.identity(cell), set_name, image, self._converted(cell))
+        path = self._path("pictures", cell, f".{set_name}.{image}{self._variant(cell)}.png")
         if not path.is_file():
             low = self.pair(cell.scale, set_name, image).load()[0]
             upscaled = to_uint8(self.upscaler(cell)(low.pixels[None])[0].expand(3, -1, -1))
@@ -232,51 +253,39 @@ class Study:
         """The cell's model as a function of `[1, 3, H, W]`, quantized now unless it was before."""
         if cell.method == BICUBIC:
             return partial(bicubic_batch, scale=cell.scale)
-        loaded, device = self.loaded(cell.scale), self.settings.device
-        upscaler = of_loaded(loaded, cell.name)
+        upscaler = of_loaded(self.loaded(cell.scale), cell.name)
         if cell.method != FLOAT:
             prepared = self.prepared(cell)
             upscaler = replace(upscaler, model=prepared)
-            if self._converted(cell):
+            if self.settings.converted:
                 upscaler = of_quantized(h.convert_harmoq(prepared), cell.name)
-        return lambda image: upscaler(image.to(device), tile=self.settings.tile)
-
-    def models(self, cells: Mapping[str, Cell]) -> tuple[dict[str, h.PreparedModel], dict[Cell, str]]:
-        """Quantized models by the names of their cells, and the reasons of those that failed."""
-        found: dict[Cell, h.PreparedModel] = {}
-
-        def make(cell: Cell, counter: str) -> None:
-            if not self.is_made(cell):
-                self._say(f"[bold]{counter}[/] {escape(cell.name)}")
-            found[cell] = self.prepared(cell)
-
-        failures = self.attempt(cells.values(), make)
-        return {name: found[cell] for name, cell in cells.items() if cell in found}, failures
-
-    def is_made(self, cell: Cell) -> bool:
-        """Whether the output folder holds the cell's model, made with the present settings."""
-        making = self.store.making(self.identity(cell))
-        return making is not None and agree(making["settings"], plain_settings(cell))
+        return lambda image: upscaler(image.to(self.settings.device), tile=self.settings.tile)
 
     def prepared(self, cell: Cell) -> h.PreparedModel:
         """The cell's quantized model: from the output folder, or made now and kept there."""
-        stored = self.store.state(self.identity(cell)) if self.is_made(cell) else None
-        if stored is not None:
-            prepared = self.fresh(cell.scale, h.HarmoqConfig.from_dict(stored[1]["config"]))
-            restore_state(prepared, stored[0])
+        making = read_json(self._state_path(cell, "json"))
+        if making is not None:
+            prepared = self.fresh(cell.scale, h.HarmoqConfig.from_dict(making["config"]))
+            restore_state(prepared, read_state(self._state_path(cell, "safetensors")))
             return prepared
-        start, identity = time.perf_counter(), self.identity(cell)
-        checkpoint = self.store.checkpoint(identity, plain_settings(cell))
+        start, checkpoint = time.perf_counter(), self._state_path(cell, "refining")
         made = quantize(cell, self.loaded(cell.scale), self.photographs, self.settings.device, checkpoint)
         record = {
-            **self._head(cell),
+            "cell": cell.to_dict(),
+            "surroundings": self._surroundings(cell),
             "config": made.prepared.config.to_dict(),
+            "environment": environment(self.settings.device),
             "seconds": round(time.perf_counter() - start, 3),
             "trace": made.trace,
         }
-        self.store.keep_state(identity, state_of(made.prepared), record)
+        write_state(self._state_path(cell, "safetensors"), state_of(made.prepared))
+        write_json(self._state_path(cell, "json"), record)
         checkpoint.unlink(missing_ok=True)
         return made.prepared
+
+    def trace(self, cell: Cell) -> dict[str, Any]:
+        """Objectives and losses by stage from the making of a quantized model; empty where its method has none."""
+        return (read_json(self._state_path(cell, "json")) or {}).get("trace") or {}
 
     def fresh(self, scale: int, config: h.HarmoqConfig) -> h.PreparedModel:
         """A prepared model with the float weights, observing nothing."""
@@ -288,55 +297,40 @@ class Study:
         """The float model of a scale, on the device."""
         return self._model(scale)[0]
 
-    def _model(self, scale: int) -> tuple[LoadedModel, str]:
-        if scale not in self._models:
-            loaded = self._load(scale)
-            digest = hashlib.sha256()
-            for name, tensor in sorted(loaded.model.state_dict().items()):
-                digest.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-            loaded.model.to(self.settings.device)
-            self._models[scale] = loaded, digest.hexdigest()[:16]
-        return self._models[scale]
+    def _loaded_with_digest(self, scale: int) -> tuple[LoadedModel, str]:
+        loaded, found = self._load(scale), sha256()
+        for name, tensor in sorted(loaded.model.state_dict().items()):
+            found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        loaded.model.to(self.settings.device)
+        return loaded, found.hexdigest()[:16]
 
     # --- what identifies a cell ---------------------------------------------------------------------------------------
-
-    def identity(self, cell: Cell) -> str:
-        """File name of a cell; other photographs, another seed or another float model give another one."""
-        return cell.identity(self._surroundings(cell))
 
     def _surroundings(self, cell: Cell) -> dict[str, Any]:
         if cell.method == BICUBIC:
             return {}
-        loaded, digest = self._model(cell.scale)
-        model = {"architecture": loaded.architecture, "model": digest}
+        loaded, weights = self._model(cell.scale)
+        model = {"architecture": loaded.architecture, "model": weights}
         if cell.method == FLOAT:
             return model
-        return model | {"seed": self.settings.seed, "photographs": self._photographs_digest}
+        return model | {"seed": self.settings.seed, "photographs": self.photographs.digest}
 
-    def _head(self, cell: Cell) -> dict[str, Any]:
-        return {
-            "cell": cell.to_dict(),
-            "settings": plain_settings(cell),
-            **self._surroundings(cell),
-            "environment": environment(self.settings.device),
-        }
+    def _benchmark_digest(self, scale: int, set_name: str) -> str:
+        files = [file for pair in self.pairs(scale, set_name) for file in (pair.hr, pair.lr)]
+        return files_digest(self.settings.benchmark, files)
 
-    def _benchmark(self, scale: int, set_name: str) -> str:
-        key = (scale, set_name)
-        if key not in self._benchmarks:
-            files = [file for pair in self.pairs(scale, set_name) for file in (pair.hr, pair.lr)]
-            self._benchmarks[key] = files_digest(self.settings.benchmark, files)
-        return self._benchmarks[key]
+    def _path(self, folder: str, cell: Cell, rest: str) -> Path:
+        return self.settings.output / folder / f"{cell.identity(self._surroundings(cell))}{rest}"
 
-    def _converted(self, cell: Cell) -> bool:
-        return self.settings.converted and not cell.is_reference
+    def _state_path(self, cell: Cell, suffix: str) -> Path:
+        return self._path("states", cell, f".{suffix}")
+
+    def _result_path(self, cell: Cell, set_name: str) -> Path:
+        images = digest([self._benchmark(cell.scale, set_name), self.settings.tile])
+        return self._path("cells", cell, f".{set_name}-{images}{self._variant(cell)}.json")
+
+    def _variant(self, cell: Cell) -> str:
+        return ".converted" if self.settings.converted and not cell.is_reference else ""
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)
-
-
-def agree(recorded: Any, current: Any) -> bool:
-    """Whether two settings are equal in every entry that both have (a later version may bring new ones)."""
-    if isinstance(recorded, Mapping) and isinstance(current, Mapping):
-        return all(agree(recorded[key], current[key]) for key in recorded if key in current)
-    return bool(recorded == current)

@@ -18,26 +18,17 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import pandas as pd
 from rich.console import Console
+from rich.markdown import Markdown
 
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.baselines.methods import METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.recipes import charts, options
 from harmoq_ao.recipes.cells import HARMOQ, Value
-from harmoq_ao.recipes.documents import (
-    Column,
-    Entry,
-    Plan,
-    Row,
-    entries,
-    provenance,
-    references,
-    to_csv,
-    to_markdown,
-    to_rich,
-    write_text,
-)
+from harmoq_ao.recipes.documents import Entry, Plan, numbers, provenance, references, to_markdown
+from harmoq_ao.recipes.store import write_text
 from harmoq_ao.recipes.study import Outcome, Study
 
 Options = Mapping[str, Value]
@@ -70,15 +61,13 @@ def title_of(method: str) -> str:
 def table1(arguments: argparse.Namespace) -> Plan:
     """Methods by bits and set; the weakest baselines first, HarmoQ last."""
     ordered = [m for m in arguments.methods if m != HARMOQ] + [m for m in arguments.methods if m == HARMOQ]
-    rows = [*references(arguments.scales)]
-    for widths in arguments.bits:
-        for method in ordered:
-            title = title_of(method)
-            cells = {(s, ""): options.template(arguments, method, s, widths, title) for s in arguments.scales}
-            rows.append(Row(bits_name(widths), title, cells))
+    entries = references(arguments.scales)
+    for widths, method, scale in itertools.product(arguments.bits, ordered, arguments.scales):
+        cell = options.template(arguments, method, scale, widths, title_of(method))
+        entries.append(Entry(cell.bits, cell.label, cell))
     ours = title_of(HARMOQ) if HARMOQ in ordered and len(ordered) > 1 else None
     heading = f"Methods, {arguments.profile} profile, preset {arguments.preset}"
-    return Plan("table1", heading, columns(arguments), tuple(rows), ours)
+    return Plan("table1", heading, arguments.sets, entries, ours)
 
 
 def table2(arguments: argparse.Namespace) -> Plan:
@@ -91,14 +80,14 @@ def table2(arguments: argparse.Namespace) -> Plan:
             label = " + ".join(name.upper() for name in on)
             variations[label or "none (MSE bounds)"] = {**(switches if on else {"algorithm": None}), **scale}
     note = "Components of Algorithm 1 (SRC, HSO, ABR), without refinement of the network unless a column says so."
-    return _ablation("table2", "Components of HarmoQ", arguments, variations, (note,))
+    return _ablation("table2", "Components of HarmoQ", arguments, variations, note)
 
 
 def table3(arguments: argparse.Namespace) -> Plan:
     """Projections of SRC; ``none`` leaves SRC out."""
     variations = {name: projection_options(name) for name in arguments.projections}
     note = "Projections of SRC within Algorithm 1 (`none`: without SRC)."
-    return _ablation("table3", "Projections of structural residual calibration", arguments, variations, (note,))
+    return _ablation("table3", "Projections of structural residual calibration", arguments, variations, note)
 
 
 def projection_options(name: str) -> dict[str, Value]:
@@ -109,37 +98,31 @@ def projection_options(name: str) -> dict[str, Value]:
 def additions(arguments: argparse.Namespace) -> Plan:
     """Stages on top of each other, or the variations of a file."""
     variations = ADDITIONS if arguments.variations is None else read_variations(arguments.variations)
-    rows = [*references(arguments.scales)]
-    rows += _variation_rows(arguments, {"": variations})
     title = f"What each stage of HarmoQ adds, {arguments.profile} profile, preset {arguments.preset}"
-    return Plan(arguments.name, arguments.title or title, columns(arguments), tuple(rows))
+    entries = _entries(arguments, {"": variations})
+    return Plan(arguments.name, arguments.title or title, arguments.sets, entries)
 
 
 def _ablation(
-    name: str, title: str, arguments: argparse.Namespace, variations: Mapping[str, Options], notes: tuple[str, ...]
+    name: str, title: str, arguments: argparse.Namespace, variations: Mapping[str, Options], note: str
 ) -> Plan:
     """Variations of Algorithm 1 alone and, if asked for, with the refinement after it."""
     by_variant = {"": {label: {**chosen, "refine": None} for label, chosen in variations.items()}}
     if arguments.refined:
         by_variant[REFINED] = {label: dict(chosen) for label, chosen in variations.items()}
-    rows = [*references(arguments.scales, tuple(by_variant)), *_variation_rows(arguments, by_variant)]
     title = f"{title}, {arguments.profile} profile, preset {arguments.preset}"
-    return Plan(name, title, columns(arguments, tuple(by_variant)), tuple(rows), notes=notes)
+    return Plan(name, title, arguments.sets, _entries(arguments, by_variant), notes=(note,))
 
 
-def _variation_rows(arguments: argparse.Namespace, by_variant: Mapping[str, Mapping[str, Options]]) -> list[Row]:
-    rows = []
-    for widths in arguments.bits:
-        for label in next(iter(by_variant.values())):
-            cells = {
-                (scale, variant): options.template(
-                    arguments, HARMOQ, scale, widths, ", ".join(filter(None, (label, variant)))
-                ).with_options(variations[label])
-                for scale in arguments.scales
-                for variant, variations in by_variant.items()
-            }
-            rows.append(Row(bits_name(widths), label, cells))
-    return rows
+def _entries(arguments: argparse.Namespace, by_variant: Mapping[str, Mapping[str, Options]]) -> list[Entry]:
+    """References, then every variation of HarmoQ at every width and scale."""
+    entries = references(arguments.scales, tuple(by_variant))
+    labels = next(iter(by_variant.values()))
+    for widths, row, scale, variant in itertools.product(arguments.bits, labels, arguments.scales, by_variant):
+        name = ", ".join(filter(None, (row, variant)))
+        cell = options.template(arguments, HARMOQ, scale, widths, name).with_options(by_variant[variant][row])
+        entries.append(Entry(cell.bits, row, cell, variant))
+    return entries
 
 
 def read_variations(path: Path) -> dict[str, Options]:
@@ -155,16 +138,6 @@ def read_variations(path: Path) -> dict[str, Options]:
     if not isinstance(found, dict) or not found or not all(isinstance(entry, dict) for entry in found.values()):
         raise ConfigError(f"{path} holds no variations", expected='{"name": {"refine.steps": 100}, ...}')
     return found
-
-
-def columns(arguments: argparse.Namespace, variants: Sequence[str] = ("",)) -> tuple[Column, ...]:
-    """Every set at every scale, in every variant."""
-    return tuple(Column(s, scale, v) for scale in arguments.scales for s in arguments.sets for v in variants)
-
-
-def bits_name(widths: tuple[int, int]) -> str:
-    """``W4A4``."""
-    return f"W{widths[0]}A{widths[1]}"
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -185,7 +158,6 @@ def parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=(plan.__doc__ or "").partition("\n")[0])
         options.add_common(command)
         command.add_argument("--scales", type=int, nargs="+", default=[2])
-        command.add_argument("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
         widths = ["2", "3", "4", "8"] if name == "table1" else ["2"]
         command.add_argument("--bits", type=options.bits, nargs="+", default=list(map(options.bits, widths)))
         if name == "table1":
@@ -201,19 +173,15 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def write_table(study: Study, plan: Plan, outcome: Outcome, command: str, console: Console) -> list[Entry]:
-    """CSV, Markdown and chart into the study's folder, and the table on the console."""
-    found = entries(plan, outcome)
-    records = [result.record for result in outcome.results.values()]
-    folder = study.settings.output
-    write_text(folder / f"{plan.name}.csv", to_csv(plan, found))
-    write_text(folder / f"{plan.name}.md", to_markdown(plan, found, command, provenance(records)))
-    if plan.name == "table1":
-        charts.methods_chart(folder / "table1.png", plan, found)
-    else:
-        charts.rows_chart(folder / f"{plan.name}.png", plan, found)
-    for scale in plan.scales():
-        console.print(to_rich(plan, found, scale))
+def write_table(study: Study, plan: Plan, outcome: Outcome, command: str, console: Console) -> pd.DataFrame:
+    """CSV, Markdown and chart into the study's folder, and the Markdown on the console."""
+    found, folder = numbers(plan, outcome), study.settings.output
+    write_text(folder / f"{plan.name}.csv", found.to_csv(index=False, float_format="%.6f", lineterminator="\n"))
+    text = to_markdown(plan, found, command, provenance(outcome.results.values()))
+    write_text(folder / f"{plan.name}.md", text)
+    draw = charts.methods_chart if plan.name == "table1" else charts.rows_chart
+    draw(folder / f"{plan.name}.png", found, plan.ours)
+    console.print(Markdown(text))
     return found
 
 

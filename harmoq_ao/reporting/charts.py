@@ -1,138 +1,107 @@
-"""Small charts as inline SVG whose colours are classes, so that the page's theme paints them."""
+"""Small charts as inline SVG, drawn by matplotlib and painted by the page's theme."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
 
+import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 
 from harmoq_ao.reporting.distributions import Histogram
 
-WIDTH, HEIGHT = 380, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 12, 38
 Point = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Axis:
-    """One direction of a chart.
-
-    Args:
-        label: With its unit.
-        log: Whether values are placed by their logarithm; all must be positive then.
-    """
-
-    label: str
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class Series:
-    """What is drawn.
-
-    Args:
-        points: (x, y).
-        titles: A text for each point, shown when it is pointed at; with them single points are drawn, without a line.
-    """
-
-    points: Sequence[Point]
-    titles: Sequence[str] | None = None
-
-
-@dataclass(frozen=True)
-class _Scale:
-    """From values to pixels."""
-
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool
-
-    @classmethod
-    def around(cls, values: Sequence[float], start: float, end: float, log: bool) -> _Scale:
-        placed = [math.log10(v) for v in values] if log else list(values)
-        low, high = min(placed), max(placed)
-        margin = 0.04 * (high - low) or max(abs(high) * 0.05, 0.05)
-        return cls(low - margin, high + margin, start, end, log)
-
-    def __call__(self, value: float) -> float:
-        at = math.log10(value) if self.log else value
-        return self.start + (at - self.low) / (self.high - self.low) * (self.end - self.start)
-
-    def ticks(self, count: int) -> list[float]:
-        if not self.log:
-            ticks = [float(t) for t in MaxNLocator(count).tick_values(self.low, self.high)]
-            return [t for t in ticks if self.low <= t <= self.high]
-        for mantissas in ((1,), (1, 3), (1, 2, 5)):
-            decades = range(math.floor(self.low), math.ceil(self.high) + 1)
-            ticks = [
-                m * 10.0**d for d in decades for m in mantissas if self.low <= math.log10(m * 10.0**d) <= self.high
-            ]
-            if len(ticks) >= 2:
-                return ticks[:: max(1, len(ticks) // count)]
-        return [10.0 ** ((self.low + self.high) / 2)]
+_THEME = {"#100000": "--quiet", "#200000": "--grid", "#300000": "--ours", "#400000": "--bound", "#500000": "--beyond"}
+"""Colours to draw with, and the variables of the page's style sheet that stand in their places in the SVG."""
+QUIET, GRID, OURS, BOUND, BEYOND = _THEME
+_STYLE: Any = {
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "harmoq-ao",  # the same chart is the same SVG
+    "font.size": 11.0,
+    "text.color": QUIET,
+    "axes.edgecolor": QUIET,
+    "axes.labelcolor": QUIET,
+    "axes.facecolor": "none",
+    "axes.spines.left": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "grid.color": GRID,
+    "xtick.color": QUIET,
+    "ytick.color": QUIET,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    "lines.linewidth": 2.0,
+    "lines.markersize": 5.0,
+}
+_PRESENTATION = re.compile(r"(fill|stroke|text-anchor)[\w-]*$")
+"""Properties that are kept; fonts come from the page."""
+_ANCHOR = "{http://www.w3.org/1999/xlink}href"
 
 
 def xy_chart(
-    series: Series, x: Axis, y: Axis, *, title: str, diagonal: bool = False, mark: float | None = None
+    points: Sequence[Point],
+    x: str,
+    y: str,
+    *,
+    title: str,
+    log: str = "",
+    names: Sequence[str] = (),
+    diagonal: bool = False,
+    mark: float | None = None,
 ) -> Markup:
     """A curve, or single points.
 
     Args:
-        series: At least one point.
-        x: Horizontal axis.
-        y: Vertical axis.
-        title: What a screen reader says.
+        points: (x, y), at least one.
+        x: Label of the horizontal axis, with its unit.
+        y: Label of the vertical axis, with its unit.
+        title: For screen readers.
+        log: Axes with a logarithmic scale, ``y`` or ``xy``; all their values must be positive.
+        names: A text for each point, shown when it is pointed at; with them single points are drawn, without a line.
         diagonal: Draw the line of equal values; both axes then span the same.
         mark: Draw a vertical line here.
     """
-    xs, ys = [p[0] for p in series.points], [p[1] for p in series.points]
-    if diagonal:
-        xs = ys = xs + ys
-    across = _Scale.around(xs, _LEFT, WIDTH - _RIGHT, x.log)
-    up = _Scale.around(ys, HEIGHT - _BOTTOM, _TOP, y.log)
-    parts = [_axes(across, up, x.label, y.label)]
-    if diagonal:
-        parts.append(_line(across.start, up.start, across.end, up.end, "rule"))
-    if mark is not None:
-        parts.append(_line(across(mark), _TOP, across(mark), HEIGHT - _BOTTOM, "rule"))
-    placed = [(across(a), up(b)) for a, b in series.points]
-    if series.titles is None:
-        path = " ".join(f"{'L' if i else 'M'}{a:.1f} {b:.1f}" for i, (a, b) in enumerate(placed))
-        parts.append(Markup('<path class="curve" d="{}"/>').format(path))
-        parts += [_dot(a, b, None) for a, b in placed] if len(placed) <= 12 else []
-    else:
-        parts += [_dot(a, b, text) for (a, b), text in zip(placed, series.titles, strict=True)]
-    return _svg(parts, title)
+    with rc_context(_STYLE):
+        figure, axes = _panel(x, y)
+        axes.set(xscale="log" if "x" in log else "linear", yscale="log" if "y" in log else "linear")
+        style = {"linestyle": "none" if names else "-", "marker": "o" if names or len(points) <= 12 else ""}
+        axes.plot(*zip(*points, strict=True), color=OURS, gid="points", **style)
+        rule = {"color": QUIET, "linestyle": ":", "linewidth": 1.0}
+        if diagonal:
+            limits = [f(*axes.get_xlim(), *axes.get_ylim()) for f in (min, max)]
+            axes.set(xlim=limits, ylim=limits)
+            axes.plot(limits, limits, **rule)
+        if mark is not None:
+            axes.axvline(mark, **rule)
+        _few_ticks(axes.xaxis, "{x:.3g}")
+        _few_ticks(axes.yaxis, "{x:.3g}")
+        return _svg(figure, title, names)
 
 
 def histogram_chart(histogram: Histogram, title: str) -> Markup:
-    """Counts on a logarithmic scale, the bounds as lines, and what lies beyond them shaded."""
-    across = _Scale(histogram.low, histogram.high, _LEFT, WIDTH - _RIGHT, False)
-    most = max(1, *histogram.counts)
-    up = _Scale(0.0, math.log10(1 + most) * 1.05, HEIGHT - _BOTTOM, _TOP, False)
-    width = (histogram.high - histogram.low) / len(histogram.counts)
-    bars = "".join(
-        f"M{across(histogram.low + i * width):.1f} {up.start:.1f}V{up(math.log10(1 + c)):.1f}"
-        f"H{across(histogram.low + (i + 1) * width):.1f}V{up.start:.1f}z"
-        for i, c in enumerate(histogram.counts)
-        if c
-    )
-    decades = [math.log10(1 + 10.0**d) for d in range(0, int(math.log10(most)) + 1, 2 if most > 1e4 else 1)]
-    labels = [_thousands(10**d) for d in range(0, int(math.log10(most)) + 1, 2 if most > 1e4 else 1)]
-    parts = [_axes(across, up, "value", "values in a bin", list(zip(decades, labels, strict=True)))]
-    parts.append(Markup('<path class="bars" d="{}"/>').format(bars))
-    for index, bound in enumerate(histogram.bounds or ()):
-        edge = across(bound)
-        start, end = ((_LEFT, edge), (edge, WIDTH - _RIGHT))[index]
-        shade = Markup('<rect class="beyond" x="{:.1f}" y="{}" width="{:.1f}" height="{}"/>')
-        parts.append(shade.format(start, _TOP, max(0.0, end - start), HEIGHT - _BOTTOM - _TOP))
-        parts.append(_line(edge, _TOP, edge, HEIGHT - _BOTTOM, "bound"))
-    return _svg(parts, title)
+    """Counts on a logarithmic scale, the quantization range as lines, and what lies beyond it shaded."""
+    with rc_context(_STYLE):
+        figure, axes = _panel("value", "values in a bin")
+        low, high = histogram.low, histogram.high
+        edges = np.linspace(low, high, len(histogram.counts) + 1)
+        axes.stairs(np.maximum(histogram.counts, 0.5), edges, baseline=0.5, fill=True, color=OURS)
+        axes.set(yscale="log", xlim=(low, high), ylim=(0.5, 2.0 * max(1, *histogram.counts)))
+        _few_ticks(axes.xaxis, None)
+        _few_ticks(axes.yaxis, EngFormatter(places=0, sep=""))
+        for bound, end in zip(histogram.quant_range or (), (low, high), strict=False):
+            axes.axvspan(bound, end, color=BEYOND, linewidth=0.0)
+            axes.axvline(bound, color=BOUND, linestyle="--", linewidth=1.5, gid="bound")
+        return _svg(figure, title)
 
 
 def bar(share: float, kind: str) -> Markup:
@@ -141,47 +110,60 @@ def bar(share: float, kind: str) -> Markup:
     return text.format(Markup('<rect class="{}" width="{:.2f}" height="8"/>').format(kind, 100 * max(share, 0.0)))
 
 
-def _svg(parts: Sequence[Markup], title: str) -> Markup:
-    start = Markup('<svg class="chart" viewBox="0 0 {} {}" role="img" aria-label="{}">').format(WIDTH, HEIGHT, title)
-    return start + Markup("").join(parts) + Markup("</svg>")
+def _panel(x: str, y: str) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(380 / 72, 220 / 72), layout="constrained", facecolor="none")
+    axes = figure.subplots()
+    axes.set(xlabel=x, ylabel=y)
+    axes.margins(0.04, 0.08)
+    return figure, axes
 
 
-def _axes(across: _Scale, up: _Scale, x: str, y: str, y_ticks: list[tuple[float, str]] | None = None) -> Markup:
-    lines: list[Markup] = []
-    for value in across.ticks(5):
-        lines.append(_line(across(value), up.start, across(value), up.start + 4, "axis"))
-        lines.append(_text(across(value), up.start + 15, _number(value), "middle"))
-    for value, label in y_ticks or [(v, _number(v)) for v in up.ticks(4)]:
-        lines.append(_line(across.start, up(value), across.end, up(value), "grid"))
-        lines.append(_text(across.start - 6, up(value) + 3.5, label, "end"))
-    lines.append(_line(across.start, up.start, across.end, up.start, "axis"))
-    lines.append(_text((across.start + across.end) / 2, HEIGHT - 6, x, "middle"))
-    middle = (up.start + up.end) / 2
-    turned = Markup('<text x="11" y="{0:.1f}" text-anchor="middle" transform="rotate(-90 11 {0:.1f})">{1}</text>')
-    lines.append(turned.format(middle, y))
-    return Markup("").join(lines)
+def _few_ticks(axis: Any, formatter: Any) -> None:
+    """About five ticks; several also on a logarithmic axis that spans less than a power of ten."""
+    if axis.get_scale() == "linear":
+        axis.set_major_locator(MaxNLocator(5))
+        return
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0), numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(formatter)
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, kind: str) -> Markup:
-    line = Markup('<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>')
-    return line.format(kind, x1, y1, x2, y2)
+def _svg(figure: Figure, title: str, names: Sequence[str] = ()) -> Markup:
+    """The figure as an element of the page.
+
+    The page's policy allows no style in an SVG: properties become attributes, and what else matplotlib writes
+    (metadata, a style sheet, clip paths, names of groups) is left out.
+    """
+    file = io.BytesIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(file.getvalue())
+    for group in root.iter():
+        if group.get("id") == "points" and names:
+            dots = [element for element in group.iter() if element.tag.endswith("}use")]
+            for dot, name in zip(dots, names, strict=True):
+                ElementTree.SubElement(dot, "title").text = name
+    _tidy(root, used={element.attrib[_ANCHOR][1:] for element in root.iter() if _ANCHOR in element.attrib})
+    root.attrib = {"class": "chart", "viewBox": root.attrib["viewBox"], "role": "img", "aria-label": title}
+    return Markup(re.sub(r">\s+<", "><", ElementTree.tostring(root, encoding="unicode")))
 
 
-def _text(x: float, y: float, text: str, anchor: str) -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" text-anchor="{}">{}</text>').format(x, y, anchor, text)
-
-
-def _dot(x: float, y: float, title: str | None) -> Markup:
-    inner = Markup("") if title is None else Markup("<title>{}</title>").format(title)
-    return Markup('<circle class="dot" cx="{:.1f}" cy="{:.1f}" r="3">{}</circle>').format(x, y, inner)
-
-
-def _number(value: float) -> str:
-    if value and abs(value) < 1e-3:
-        return f"{value:.1e}".replace(".0e", "e").replace("e-0", "e-")
-    return f"{value:.3g}" if abs(value) < 1e4 else f"{value:,.0f}"
-
-
-def _thousands(value: int) -> str:
-    """``1``, ``10k``, ``1M``."""
-    return next((f"{value // unit}{name}" for unit, name in ((10**6, "M"), (10**3, "k")) if value >= unit), str(value))
+def _tidy(element: ElementTree.Element, used: set[str]) -> None:
+    element.tag = element.tag.rpartition("}")[2]
+    for child in list(element):
+        if child.tag.endswith(("}metadata", "}style", "}clipPath")):
+            element.remove(child)
+        else:
+            _tidy(child, used)
+    element.attrib.pop("clip-path", None)  # all that is drawn lies inside
+    name, anchor = element.attrib.pop("id", ""), element.attrib.pop(_ANCHOR, None)
+    if name in used:
+        element.set("id", name)
+    elif name == "bound":
+        element.set("class", name)
+    if anchor is not None:
+        element.set("href", anchor)
+    for declaration in filter(None, element.attrib.pop("style", "").split(";")):
+        key, _, value = (part.strip() for part in declaration.partition(":"))
+        if _PRESENTATION.match(key):
+            element.set(key, f"var({_THEME[value]})" if value in _THEME else value)

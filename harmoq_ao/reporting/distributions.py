@@ -1,4 +1,4 @@
-"""What reaches a quantized site on one picture, beside the bounds it is clipped to."""
+"""Histograms of the operands of quantized sites on one picture, with their quantization ranges."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ BINS = 72
 
 @dataclass(frozen=True)
 class Histogram:
-    """Values of one operand, as its quantizer sees them: shifted and divided by the joint ones.
+    """Values of one operand in its quantizer's domain: after the joint shift and scale.
 
     Args:
         operand: ``input``, or ``left`` and ``right`` of a product.
         counts: By bin, from `low` to `high`.
         low: Left edge of the first bin.
         high: Right edge of the last bin.
-        bounds: What values are clipped to; None where each token has its own.
-        outside: Share of the values that lie more than half a step beyond the bounds: rounding moves no others as far.
+        quant_range: What values are clipped to; None where each token has its own.
+        outside: Share of the values that lie more than half a step outside this range: rounding moves no others as far.
         bits: Of the quantizer.
     """
 
@@ -35,14 +35,14 @@ class Histogram:
     counts: tuple[int, ...]
     low: float
     high: float
-    bounds: tuple[float, float] | None
+    quant_range: tuple[float, float] | None
     outside: float
     bits: int
 
 
 @contextmanager
 def recorded(model: QuantizedModel, names: Sequence[str]) -> Iterator[dict[str, list[Histogram]]]:
-    """Histograms of the operands of sites, by name, filled at the first call of each inside the block.
+    """Context manager that records histograms of the operands of sites, by name, at the first call of each.
 
     Args:
         model: On the CPU, or on a GPU with kernels that run site by site: a fused kernel calls no site.
@@ -59,7 +59,7 @@ def recorded(model: QuantizedModel, names: Sequence[str]) -> Iterator[dict[str, 
 
 
 def worst_sites(rows: Sequence[SiteRow], count: int) -> list[SiteRow]:
-    """The quantized sites of the lowest signal to noise ratio, lowest first; those without one do not count."""
+    """The quantized sites of the lowest signal-to-noise ratio, lowest first; sites without one are left out."""
     measured = [(row.sqnr_db, index) for index, row in enumerate(rows) if row.quantized and row.sqnr_db is not None]
     return [rows[index] for _, index in sorted(measured)[:count]]
 
@@ -72,14 +72,14 @@ def _record(found: dict[str, list[Histogram]], name: str, site: QuantizedSite, a
 def _histogram(operand: ActivationOperand) -> Histogram:
     flat = operand.values.detach().float().flatten()
     low, high = float(flat.min()), float(flat.max())
-    bounds, outside = None, 0.0
+    quant_range, outside = None, 0.0
     if operand.qparams is not None:
         step, lower = float(operand.qparams.step), float(operand.qparams.lower)
-        bounds = (lower, lower + step * operand.spec.qmax)
-        beyond = (flat < bounds[0] - step / 2) | (flat > bounds[1] + step / 2)
+        quant_range = (lower, lower + step * operand.spec.qmax)
+        beyond = (flat < quant_range[0] - step / 2) | (flat > quant_range[1] + step / 2)
         outside = float(beyond.float().mean())
-        low, high = min(low, bounds[0]), max(high, bounds[1])
+        low, high = min(low, quant_range[0]), max(high, quant_range[1])
     if high <= low:
         high = low + 1.0
     counts = torch.histc(flat, BINS, low, high)
-    return Histogram(operand.name, tuple(int(c) for c in counts), low, high, bounds, outside, operand.spec.bits)
+    return Histogram(operand.name, tuple(int(c) for c in counts), low, high, quant_range, outside, operand.spec.bits)

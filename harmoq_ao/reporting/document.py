@@ -1,4 +1,4 @@
-"""The page: facts of a model put into the template, with everything it needs inside."""
+"""The report page: the facts of a model, rendered into one self-contained HTML document."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from harmoq_ao.common.progress import track
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.reporting import charts
-from harmoq_ao.reporting.charts import Axis, Series
 from harmoq_ao.reporting.distributions import Histogram, recorded, worst_sites
 from harmoq_ao.reporting.pictures import Picture, Source, compare, heat_ceiling, heat_colours, heat_png, png
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
@@ -36,7 +35,7 @@ _PACKAGES = ("torch", "spandrel", "numpy")
 
 @dataclass(frozen=True)
 class Scene:
-    """What a report is about.
+    """The subject of a report.
 
     Args:
         quantized: The quantized model.
@@ -85,10 +84,10 @@ class Scene:
 
 
 def write_report(scene: Scene, path: str | Path) -> Path:
-    """Write the report to a file; on any error what was there before is untouched.
+    """Write the report to a file; on any error a former file is left untouched.
 
     Args:
-        scene: What it is about.
+        scene: Model and pictures.
         path: Of the page.
 
     Raises:
@@ -102,10 +101,10 @@ def write_report(scene: Scene, path: str | Path) -> Path:
 
 
 def build_report(scene: Scene) -> str:
-    """The report as one HTML page without any reference to a network.
+    """The report as one HTML page that loads nothing from elsewhere.
 
     Args:
-        scene: What it is about.
+        scene: Model and pictures.
 
     Raises:
         InputError: See :func:`compare`.
@@ -131,7 +130,7 @@ def build_report(scene: Scene) -> str:
 
 
 def _pictures(scene: Scene, names: Sequence[str]) -> tuple[list[Picture], dict[str, list[Histogram]]]:
-    """Every picture, and what reached the sites of these names on the first one."""
+    """Every picture, and histograms of the sites of these names on the first one."""
     pictures: list[Picture] = []
     histograms: dict[str, list[Histogram]] = {}
     for source in track(scene.sources, "Upscaling"):
@@ -162,12 +161,12 @@ def _rendered(context: dict[str, Any]) -> str:
 
 
 def _inlined(name: str) -> Markup:
-    """A file of ours as it is: text inside of style and script is not HTML."""
+    """A template file verbatim: text inside style and script elements is not HTML."""
     return Markup((files("harmoq_ao.reporting") / _TEMPLATES / name).read_text(encoding="utf-8"))
 
 
 def _csp_hash(text: str) -> str:
-    """What the page's own policy allows; whatever else came into it would not run."""
+    """Hash by which the page's content security policy allows an element; no other would run."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")
 
 
@@ -187,7 +186,7 @@ def _summary(scene: Scene, report: Report) -> dict[str, str]:
         "Architecture": "not of spandrel" if spec is None else str(spec.get("architecture", "unknown")),
         "Scale": f"x{scene.quantized.scale}",
         "Bits": config.widths,
-        **({"Bits by need": history.choice} if history and history.choice else {}),
+        **({"Mixed precision": history.choice} if history and history.choice else {}),
         "Profile": config.profile,
         "Method": f"{history.method}, {'own settings' if history.preset is None else f'preset {history.preset}'}"
         if history and known
@@ -239,39 +238,36 @@ def _history_facts(history: History | None) -> dict[str, Any]:
     drawn: dict[str, Markup] = {}
     if history is None:
         return {"known": False, "charts": drawn, "best_step": None}
+    steps = "steps of refinement"
     if history.losses:
-        drawn["Training loss"] = _loss_chart(history)
+        log = "y" if all(value > 0 for _, value in history.losses) else ""
+        drawn["Training loss"] = charts.xy_chart(history.losses, steps, "loss", title="Training loss", log=log)
     if history.held_out:
-        axes = Axis("steps of refinement"), Axis("PSNR to the float model, dB")
-        best = history.best_step
-        drawn["Held-out fidelity"] = charts.xy_chart(
-            Series(history.held_out), *axes, title="Fidelity on held-out crops", mark=best
-        )
+        fidelity, title = "PSNR to the float model, dB", "Fidelity on held-out crops"
+        chart = charts.xy_chart(history.held_out, steps, fidelity, title=title, mark=history.best_step)
+        drawn["Held-out fidelity"] = chart
     drawn |= _site_charts(history)
     return {"known": True, "charts": drawn, "best_step": history.best_step if history.held_out else None}
 
 
-def _loss_chart(history: History) -> Markup:
-    positive = all(value > 0 for _, value in history.losses)
-    axes = Axis("steps of refinement"), Axis("loss", log=positive)
-    return charts.xy_chart(Series(history.losses), *axes, title="Training loss")
-
-
 def _site_charts(history: History) -> dict[str, Markup]:
-    """What Algorithm 1 did to each site, and how the error is shared between its operands."""
+    """Reduction of each site's error by Algorithm 1, and how the error is shared between its operands."""
     drawn = {}
     moved = [(i, s) for i, s in enumerate(history.sites, start=1) if s.start > 0 and s.end > 0]
     if moved:
         points = [(float(i), 10 * math.log10(s.start / s.end)) for i, s in moved]
-        titles = [f"{s.name}: {gain:.2f} dB" for (_, s), (_, gain) in zip(moved, points, strict=True)]
-        axes = Axis("site, in execution order"), Axis("output error won, dB")
-        drawn["Convergence by site"] = charts.xy_chart(Series(points, titles), *axes, title="Error won at each site")
+        names = [f"{s.name}: {gain:.2f} dB" for (_, s), (_, gain) in zip(moved, points, strict=True)]
+        axes = "site, in execution order", "reduction of the output error, dB"
+        title = "Reduction of the error at each site"
+        drawn["Convergence by site"] = charts.xy_chart(points, *axes, title=title, names=names)
     shares = [(s.name, s.left, s.right) for s in history.sites if s.left and s.right and min(s.left, s.right) > 0]
     if shares:
-        axes = Axis("error by activation (left)", log=True), Axis("error by weight (right)", log=True)
-        titles = [f"{name}: activation {left:.3g}, weight {right:.3g}" for name, left, right in shares]
-        series = Series([(left, right) for _, left, right in shares], titles)
-        drawn["Balance by site"] = charts.xy_chart(series, *axes, title="Balance of the operands", diagonal=True)
+        axes = "error by activation (left)", "error by weight (right)"
+        names = [f"{name}: activation {left:.3g}, weight {right:.3g}" for name, left, right in shares]
+        points = [(left, right) for _, left, right in shares]
+        drawn["Balance by site"] = charts.xy_chart(
+            points, *axes, title="Balance of the operands", log="xy", names=names, diagonal=True
+        )
     return drawn
 
 

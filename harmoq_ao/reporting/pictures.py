@@ -1,4 +1,4 @@
-"""Pictures of a report: one image through two models, where they differ, and all of it as PNG inside the page."""
+"""Pictures of a report: one image through two models, the map of their difference, all as PNG inside the page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a saved model go."""
+"""Bytes of a saved model by kind of tensor."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _KINDS = {
     "bias": "biases of sites",
     "weight": "float weights of sites",
 }
-_BOUNDS = "bounds of activations"
+_RANGES = "quantization ranges of activations"
 _REST = "float layers, norms and tables"
 _HEADERS = "names, layout and configuration"
 
@@ -29,7 +29,7 @@ class SizeRow:
     Args:
         kind: In words.
         stored: In the saved model.
-        float32: What as many numbers take in float32; None for what a float model does not have.
+        float32: Bytes of as many numbers in float32; None for tensors that a float model lacks.
     """
 
     kind: str
@@ -49,7 +49,7 @@ def size_rows(model: QuantizedModel, on_disk: int) -> list[SizeRow]:
         packed = isinstance(owner, WeightedSite) and kind == _KINDS["codes"]
         count = tensors[name].shape[0] * owner.columns if packed else tensors[name].numel()  # type: ignore[operator]
         numbers[kind] = numbers.get(kind, 0) + 4 * int(count)
-    added = {_KINDS["weight_scale"], _KINDS["joint_scale"], _KINDS["joint_shift"], _BOUNDS}
+    added = {_KINDS["weight_scale"], _KINDS["joint_scale"], _KINDS["joint_shift"], _RANGES}
     rows = [SizeRow(kind, size, None if kind in added else numbers[kind]) for kind, size in stored.items()]
     rows.append(SizeRow(_HEADERS, on_disk - sum(stored.values()), None))
     return sorted(rows, key=lambda row: -row.stored)
@@ -66,4 +66,4 @@ def _kind(model: QuantizedModel, name: str) -> str:
     owner, _, attribute = name.rpartition(".")
     if not isinstance(model.model.get_submodule(owner), QuantizedSite):
         return _REST
-    return _BOUNDS if attribute.endswith("_bounds") else _KINDS.get(attribute, _REST)
+    return _RANGES if attribute.endswith("_bounds") else _KINDS.get(attribute, _REST)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import subprocess
-import sys
+import copy
+import multiprocessing
+from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -83,26 +84,37 @@ def test_torchao_takes_all_linears_but_those_of_one_input() -> None:
 
 
 def test_what_a_contender_failed_with_reaches_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    name, job = "torchao int8 dynamic", cpu_peers.Job("dat-light", 24, Path())
+    ours, theirs = multiprocessing.Pipe()
+    worker = cpu_peers.Worker.__new__(cpu_peers.Worker)
+    worker.name, worker.pipe, worker.process = name, ours, SimpleNamespace(join=lambda: None, exitcode=-9)
+
     def broken(job: cpu_peers.Job) -> Run:
         raise RuntimeError("no kernel | for this\nsee elsewhere")
 
-    class Ended:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            self.stdout = io.StringIO(said.getvalue())
-
-        def wait(self) -> int:
-            return -9
-
-    said, job = io.StringIO(), cpu_peers.Job("dat-light", 24, Path())
-    monkeypatch.setitem(cpu_peers.CONTENDERS, "torchao int8 dynamic", broken)
-    monkeypatch.setattr(sys, "stdout", said)
-    monkeypatch.setattr(subprocess, "Popen", Ended)
-    with pytest.raises(RuntimeError, match=r"^torchao int8 dynamic ended with status -9$"):
-        cpu_peers.Worker("torchao int8 dynamic", job, None, 1).wait()
+    monkeypatch.setitem(cpu_peers.CONTENDERS, name, broken)
     with pytest.raises(RuntimeError, match="no kernel"):
-        cpu_peers.serve("torchao int8 dynamic", job, None)
+        cpu_peers.serve(name, job, None, torch.get_num_threads(), theirs)
     with pytest.raises(RuntimeError, match=r"^RuntimeError: no kernel \| for this$"):
-        cpu_peers.Worker("torchao int8 dynamic", job, None, 1).wait()
-    row = {"torchao int8 dynamic": {"error": "RuntimeError: no kernel | for this"}}
+        worker.answer()
+    theirs.close()
+    with pytest.raises(RuntimeError, match=r"^torchao int8 dynamic ended with status -9$"):
+        worker.answer()
+    row = {name: {"error": "RuntimeError: no kernel | for this"}}
     found = {"model": "dat-light x2", "image": [1, 3, 24, 24], "rounds": 2, "results": row}
     assert "| torchao int8 dynamic | RuntimeError: no kernel \\| for this |" in cpu_peers.markdown(found)
+
+
+def test_a_contender_answers_from_a_process_of_its_own() -> None:
+    with closing(cpu_peers.Worker("float32 eager", cpu_peers.Job("swinir-light", 16, Path()), None, 1)) as worker:
+        found = cpu_peers.measure(worker, [worker_named(name, worker) for name in cpu_peers.YARDSTICKS], 2, None)
+    assert {len(seconds) for seconds in found["seconds"].values()} == {2}
+    assert found["psnr_y"] is None
+    assert found["p50_ms"] > 0
+
+
+def worker_named(name: str, worker: cpu_peers.Worker) -> cpu_peers.Worker:
+    """The same process under another name."""
+    other = copy.copy(worker)
+    other.name = name
+    return other

@@ -59,7 +59,7 @@ def test_its_quick_version_computes_the_float_network_with_the_same_parameters_a
 def _products(model: h.PreparedModel) -> int:
     """Attention products in the graphs."""
     graphs = [v.graph for m in model.model.modules() if is_island(m) for v in island_state(m).all_variants()]
-    return sum(n.op == "call_module" and calls_site(n.target) is not None for g in graphs for n in g.nodes)
+    return sum(calls_site(n) for g in graphs for n in g.nodes)
 
 
 def test_learning_leaves_it_alone_and_asks_nobody_else_for_the_float_network() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -11,6 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from rich.console import Console
 from torch import Tensor, nn
 
 from harmoq_ao.images import load_image, skimage_photographs
@@ -140,11 +144,32 @@ def load_transformer(scale: int = SCALE) -> LoadedModel:
         return LoadedModel(TinyTransformer().eval(), "TinyTransformer", SCALE, 3, 3, size_multiple=4)
 
 
-def tiny_study(folder: Path, load: Callable[[int], LoadedModel] = load_linears, **settings: Any) -> Study:
-    """A study below a folder; its benchmark and photographs are made at the first call."""
+def write_inputs(folder: Path) -> None:
+    """Benchmark and photographs below a folder, unless they are there."""
     if not (folder / "sets").exists():
         write_benchmark(folder / "sets")
         write_photographs(folder / "photographs")
+
+
+def run_command(main: Callable[..., int], folder: Path, *arguments: str, expected: int = 0) -> str:
+    """What a command of a quick study prints; it writes to `folder/out`, which is the working directory."""
+    write_inputs(folder)
+    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
+    common += ["--preset", "fast", *(f"--set={name}={json.dumps(value)}" for name, value in QUICK.items())]
+    text = io.StringIO()
+    assert main([arguments[0], *common, *arguments[1:]], Console(file=text, width=200)) == expected
+    return text.getvalue()
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """Rows of a CSV as text."""
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def tiny_study(folder: Path, load: Callable[[int], LoadedModel] = load_linears, **settings: Any) -> Study:
+    """A study below a folder; its benchmark and photographs are made at the first call."""
+    write_inputs(folder)
     given = StudySettings(folder / "out", folder / "sets", folder / "photographs", **settings)
     return Study(given, load)
 

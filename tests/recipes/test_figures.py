@@ -2,41 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.console import Console
-from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.calibration.solve import disable_fake_quant
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.teacher import Teacher
-from harmoq_ao.recipes import figures, inspection, options
+from harmoq_ao.recipes import curves, figures, inspection, options
 from harmoq_ao.recipes.curves import convergence_curves
 from tests.models import entry
-from tests.recipes.studies import QUICK, load_transformer, quick_cell, tiny_study, write_benchmark, write_photographs
+from tests.recipes.studies import load_transformer, quick_cell, read_csv, run_command, tiny_study
 from tests.recipes.test_tables import check_picture
 
 
 def run(figure: str, folder: Path, *more: str, expected: int = 0) -> list[dict[str, str]]:
     """Rows of the CSV."""
-    if not (folder / "sets").exists():
-        write_benchmark(folder / "sets")
-        write_photographs(folder / "photographs")
-    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
-    common += ["--preset", "fast", "--held-out", "1", "--crops", "2", "--crop-size", "16"]
-    common += [f"--set={name}={json.dumps(value)}" for name, value in QUICK.items() if "." in name]
-    assert figures.main([figure, *common, *more], Console(file=io.StringIO())) == expected
-    return list(csv.DictReader((folder / "out" / f"{figure}.csv").open()))
+    run_command(figures.main, folder, figure, *more, expected=expected)
+    return read_csv(folder / "out" / f"{figure}.csv")
 
 
 @pytest.fixture(autouse=True)
@@ -57,10 +48,7 @@ def test_figure_one_quantizes_one_operand_at_a_time(tmp_path: Path) -> None:
     assert [(row["quantized"], row["bits"]) for row in rows] == [
         (kind, bits) for kind in ("weights", "activations") for bits in ("2", "4")
     ]
-    psnr = {
-        (c["cell"].get("weight_bits"), c["cell"].get("act_bits")): c["scores"]["mean"]["psnr_y"]
-        for c in cells_of(tmp_path)
-    }
+    psnr = {(c["cell"].get("weight_bits"), c["cell"].get("act_bits")): c["psnr_y"] for c in cells_of(tmp_path)}
     for row in rows:
         bits = (int(row["bits"]), 32) if row["quantized"] == "weights" else (32, int(row["bits"]))
         assert float(row["psnr_y"]) == psnr[bits]
@@ -215,25 +203,31 @@ def site(objectives: list[float], balances: list[tuple[int, float, float]]) -> d
     return {"start": 4.0, "objectives": objectives, "balances": [list(b) for b in balances]}
 
 
+def series(curves: pd.DataFrame) -> dict[str, list[tuple[float, float]]]:
+    """Steps and values by curve."""
+    return {name: list(zip(part["step"], part["value"], strict=True)) for name, part in curves.groupby("curve")}
+
+
 def test_a_site_that_stopped_early_keeps_its_last_value_and_none_ends_above_its_best() -> None:
     sites = [site([2.0, 3.0, 1.0], [(1, 3.0, 1.0)]), site([4.0, 2.0], [(1, 1.0, 1.0), (2, 1.0, 0.0)]), site([], [])]
-    objective, imbalance = convergence_curves("W2A2", {"algorithm": {"sites": sites}, "refine": None})
-    assert (list(objective.steps), objective.values) == ([0, 1, 2, 3], [1.0, 0.75, 0.5, 0.375])
-    assert (list(imbalance.steps), imbalance.values) == ([1, 2], [0.25, 0.75])
+    found = series(convergence_curves("W2A2", {"algorithm": {"sites": sites}, "refine": None}))
+    assert found == {
+        curves.OBJECTIVE: [(0, 1.0), (1, 0.75), (2, 0.5), (3, 0.375)],
+        curves.IMBALANCE: [(1, 0.25), (2, 0.75)],
+    }
 
 
 @given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=300))
 def test_averaged_losses_keep_their_mean(losses: list[float]) -> None:
-    (curve,) = convergence_curves("x", {"refine": {"losses": losses, "held_out": []}})
-    ends = [0, *curve.steps]
-    widths = [after - before for before, after in itertools.pairwise(ends)]
+    found = series(convergence_curves("x", {"refine": {"losses": losses, "held_out": []}}))
+    assert list(found) == [curves.LOSS]
+    ends, means = zip(*found[curves.LOSS], strict=True)
+    widths = [after - before for before, after in itertools.pairwise([0, *ends])]
     assert sum(widths) == len(losses)
-    assert sum(w * v for w, v in zip(widths, curve.values, strict=True)) == pytest.approx(sum(losses))
-    assert convergence_curves("x", {}) == []
+    assert sum(w * v for w, v in zip(widths, means, strict=True)) == pytest.approx(sum(losses))
+    assert convergence_curves("x", {}).empty
 
 
 def test_held_out_curves_count_steps() -> None:
     trace = {"refine": {"losses": [], "held_out": [[0, 30.0], [50, 31.5]]}}
-    (curve,) = convergence_curves("x", trace)
-    assert (list(curve.steps), list(curve.values)) == ([0, 50], [30.0, 31.5])
-    assert not isinstance(curve.values[0], Tensor)
+    assert series(convergence_curves("x", trace)) == {curves.HELD_OUT: [(0, 30.0), (50, 31.5)]}

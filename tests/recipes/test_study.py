@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -18,11 +16,11 @@ from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigErr
 from harmoq_ao.config import SiteRule
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.images.metrics import bicubic_upscale, score_all
-from harmoq_ao.recipes import making, study
-from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell, harmonize_settings, to_plain, with_changes
+from harmoq_ao.recipes import study
+from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell, with_changes
 from harmoq_ao.recipes.making import Made, Photographs
-from harmoq_ao.recipes.store import Store, restore_state, state_of
-from harmoq_ao.recipes.study import Study, agree
+from harmoq_ao.recipes.store import restore_state, state_of
+from harmoq_ao.recipes.study import Study
 from harmoq_ao.runtime.evaluation import evaluate
 from tests.recipes.studies import (
     load_linears,
@@ -67,21 +65,21 @@ def test_real_cells_are_measured_kept_and_restored(tmp_path: Path) -> None:
     assert again.run(cells, ["Mini"]).results == outcome.results
     assert files(tmp_path / "out") == before
     for cell in cells:
-        record = outcome.results[cell, "Mini"].record
+        found = outcome.results[cell, "Mini"]
         table = evaluate(again.upscaler(cell), again.pairs(2, "Mini"), 2)
         for name, score in table.scores.items():
-            assert (score.psnr, score.ssim) == tuple(record["scores"]["images"][name][k] for k in ("psnr_y", "ssim_y"))
-        assert {"torch", "numpy", "harmoq_ao", "cpu"} <= set(record["environment"])
+            assert (score.psnr, score.ssim) == tuple(found.images[name][k] for k in ("psnr_y", "ssim_y"))
+        assert {"torch", "numpy", "harmoq_ao", "cpu"} <= set(found.environment)
     quantized = [outcome.results[cell, "Mini"].psnr_y for cell in cells[2:]]
     assert all(psnr != outcome.results[float_cell(2), "Mini"].psnr_y for psnr in quantized)
-    trace = again.store.making(again.identity(cells[3]))["trace"]
+    trace = again.trace(cells[3])
     assert len(trace["refine"]["losses"]) == 2
     assert len(trace["algorithm"]["sites"]) == 18
     converted = tiny_study(tmp_path, load_transformer, converted=True)
     integers = converted.run(cells, ["Mini"])
     for cell in cells:
         assert integers.results[cell, "Mini"].psnr_y == pytest.approx(outcome.results[cell, "Mini"].psnr_y, abs=0.05)
-    assert {r.record["measured"] for (c, _), r in integers.results.items() if not c.is_reference} == {"integer model"}
+    assert {r.measured for (c, _), r in integers.results.items() if not c.is_reference} == {"integer model"}
     assert set(before) <= set(files(tmp_path / "out"))
 
 
@@ -112,7 +110,7 @@ def test_another_set_does_not_quantize_again(tmp_path: Path, calls: list[Cell]) 
     tiny_study(tmp_path).run([cell], ["Mini"])
     write_benchmark(tmp_path / "sets", "Other", ("camera",))
     outcome = tiny_study(tmp_path).run([cell], ["Mini", "Other"])
-    assert list(outcome.results[cell, "Other"].record["scores"]["images"]) == ["camera"]
+    assert list(outcome.results[cell, "Other"].images) == ["camera"]
     tiny_study(tmp_path).picture(cell, "Other", "camera")
     assert calls == [cell]
 
@@ -150,17 +148,17 @@ def _other_weights(scale: int = 2) -> Any:
 def test_a_killed_run_continues(tmp_path: Path, calls: list[Cell], monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed after quantizing the second cell: its state is there, and whole."""
     cells = [quick_cell("dobi", bits) for bits in (2, 3, 4)]
-    engine = tiny_study(tmp_path)
-    keep = engine.store.keep_state
+    with monkeypatch.context() as patch:
+        measure = Study._measure
 
-    def killed(identity: str, *rest: Any) -> None:
-        keep(identity, *rest)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
+        def killed(self: Study, *rest: Any) -> Any:
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return measure(self, *rest)
 
-    monkeypatch.setattr(engine.store, "keep_state", killed)
-    with pytest.raises(KeyboardInterrupt):
-        engine.run(cells, ["Mini"])
+        patch.setattr(Study, "_measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_study(tmp_path).run(cells, ["Mini"])
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
     outcome = tiny_study(tmp_path).run(cells, ["Mini"])
     assert set(outcome.results) == {(cell, "Mini") for cell in cells}
@@ -177,9 +175,9 @@ def test_a_state_cut_short_is_made_again(
     def killed(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    name = "to_safetensors" if written == "safetensors" else "write_json"
+    name = "store.to_safetensors" if written == "safetensors" else "study.write_json"
     with monkeypatch.context() as patch:
-        patch.setattr(f"recipes.store.{name}", killed)
+        patch.setattr(f"harmoq_ao.recipes.{name}", killed)
         with pytest.raises(KeyboardInterrupt):
             engine.run([cell], ["Mini"])
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -195,21 +193,18 @@ def test_a_failing_cell_is_reported_and_the_others_run(
     assert set(outcome.results) == {(right, "Mini")}
     assert "guess" in outcome.failures[wrong]
     assert "guess" in capsys.readouterr().err
-    store, identity = Store(tmp_path / "out"), tiny_study(tmp_path).identity(wrong)
-    assert "Traceback" in store.failure(identity)["traceback"]
     assert calls == [wrong, right] or calls == [right]
 
 
-def test_a_failure_is_forgotten_once_the_cell_succeeds(
-    tmp_path: Path, calls: list[Cell], monkeypatch: pytest.MonkeyPatch
+def test_an_unexpected_error_is_shown_with_its_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cell, engine = quick_cell("dobi"), tiny_study(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(study, "quantize", lambda *_: 1 / 0)
         assert "ZeroDivisionError" in engine.run([cell], ["Mini"]).failures[cell]
-    assert engine.store.failure(engine.identity(cell)) is not None
+    assert "Traceback" in capsys.readouterr().err
     assert engine.run([cell], ["Mini"]).failures == {}
-    assert engine.store.failure(engine.identity(cell)) is None
 
 
 def test_what_is_wrong_for_all_cells_ends_the_run(tmp_path: Path, calls: list[Cell]) -> None:
@@ -257,7 +252,7 @@ def test_a_state_brings_joint_scales_that_a_fresh_model_lacks(tmp_path: Path) ->
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_restored_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     cell = quick_cell("harmoq", 3)
-    monkeypatch.setitem(PRESETS, "fast", making.settings_of(cell))  # the budget of the baselines that learn
+    monkeypatch.setitem(PRESETS, "fast", cell.settings())  # the budget of the baselines that learn
     cell = Cell(method, 3, 3, preset="fast")
     made = tiny_study(tmp_path, load_transformer).prepared(cell)
     study = tiny_study(tmp_path, load_transformer)
@@ -293,32 +288,16 @@ def test_identity_depends_on_everything_but_the_label() -> None:
 
 def test_options_reach_the_settings_by_dotted_name() -> None:
     cell = quick_cell("harmoq", **{"refine.rates.bounds": 0.25, "algorithm.projection": "dct", "crops": 7})
-    settings = harmonize_settings(PRESETS["fast"], cell)
+    settings = cell.settings()
     assert (settings.refine.rates.bounds, settings.algorithm.projection, settings.crops) == (0.25, "dct", 7)
-    without = harmonize_settings(PRESETS["fast"], cell.with_options({"refine": None}))
+    without = cell.with_options({"refine": None}).settings()
     assert without.refine is None
     with pytest.raises(ConfigError, match=r"no such setting.*speed"):
-        harmonize_settings(PRESETS["fast"], cell.with_options({"refine.speed": 1}))
+        cell.with_options({"refine.speed": 1}).settings()
     with pytest.raises(ConfigError, match="Unknown option"):
         cell.with_options({"learning.rate": 1})
     with pytest.raises(ConfigError, match="dobi has no such option"):
-        making.settings_of(quick_cell("dobi", **{"refine.steps": 1}))
-
-
-@given(
-    st.dictionaries(st.sampled_from("abcd"), st.integers(0, 1)),
-    st.dictionaries(st.sampled_from("abcd"), st.integers(0, 1)),
-)
-def test_settings_agree_where_both_say_something(one: dict[str, int], other: dict[str, int]) -> None:
-    assert agree(one, other) == all(one[key] == other[key] for key in set(one) & set(other))
-    assert agree({"x": one}, {"x": other}) == agree(one, other)
-    assert not agree({"x": one}, {"x": None})
-
-
-def test_records_hold_plain_json() -> None:
-    settings = to_plain(PRESETS["standard"])
-    assert json.loads(json.dumps(settings)) == settings
-    assert to_plain({1: (np.float32(0.5), Path("a"))}) == {"1": [0.5, "a"]}
+        quick_cell("dobi", **{"refine.steps": 1}).settings()
 
 
 # --- photographs ------------------------------------------------------------------------------------------------------

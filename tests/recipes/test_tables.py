@@ -18,47 +18,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from rich.console import Console
 
 import harmoq_ao as h
 from harmoq_ao.common.errors import CheckpointError, ConfigError
 from harmoq_ao.recipes import options, study, tables
-from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell
-from harmoq_ao.recipes.documents import (
-    Column,
-    Entry,
-    Plan,
-    Row,
-    entries,
-    grid,
-    margins,
-    provenance,
-    references,
-    to_csv,
-    to_markdown,
-)
+from harmoq_ao.recipes.cells import Cell, float_cell
+from harmoq_ao.recipes.documents import Entry, Plan, grid, numbers, provenance, references, to_markdown
 from harmoq_ao.recipes.making import Made
-from harmoq_ao.recipes.store import Result
-from harmoq_ao.recipes.study import Outcome
+from harmoq_ao.recipes.study import Outcome, Result
 from harmoq_ao.zoo.checkpoints import LoadedModel
-from tests.recipes.studies import QUICK, load_transformer, write_benchmark, write_checkpoint, write_photographs
-
-NUMBER = r"-?\d+\.\d+"
+from tests.recipes.studies import load_transformer, read_csv, run_command, write_checkpoint
 
 
 def run(table: str, folder: Path, *more: str, expected: int = 0) -> tuple[list[dict[str, str]], str, str]:
     """Rows of the CSV, the Markdown, and what was printed."""
-    if not (folder / "sets").exists():
-        write_benchmark(folder / "sets")
-        write_photographs(folder / "photographs")
-    common = ["--output", "out", "--benchmark", "sets", "--calibration", "photographs", "--sets", "Mini"]
-    common += ["--preset", "fast", "--held-out", "1", "--crops", "2", "--crop-size", "16"]
-    common += [f"--set={name}={json.dumps(value)}" for name, value in QUICK.items() if "." in name]
-    text = io.StringIO()
-    assert tables.main([table, *common, *more], Console(file=text, width=200)) == expected
+    printed = run_command(tables.main, folder, table, *more, expected=expected)
     name = "ours" if "ours" in more else table
-    rows = list(csv.DictReader((folder / "out" / f"{name}.csv").open()))
-    return rows, (folder / "out" / f"{name}.md").read_text(), text.getvalue()
+    return read_csv(folder / "out" / f"{name}.csv"), (folder / "out" / f"{name}.md").read_text(), printed
 
 
 @pytest.fixture(autouse=True)
@@ -87,11 +63,10 @@ def test_table_one_agrees_with_its_cells(tmp_path: Path) -> None:
     for row in rows:
         bits = (int(row["weight_bits"] or 0), row["method"])
         record = next(c for c in cells if (c["cell"].get("weight_bits", 0), c["cell"]["method"]) == bits)
-        mean = record["scores"]["mean"]
-        assert float(row["psnr_y"]) == pytest.approx(mean["psnr_y"], abs=1e-6)
-        assert float(row["ssim_y"]) == pytest.approx(mean["ssim_y"], abs=1e-6)
+        assert float(row["psnr_y"]) == pytest.approx(record["psnr_y"], abs=1e-6)
+        assert float(row["ssim_y"]) == pytest.approx(record["ssim_y"], abs=1e-6)
         for text in (markdown, printed):
-            assert re.search(rf"{mean['psnr_y']:.3f}\W+{mean['ssim_y']:.4f}", text)
+            assert re.search(rf"{record['psnr_y']:.3f}\W+{record['ssim_y']:.4f}", text)
     exact = float(rows[1]["psnr_y"])
     for row in rows[2:]:
         assert float(row["drop_psnr"]) == pytest.approx(exact - float(row["psnr_y"]), abs=2e-6)
@@ -131,7 +106,7 @@ def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 def options_of(folder: Path) -> dict[str, dict[str, Any]]:
     """Options of every quantized cell by its score."""
     records = [json.loads(path.read_text()) for path in (folder / "out" / "cells").iterdir()]
-    return {f"{r['scores']['mean']['psnr_y']:.6f}": r["cell"].get("options", {}) for r in records}
+    return {f"{r['psnr_y']:.6f}": r["cell"].get("options", {}) for r in records}
 
 
 @pytest.mark.usefixtures("perturbed")
@@ -205,7 +180,7 @@ def test_the_stages_build_on_each_other() -> None:
         assert left_out(dict(after)) < left_out(dict(before))
     assert left_out(dict(stages[-1])) == set()
     given = parse("additions", "--bits", "2")
-    cells = [row.cells[2, ""] for row in tables.additions(given).rows if row.group]
+    cells = [entry.cell for entry in tables.additions(given).entries if entry.group]
     assert len(set(cells)) == len(tables.ADDITIONS)
 
 
@@ -215,11 +190,11 @@ def parse(*arguments: str) -> argparse.Namespace:
 
 
 def test_bits_and_options_are_read() -> None:
-    given = parse("table1", "--bits", "4", "W2A32", "--set", "refine.steps=5", "--set", "algorithm.projection=dct")
+    given = parse("table1", "--bits", "4", "W2A32", "--set", "refine.steps=5", "--set", "crops=3")
     assert given.bits == [(4, 4), (2, 32)]
     cell = options.template(given, "harmoq", 2, (4, 4))
-    assert dict(cell.options) == {"refine.steps": 5, "algorithm.projection": "dct"}
-    assert options.template(given, "dobi", 2, (4, 4)).options == ()
+    assert dict(cell.options) == {"refine.steps": 5, "crops": 3}
+    assert options.template(given, "dobi", 2, (4, 4)).options == (("crops", 3),)
 
 
 @pytest.mark.parametrize(
@@ -280,84 +255,77 @@ def test_checkpoints_are_found_by_their_scale(tmp_path: Path, monkeypatch: pytes
 
 @st.composite
 def measured(draw: st.DrawFn) -> tuple[Plan, Outcome]:
-    """A plan of up to two groups and columns, with scores on a coarse grid (ties) and failures."""
-    columns = tuple(Column(name, 2) for name in draw(st.sampled_from([("A",), ("A", "B")])))
+    """A plan of up to two groups and sets, with scores on a coarse grid (ties) and failures."""
+    sets = draw(st.sampled_from([("A",), ("A", "B")]))
     groups = draw(st.sampled_from([("W2A2",), ("W2A2", "W4A4")]))
-    labels = ("one", "two", "ours")[: draw(st.integers(1, 3))]
-    rows = [*references([2])]
-    rows += [
-        Row(g, name, {(2, ""): Cell("dobi", 2 + i, 2 + j)})
-        for i, g in enumerate(groups)
-        for j, name in enumerate(labels)
-    ]
-    plan, outcome = Plan("name", "Title", columns, tuple(rows), "ours"), Outcome()
+    rows = ("one", "two", "ours")[: draw(st.integers(1, 3))]
+    made = [Entry(g, row, Cell("dobi", 2 + i, 2 + j)) for i, g in enumerate(groups) for j, row in enumerate(rows)]
+    plan, outcome = Plan("name", "Title", sets, [*references([2]), *made], "ours"), Outcome()
     for cell in plan.cells():
-        for column in columns:
+        for name in sets:
             if cell.is_reference or draw(st.booleans()):
                 psnr, ssim = draw(st.integers(200, 400)) / 10, draw(st.integers(0, 5)) / 5
-                record = {"seconds": {"quantize": 1.0, "evaluate": 2.0}}
-                outcome.results[cell, column.set_name] = Result(psnr, ssim, record)
+                outcome.results[cell, name] = Result(psnr, ssim, seconds_quantize=1.0, seconds_evaluate=2.0)
     return plan, outcome
 
 
 @given(measured())
 def test_exactly_the_best_of_each_group_are_bold(given: tuple[Plan, Outcome]) -> None:
     plan, outcome = given
-    found = entries(plan, outcome)
-    for key in {(e.row.group, e.column) for e in found}:
-        rivals = [e for e in found if (e.row.group, e.column) == key and not math.isnan(e.psnr_y)]
-        contested = bool(key[0]) and len(rivals) > 1
-        best = max((e.psnr_y for e in rivals), default=0.0)
-        assert all(e.best_psnr == (contested and e.psnr_y == best) for e in rivals)
-    bold = sum(e.best_psnr + e.best_ssim for e in found)
+    found = numbers(plan, outcome)
+    for (group, _), rivals in found.groupby(["group", "set"]):
+        contested = bool(group) and rivals["psnr_y"].count() > 1
+        for _, entry in rivals[rivals["psnr_y"].notna()].iterrows():
+            assert entry["best_psnr"] == (contested and entry["psnr_y"] == rivals["psnr_y"].max())
+            assert entry["best_ssim"] == (contested and entry["ssim_y"] == rivals["ssim_y"].max())
+    bold = found["best_psnr"].sum() + found["best_ssim"].sum()
     assert to_markdown(plan, found, "", "").count("**") == 2 * bold
-    assert sum(cell.count("<") for row in grid(plan, found, 2, "<{}>")[1] for cell in row) == bold
+    assert sum(cell.count("**") for row in grid(plan, found).to_numpy() for cell in row) == 2 * bold
 
 
 @given(measured())
 def test_margins_are_over_the_strongest_other_row(given: tuple[Plan, Outcome]) -> None:
     plan, outcome = given
-    found = entries(plan, outcome)
-    by_key = {(m.group, m.column): m for m in margins(plan, found)}
-    scores = {(e.row.group, e.column, e.row.label): e.psnr_y for e in found if not math.isnan(e.psnr_y)}
-    for group in {row.group for row in plan.rows if row.group}:
-        for column in plan.columns:
-            own = scores.get((group, column, "ours"))
-            others = [scores[group, column, n] for n in ("one", "two") if (group, column, n) in scores]
-            margin = by_key.get((group, column))
-            assert (margin is not None) == (own is not None and bool(others))
-            if margin is not None and own is not None:
-                assert margin.psnr_y == own - max(others)
-                assert scores[group, column, margin.strongest] == max(others)
+    found = numbers(plan, outcome)
+    scores = {(e["group"], e["set"], e["row"]): e["psnr_y"] for _, e in found.dropna(subset="psnr_y").iterrows()}
+    assert found[found["row"] != "ours"]["margin_psnr"].isna().all()
+    for _, entry in found[found["row"] == "ours"].iterrows():
+        place = entry["group"], entry["set"]
+        others = [scores[*place, name] for name in ("one", "two") if (*place, name) in scores]
+        known = (*place, "ours") in scores and bool(others)
+        assert math.isnan(entry["margin_psnr"]) != known
+        if known:
+            assert entry["margin_psnr"] == entry["psnr_y"] - max(others)
+            assert scores[*place, entry["strongest_baseline"]] == max(others)
 
 
 @given(measured())
-def test_the_csv_holds_every_number(given: tuple[Plan, Outcome]) -> None:
+def test_there_is_a_line_for_every_number(given: tuple[Plan, Outcome]) -> None:
     plan, outcome = given
-    found = entries(plan, outcome)
-    rows = list(csv.DictReader(io.StringIO(to_csv(plan, found))))
-    assert len(rows) == len(found) == len(plan.rows) * len(plan.columns)
-    for row, entry in zip(rows, found, strict=True):
-        expected = outcome.get(entry.cell, entry.column.set_name)
-        assert row["psnr_y"] == ("" if expected is None else f"{expected.psnr_y:.6f}")
-        exact = outcome.results[float_cell(2), entry.column.set_name]
+    found = numbers(plan, outcome)
+    assert len(found) == len(plan.entries) * len(plan.sets)
+    for (entry, name), (_, line) in zip(itertools.product(plan.entries, plan.sets), found.iterrows(), strict=True):
+        expected, exact = outcome.get(entry.cell, name), outcome.results[float_cell(2), name]
+        assert (line["row"], line["set"]) == (entry.row, name)
+        assert math.isnan(line["psnr_y"]) == (expected is None)
         if expected is not None:
-            assert float(row["drop_psnr"]) == pytest.approx(exact.psnr_y - expected.psnr_y, abs=1e-6)
+            assert line["psnr_y"] == expected.psnr_y
+            assert line["drop_psnr"] == exact.psnr_y - expected.psnr_y
 
 
 def test_provenance_names_every_machine_once() -> None:
-    def record(method: str, **environment: Any) -> dict[str, Any]:
-        return {"cell": {"method": method}, "measured": "simulation in float", "environment": environment}
+    def result(measured: str, **environment: Any) -> Result:
+        return Result(1.0, 1.0, measured=measured, environment=environment)
 
     versions = {"torch": "2.15", "numpy": "1.26", "harmoq_ao": "0.1", "python": "3.11"}
-    text = provenance([record("dobi", cpu="A", **versions), record("float", cpu="A", gpu="G", **versions)])
+    text = provenance([result("simulation in float", cpu="A", **versions), result("", cpu="A", gpu="G", **versions)])
     assert text.count("2.15") == 1
     assert "Machine: A; G." in text
     assert "simulation in float" in text
-    assert "Quantized" not in provenance([record("float", cpu="A", **versions)])
+    assert "Quantized" not in provenance([result("", cpu="A", **versions)])
 
 
 def test_a_reference_has_no_bits_in_the_csv() -> None:
-    plan = Plan("name", "Title", (Column("A", 2),), (Row("", "bicubic", {(2, ""): bicubic_cell(2)}),))
-    line = next(csv.DictReader(io.StringIO(to_csv(plan, [Entry(plan.rows[0], plan.columns[0], bicubic_cell(2))]))))
+    text = numbers(Plan("name", "Title", ["A"], references([2])), Outcome()).to_csv(index=False)
+    line = next(csv.DictReader(io.StringIO(text)))
     assert (line["weight_bits"], line["profile"], line["set"], line["psnr_y"]) == ("", "", "A", "")

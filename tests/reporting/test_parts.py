@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.images.metrics import bicubic_upscale, psnr_y
 from harmoq_ao.reporting import Scene, pictures
-from harmoq_ao.reporting.charts import Axis, Series, xy_chart
+from harmoq_ao.reporting.charts import xy_chart
 from harmoq_ao.reporting.distributions import recorded, worst_sites
 from harmoq_ao.reporting.pictures import compare, heat_ceiling
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
@@ -69,7 +70,7 @@ def test_histograms_count_what_a_site_was_given(rules: Any) -> None:
         kind = model.sites()[name].site.kind
         assert [h.operand for h in histograms] == (["left", "right"] if kind == "matmul" else ["input"])
         assert all(sum(h.counts) > 0 and 0 <= h.outside < 0.5 for h in histograms)
-        first = histograms[0].bounds
+        first = histograms[0].quant_range
         assert first == (pytest.approx(bounds[name]) if isinstance(bounds[name], tuple) else None)
     assert not [m for m in model.modules() if m._forward_pre_hooks and m in model.sites().values()]
 
@@ -87,7 +88,7 @@ def test_histograms_are_of_the_quantizers_own_domain() -> None:
     expected = (kept[0] - shift) / site.joint_scale
     histogram = found[name][0]
     assert sum(histogram.counts) == expected.numel()
-    assert histogram.low == pytest.approx(min(float(expected.min()), (histogram.bounds or (0, 0))[0]))
+    assert histogram.low == pytest.approx(min(float(expected.min()), (histogram.quant_range or (0, 0))[0]))
 
 
 def test_histograms_of_relative_maps_are_within_their_rows_range() -> None:
@@ -97,7 +98,7 @@ def test_histograms_of_relative_maps_are_within_their_rows_range() -> None:
     with recorded(model, names) as found:
         model(images(1)[0])
     for left, _ in found.values():
-        assert left.bounds == pytest.approx((0, 1), abs=1e-3)
+        assert left.quant_range == pytest.approx((0, 1), abs=1e-3)
         assert left.low >= 0
         assert left.counts[-1] > 0  # every row has an entry of one
 
@@ -122,16 +123,20 @@ def test_sizes_add_up_to_the_folder(tmp_path: Path) -> None:
     assert float32_bytes(model) == float_bytes(build("SwinIR/light"))
 
 
-@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("log", ["", "xy"])
 @pytest.mark.parametrize("values", [[1.0], [2.0, 2.0], [1e-6, 1e3], [0.5, 0.52]])
-def test_charts_place_every_point_inside(values: list[float], log: bool) -> None:
-    chart = xy_chart(
-        Series([(v, v) for v in values], [HOSTILE] * len(values)), Axis("x", log), Axis(HOSTILE, log), title=HOSTILE
-    )
+def test_charts_place_every_point_inside(values: list[float], log: str) -> None:
+    points, names = [(v, v) for v in values], [HOSTILE] * len(values)
+    chart, again = (xy_chart(points, "x", HOSTILE, title=HOSTILE, log=log, names=names) for _ in range(2))
+    assert chart == again
     assert "nan" not in chart
     assert "<script" not in chart
-    assert chart.count("<circle") == len(values)
-    assert chart.count('class="grid"') >= 1
+    assert "var(--grid)" in chart
+    root = ElementTree.fromstring(chart)
+    width, height = (float(v) for v in root.attrib["viewBox"].split()[2:])
+    dots = [dot for dot in root.iter("use") if dot.find("title") is not None]
+    assert [dot.find("title").text for dot in dots] == names
+    assert all(0 < float(dot.attrib["x"]) < width and 0 < float(dot.attrib["y"]) < height for dot in dots)
 
 
 # --- command ----------------------------------------------------------------------------------------------------------
