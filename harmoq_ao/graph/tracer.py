@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
-from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, callable_name, contraction_op
+from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, contraction_op
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.handles import ModuleHandle
 from harmoq_ao.graph.namespaces import FACTORIES, activate, inlined, plain_type
@@ -215,7 +215,7 @@ class IslandTracer(fx.Tracer):
     def _evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with activate(None), torch.no_grad():
             if kind == "call_function" and target in self.opaque:
-                with _Hidden(self.hidden, callable_name(target)):
+                with _Hidden(self.hidden, getattr(target, "__name__", repr(target))):
                     return target(*args, **kwargs)
             if kind == "call_function":
                 if getattr(target, "__name__", "") in _FUSED:

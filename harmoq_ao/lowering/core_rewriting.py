@@ -13,7 +13,7 @@ from harmoq_ao.graph import Variant, einsum_form
 from harmoq_ao.graph.calls import leaf_shapes
 from harmoq_ao.graph.exchange import Finding, original_class
 from harmoq_ao.graph.nodes import SELF, called_module, target_name, writes_arguments
-from harmoq_ao.graph.variant import Declined
+from harmoq_ao.graph.variant import DECLINED
 from harmoq_ao.lowering.attention_core import attention_core
 from harmoq_ao.lowering.attention_pattern import (
     ADDITIONS,
@@ -60,24 +60,24 @@ class LoweredCores:
         """The result of a call if the kernels take its shapes, which a first call tries."""
         if self.run is None:
             self.reason = self.blocked
-            return Declined.DECLINED
+            return DECLINED
         trying = is_recognising()
         if not (trying or runs_triton(module.get_submodule(self.names[0]), leaves)):
-            return Declined.DECLINED
+            return DECLINED
         shapes = leaf_shapes(leaves)
         if torch.compiler.is_compiling():  # no trial: what eager calls found
             known = any(shapes == taken for taken in self.taken)
-            return self.run(module, *leaves) if known else Declined.DECLINED
+            return self.run(module, *leaves) if known else DECLINED
         if shapes in self.refused:
-            return Declined.DECLINED
+            return DECLINED
         try:
             result = self.run(module, *leaves)
         except Misfit as misfit:
             self.reason = str(misfit)
             _remember(self.refused, shapes)
-            return Declined.DECLINED
+            return DECLINED
         _remember(self.taken, shapes)
-        return Declined.DECLINED if trying else result
+        return DECLINED if trying else result
 
     def finding(self, module: nn.Module) -> Finding | None:
         """The sites that the kernels compute once they took a call; every quantized product if they refused it."""

@@ -89,7 +89,7 @@ def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -
     for node in graph.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "placeholder":
-            values[node] = next(given)
+            values[node] = next(given, *args)  # an argument that is not given has its default
         elif node.op == "output":
             return calls, args[0]
         else:
