@@ -1,4 +1,4 @@
-"""Recognising the calls that contract two operands, and the forms they can take."""
+"""Calls that contract two operands: how they are recognised, and the forms they can take."""
 
 from __future__ import annotations
 

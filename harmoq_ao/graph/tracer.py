@@ -42,7 +42,7 @@ class IslandTracer(fx.Tracer):
         root: The island.
         site_factory: Called at each contraction; returns the attribute of ``root`` holding the site's module, or None
             to leave the call as it is.
-        derived: Where tensors that are no attributes of the root become its buffers.
+        derived: Registers tensors that are not attributes of the root as its buffers.
         opaque: Helpers of the author that become one node.
     """
 
@@ -319,7 +319,7 @@ def _leaves(value: Any) -> list[torch.Tensor]:
 
 
 def _tensors(structure: Any) -> list[ValueProxy]:
-    """Proxies of tensors in nested arguments; attributes that were not read as values are none."""
+    """Proxies of tensors in nested arguments; attributes that were not read as values do not count."""
     found = []
     for leaf in pytree.tree_leaves(structure):
         is_tensor = isinstance(leaf, ValueProxy) and isinstance(leaf.value, torch.Tensor)

@@ -110,7 +110,7 @@ def compile_graph(graph: fx.Graph, cls: type) -> Callable[..., Any]:
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
-    """``module.<path>`` as it is now; a missing one is none of the values a graph can be specialised to."""
+    """The current value of ``module.<path>``; a missing one equals no value that a graph is specialised to."""
     value: Any = module
     for part in path.split("."):
         try:

@@ -1,4 +1,4 @@
-"""Modules that are linear, GELU, linear, and what runs them in one: a kernel on GPUs, a chain of blocks on CPUs."""
+"""MLPs (linear, GELU, linear) in one call: a fused kernel on GPUs, a chain of blocks on CPUs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a module computes around its contractions, found by running it with stand-ins for them.
+"""Probing: what a module computes around its contractions, found by running it with stand-ins for them.
 
 A fused kernel may only replace a module that does exactly what the kernel does. Authors write the same attention in
 many ways, so the way is not compared but the effect: every contraction returns random numbers, what reaches the next

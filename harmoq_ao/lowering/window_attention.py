@@ -124,7 +124,7 @@ def pack_attention(module: nn.Module, found: WindowAttention, device: torch.devi
     """The kernels' operands of a recognised attention.
 
     Raises:
-        KernelError: The kernels do not take its shapes or bounds.
+        KernelError: The kernels do not take its shapes or quantization ranges.
     """
     from harmoq_ao.triton_kernels import attention_operands as kernels
 
