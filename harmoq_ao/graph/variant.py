@@ -33,7 +33,7 @@ class Lowered(Protocol):
         """What the calls so far showed; None if none was one for the kernel."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One traced calling pattern of an island; call it with the live island and the dynamic leaves of its arguments.
 
