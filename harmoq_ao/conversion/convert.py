@@ -64,7 +64,7 @@ def _check_qparams(prepared: PreparedModel) -> None:
 
 
 def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite]) -> None:
-    """Put a quantized module at every prepared site with a quantizer, and release float weights nobody else reads."""
+    """Put a quantized module at every prepared site with a quantizer; release float weights that nothing else reads."""
     shared: list[Tensor] = []
     swaps: dict[nn.Module, nn.Module] = {}
     for module in model.modules():

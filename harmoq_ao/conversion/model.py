@@ -32,7 +32,7 @@ class QuantizedModel(nn.Module):
         example_shapes: Image shapes it was prepared on.
         traits: Scale, size requirements and architecture.
         float_dtype: Type of the parts that stay float.
-        history: How it was made, or None if that is not known.
+        history: How it was calibrated and refined; None if unknown.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class QuantizedModel(nn.Module):
         return output.to(image.dtype) if isinstance(output, Tensor) else output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
-        """As any module's, but weights that were released have no memory on any device."""
+        """``nn.Module._apply``, except for released weights, which have no memory on any device."""
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
         return self
 
@@ -79,7 +79,7 @@ class QuantizedModel(nn.Module):
         return {name: lowering.kernel for name, lowering in self.lowerings().items()}
 
     def lowerings(self, device: str | None = None) -> dict[str, Lowering]:
-        """What computes each quantized site, and where it could be a fused kernel but is not, why.
+        """The kernel that computes each quantized site, and the reason where a fused kernel did not take it.
 
         Args:
             device: ``cpu`` or ``cuda``; by default where the model is. A GPU need not be there.

@@ -1,4 +1,4 @@
-"""Passes over a model whose tensors are final: constants are folded, fused kernels take the place of several sites."""
+"""Passes over a model whose tensors are final: constants are folded, and one kernel replaces several sites."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def finalize(model: nn.Module, constants: set[str], run: Callable[[], object]) -
 
 
 def _still_called(model: nn.Module, constants: set[str], run: Callable[[], object]) -> list[nn.Module]:
-    """Of the modules that compute constants, those that folding did not reach; whole sequences where all of them do."""
+    """Modules outside of islands that still compute constants after folding; whole sequences where possible."""
     if not constants:
         return []
     called: set[str] = set()

@@ -1,9 +1,9 @@
-"""Recognising the calls that contract two operands, and the forms they can take."""
+"""Calls that contract two operands: how they are recognised, and the forms they can take."""
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,7 +117,8 @@ class EinsumForm:
         b = b.expand([sizes[c] for c in self.right])
         left = a.permute([self.left.index(c) for c in self.batch + self.rows + self.contracted])
         right = b.permute([self.right.index(c) for c in self.batch + self.contracted + self.columns])
-        batch, m, k, n = (self._product(sizes, g) for g in (self.batch, self.rows, self.contracted, self.columns))
+        groups = self.batch, self.rows, self.contracted, self.columns
+        batch, m, k, n = (math.prod(sizes[c] for c in group) for group in groups)
         return left.reshape(batch, m, k), right.reshape(batch, k, n)
 
     def result(self, product: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -133,13 +134,6 @@ class EinsumForm:
         for label, size in (*zip(self.left, a.shape, strict=True), *zip(self.right, b.shape, strict=True)):
             sizes[label] = max(size, sizes.get(label, 1)) if size else 0
         return sizes
-
-    @staticmethod
-    def _product(sizes: dict[str, int], labels: str) -> int:
-        total = 1
-        for label in labels:
-            total *= sizes[label]
-        return total
 
 
 def einsum_form(equation: str) -> EinsumForm | None:
@@ -180,14 +174,6 @@ def contraction_macs(op: str, args: tuple[Any, ...], output: torch.Tensor) -> in
             return 0
         a, b = args[1] if isinstance(args[1], (tuple, list)) else args[1:3]
         sizes = dict(zip(form.left, a.shape, strict=True)) | dict(zip(form.right, b.shape, strict=True))
-        total = 1
-        for size in sizes.values():
-            total *= size
-        return int(total)
+        return math.prod(sizes.values())
     left = args[1] if op == "baddbmm" else args[0]
     return int(output.numel() * left.shape[-1])
-
-
-def callable_name(target: Callable[..., Any] | str) -> str:
-    """Readable name of an FX target for messages."""
-    return target if isinstance(target, str) else getattr(target, "__name__", repr(target))

@@ -13,7 +13,7 @@ class DerivedBuffers:
     """Names of the buffers that an island's graphs read.
 
     Attributes:
-        constants: Of tensors that a forward met and that are no attributes of the module.
+        constants: Of tensors that a forward met and that are not attributes of the module.
         folded: Of results that constant folding computed.
     """
 

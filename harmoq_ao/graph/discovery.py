@@ -1,4 +1,4 @@
-"""Which modules issue contractions themselves, seen by running the model once on a small example."""
+"""Discovery of the modules that issue contractions themselves, by running the model once on a small example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SITE_MODULES = (nn.Linear, nn.Conv2d)
 
 @dataclass
 class Discovery:
-    """What one forward showed, or several.
+    """Islands, calls and costs seen in one or several forwards.
 
     Args:
         islands: Qualified names of modules that issue contractions other than convolutions themselves.
@@ -32,7 +32,7 @@ class Discovery:
     macs: dict[str, int] = field(default_factory=dict)
 
     def add(self, later: Discovery) -> None:
-        """Add what another run showed that this one did not."""
+        """Add what only another run showed."""
         self.islands += [name for name in later.islands if name not in self.islands]
         self.calls = later.calls | self.calls
         self.macs = later.macs | self.macs
@@ -62,7 +62,7 @@ class _Recorder(TorchFunctionMode):
 
 @contextmanager
 def discovering(model: nn.Module) -> Iterator[Discovery]:
-    """Within, what a run of the model shows is recorded.
+    """Context manager that records what each run of the model shows.
 
     Args:
         model: The float model, in evaluation mode.
@@ -75,7 +75,7 @@ def discovering(model: nn.Module) -> Iterator[Discovery]:
 
 @contextmanager
 def _module_stack(model: nn.Module, stack: list[tuple[str, nn.Module]], found: Discovery) -> Iterator[None]:
-    """Keep ``stack`` equal to the modules whose forward is running."""
+    """Context manager that keeps ``stack`` equal to the modules whose forward is running."""
     handles = []
 
     def enter(qualname: str) -> Any:

@@ -79,7 +79,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
-    """``nn.Module._apply``: what was computed in one type is computed anew in another, as rounding it is no use."""
+    """``nn.Module._apply``; what was derived in another type is forgotten, because rounding it would be less exact."""
     before = [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]
     result: nn.Module = original_class(self)._apply(self, fn, recurse)
     replacement = replacement_of(self, Replacement)

@@ -27,7 +27,7 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
     graph = variant.copied_graph()
     constant = _constant_nodes(graph)
     for node in [n for n in graph.nodes if is_guard(n) and n.args[0] in constant]:
-        graph.erase_node(node)  # it held when the constant was computed
+        graph.erase_node(node)  # a constant gives the same answer in every call
     inner = [n for n in graph.nodes if n in constant and n.op != "get_attr"]
     edges = [n for n in inner if any(u not in constant for u in n.users)]
     edges = [n for n in edges if not any(u.op == "output" for u in n.users)]  # the caller may write into a result
@@ -42,7 +42,7 @@ def fold_variant(module: nn.Module, variant: Variant) -> Variant:
         with graph.inserting_before(node):
             replacement = graph.create_node("get_attr", name)
         node.replace_all_uses_with(replacement)
-    _drop_dead(graph)
+    _drop_dead(graph)  # not fx's elimination of dead code, which would drop guards and writes as well
     return variant.with_graph(module, graph)
 
 

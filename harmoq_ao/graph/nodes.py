@@ -41,7 +41,7 @@ def calls_site(node: fx.Node) -> bool:
 
 
 def called_module(module: nn.Module, node: Any) -> nn.Module | None:
-    """The submodule of `module` that a node calls; None for other nodes, and for arguments that are no nodes."""
+    """The submodule of `module` that a node calls; None for any other node or argument."""
     if not isinstance(node, fx.Node) or node.op != "call_module":
         return None
     return module.get_submodule(str(node.target))

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
-from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, callable_name, contraction_op
+from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, contraction_op
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.handles import ModuleHandle
 from harmoq_ao.graph.namespaces import FACTORIES, activate, inlined, plain_type
@@ -42,7 +42,7 @@ class IslandTracer(fx.Tracer):
         root: The island.
         site_factory: Called at each contraction; returns the attribute of ``root`` holding the site's module, or None
             to leave the call as it is.
-        derived: Where tensors that are no attributes of the root become its buffers.
+        derived: Registers tensors that are not attributes of the root as its buffers.
         opaque: Helpers of the author that become one node.
     """
 
@@ -215,7 +215,7 @@ class IslandTracer(fx.Tracer):
     def _evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with activate(None), torch.no_grad():
             if kind == "call_function" and target in self.opaque:
-                with _Hidden(self.hidden, callable_name(target)):
+                with _Hidden(self.hidden, getattr(target, "__name__", repr(target))):
                     return target(*args, **kwargs)
             if kind == "call_function":
                 if getattr(target, "__name__", "") in _FUSED:
@@ -319,7 +319,7 @@ def _leaves(value: Any) -> list[torch.Tensor]:
 
 
 def _tensors(structure: Any) -> list[ValueProxy]:
-    """Proxies of tensors in nested arguments; attributes that were not read as values are none."""
+    """Proxies of tensors in nested arguments; attributes that were not read as values do not count."""
     found = []
     for leaf in pytree.tree_leaves(structure):
         is_tensor = isinstance(leaf, ValueProxy) and isinstance(leaf.value, torch.Tensor)

@@ -7,8 +7,7 @@ import itertools
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -18,27 +17,23 @@ from harmoq_ao.graph.exchange import Finding, original_class
 
 _counter = itertools.count()
 _MISSING = object()
+#: What a fused kernel answers that does not compute a call; None may be a call's result.
+DECLINED: Final = object()
 #: Immutable values that a graph may be specialised to. Modules and callables count too, by identity.
 BY_VALUE = (str, bytes, bool, complex, type(None), torch.Size, torch.dtype, torch.device, np.generic, range)
-
-
-class Declined(Enum):
-    """The answer of a fused kernel that does not compute a call (None may be a call's result)."""
-
-    DECLINED = "declined"
 
 
 class Lowered(Protocol):
     """A fused kernel that may compute calls in place of a graph; it keeps what it finds, copied with its island."""
 
     def attempt(self, variant: Variant, module: nn.Module, leaves: tuple[Any, ...]) -> Any:
-        """The result of a call of `variant`, or :data:`Declined.DECLINED`."""
+        """The result of a call of `variant`, or :data:`DECLINED`."""
 
     def finding(self, module: nn.Module) -> Finding | None:
         """What the calls so far showed; None if none was one for the kernel."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Variant:
     """One traced calling pattern of an island; call it with the live island and the dynamic leaves of its arguments.
 
@@ -66,7 +61,7 @@ class Variant:
     def __call__(self, module: nn.Module, *leaves: Any) -> Any:
         for kernel in self.lowered:
             result = kernel.attempt(self, module, leaves)
-            if result is not Declined.DECLINED:
+            if result is not DECLINED:
                 return result
         return self.run(module, *leaves)
 
@@ -115,7 +110,7 @@ def compile_graph(graph: fx.Graph, cls: type) -> Callable[..., Any]:
 
 
 def read_attribute(module: nn.Module, path: str) -> Any:
-    """``module.<path>`` as it is now; a missing one is none of the values a graph can be specialised to."""
+    """The current value of ``module.<path>``; a missing one equals no value that a graph is specialised to."""
     value: Any = module
     for part in path.split("."):
         try:

@@ -58,7 +58,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -
 
 
 def sum_of(terms: Sequence[Tensor]) -> Tensor | None:
-    """All terms added up, or None if there are none."""
+    """Sum of all terms; None without terms."""
     return functools.reduce(operator.add, terms) if terms else None
 
 
@@ -109,7 +109,7 @@ def fuse_attention(module: nn.Module, variant: Variant) -> Variant:
         return variant
     for match in matches:
         _rewrite(graph, match)
-    drop_unused(graph)
+    drop_unused(graph)  # stand-ins exist for questions about shapes, and most graphs ask none
     return variant.with_graph(module, graph)
 
 
@@ -125,6 +125,8 @@ def _adds_values(match: Match) -> bool:
 
 
 def _rewrite(graph: fx.Graph, match: Match) -> None:
+    # Terms may be computed between the products, so the call stands where the second one was; questions about the shape
+    # of the scores may be asked earlier, so their stand-in is where the first one was.
     query, key = match.scores.args
     with graph.inserting_before(match.scores):
         stand_in = graph.call_function(score_stand_in, (query, key))

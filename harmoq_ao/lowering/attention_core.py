@@ -3,7 +3,7 @@
 Where qkv or the projection belongs to another module (DAT, RGT, CRAFT, ATD), no whole attention can be fused. What is
 between, ``q k^T (x factor) (+ bias) (+ mask) -> softmax -> v`` on integers, still is one kernel instead of two integer
 products with the attention map in memory. Shapes are judged at each call, and a call that the kernel does not take runs
-the graph as it was. How it comes into a graph: `core_rewriting.py`.
+the graph as it was. The pass that puts it into a graph is `core_rewriting`.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _check_mask(mask: Tensor, frame: Tensor, scores: tuple[int, ...]) -> Tensor:
 
 
 def _spread(value: Tensor | float, shape: tuple[int, ...], like: Tensor, name: str) -> Tensor:
-    """`value` of that shape, without axes of length one in front."""
+    """`value` expanded to that shape, leading axes of length one dropped."""
     if not isinstance(value, Tensor):
         return torch.full(shape, value, dtype=torch.float32, device=like.device)
     while value.dim() > len(shape) and value.shape[0] == 1:

@@ -13,7 +13,7 @@ from harmoq_ao.graph import Variant, einsum_form
 from harmoq_ao.graph.calls import leaf_shapes
 from harmoq_ao.graph.exchange import Finding, original_class
 from harmoq_ao.graph.nodes import SELF, called_module, target_name, writes_arguments
-from harmoq_ao.graph.variant import Declined
+from harmoq_ao.graph.variant import DECLINED
 from harmoq_ao.lowering.attention_core import attention_core
 from harmoq_ao.lowering.attention_pattern import (
     ADDITIONS,
@@ -60,24 +60,24 @@ class LoweredCores:
         """The result of a call if the kernels take its shapes, which a first call tries."""
         if self.run is None:
             self.reason = self.blocked
-            return Declined.DECLINED
+            return DECLINED
         trying = is_recognising()
         if not (trying or runs_triton(module.get_submodule(self.names[0]), leaves)):
-            return Declined.DECLINED
+            return DECLINED
         shapes = leaf_shapes(leaves)
         if torch.compiler.is_compiling():  # no trial: what eager calls found
             known = any(shapes == taken for taken in self.taken)
-            return self.run(module, *leaves) if known else Declined.DECLINED
+            return self.run(module, *leaves) if known else DECLINED
         if shapes in self.refused:
-            return Declined.DECLINED
+            return DECLINED
         try:
             result = self.run(module, *leaves)
         except Misfit as misfit:
             self.reason = str(misfit)
             _remember(self.refused, shapes)
-            return Declined.DECLINED
+            return DECLINED
         _remember(self.taken, shapes)
-        return Declined.DECLINED if trying else result
+        return DECLINED if trying else result
 
     def finding(self, module: nn.Module) -> Finding | None:
         """The sites that the kernels compute once they took a call; every quantized product if they refused it."""
@@ -116,6 +116,8 @@ def lower_cores(module: nn.Module, variant: Variant) -> Variant:
             reason = str(misfit)
             continue
         sites += [str(match.scores.target), str(match.product.target)]
+    # The kernel may refuse a call in the middle of the graph, which then runs again from the start: nothing may have
+    # changed outside of it.
     if any(node.meta.get("random") for node in graph.nodes) or writes_arguments(variant.graph):
         sites, reason = [], "its graph draws or writes into arguments, and a call that is given up half-way runs again"
     drop_unused(graph)
@@ -161,7 +163,7 @@ def _called(module: nn.Module, node: fx.Node) -> str:
 
 @dataclass
 class _Chain:
-    """What lies between the scores and the softmax, as nodes or numbers.
+    """The operations between the scores and the softmax, as nodes or numbers.
 
     Attributes:
         factor: What the scores are multiplied with, or None.
@@ -179,6 +181,11 @@ class _Chain:
 
 
 def _parse(match: Match) -> _Chain:
+    """The chain of a match in the kernel's order: factor, additions, and a mask in a view per window.
+
+    Raises:
+        Misfit: The operations come in another order.
+    """
     found = _Chain()
     previous, rest = match.scores, list(match.chain)
 
@@ -228,6 +235,7 @@ def _rewrite(module: nn.Module, graph: fx.Graph, match: Match) -> None:
         sites = (graph.get_attr(SELF), str(match.scores.target), str(match.product.target))
         operands = (query, key, value, chain.factor, tuple(chain.terms), chain.mask, frame, back)
         core = graph.call_function(attention_core, (*sites, *operands))
+        # The kernel's result is a transposed view, which `view` refuses where the product's own memory was fit for it.
         if any(user.op == "call_method" and user.target == "view" for user in match.product.users):
             core = graph.call_method("contiguous", (core,))
     match.product.replace_all_uses_with(core)

@@ -1,4 +1,4 @@
-"""What fused kernels share: when they run, and how they say that they do not."""
+"""When fused kernels run, and the exception by which they refuse a module."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _recognising: ContextVar[bool] = ContextVar("recognising", default=False)
 
 @contextmanager
 def recognising() -> Iterator[None]:
-    """Within, modules try whether a fused kernel would take their calls, and compute as if it did not."""
+    """Context manager in which fused kernels are tried on every call but never run, on any device."""
     token = _recognising.set(True)
     try:
         yield
@@ -31,7 +31,7 @@ def recognising() -> Iterator[None]:
 
 
 def is_recognising() -> bool:
-    """Whether this is within :func:`recognising`."""
+    """Whether :func:`recognising` is active."""
     return _recognising.get()
 
 

@@ -1,4 +1,4 @@
-"""Modules that are linear, GELU, linear, and what runs them in one: a kernel on GPUs, a chain of blocks on CPUs."""
+"""MLPs (linear, GELU, linear) in one call: a fused kernel on GPUs, a chain of blocks on CPUs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from harmoq_ao.graph import is_island
 from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
 from harmoq_ao.kernels import onednn_mlp
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
+from harmoq_ao.lowering.probing import probe, random_results
 from harmoq_ao.sites.quantized import QuantizedLinear
 
 _ROWS = (3, 5)
@@ -109,7 +110,7 @@ def find_mlp(module: nn.Module) -> FusedMlp:
         raise Misfit("its linears are not called once each")
     fc1, fc2 = (str(name) for name in order)
     for kind, approximate in _KINDS.items():
-        if all(_is_formula(module, graph, fc1, fc2, approximate, rows) for rows in _ROWS):
+        if all(_is_formula(module, graph, linears[fc1].columns, approximate, rows) for rows in _ROWS):
             return FusedMlp(fc1, fc2, kind)
     raise Misfit("there is more than a GELU between or around its linears")
 
@@ -126,44 +127,17 @@ class _Tracer(fx.Tracer):
         return True
 
 
-@torch.no_grad()
-def _is_formula(module: nn.Module, graph: fx.Graph, fc1: str, fc2: str, approximate: str, rows: int) -> bool:
-    first, second = module.get_submodule(fc1), module.get_submodule(fc2)
-    assert isinstance(first, QuantizedLinear)
-    assert isinstance(second, QuantizedLinear)
-    generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(2, rows, first.columns, generator=generator)
-    hidden, output = (torch.randn(2, rows, s.site.shape[0], generator=generator) for s in (first, second))
-    stand_ins = {fc1: _StandIn(x, hidden), fc2: _StandIn(F.gelu(hidden, approximate=approximate), output)}
-    probe = _Probe(fx.GraphModule(module, graph), stand_ins)
+def _is_formula(module: nn.Module, graph: fx.Graph, columns: int, approximate: str, rows: int) -> bool:
+    """Whether random results of both linears go through a GELU alone, and nothing else is done to input or output."""
+    x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(rows))
     try:
-        result = probe.run(x)
+        calls, output = probe(module, graph, [x], random_results(rows + 1))
+        first, second = (call for call in calls if call.kind == "linear")
+        found = *first.inputs, *second.inputs, output
+        expected = x, F.gelu(first.output, approximate=approximate), second.output
+        return len(found) == 3 and all(map(torch.equal, found, expected))
     except Exception:  # whatever an author's code does with other shapes than its own
         return False
-    met = all(stand_in.met for stand_in in stand_ins.values())
-    return met and isinstance(result, Tensor) and torch.equal(result, output)
-
-
-class _StandIn:
-    """Returns a given result and notes whether its input was the expected one."""
-
-    def __init__(self, expected: Tensor, result: Tensor) -> None:
-        self.expected, self.result, self.met = expected, result, False
-
-    def __call__(self, x: Tensor) -> Tensor:
-        self.met = x.shape == self.expected.shape and torch.equal(x, self.expected)
-        return self.result
-
-
-class _Probe(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule, stand_ins: dict[str, _StandIn]) -> None:
-        super().__init__(module)
-        self.stand_ins = stand_ins
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in self.stand_ins:
-            return self.stand_ins[target](*args, **kwargs)
-        return super().call_module(target, args, kwargs)
 
 
 def fuse_mlps(model: nn.Module) -> None:

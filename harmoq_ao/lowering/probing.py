@@ -1,4 +1,4 @@
-"""What a module computes around its contractions, found by running it with stand-ins for them.
+"""Probing: what a module computes around its contractions, found by running it with stand-ins for them.
 
 A fused kernel may only replace a module that does exactly what the kernel does. Authors write the same attention in
 many ways, so the way is not compared but the effect: every contraction returns random numbers, what reaches the next
@@ -89,7 +89,7 @@ def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -
     for node in graph.nodes:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: values[n])
         if node.op == "placeholder":
-            values[node] = next(given)
+            values[node] = next(given, *args)  # an argument that is not given has its default
         elif node.op == "output":
             return calls, args[0]
         else:

@@ -1,4 +1,4 @@
-"""Which Triton kernel computes each site of a model, and why not a fused one."""
+"""A report of the Triton kernel that computes each site of a model, and of the reason where it is not a fused one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from harmoq_ao.sites.report import Lowering
 
 
 def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], run: Callable[[], object]) -> dict[str, Lowering]:
-    """What each site runs on a GPU, found by one run of an example, on any device and without Triton running.
+    """The kernel of each site on a GPU, found by running one example on any device, without Triton.
 
-    Sites that the example does not reach have the kernel of a single linear.
+    Sites that the example does not reach are reported as single linears.
 
     Args:
         model: The converted model.

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.graph import Variant
 from harmoq_ao.graph.exchange import Finding
-from harmoq_ao.graph.variant import Declined
+from harmoq_ao.graph.variant import DECLINED
 from harmoq_ao.lowering.attention_core import product_quantizers
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, runs_triton
 from harmoq_ao.lowering.probing import read_constants
@@ -57,9 +57,9 @@ class LoweredAttention:
         """The kernel's result, if the graph is an attention and the kernel takes it."""
         trying = is_recognising()
         if not (trying or runs_triton(module.get_submodule(self.first), leaves)):
-            return Declined.DECLINED
+            return DECLINED
         taken = self._recognise(variant, module, list(leaves))
-        return self._launch(leaves) if taken and not trying else Declined.DECLINED
+        return self._launch(leaves) if taken and not trying else DECLINED
 
     def finding(self, module: nn.Module) -> Finding | None:
         """The sites that the kernel computes; every site of the island where it refused."""
@@ -124,7 +124,7 @@ def pack_attention(module: nn.Module, found: WindowAttention, device: torch.devi
     """The kernels' operands of a recognised attention.
 
     Raises:
-        KernelError: The kernels do not take its shapes or bounds.
+        KernelError: The kernels do not take its shapes or quantization ranges.
     """
     from harmoq_ao.triton_kernels import attention_operands as kernels
 

@@ -1,4 +1,4 @@
-"""Which islands are a whole window attention, from qkv to projection: found by trials, see `probing`."""
+"""Recognition of islands that are a whole window attention, from qkv to projection, by trials (see `probing`)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _TOLERANCE = 1e-6  # of float32, relative to the largest term
 
 @dataclass(frozen=True)
 class WindowAttention:
-    """What an island was found to compute.
+    """The window attention that an island computes.
 
     Attributes:
         qkv: Name of the linear before: rows ordered `[q, k, v]`, each `[heads, head_dim]`.
@@ -113,7 +113,7 @@ def _roles(leaves: list[Any]) -> tuple[int, int | None]:
 
 @dataclass(frozen=True)
 class _Run:
-    """What happened in a trial: two linears, and between them one attention, in one call or in two products.
+    """The calls of one trial: two linears, and between them one attention, in one call or in two products.
 
     Attributes:
         qkv: The linear before.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
+from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.kernels import onednn
 from harmoq_ao.quant import integer_reference
@@ -186,16 +186,6 @@ def test_each_site_gives_the_same_on_both_paths(name: str) -> None:
         torch.testing.assert_close(site(*inputs, **options), fast, rtol=1e-4, atol=1e-4 * float(fast.abs().max()))
 
 
-def test_kernels_are_named() -> None:
-    model = converted("forms", PAPER)
-    fast = model.kernels()
-    assert set(fast) == set(model.sites())
-    model.use_reference(True)
-    assert all("reference" in kernel for name, kernel in model.kernels().items() if "conv" not in name)
-    model.use_reference(False)
-    assert model.kernels() == fast
-
-
 # --- no float weights left --------------------------------------------------------------------------------------------
 
 
@@ -351,30 +341,6 @@ def test_other_image_sizes_work(name: str, size: tuple[int, int]) -> None:
 # --- float types and errors -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["forms", "FDAT"])
-def test_float_parts_run_in_bfloat16_and_codes_do_not_change(name: str) -> None:
-    full, half = converted(name, PAPER), converted(name, PAPER, torch.bfloat16)
-    assert half.float_dtype == torch.bfloat16
-    assert run(half).dtype == torch.float32
-    assert (run(half) - run(full)).abs().mean() < 0.05
-    for site_name, site in half.sites().items():
-        for key, tensor in full.sites()[site_name].state_dict().items():
-            assert torch.equal(site.state_dict()[key], tensor)
-            assert site.state_dict()[key].dtype == tensor.dtype
-
-
-def test_deep_copies_are_independent() -> None:
-    model = converted("SwinIR/light", PAPER)
-    expected = run(model)
-    twin = copy.deepcopy(model)
-    assert torch.equal(run(twin), expected)
-    for site in twin.sites().values():
-        if isinstance(site, QuantizedLinear):
-            site.load_state_dict({k: torch.zeros_like(v) + 1 for k, v in site.state_dict().items()})
-    assert not torch.equal(run(twin), expected)
-    assert torch.equal(run(model), expected)
-
-
 @pytest.mark.parametrize("model", [None, nn.Linear(3, 3), "x"])
 def test_only_a_prepared_model_is_converted(model: Any) -> None:
     with pytest.raises(CalibrationError, match="prepare"):
@@ -399,21 +365,6 @@ def test_conversion_computes_no_qparams_behind_the_callers_back() -> None:
 def test_other_float_types_are_refused(dtype: Any) -> None:
     with pytest.raises(ConfigError, match="float type"):
         h.convert_harmoq(calibrated("linears", PAPER), float_dtype=dtype)
-
-
-@pytest.mark.parametrize(
-    "image",
-    [
-        None,
-        torch.rand(3, 16, 16),
-        torch.rand(1, 1, 16, 16),
-        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
-        torch.full((1, 3, 16, 16), float("nan")),
-    ],
-)
-def test_what_is_no_image_is_refused(image: Any) -> None:
-    with pytest.raises(InputError):
-        converted("linears", PAPER)(image)
 
 
 def test_matmul_sites_are_left_float_in_the_deploy_profile() -> None:

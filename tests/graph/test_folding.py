@@ -10,13 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
-from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.graph import IslandState, finish_graphs, is_island, island_state, make_island
-from harmoq_ao.graph.exchange import Replacement, original_class, replacement_of
+from harmoq_ao.graph import IslandState, finish_graphs, island_state, make_island
 from harmoq_ao.graph.folding import fold_variant
-from harmoq_ao.graph.last_result import LastResult, remember
-from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 
 
 def _island(module: nn.Module) -> nn.Module:
@@ -48,7 +43,8 @@ class _Bias(nn.Module):
         return (x @ x.transpose(-2, -1) + bias).softmax(-1) @ x
 
 
-def _count_calls(module: nn.Module) -> list[int]:
+def count_calls(module: nn.Module) -> list[int]:
+    """A list that grows by one with every call of a module."""
     calls: list[int] = []
     module.register_forward_hook(lambda m, i, o: calls.append(1))
     return calls
@@ -58,7 +54,7 @@ def test_position_networks_are_not_computed_again() -> None:
     module = _Bias().eval()
     x = torch.randn(2, 5, 3)
     twin = _folded(module, x)
-    calls = _count_calls(twin.network)
+    calls = count_calls(twin.network)
     for batch in (1, 2, 4):
         x = torch.randn(batch, 5, 3)
         assert torch.equal(twin(x), module(x))
@@ -70,7 +66,7 @@ def test_graphs_traced_after_folding_are_folded() -> None:
     twin = _folded(module, torch.randn(2, 5, 3))
     x = torch.randn(1, 2, 5, 3)  # another calling pattern
     assert torch.equal(twin(x), module(x))
-    calls = _count_calls(twin.network)
+    calls = count_calls(twin.network)
     assert torch.equal(twin(x * 2), module(x * 2))
     assert calls == []
 
@@ -205,80 +201,3 @@ def test_folding_leaves_the_given_graph_alone() -> None:
     assert folded.graph is not variant.graph
     assert (folded.contractions, folded.reads) == (variant.contractions, variant.reads)
     assert torch.equal(folded.run(twin, x), module(x))
-
-
-def test_remembered_modules_compute_when_their_input_changes() -> None:
-    module = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 1))
-    twin = copy.deepcopy(module)
-    remember(twin)
-    calls = _count_calls(twin[0])
-    a, b = torch.rand(5, 2), torch.rand(5, 2)
-    with torch.no_grad():
-        for x, expected in ((a, 1), (a, 1), (a.clone(), 1), (b, 2), (b[:3], 3), (b, 4)):
-            assert torch.equal(twin(x), module(x))
-            assert len(calls) == expected
-        b += 1  # the same tensor with other values
-        assert torch.equal(twin(b), module(b))
-    assert list(twin.state_dict()) == list(module.state_dict())
-
-
-def test_remembered_results_survive_a_caller_that_writes_into_them() -> None:
-    module = nn.Linear(2, 4)
-    twin = copy.deepcopy(module)
-    remember(twin)
-    x = torch.rand(5, 2)
-    with torch.no_grad():
-        twin(x).mul_(2)
-        assert torch.equal(twin(x), module(x))
-
-
-def _entry(name: str) -> Architecture:
-    return next(a for a in ARCHITECTURES if a.name == name)
-
-
-def _converted(architecture: Architecture) -> QuantizedModel:
-    config = HarmoqConfig(weight_bits=8, act_bits=8, profile="paper")  # no float attention that is fused by graph
-    prepared = prepare_harmoq(architecture.build(), config, [architecture.example(s) for s in architecture.sizes[:2]])
-    calibrate(prepared, [architecture.example(seed=5)], show_progress=False)
-    return convert_harmoq(prepared)
-
-
-@pytest.mark.parametrize("name", ["DAT", "SwinIR/light", "GRL", "Swin2SR", "HAT"])
-def test_folding_does_not_change_a_converted_model(name: str) -> None:
-    architecture = _entry(name)
-    quantized = _converted(architecture)
-    plain = copy.deepcopy(quantized)
-    for module in plain.modules():
-        if is_island(module):
-            state = island_state(module)
-            state.passes = ()
-            state.forget(module)
-        elif replacement_of(module, Replacement) is not None:
-            module.__class__ = original_class(module)
-    for size in architecture.sizes:
-        for batch in architecture.batches:
-            image = architecture.example(size, batch, seed=batch)
-            assert torch.equal(forward(quantized, image), forward(plain, image))
-
-
-@pytest.mark.parametrize(("name", "network"), [("DAT", "pos_proj"), ("Swin2SR", "cpb_mlp.0")])
-def test_position_networks_of_architectures_are_folded(name: str, network: str) -> None:
-    architecture = _entry(name)
-    quantized = _converted(architecture)
-    forward(quantized, architecture.example())
-    calls = [_count_calls(m) for n, m in quantized.named_modules() if n.endswith(network)]
-    assert calls
-    forward(quantized, architecture.example(seed=8))
-    assert not any(calls)
-
-
-def test_position_networks_outside_of_islands_are_remembered() -> None:
-    architecture = _entry("GRL")
-    quantized = _converted(architecture)
-    forward(quantized, architecture.example())
-    memories = [replacement_of(m, LastResult) for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
-    kept = [memory.last[1] for memory in memories if memory is not None and memory.last is not None]
-    assert len(kept) == len(memories) == 12
-    forward(quantized, architecture.example(seed=8))
-    again = [memory.last[1] for memory in memories if memory is not None and memory.last is not None]
-    assert all(a is b for a, b in zip(kept, again, strict=True))

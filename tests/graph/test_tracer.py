@@ -86,6 +86,20 @@ def check(module: nn.Module, inputs: Callable[[int, int, int], tuple[Any, ...]] 
     return twin, factory
 
 
+def follow(module: nn.Module, twin: nn.Module, *calls: Any, seed: int | None = None) -> None:
+    """Give both modules the same arguments, and the same random numbers."""
+    for call in calls:
+        args = call if isinstance(call, tuple) else (call,)
+        outputs = []
+        for either in (module, twin):
+            if seed is not None:
+                torch.manual_seed(seed)
+                np.random.seed(seed)
+            with torch.no_grad():
+                outputs.append(either(*args))
+        assert same_values(*outputs)
+
+
 def variants(twin: nn.Module) -> list[Any]:
     return island_state(twin).all_variants()
 
@@ -166,9 +180,7 @@ def test_branch_on_data_is_followed_in_both_directions() -> None:
     module = DataBranch().eval()
     twin, _ = island(module)
     low, high = torch.zeros(1, 4, 4, 12), torch.full((1, 4, 4, 12), 3.0)
-    with torch.no_grad():
-        for x in (low, high, low, high):
-            assert torch.equal(module(x), twin(x))
+    follow(module, twin, low, high, low, high)
     assert len(variants(twin)) == 2
 
 
@@ -261,10 +273,7 @@ def test_python_of_authors(cls: type[Base]) -> None:
 def test_graphs_do_not_multiply_with_sizes() -> None:
     module = Factories().eval()
     twin, _ = island(module)
-    with torch.no_grad():
-        for h in range(3, 14):
-            x = torch.randn(1, h, 3 + h % 4, 12)
-            assert torch.equal(module(x), twin(x))
+    follow(module, twin, *(torch.randn(1, h, 3 + h % 4, 12) for h in range(3, 14)))
     assert len(variants(twin)) == 1
 
 
@@ -389,13 +398,7 @@ class DrawsInPython(Base):
 def test_untraceable_forwards_stay_as_written(cls: type[Base]) -> None:
     module = cls().eval()
     twin, _ = island(module, strict=False)
-    with torch.no_grad():
-        for n in (4, 6, 4):
-            x = torch.randn(2, n, 12)
-            np.random.seed(0)
-            expected = module(x)
-            np.random.seed(0)
-            assert torch.equal(expected, twin(x))
+    follow(module, twin, *(torch.randn(2, n, 12) for n in (4, 6, 4)), seed=0)
     assert island_state(twin).float_reason is not None
     strict, _ = island(cls())
     with pytest.raises(TraceError):
@@ -438,8 +441,7 @@ def test_attributes_that_others_change_are_guarded() -> None:
     twin, _ = island(module)
     for size in ((4, 4), (3, 5), (4, 4), (5, 3)):
         module.size = twin.size = size
-        x = torch.randn(2, *size, 12)
-        assert torch.equal(module(x), twin(x))
+        follow(module, twin, torch.randn(2, *size, 12))
 
 
 def test_training_mode_is_another_graph() -> None:
@@ -450,13 +452,10 @@ def test_training_mode_is_another_graph() -> None:
     module = Drops().eval()
     twin, _ = island(module)
     x = torch.randn(2, 4, 12)
-    assert torch.equal(module(x), twin(x))
+    follow(module, twin, x)
     module.train()
     twin.train()
-    torch.manual_seed(1)
-    expected = module(x)
-    torch.manual_seed(1)
-    assert torch.equal(expected, twin(x))  # tracing leaves the random generator where it was
+    follow(module, twin, x, seed=1)  # tracing leaves the random generator where it was
 
 
 def test_random_numbers_are_drawn_anew() -> None:
@@ -468,10 +467,7 @@ def test_random_numbers_are_drawn_anew() -> None:
     twin, _ = island(module)
     x = torch.randn(2, 4, 12)
     for seed in (1, 2, 1):
-        torch.manual_seed(seed)
-        expected = module(x)
-        torch.manual_seed(seed)
-        assert torch.equal(expected, twin(x))
+        follow(module, twin, x, seed=seed)
 
 
 def test_arguments_that_may_change_without_notice_are_refused() -> None:
@@ -484,7 +480,7 @@ def test_arguments_that_may_change_without_notice_are_refused() -> None:
     table, x = np.ones(3), torch.randn(2, 4, 12)
     for value in (1.0, 5.0):
         table[0] = value
-        assert torch.equal(module(x, table), twin(x, table))
+        follow(module, twin, (x, table))
 
 
 def test_nan_arguments_do_not_multiply_graphs() -> None:
@@ -495,8 +491,8 @@ def test_nan_arguments_do_not_multiply_graphs() -> None:
     module = Scaled().eval()
     twin, _ = island(module)
     x = torch.randn(2, 4, 12)
-    for factor in (float("nan"), 1.0, float("nan"), -2.0, float("nan"), 0.5):
-        assert torch.equal(module(x, factor), twin(x, factor))
+    nan = float("nan")
+    follow(module, twin, *((x, factor) for factor in (nan, 1.0, nan, -2.0, nan, 0.5)))
     assert len(variants(twin)) == 2
 
 
@@ -628,9 +624,7 @@ def test_islands_inside_islands_and_under_two_names() -> None:
     twin, outer = island(module)
     inner = Factory()
     make_island(twin.inner, IslandState("inner", inner, strict=True))
-    for n in (4, 9):
-        x = torch.randn(2, n, 12)
-        assert torch.equal(module(x), twin(x))
+    follow(module, twin, torch.randn(2, 4, 12), torch.randn(2, 9, 12))
     assert len(outer.known) == len(inner.known) == 2
     assert twin.inner is twin.again
 
@@ -662,8 +656,7 @@ def test_another_float_type_and_back() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         module.to(dtype)
         twin.to(dtype)
-        x = torch.randn(2, 5, 12).to(dtype)
-        assert same_values(module(x), twin(x))  # the constant stays float32, as its author made it
+        follow(module, twin, torch.randn(2, 5, 12).to(dtype))  # the constant stays float32, as its author made it
 
 
 def test_state_dict_and_class_stay_the_authors() -> None:
@@ -731,9 +724,7 @@ def test_memory_is_bounded() -> None:
 
     module = Endless().eval()
     twin, _ = island(module)
-    for n in range(1, 30):
-        x = torch.randn(1, n, 12)
-        assert torch.equal(module(x), twin(x))
+    follow(module, twin, *(torch.randn(1, n, 12) for n in range(1, 30)))
     assert len(variants(twin)) <= 16
     assert len(island_state(twin).memo) <= 256
 

@@ -9,6 +9,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
+import harmoq_ao as h
 from harmoq_ao.triton_kernels import lowbit_linear, mlp, window_attention
 
 
@@ -32,10 +33,26 @@ def assert_same_image(found: Tensor, expected: Tensor, share: float = 0.999) -> 
     assert (difference == 0).float().mean() >= share
 
 
+def quantize(model: nn.Module, config: h.HarmoqConfig, example: Tensor | None = None) -> h.QuantizedModel:
+    """A model converted after calibration on its one example."""
+    example = torch.rand(2, 3, 8, 12) if example is None else example
+    prepared = h.prepare_harmoq(model.eval(), config, [example], strict=True)
+    return h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+
+
+def both_ways(quantized: h.QuantizedModel, image: Tensor, kernel: str) -> tuple[Tensor, Tensor, int]:
+    """The image by the author's graph on plain integers, by the lowered one, and how often its kernel ran."""
+    quantized.use_backend("reference")
+    expected = quantized(image)
+    quantized.use_backend("triton")
+    with kernel_references() as kernels:
+        return expected, quantized(image), kernels[kernel].call_count
+
+
 class Network(nn.Module):
     """An attention of windows of 16 tokens with 8 channels between two convolutions."""
 
-    def __init__(self, attention: nn.Module, masked: bool) -> None:
+    def __init__(self, attention: nn.Module, masked: bool = False) -> None:
         super().__init__()
         self.head, self.attention, self.tail = nn.Conv2d(3, 8, 1), attention, nn.Conv2d(8, 3, 1)
         self.masked = masked

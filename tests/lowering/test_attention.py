@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import harmoq_ao
+import harmoq_ao as h
 from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.lowering import attention
-from harmoq_ao.lowering.attention import fused_attention, score_stand_in, widened
+from harmoq_ao.lowering.attention import fused_attention
+from harmoq_ao.lowering.attention_pattern import score_stand_in, widened
+from tests.lowering.helpers import Network
 
 
 class Attention(nn.Module):
@@ -24,7 +26,7 @@ class Attention(nn.Module):
         self.masked = masked
         self.kept: Tensor | None = None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         b, n, c = x.shape
         q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4)
         attention = q * 0.5 @ k.transpose(-2, -1)
@@ -39,28 +41,14 @@ class Attention(nn.Module):
         return (attention @ v).transpose(1, 2).reshape(b, n, c)
 
 
-class Network(nn.Module):
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.head = nn.Conv2d(3, 8, 1)
-        self.attention = attention
-        self.tail = nn.Conv2d(8, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        b, _, h, w = x.shape
-        tokens = self.head(x).reshape(b, 8, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
-        y = self.attention(tokens).reshape(b, h // 4, w // 4, 4, 4, 8).permute(0, 5, 1, 3, 2, 4).reshape(b, 8, h, w)
-        return self.tail(y)
-
-
-def converted(attention: nn.Module, **config: object) -> tuple[harmoq_ao.PreparedModel, harmoq_ao.QuantizedModel]:
+def converted(attention: nn.Module, **config: object) -> tuple[h.PreparedModel, h.QuantizedModel]:
     torch.manual_seed(0)
     model = Network(attention).eval()
     images = [torch.rand(1, 3, 8, 8), torch.rand(1, 3, 12, 8)]
-    settings = harmoq_ao.HarmoqConfig(8, 8, **config)  # type: ignore[arg-type]
-    prepared = harmoq_ao.prepare_harmoq(model, settings, images, strict=True)
-    harmoq_ao.calibrate(prepared, images)
-    return prepared, harmoq_ao.convert_harmoq(prepared)
+    settings = h.HarmoqConfig(8, 8, **config)  # type: ignore[arg-type]
+    prepared = h.prepare_harmoq(model, settings, images, strict=True)
+    h.calibrate(prepared, images)
+    return prepared, h.convert_harmoq(prepared)
 
 
 def sources(model: nn.Module) -> str:
@@ -85,14 +73,14 @@ def test_quantized_products_are_left_alone() -> None:
 
 
 class KeepsTheMap(Attention):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q = k = self.qkv(x)[..., :8]
         attention = (q @ k.transpose(-2, -1)).softmax(-1)
         return attention @ x + attention.mean()
 
 
 class OtherAxis(Attention):
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         q = self.qkv(x)[..., :8]
         return (q @ q.transpose(-2, -1)).softmax(-2) @ x
 

@@ -16,7 +16,7 @@ import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.triton_kernels import window_attention
 from harmoq_ao.triton_kernels.window_attention import reference_attention
-from tests.lowering.helpers import assert_same_image, kernel_references
+from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
 
@@ -89,42 +89,22 @@ class Core(nn.Module):
         return mixed[..., : 8 // self.heads].transpose(1, 2).reshape(-1, n, 8)
 
 
-class Network(nn.Module):
+class Around(nn.Module):
     """q, k, v and the projection lie outside of the attention."""
 
-    def __init__(self, core: Core, masked: bool) -> None:
+    def __init__(self, core: Core) -> None:
         super().__init__()
-        self.head, self.core, self.tail = nn.Conv2d(3, 8, 1), core, nn.Conv2d(8, 3, 1)
-        self.qkv, self.proj, self.masked = nn.Linear(8, 24), nn.Linear(8, 8), masked
+        self.core, self.qkv, self.proj = core, nn.Linear(8, 24), nn.Linear(8, 8)
 
-    def forward(self, image: Tensor) -> Tensor:
-        b, _, height, width = image.shape
-        rows, columns = height // 4, width // 4
-        tokens = self.head(image).reshape(b, 8, rows, 4, columns, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 8)
-        mask = None
-        if self.masked:
-            places = torch.arange(rows * columns * 256, dtype=image.dtype).reshape(-1, 16, 16)
-            mask = torch.where(places % 7 < 2, -100.0, 0.0)
-        q, k, v = self.qkv(tokens).chunk(3, -1)
-        y = self.proj(self.core(q, k, v, mask)).reshape(b, rows, columns, 4, 4, 8).permute(0, 5, 1, 3, 2, 4)
-        return self.tail(y.reshape(b, 8, height, width))
+    def forward(self, tokens: Tensor, mask: Tensor | None) -> Tensor:
+        return self.proj(self.core(*self.qkv(tokens).chunk(3, -1), mask))
 
 
-def quantize(
+def quantized_core(
     core: Core, bits: int = 8, masked: bool = False, rules: tuple[SiteRule, ...] = (), relative: bool = False
 ) -> h.QuantizedModel:
-    example = torch.rand(3, 3, 8, 12)
     config = HarmoqConfig(bits, bits, "paper", rules=rules, relative_maps=relative)
-    prepared = h.prepare_harmoq(Network(core, masked).eval(), config, [example], strict=True)
-    return h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
-
-
-def both_ways(quantized: h.QuantizedModel, image: Tensor) -> tuple[Tensor, Tensor, int]:
-    quantized.use_backend("reference")
-    expected = quantized(image)
-    quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        return expected, quantized(image), kernels["core"].call_count
+    return quantize(Network(Around(core), masked), config, torch.rand(3, 3, 8, 12))
 
 
 @settings(max_examples=25)
@@ -138,21 +118,21 @@ def both_ways(quantized: h.QuantizedModel, image: Tensor) -> tuple[Tensor, Tenso
 )
 def test_random_cores(heads: int, bias: bool, twist: str, masked: bool, bits: int, relative: bool) -> None:
     torch.manual_seed(0)
-    quantized = quantize(Core(heads, bias, twist), bits, masked, relative=relative)
-    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
+    quantized = quantized_core(Core(heads, bias, twist), bits, masked, relative=relative)
+    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8), "core")
     assert calls == 1
     assert_same_image(found, expected)
     lowerings = quantized.lowerings()
-    assert {lowerings[name].kernel for name in lowerings if name.startswith("core")} == {"triton attention"}
+    assert {lowerings[name].kernel for name in lowerings if name.startswith("attention.core")} == {"triton attention"}
 
 
 @pytest.mark.parametrize("twist", UNUSUAL)
 def test_what_the_kernel_does_not_compute_keeps_its_graph(twist: str) -> None:
-    quantized = quantize(Core(2, True, twist), masked=True)
-    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
+    quantized = quantized_core(Core(2, True, twist), masked=True)
+    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8), "core")
     assert calls == 0
     assert_same_image(found, expected)
-    lowered = [low for name, low in quantized.lowerings("cuda").items() if name.startswith("core")]
+    lowered = [low for name, low in quantized.lowerings("cuda").items() if name.startswith("attention.core")]
     assert len(lowered) == 2
     for low in lowered:
         assert low.kernel == "reference integer"
@@ -163,7 +143,7 @@ def test_what_the_kernel_does_not_compute_keeps_its_graph(twist: str) -> None:
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("relative", [True, False])
 def test_in_the_interpreter(twist: str, masked: bool, relative: bool) -> None:
-    quantized = quantize(Core(2, True, twist), 8, masked, relative=relative)
+    quantized = quantized_core(Core(2, True, twist), 8, masked, relative=relative)
     image = torch.rand(1, 3, 8, 8)
     quantized.use_backend("reference")
     expected = quantized(image)
@@ -173,36 +153,38 @@ def test_in_the_interpreter(twist: str, masked: bool, relative: bool) -> None:
 
 
 def test_bounds_per_row_keep_their_graph() -> None:
-    quantized = quantize(Core(2, True, "scaled queries"), rules=(SiteRule("core*", dynamic=True),))
-    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8))
+    quantized = quantized_core(Core(2, True, "scaled queries"), rules=(SiteRule("attention.core*", dynamic=True),))
+    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8), "core")
     assert calls == 0
     assert_same_image(found, expected)
-    assert "static bounds" in str(next(low.reason for n, low in quantized.lowerings().items() if n.startswith("core")))
+    assert "static bounds" in str(
+        next(low.reason for n, low in quantized.lowerings().items() if n.startswith("attention.core"))
+    )
 
 
 def test_copies_and_loaded_tensors_have_operands_of_their_own() -> None:
-    quantized, image = quantize(Core(2, True, "scaled queries")), torch.rand(1, 3, 8, 12)
-    _, before, _ = both_ways(quantized, image)
+    quantized, image = quantized_core(Core(2, True, "scaled queries")), torch.rand(1, 3, 8, 12)
+    _, before, _ = both_ways(quantized, image, "core")
     twin = copy.deepcopy(quantized)
     other = {n: t * 0.5 if n.endswith("left_bounds") else t for n, t in quantized.state_dict().items()}
     twin.load_state_dict(other)
-    expected, found, calls = both_ways(twin, image)
+    expected, found, calls = both_ways(twin, image, "core")
     assert calls == 1
     assert not torch.equal(found, before)
     assert_same_image(found, expected)
-    assert torch.equal(both_ways(quantized, image)[1], before)
+    assert torch.equal(both_ways(quantized, image, "core")[1], before)
 
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_compiled_calls_run_the_operator(masked: bool) -> None:
-    quantized = quantize(Core(2, True, "scaled scores"), 8, masked)
+    quantized = quantized_core(Core(2, True, "scaled scores"), 8, masked)
     tokens = torch.randn(3, 6, 16, 8).unbind(0)
     mask = torch.where(torch.rand(3, 16, 16) < 0.3, -100.0, 0.0) if masked else None
     quantized.use_backend("triton")
     with torch.no_grad(), kernel_references():
-        expected = quantized.model.core(*tokens, mask)
+        expected = quantized.model.attention.core(*tokens, mask)
         torch._dynamo.reset()
-        compiled = torch.compile(quantized.model.core, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(quantized.model.attention.core, fullgraph=True, backend="aot_eager")
         with mock.patch.object(window_attention, "reference_attention", wraps=reference_attention) as operator:
             assert torch.equal(compiled(*tokens, mask), expected)
     assert operator.call_count == 1
@@ -212,6 +194,6 @@ def test_compiled_calls_run_the_operator(masked: bool) -> None:
 def test_models_with_windows_of_two_shapes(name: str) -> None:
     """Heads are split between two window shapes, and every other block is shifted and masked."""
     model, image = converted(name, HarmoqConfig(4, 4, "paper")), images(1, (16, 24))[0]
-    expected, found, calls = both_ways(model, image)
+    expected, found, calls = both_ways(model, image, "core")
     assert calls > 0
     assert_same_image(found, expected)

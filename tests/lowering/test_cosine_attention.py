@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import island_state
 from harmoq_ao.lowering.window_attention import LoweredAttention
-from tests.lowering.helpers import Network, assert_same_image, kernel_references
+from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
 
@@ -96,21 +95,6 @@ class CosineAttention(nn.Module):
         return self.proj(y) if self.twist == "two linears" else y
 
 
-def quantize(attention: nn.Module, config: HarmoqConfig, masked: bool = False) -> h.QuantizedModel:
-    example = torch.rand(2, 3, 8, 12)
-    prepared = h.prepare_harmoq(Network(attention, masked).eval(), config, [example], strict=True)
-    return h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
-
-
-def both_ways(quantized: h.QuantizedModel, image: Tensor) -> tuple[Tensor, Tensor, int]:
-    """The image by the author's graph on plain integers, by the lowered one, and how often its kernel ran."""
-    quantized.use_backend("reference")
-    expected = quantized(image)
-    quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        return expected, quantized(image), kernels["attention"].call_count
-
-
 CONFIGS = [HarmoqConfig(8, 8), HarmoqConfig(4, 4, "paper"), HarmoqConfig(3, 3)]
 
 
@@ -131,8 +115,8 @@ def test_random_islands(
     """The kernel computes an island if and only if that is an attention as usual, and never changes the result."""
     torch.manual_seed(0)
     twist = "none" if usual else twist
-    quantized = quantize(CosineAttention(heads, bias, qkv_bias, place, twist), config, masked)
-    expected, found, calls = both_ways(quantized, torch.rand(2, 3, 12, 8))
+    quantized = quantize(Network(CosineAttention(heads, bias, qkv_bias, place, twist), masked), config)
+    expected, found, calls = both_ways(quantized, torch.rand(2, 3, 12, 8), "attention")
     # Where operands are quantized, the kernel rounds queries of length one.
     assert calls == (usual and (config.profile == "deploy" or place != "queries"))
     assert_same_image(found, expected)
@@ -158,7 +142,7 @@ def test_random_islands(
 )
 def test_every_miss_has_its_reason(twist: str, place: str, reason: str) -> None:
     attention = CosineAttention(2, "mlp", "none" if twist == "measured qkv bias" else "parts", place, twist)
-    quantized = quantize(attention, HarmoqConfig(8, 8, "paper"))
+    quantized = quantize(Network(attention), HarmoqConfig(8, 8, "paper"))
     linears = [low for name, low in quantized.lowerings("cuda").items() if name in ("attention.qkv", "attention.proj")]
     linears += [low for name, low in quantized.lowerings("cuda").items() if "::linear" in name]
     assert linears
@@ -168,7 +152,7 @@ def test_every_miss_has_its_reason(twist: str, place: str, reason: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS, ids=["deploy w8", "paper w4", "deploy w3"])
 def test_the_lowered_island_equals_its_graph_up_to_flipped_codes(config: HarmoqConfig) -> None:
     """Neither 16-bit floats nor the image's 8 bits hide a difference here: float32 and the island alone."""
-    quantized = quantize(CosineAttention(2, "mlp", "parts"), config)
+    quantized = quantize(Network(CosineAttention(2, "mlp", "parts")), config)
     island, tokens = quantized.model.attention, torch.randn(24, 16, 8)
     quantized.use_backend("reference")
     with torch.no_grad():
@@ -183,7 +167,7 @@ def test_the_lowered_island_equals_its_graph_up_to_flipped_codes(config: HarmoqC
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=["deploy", "paper"])
 @pytest.mark.parametrize("masked", [True, False])
 def test_in_the_interpreter(config: HarmoqConfig, masked: bool) -> None:
-    quantized = quantize(CosineAttention(2, "mlp", "parts"), config, masked)
+    quantized = quantize(Network(CosineAttention(2, "mlp", "parts"), masked), config)
     image = torch.rand(1, 3, 8, 8)
     quantized.use_backend("reference")
     expected = quantized(image)
@@ -195,7 +179,7 @@ def test_in_the_interpreter(config: HarmoqConfig, masked: bool) -> None:
 
 def test_constants_that_change_are_met_with_new_operands() -> None:
     """Position bias and logit scale are computed once; a write into either is seen, and so is another float type."""
-    quantized = quantize(CosineAttention(2, "mlp", "parts"), HarmoqConfig(8, 8))
+    quantized = quantize(Network(CosineAttention(2, "mlp", "parts")), HarmoqConfig(8, 8))
     island = quantized.model.attention
     image = torch.rand(1, 3, 8, 12)
     (variant,) = island_state(island).all_variants()
@@ -211,12 +195,12 @@ def test_constants_that_change_are_met_with_new_operands() -> None:
     assert constants
     for constant in constants:
         constant.copy_(constant.flip(0) * 0.5)
-    expected, found, calls = both_ways(quantized, image)
+    expected, found, calls = both_ways(quantized, image, "attention")
     assert calls == 1
     assert not torch.equal(found, before)
     assert_same_image(found, expected)
     quantized.use_backend("reference")
-    expected, found, calls = both_ways(quantized.set_float_dtype(torch.bfloat16), image)
+    expected, found, calls = both_ways(quantized.set_float_dtype(torch.bfloat16), image, "attention")
     assert calls == 1
     assert (found - expected).abs().max() <= 0.02
 
@@ -224,7 +208,7 @@ def test_constants_that_change_are_met_with_new_operands() -> None:
 @pytest.mark.parametrize("config", [HarmoqConfig(8, 8), HarmoqConfig(3, 3, "paper")], ids=["deploy", "paper"])
 def test_swin2sr_on_every_path(config: HarmoqConfig) -> None:
     model, image = converted("Swin2SR", config), images(1)[0]
-    expected, found, calls = both_ways(model, image)
+    expected, found, calls = both_ways(model, image, "attention")
     assert calls == 4
     assert_same_image(found, expected)
     with interpreted():

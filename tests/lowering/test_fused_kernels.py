@@ -19,7 +19,7 @@ from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.mlp import FusedMlp, find_mlp
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 from harmoq_ao.recipes.architectures import forward as run_model
-from tests.lowering.helpers import Network, assert_same_image, kernel_references
+from tests.lowering.helpers import Network, assert_same_image, kernel_references, quantize
 from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted
 
@@ -84,10 +84,8 @@ def test_random_islands(
     places = (0, 1, 2) if usual else tuple(order)
     twist = "none" if usual else twist
     torch.manual_seed(0)
-    model = Network(Attention(heads, places, scale, bias, twist), masked).eval()
     example = torch.rand(2, 3, 8, 12)
-    prepared = h.prepare_harmoq(model, config, [example], strict=True)
-    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    quantized = quantize(Network(Attention(heads, places, scale, bias, twist), masked), config, example)
     expected = quantized(example)
     quantized.use_backend("triton")
     with kernel_references() as kernels:
@@ -177,8 +175,7 @@ def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
 
     torch.manual_seed(0)
     example = torch.rand(1, 3, 8, 8)
-    prepared = h.prepare_harmoq(Pixels().eval(), HarmoqConfig(8, 8), [example])
-    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    quantized = quantize(Pixels(), HarmoqConfig(8, 8), example)
     module = quantized.model.mlp
     found = replacement_of(module, FusedMlp)
     assert (None if found is None else found.gelu) == expected
@@ -198,8 +195,7 @@ def test_a_sequence_is_a_perceptron_and_its_slices_are_none() -> None:
     layers = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Dropout(0.1), nn.Linear(16, 8))
     model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), layers, nn.Unflatten(1, (2, 2, 2)))
     example = torch.rand(4, 3, 8, 8)
-    prepared = h.prepare_harmoq(model.eval(), HarmoqConfig(8, 8), [example])
-    quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    quantized = quantize(model, HarmoqConfig(8, 8), example)
     expected = quantized(example)
     assert torch.equal(
         quantized.model[2][:2](torch.ones(1, 8)), quantized.model[2][1](quantized.model[2][0](torch.ones(1, 8)))
