@@ -1,11 +1,11 @@
-"""What to quantize, to how many bits, and how; checked when it is written down, not when it is used."""
+"""What to quantize, to how many bits, and how; validated on construction."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from harmoq_ao.common.errors import ConfigError, shown
@@ -30,7 +30,7 @@ class SiteRule:
         kind: ``linear``, ``matmul`` or ``conv2d``; None matches all.
         weight_bits: 2 to 8, or 16 / 32 for off; None leaves the setting as it is.
         act_bits: Likewise, for activations (both operands of a matmul).
-        dynamic: Per-token bounds taken from each input (True), or calibrated ones (False); None leaves it.
+        dynamic: Per-token ranges of each input (True), or calibrated ones (False); None leaves it.
         joint_scale: ``hso`` or ``none``; None leaves it.
 
     Raises:
@@ -69,7 +69,7 @@ class SiteRule:
 
 @dataclass(frozen=True)
 class SiteSettings:
-    """What one site does after all rules.
+    """Settings of one site after all rules.
 
     Args:
         weight: Quantizer of the weight (of the right operand, for a matmul).
@@ -100,23 +100,23 @@ class HarmoqConfig:
     Args:
         weight_bits: 2 to 8, or 16 / 32 to leave weights in float (W32A4).
         act_bits: 2 to 8, or 16 / 32 to leave activations in float (W4A32).
-        profile: ``paper``: static per-tensor bounds on all activations, attention operands included, comparable with
-            published tables. ``deploy``: what measured best and runs fastest: static per-tensor bounds on the inputs of
-            linears, attention products in 16 or more bits. Bounds per token (a rule with ``dynamic=True``) are better
-            at 4 bits before refinement, not after it, and no fused kernel takes them.
+        profile: ``paper``: static per-tensor ranges on all activations, attention operands included, comparable with
+            published tables. ``deploy``: the most accurate and fastest in our measurements: static per-tensor ranges on
+            the inputs of linears, attention products in 16 or more bits. Per-token ranges (a rule with
+            ``dynamic=True``) are better at 4 bits before refinement, not after it, and no fused kernel takes them.
         rules: Ordered :class:`SiteRule`; the last that matches a site wins.
-        observer: How static bounds are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A histogram is of
-            all channels together: with it there are no joint scales.
+        observer: How static quantization ranges are found: ``minmax``, ``percentile``, ``mse`` or ``histogram``. A
+            histogram covers all channels together, so it excludes joint scales.
         joint_scale: ``hso`` (closed form, per channel) or ``none``.
         joint_shift: Whether static inputs of linears that have a joint scale are centred channel by channel as well.
         relative_maps: Whether static attention maps are quantized relative to the largest entry of each row, and
-            normalised after the product with the values (`modules/relative_maps.py`). Without it one step serves
-            rows that attend to one token and rows that attend to all.
+            normalised after the product with the values (`quant/relative_maps.py`). Without it, rows that attend to
+            one token and rows that attend to all share one step.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
-        storage_dtype: How parameters that stay in float are stored: ``auto`` is float16, or bfloat16 for a tensor that
-            float16 cannot hold.
-        seed: Of the observers' random samples, not negative.
+        storage_dtype: Stored type of parameters that stay in float: ``auto`` is float16, or bfloat16 for a tensor that
+            overflows float16.
+        seed: Seed of the observers' random samples, not negative.
 
     Raises:
         ConfigError: A value is outside its set.
@@ -244,10 +244,6 @@ class HarmoqConfig:
         bits = {self.weight_bits, *(r.weight_bits for r in self.rules if r.weight_bits is not None)}
         weights = f"{min(bits)}..{max(bits)}" if len(bits) > 1 else f"{self.weight_bits}"
         return f"W{weights}A{self.act_bits}"
-
-    def with_bits(self, weight_bits: int, act_bits: int) -> HarmoqConfig:
-        """The same configuration at other widths."""
-        return replace(self, weight_bits=weight_bits, act_bits=act_bits)
 
 
 def _current(data: dict[str, Any]) -> dict[str, Any]:

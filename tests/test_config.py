@@ -150,12 +150,6 @@ def test_a_configuration_survives_json(config: HarmoqConfig) -> None:
     assert HarmoqConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
-@given(configs, st.sampled_from(BITS), st.sampled_from(BITS))
-def test_with_bits_changes_bits_alone(config: HarmoqConfig, weight_bits: int, act_bits: int) -> None:
-    expected = {**config.to_dict(), "weight_bits": weight_bits, "act_bits": act_bits}
-    assert config.with_bits(weight_bits, act_bits).to_dict() == expected
-
-
 @pytest.mark.parametrize("data", [None, 3, "w8a8", [], [("weight_bits", 8)]])
 def test_a_configuration_that_is_no_mapping_is_refused(data: Any) -> None:
     with pytest.raises(ConfigError, match="mapping"):

@@ -161,5 +161,5 @@ def _check_arguments(prepared: Any, data: Any, max_batches: int | None) -> None:
 
 def _checked_image(batch: Any, prepared: PreparedModel) -> Tensor:
     image = image_of(batch)
-    check_image_tensor(image, channels=(prepared.example_shapes[0][1],))
+    check_image_tensor(image, channels=(prepared.example_shapes[0][1],), batched=True)
     return image

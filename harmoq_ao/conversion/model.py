@@ -58,7 +58,7 @@ class QuantizedModel(nn.Module):
         Raises:
             InputError: Not an image batch, not finite, or of another number of channels.
         """
-        check_image_tensor(image, channels=(self.example_shapes[0][1],))
+        check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
         # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
         mixed = self.float_dtype is not torch.float32
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):

@@ -1,6 +1,6 @@
-"""What the float model does on example images, before anything is changed.
+"""Runs of the float model on the example images, before anything is changed.
 
-Each example is run once, and everything that preparation wants to know of a run is noted on the way.
+Each example runs once; everything preparation needs from a run is recorded on the way.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _EXAMPLE_SIZE = (64, 64)
 _SECOND_SIZE = (48, 72)
-_REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)  # of a network that does not take a size
+_REFUSALS = (RuntimeError, ValueError, AssertionError, IndexError)  # raised by a network that does not accept a size
 _Prints = dict[str, list[tuple[Any, ...]]]
 
 
@@ -33,11 +33,11 @@ class Run(NamedTuple):
 
 
 class FirstRuns(NamedTuple):
-    """What the float model did on the examples.
+    """Outcome of the runs.
 
     Args:
-        runs: The examples it takes, with its outputs.
-        found: Who contracts what.
+        runs: The examples that the model accepts, with its outputs.
+        found: Which modules contract what.
         fixed: Linear modules whose input does not depend on the image.
     """
 
@@ -52,10 +52,10 @@ def first_runs(model: nn.Module, given: Tensor | Sequence[Tensor] | None) -> Fir
     Args:
         model: In evaluation mode.
         given: What the user gave: one image batch `[B, C, H, W]` or several; None for random images of two sizes, the
-            second only if the model takes it.
+            second only if the model accepts it.
 
     Raises:
-        InputError: The examples are not images, or the model does not take them.
+        InputError: The examples are not images, or the model does not accept them.
     """
     runs: list[Run] = []
     found, prints = Discovery(), _Prints()
@@ -108,10 +108,10 @@ def _checked_example(example: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, image: Tensor) -> Any:
-    """The model's output for `[B, C, H, W]`, with the random state that every such run starts from.
+    """The model's output for `[B, C, H, W]`, from a fixed random state.
 
     Raises:
-        InputError: The model does not take it.
+        InputError: The model does not accept it.
     """
     try:
         with torch.random.fork_rng(devices=[]):
@@ -123,7 +123,7 @@ def run(model: nn.Module, image: Tensor) -> Any:
         raise InputError(
             "The float model does not run on the example",
             found=f"{tuple(image.shape)} -> {type(error).__name__}: {error}",
-            remedy="pass example_inputs the model takes",
+            remedy="pass example_inputs that the model accepts",
         ) from error
 
 
@@ -147,7 +147,7 @@ def _image_independent(model: nn.Module, example: Tensor, first: _Prints) -> set
 
 @contextmanager
 def _input_prints(model: nn.Module) -> Iterator[_Prints]:
-    """Within, shape, sum and norm of every input of a linear module are noted under its name."""
+    """Context manager that records shape, sum and norm of every input of a linear module under the module's name."""
     prints: _Prints = {}
 
     def hook(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""The fake-quantizer of one operand: an observer, learnable bounds, and the quantizer between them."""
+"""The fake-quantizer of one operand: an observer, a learnable quantization range, and the rounding between."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         self._store(lower, upper)
 
     def learn_bounds(self, enabled: bool = True) -> None:
-        """Let gradients reach the bounds; of a range with one free parameter, `upper` alone."""
+        """Let gradients reach the bounds; of a range with one free parameter, `upper` alone, which is mirrored."""
         self.upper.requires_grad_(enabled)
         self.lower.requires_grad_(enabled and self.lower_ratio is None)
 

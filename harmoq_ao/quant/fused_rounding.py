@@ -21,7 +21,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 FUSED_FROM = 1 << 20
-"""Values of an operand from which on it is worth a kernel of its own."""
+"""Smallest number of values for which a kernel of its own pays."""
 
 _KERNELS = 256  # shapes and strides of operands, each compiled by itself
 _on: ContextVar[bool] = ContextVar("harmoq_fused_rounding", default=False)
@@ -29,9 +29,9 @@ _on: ContextVar[bool] = ContextVar("harmoq_fused_rounding", default=False)
 
 @contextmanager
 def fused_rounding(enabled: bool = True) -> Iterator[None]:
-    """Within, fake-quantization of large operands that gradients flow through is compiled, once for every shape.
+    """Context manager in which fake-quantization of large operands that need gradients is compiled, once per shape.
 
-    Where nothing can be compiled, a warning says so at the first such operand and everything is computed as without.
+    Where nothing can be compiled, the first such operand raises a warning and everything runs in plain torch.
 
     Args:
         enabled: False changes nothing.
@@ -44,14 +44,14 @@ def fused_rounding(enabled: bool = True) -> Iterator[None]:
 
 
 def is_fused(x: torch.Tensor) -> bool:
-    """Whether `x` is large, the calling thread is within :func:`fused_rounding`, and compiling works."""
+    """Whether `x` is large, the calling thread is inside :func:`fused_rounding`, and compilation works."""
     wanted = _on.get() and x.numel() >= FUSED_FROM and not torch.compiler.is_compiling()
     return wanted and can_compile(x.device.type)
 
 
 @functools.cache
 def compiled(function: Callable[P, T]) -> Callable[P, T]:
-    """`function` compiled for every shape by itself, one compiled function a process."""
+    """`function` compiled separately for every shape; one compiled function per process."""
     import torch._dynamo  # the compiler, only where it is used
 
     result: Callable[P, T] = torch.compile(function, dynamic=False)
@@ -66,7 +66,7 @@ def compiled(function: Callable[P, T]) -> Callable[P, T]:
 
 @functools.cache
 def can_compile(device_type: str) -> bool:
-    """Whether operands on devices of that type can be compiled for. Asked once a process; warns if not."""
+    """Whether compilation for that type of device works. Tried once per process; warns if not."""
     try:
         compiled(_probe)(torch.ones(64, device=device_type))
     except Exception as error:  # a missing compiler comes as one of many types

@@ -1,4 +1,4 @@
-"""Quantized contractions in plain torch integer arithmetic: the semantics that every other backend must equal.
+"""Quantized contractions in plain torch integer arithmetic: the semantics that every other backend reproduces.
 
 Three stages, each a function here: float to codes (`quantize_codes`), codes to integer accumulators
 (`linear_accumulate`, `matmul_accumulate`: exact, so every backend gives the same integers bit for bit), accumulators to
@@ -28,7 +28,6 @@ INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 an
 INT32_MATMUL_LENGTH = (2**31 - 1) // (255 * 255)  # the same for two u8 operands
 _LONG_AXIS = 2048  # reductions along a strided axis fold from here on
 _FOLD = 64
-_SHIFT_SNAP = 2.0**-12  # steps; float32 bounds put a mid-rise shift within about 2**-14 of one half
 
 
 @dataclass(frozen=True)
@@ -49,12 +48,12 @@ class Affine:
 
 @dataclass(frozen=True)
 class LinearOperands:
-    """Everything a quantized linear needs besides its input.
+    """Operands of a quantized linear other than its input.
 
     Attributes:
         weight: `[N, K]` int8 signed codes.
         weight_scale: `[N]` float32 step of each row.
-        weight_shift: `[N]` float32 shift of each row, in steps (see `weight_shift`).
+        weight_shift: `[N]` float32 value of the signed code 0 of each row, in steps: one half for mid-rise weights.
         bias: `[N]` float32, or None.
         act_bits: Width of an activation code, 2 to 8.
         act: Static bounds of the activation (0-d), or None for one pair of bounds per token, taken from the token.
@@ -122,8 +121,8 @@ class MatmulOperand:
 def quantize_codes(x: Tensor, reciprocal: Tensor | float, offset: Tensor | float, bits: int) -> Tensor:
     """``clamp(round_half_even(x * reciprocal + offset), 0, 2**bits - 1)``, multiply and add each rounded to float32.
 
-    Infinities saturate to the end codes. NaN has no code: it is refused here, where values can be looked at. Inside
-    `torch.compile` and while a CUDA graph is captured they cannot; there the code of a NaN is unspecified.
+    Infinities saturate to the end codes. NaN has no code and raises wherever values can be inspected; inside
+    `torch.compile` and during CUDA graph capture they cannot, and the code of a NaN is unspecified.
 
     Args:
         x: Any shape, floating point.
@@ -260,7 +259,7 @@ def matmul_dtype(length: int) -> torch.dtype:
 
 
 def exact_floats(x: Tensor) -> torch.autocast:
-    """Within, float32 products on the device of `x` are those of float32, also where the model runs under autocast.
+    """Context manager in which float32 products on the device of `x` stay float32 also under autocast.
 
     Kernels that carry integers in float32 need it: autocast would round them to 8 bits.
     """
@@ -302,25 +301,6 @@ def _broadcasts(a: torch.Size, b: torch.Size) -> bool:
 
 
 # --- accumulators to float --------------------------------------------------------------------------------------------
-
-
-def weight_shift(lower: Tensor, scale: Tensor, bits: int) -> Tensor:
-    """Shift ``z`` of a weight row, so that its values are ``scale * (signed code + z)``.
-
-    One half for the mid-rise grid (``lower = -upper``), an integer where zero has its own code, any float otherwise.
-    Values within 2**-12 of a multiple of one half are rounding of ``lower / scale`` and become that multiple.
-
-    Args:
-        lower: `[N]` float lower bounds (value of code 0).
-        scale: `[N]` float steps.
-        bits: Width of a weight code.
-
-    Returns:
-        `[N]` float32.
-    """
-    exact = lower.double() / scale.double() + (1 << (bits - 1))
-    halves = (exact * 2).round() / 2
-    return torch.where((exact - halves).abs() <= _SHIFT_SNAP, halves, exact).float()
 
 
 def weight_total(qw: Tensor, weight_scale: Tensor, weight_shift: Tensor) -> Tensor:
@@ -388,7 +368,7 @@ def linear(x: Tensor, operands: LinearOperands) -> Tensor:
         `[..., N]` in the dtype of ``x``.
 
     Raises:
-        KernelError: ``x`` has another number of channels.
+        KernelError: ``x`` has the wrong number of channels.
         InputError: ``x`` holds a NaN.
     """
     check_input(x, operands)

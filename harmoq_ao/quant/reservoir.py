@@ -1,4 +1,4 @@
-"""A uniform random sample, without replacement, of a stream whose length is not known beforehand."""
+"""A uniform random sample, without replacement, of a stream of unknown length."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ class Reservoir:
             self._items[torch.from_numpy(slots).to(self._items.device)] = picked.to(self._items)
 
     def pass_over(self, values: int) -> None:
-        """As :meth:`add` for a number of values that another process holds: which of them enter depends on no value."""
+        """As :meth:`add` for values that another process holds: which of them enter does not depend on the values."""
         slots, _ = self._admit(values)
         self._mine[slots] = False
 
     def own(self, own: bool) -> None:
-        """Say whether this process or another one puts what was kept so far into :meth:`merge`."""
+        """Choose whether this process contributes what it kept so far to :meth:`merge`."""
         self._mine[:] = own
 
     def merge(self) -> None:

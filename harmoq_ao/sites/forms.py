@@ -1,4 +1,4 @@
-"""The ways to write a product of two activations, and the one form they are quantized in."""
+"""The ways authors write a product of two activations, and the canonical form in which it is quantized."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class MatmulForm:
         return (a, b) if self.op != "einsum" else self._einsum().operands(a, b)
 
     def finish(self, product: Tensor, *operands: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-        """What the author's call returns, from the canonical product `[..., M, N]`."""
+        """The result of the author's call, from the canonical product `[..., M, N]`."""
         if self.op == "einsum":
             return self._einsum().result(product, *operands)
         if self.op == "baddbmm":
@@ -52,5 +52,5 @@ class MatmulForm:
 
     def _einsum(self) -> EinsumForm:
         form = einsum_form(str(self.equation))
-        assert form is not None  # the site would not exist
+        assert form is not None  # only equations with such a form become sites
         return form

@@ -1,4 +1,4 @@
-"""How a model was made, small enough to be saved with it: method, preset, convergence and balance of harmonization."""
+"""The history that is saved with a model: method, preset, convergence and balance of harmonization."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class SiteChange(NamedTuple):
         name: Of the site.
         start: Mean squared output error before.
         end: The same after.
-        left: Error that rounding of the activation (left operand) causes alone, when last looked at; None if never.
-        right: The same of the weight (right operand).
+        left: Error that rounding of the activation (left operand) alone causes, as last measured; None if never.
+        right: The same for the weight (right operand).
     """
 
     name: str
@@ -49,9 +49,9 @@ class History:
         sites: Sites in the order Algorithm 1 solved them; empty where it did not run.
         losses: Training loss of the refinement, thinned; empty where it did not run.
         held_out: Fidelity to the float network on the held-out crops, PSNR in dB.
-        best_step: Steps of the refinement that the kept state had behind it, or None.
-        choice: How bits were chosen by need, in words, or None.
-        sensitivities: What each site alone costs at its bits, in dB, where that was measured.
+        best_step: Refinement step of the kept state, or None.
+        choice: The mixed-precision bit allocation in words, or None.
+        sensitivities: Loss that each site alone causes at its bits, in dB, where it was measured.
     """
 
     method: str | None = None
@@ -81,7 +81,7 @@ class History:
         """Inverse of :meth:`to_dict`; the data is not trusted.
 
         Raises:
-            SavedModelError: Anything else.
+            SavedModelError: The data is not a history.
         """
         try:
             history = cls(
@@ -112,12 +112,12 @@ def _invalid(found: str) -> SavedModelError:
 
 
 def short(value: float) -> float:
-    """Four digits of a number, which is what is kept."""
+    """A number rounded to the four digits that are saved."""
     return float(f"{value:.{_DIGITS}g}")
 
 
 def thinned(points: Sequence[tuple[int, float]]) -> Curve:
-    """At most :data:`MAX_POINTS` points: means over equal stretches, each at its last step, of what is finite."""
+    """At most :data:`MAX_POINTS` points: means of the finite values over equal stretches, each at its last step."""
     finite = [(step, value) for step, value in points if math.isfinite(value)]
     count = min(MAX_POINTS, len(finite))
     cuts = [len(finite) * i // count for i in range(count + 1)] if count else []
@@ -125,18 +125,18 @@ def thinned(points: Sequence[tuple[int, float]]) -> Curve:
     return tuple((part[-1][0], short(math.fsum(v for _, v in part) / len(part))) for part in parts)
 
 
-# --- reading what may come from anywhere ------------------------------------------------------------------------------
+# --- validation of untrusted data -------------------------------------------------------------------------------------
 
 
 def _entries(value: Any) -> list[Any]:
     if not isinstance(value, list) or len(value) > _MAX_STORED:
-        raise ValueError("not a list, or too long a one")
+        raise ValueError("not a list, or too long")
     return value
 
 
 def _text(value: Any) -> str | None:
     if value is not None and (not isinstance(value, str) or len(value) > _MAX_TEXT):
-        raise ValueError("not a text, or too long a one")
+        raise ValueError("not a text, or too long")
     return value
 
 
@@ -158,7 +158,7 @@ def _curve(value: Any) -> Curve:
 
 def _by_site(value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or len(value) > _MAX_STORED:
-        raise ValueError("not a mapping, or too long a one")
+        raise ValueError("not a mapping, or too long")
     return {str(_text(name)): _number(number) for name, number in value.items()}
 
 

@@ -110,14 +110,14 @@ class QuantizedSite(nn.Module):
         return True
 
     def _derive(self, name: str, make: Callable[[], T]) -> T:
-        """What is made from the stored tensors once. Under a tracer, with its stand-ins, it is made and not kept."""
+        """A value derived from the stored tensors, cached except under a tracer, whose tensors are stand-ins."""
         if name not in self._derived and torch.compiler.is_compiling():
             return make()
         made: T = self._derived[name] if name in self._derived else self._derived.setdefault(name, make())
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSite:
-        """Codes, scales and bounds follow the model's device, never its float type."""
+        """Codes, scales and ranges follow the model's device, never its float type."""
         self._derived.clear()
         for name, buffer in self._buffers.items():
             if buffer is not None:
@@ -191,7 +191,7 @@ class WeightedSite(QuantizedSite):
         return unpack_signed(self.codes, self.settings.weight.bits, self.columns)
 
     def weight_shift(self) -> Tensor:
-        """Where the signed code 0 of each row lies, in steps, `[N]`."""
+        """Value of the signed code 0 of each row, in steps, `[N]`."""
         return torch.full_like(self.weight_scale, _shift(self.settings.weight))
 
     def float_weight(self) -> Tensor:
@@ -488,7 +488,7 @@ def _stored_step(step: Tensor, stored: Rounding) -> Tensor:
 
 
 def _shift(spec: QuantizerSpec) -> float:
-    """Where the signed code 0 lies, in steps: mid-rise weights sit half a step off zero."""
+    """Value of the signed code 0, in steps: mid-rise weights lie half a step off zero."""
     return 0.5 if spec.scheme is Scheme.SYMMETRIC else 0.0
 
 

@@ -10,47 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
-from harmoq_ao.common.errors import ConfigError, InputError, TraceError
+from harmoq_ao.common.errors import ConfigError, InputError
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
-from harmoq_ao.sites import PreparedConv2d, PreparedLinear, PreparedMatmul
-from harmoq_ao.sites.model import ModelTraits, PreparedModel
+from harmoq_ao.sites import PreparedLinear
+from harmoq_ao.sites.model import ModelTraits
 from harmoq_ao.zoo.checkpoints import LoadedModel
+from tests.preparation.helpers import SWINIR, Small, prepare
 
-SWINIR: Architecture = next(a for a in ARCHITECTURES if a.name == "SwinIR/light")
 DATLIGHT: Architecture = next(a for a in ARCHITECTURES if a.name == "DAT/light")
-
-
-def _prepare(config: HarmoqConfig | None = None, **options: Any) -> PreparedModel:
-    options.setdefault("example_inputs", SWINIR.example())
-    return prepare_harmoq(SWINIR.build(), config, **options)
-
-
-class _Small(nn.Module):
-    """Attention whose forward can be made untraceable, with an expert that small images never reach."""
-
-    def __init__(self, traceable: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.qkv = nn.Linear(8, 24)
-        self.expert = nn.Linear(8, 8)
-        self.traceable = traceable
-        self.table = dict.fromkeys(range(100), 1.0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x).flatten(2).transpose(1, 2)
-        q, k, v = self.qkv(x).chunk(3, -1)
-        y = (q @ k.transpose(1, 2)).softmax(-1) @ v
-        if not self.traceable:
-            y = y * self.table[y.shape[1]]
-        return self.expert(y) if y.shape[1] > 200 else y
 
 
 def test_rules_reach_their_sites_and_the_last_match_wins() -> None:
     rules = (SiteRule("*.qkv", act_bits=8), SiteRule("layers.0.*.qkv", weight_bits=32, act_bits=32))
-    prepared = _prepare(HarmoqConfig(weight_bits=4, act_bits=4, profile="paper", rules=rules))
+    prepared = prepare(HarmoqConfig(weight_bits=4, act_bits=4, profile="paper", rules=rules))
     for module in prepared.sites():
         settings = prepared.settings(module.site)
         if module.site.name.endswith(".qkv") and module.site.name.startswith("layers.0."):
@@ -65,10 +40,10 @@ def test_rules_reach_their_sites_and_the_last_match_wins() -> None:
 
 def test_a_rule_without_sites_lists_near_misses() -> None:
     with pytest.raises(ConfigError, match="qkv") as error:
-        _prepare(HarmoqConfig(rules=(SiteRule("*.qvk", act_bits=8),)))
+        prepare(HarmoqConfig(rules=(SiteRule("*.qvk", act_bits=8),)))
     assert ".attn.qkv" in str(error.value.expected)
     with pytest.raises(ConfigError):
-        _prepare(HarmoqConfig(rules=(SiteRule("*.qkv", kind="matmul", act_bits=8),)))
+        prepare(HarmoqConfig(rules=(SiteRule("*.qkv", kind="matmul", act_bits=8),)))
 
 
 @pytest.mark.parametrize("given", ["none", "tensor", "list", "tuple"])
@@ -90,12 +65,6 @@ def test_examples(given: str) -> None:
     assert len(prepared.sites()) == 24
 
 
-def test_lengths_that_depend_on_the_image_are_told_apart() -> None:
-    prepared = prepare_harmoq(_Small(), None, [torch.rand(1, 3, 6, 6), torch.rand(1, 3, 6, 8)])
-    shapes = [m.site.shape for m in prepared.sites() if isinstance(m, PreparedMatmul)]
-    assert shapes == [(8,), (0,)]
-
-
 @pytest.mark.parametrize(
     "examples",
     [
@@ -110,12 +79,12 @@ def test_lengths_that_depend_on_the_image_are_told_apart() -> None:
 )
 def test_wrong_examples_are_refused(examples: Any) -> None:
     with pytest.raises(InputError):
-        _prepare(example_inputs=examples)
+        prepare(example_inputs=examples)
 
 
 def test_examples_the_model_does_not_take_are_refused() -> None:
     with pytest.raises(InputError, match="does not run"):
-        prepare_harmoq(_Small(), None, torch.rand(1, 1, 16, 16))  # it takes three channels
+        prepare_harmoq(Small(), None, torch.rand(1, 1, 16, 16))  # it takes three channels
 
 
 @pytest.mark.parametrize("model", [None, "SwinIR", {"params": 1}, SimpleNamespace(model="no module")])
@@ -125,7 +94,7 @@ def test_wrong_models_are_refused(model: Any) -> None:
 
 
 def test_a_prepared_model_is_not_prepared_again() -> None:
-    prepared = _prepare()
+    prepared = prepare()
     for again in (prepared, prepared.model):
         with pytest.raises(InputError, match="prepared already"):
             prepare_harmoq(again)
@@ -136,7 +105,7 @@ def test_a_prepared_model_is_not_prepared_again() -> None:
 )
 def test_a_prepared_model_refuses_what_is_no_image(image: Any) -> None:
     with pytest.raises(InputError):
-        _prepare()(image)
+        prepare()(image)
 
 
 def test_the_given_model_stays_as_it_was() -> None:
@@ -153,7 +122,7 @@ def test_the_given_model_stays_as_it_was() -> None:
 
 @pytest.mark.parametrize(("weight_bits", "act_bits"), [(4, 32), (32, 4), (4, 16), (3, 8), (32, 32)])
 def test_either_side_may_stay_float(weight_bits: int, act_bits: int) -> None:
-    prepared = _prepare(HarmoqConfig(weight_bits=weight_bits, act_bits=act_bits, profile="paper"))
+    prepared = prepare(HarmoqConfig(weight_bits=weight_bits, act_bits=act_bits, profile="paper"))
     for module in prepared.sites():
         if isinstance(module, PreparedLinear):
             assert (module.weight_quantizer is not None) == (weight_bits < 16)
@@ -165,26 +134,8 @@ def test_either_side_may_stay_float(weight_bits: int, act_bits: int) -> None:
         assert not torch.equal(forward(model, image), forward(prepared, image))
 
 
-def test_convolutions_on_request() -> None:
-    assert not [m for m in _prepare().sites() if isinstance(m, PreparedConv2d)]
-    prepared = _prepare(HarmoqConfig(conv_bits=8))
-    convolutions = [m for m in SWINIR.build().modules() if type(m) is nn.Conv2d]
-    sites = [m for m in prepared.sites() if isinstance(m, PreparedConv2d)]
-    assert len(sites) == len(convolutions)
-    assert not [f for f in prepared.floats if f.kind == "conv2d"]
-    image = SWINIR.example((16, 24), 2, seed=4)
-    assert torch.equal(forward(SWINIR.build(), image), forward(prepared, image))
-
-
-def test_a_convolution_without_integer_form_says_why() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect"), nn.Conv2d(3, 3, 3))
-    prepared = prepare_harmoq(model, HarmoqConfig(conv_bits=8), torch.rand(1, 3, 8, 8))
-    assert [f.name for f in prepared.floats] == ["0"]
-    assert "reflect" in prepared.floats[0].reason.text
-
-
 def test_report() -> None:
-    prepared = _prepare(HarmoqConfig(weight_bits=4, act_bits=8, profile="paper"))
+    prepared = prepare(HarmoqConfig(weight_bits=4, act_bits=8, profile="paper"))
     report = prepared.report()
     names = [m.site.name for m in prepared.sites()]
     assert [r.name for r in report.rows[: len(names)]] == names
@@ -204,35 +155,8 @@ def test_report() -> None:
     assert row.sqnr_db > 5
 
 
-def test_untraceable_modules_are_reported_or_raise() -> None:
-    model, image = _Small(traceable=False), torch.rand(1, 3, 6, 6)
-    prepared = prepare_harmoq(model, None, image)
-    reasons = [f.reason.text for f in prepared.floats if f.kind == "module"]
-    assert len(reasons) == 1
-    assert "test_prepare.py:" in reasons[0]
-    assert not [m for m in prepared.sites() if isinstance(m, PreparedMatmul)]  # none is left over from the attempt
-    calibrate(prepared, [image], show_progress=False)
-    convert_harmoq(prepared)
-    with pytest.raises(TraceError, match=r"test_prepare\.py:"):
-        prepare_harmoq(model, None, image, strict=True)
-
-
-def test_layers_no_example_reaches_are_listed_and_do_not_stop_calibration() -> None:
-    model = _Small().eval()
-    prepared = prepare_harmoq(model, HarmoqConfig(profile="paper"), torch.rand(1, 3, 6, 6))
-    assert [(f.name, str(f.reason)) for f in prepared.floats if f.kind == "linear"] == [
-        ("expert", "no example image reached it")
-    ]
-    large = torch.rand(1, 3, 16, 16)
-    assert torch.equal(prepared(large), model(large))
-    calibrate(prepared, [torch.rand(1, 3, 6, 6)], show_progress=False)
-    assert torch.isfinite(convert_harmoq(prepared)(large)).all()
-    both = prepare_harmoq(model, None, [torch.rand(1, 3, 6, 6), large])
-    assert "expert" in {m.site.name for m in both.sites()}
-
-
 def test_a_model_in_bfloat16() -> None:
-    model = _Small().eval().to(torch.bfloat16)
+    model = Small().eval().to(torch.bfloat16)
     prepared = prepare_harmoq(model, HarmoqConfig(weight_bits=4, act_bits=4, profile="paper"))
     for size in ((6, 6), (7, 9), (16, 16)):
         image = torch.rand(2, 3, *size).to(torch.bfloat16)
@@ -241,18 +165,8 @@ def test_a_model_in_bfloat16() -> None:
     assert torch.isfinite(prepared(image)).all()
 
 
-def test_outputs_beyond_the_first_are_compared() -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            self.calls = getattr(self, "calls", 0) + 1
-            return x * 2, x * self.calls
-
-    with pytest.raises(TraceError):
-        prepare_harmoq(Two(), None, torch.rand(1, 3, 4, 4))
-
-
 def test_traits() -> None:
-    prepared = _prepare()
+    prepared = prepare()
     assert prepared.traits.scale == 2
     assert ModelTraits.from_dict(prepared.traits.to_dict()) == prepared.traits
 
@@ -296,7 +210,7 @@ def test_a_converted_model_may_be_shared_by_threads() -> None:
 
 
 def test_quantizers_lie_where_the_model_is() -> None:
-    prepared = _prepare(HarmoqConfig(4, 4, "paper"))
+    prepared = prepare(HarmoqConfig(4, 4, "paper"))
     for site in prepared.sites():
         site.attach_quantizers(prepared.config, torch.device("meta"))
         tensors = [t for q in site.quantizers() for t in (*q.parameters(), *q.buffers())]

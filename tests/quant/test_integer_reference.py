@@ -177,19 +177,6 @@ def test_operands_that_do_not_fit_are_refused() -> None:
 # --- epilogues --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", range(2, 9))
-def test_weight_shift_names_the_grid(bits: int) -> None:
-    upper = torch.tensor([0.1, 0.37, 1.0, 123.456])
-    step = 2 * upper / (2**bits - 1)
-    assert torch.equal(integer_reference.weight_shift(-upper, step, bits), torch.full((4,), 0.5))
-    zero_point = 2**bits // 3
-    assert torch.equal(
-        integer_reference.weight_shift(-zero_point * step, step, bits), torch.full((4,), 2.0 ** (bits - 1) - zero_point)
-    )
-    odd = integer_reference.weight_shift(-0.3 * step, step, bits)
-    assert torch.allclose(odd, torch.tensor(2.0 ** (bits - 1) - 0.3))
-
-
 @given(seed=SEEDS, bits=BITS, act_bits=BITS, per_token=st.booleans(), with_bias=st.booleans())
 def test_linear_epilogue_equals_float64(seed: int, bits: int, act_bits: int, per_token: bool, with_bias: bool) -> None:
     generator = torch.Generator().manual_seed(seed)

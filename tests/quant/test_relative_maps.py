@@ -97,7 +97,7 @@ def test_with_rounding_off_nothing_changes(name: str) -> None:
 @pytest.mark.parametrize("name", ["DAT/light", "SwinIR/light", "HAT", "forms"])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_integers_compute_what_the_simulation_does(name: str, bits: int) -> None:
-    prepared, image = calibrated(name, CONFIG.with_bits(bits, bits)), images(1, (20, 28))[0]
+    prepared, image = calibrated(name, replace(CONFIG, weight_bits=bits, act_bits=bits)), images(1, (20, 28))[0]
     with torch.no_grad():
         simulated, exact = prepared(image), build(name)(image)
         quantized = h.convert_harmoq(prepared)

@@ -21,12 +21,12 @@ ROW_BUDGET = 4
 
 @dataclass(frozen=True)
 class Call:
-    """What is known of an operand without its values.
+    """Size and place of an operand, without its values.
 
     Args:
         values: Number of values.
         channels: Length of the contracted axis.
-        device: Where it lies.
+        device: Its device.
     """
 
     values: int
@@ -35,11 +35,11 @@ class Call:
 
 
 class OperandObserver(pt2e.ObserverBase):
-    """Collects the statistics of one operand; subclasses derive bounds from them.
+    """Collects the statistics of one operand; subclasses derive a quantization range from them.
 
     Memory does not grow with the number of batches: two vectors of K, and a sample of at most
     ``max(4 * reservoir_values, K)`` numbers (2 MiB in float32 by default), allocated with the first batch on the
-    operand's device; see :attr:`nbytes`. Nothing of it enters the state dict. The global random state is untouched;
+    operand's device; see :attr:`nbytes`. None of it is part of the state dict. The global random state is untouched;
     equal seeds and equal batches give equal samples.
 
     A per-channel observer whose number of channels changes between calls (the contracted axis counts pixels, say) drops
@@ -56,7 +56,7 @@ class OperandObserver(pt2e.ObserverBase):
     Attributes:
         site_name: Used in error messages.
         rows_seen: Rows (tokens) observed so far, by all ranks.
-        calls: If a list, calls are noted there and not observed.
+        calls: If a list, calls are recorded there instead of observed.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class OperandObserver(pt2e.ObserverBase):
         self.reset()
 
     def reset(self) -> None:
-        """Forget everything seen; the next batch is the first."""
+        """Discard all statistics."""
         self.rows_seen = 0
         self.tracks_channels = self._track_channels
         self._range: tuple[Tensor, Tensor] | None = None
@@ -114,18 +114,18 @@ class OperandObserver(pt2e.ObserverBase):
     # --- several processes -------------------------------------------------------------------------------------------
 
     def begin_share(self) -> None:
-        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        """Start to observe this rank's share alone; what every rank saw before counts once, as the first rank's."""
         if self._reservoir is not None:
             self._reservoir.own(is_first())
 
     def pass_over(self, call: Call) -> None:
-        """Count a call that another rank observes."""
+        """Account for a call that another rank observes."""
         self._check_channels(call)
         self._pass_over_sample(call)
         self._count_rows(call)
 
     def merge(self) -> None:
-        """Put the statistics of all ranks together; afterwards every rank has those of one process that saw all.
+        """Merge the statistics of all ranks: each ends with those of a single process that saw everything.
 
         Raises:
             RankLostError: A rank did not take part.
@@ -142,7 +142,7 @@ class OperandObserver(pt2e.ObserverBase):
         if self._reservoir is not None:
             self._reservoir.merge()
 
-    # --- what was seen -----------------------------------------------------------------------------------------------
+    # --- statistics ---------------------------------------------------------------------------------------------------
 
     @property
     def nbytes(self) -> int:

@@ -18,8 +18,8 @@ class HistogramObserver(OperandObserver):
     """Bounds of least squared error on a histogram of everything seen, instead of a sample.
 
     The histogram has a fixed number of bins; when a value falls outside, neighbouring bins are merged in pairs, which
-    doubles the range and loses no count. It knows nothing of single channels beyond their extremes, so it takes no
-    per-channel joint scale.
+    doubles the range and loses no count. Channels are told apart by their extremes alone, so a per-channel joint scale
+    cannot be applied.
 
     Args:
         bins: Number of bins, even.
@@ -32,7 +32,7 @@ class HistogramObserver(OperandObserver):
         super().__init__(spec, **options)
 
     def reset(self) -> None:
-        """Forget everything seen; the next batch is the first."""
+        """Discard all statistics."""
         super().reset()
         self._counts: Tensor | None = None
         self._start = 0.0
@@ -65,7 +65,7 @@ class HistogramObserver(OperandObserver):
         return values.float().clamp(*self.value_range())
 
     def second_moment(self, shift: Tensor | None = None) -> Tensor | None:
-        """None: the histogram does not tell channels apart."""
+        """None: a histogram does not tell channels apart."""
         return None
 
     def bounds(self, scale: Tensor | None = None, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -98,7 +98,7 @@ class HistogramObserver(OperandObserver):
         self._counts += torch.bincount(index, minlength=self.bins)
 
     def begin_share(self) -> None:
-        """From now on this rank sees its share; what was seen before, the same on every rank, is the first rank's."""
+        """Start to observe this rank's share alone; what every rank saw before counts once, as the first rank's."""
         if self._counts is not None and not is_first():
             self._counts.zero_()
 

@@ -1,4 +1,4 @@
-"""Observers: exact ranges, bounded memory, and bounds that follow from the statistics."""
+"""What all observers share: exact ranges, bounded memory, reproducible samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,30 +18,10 @@ from harmoq_ao.quant.observers import (
     MinMaxObserver,
     MSEObserver,
     OperandObserver,
-    PercentileObserver,
 )
-from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, fake_quantize, snap_bounds
+from harmoq_ao.quant.quantizer import QuantizerSpec
+from tests.quant.observers.helpers import NAMES, batches, observed
 from tests.strategies import float_tensors, joint_scales, static_specs
-
-NAMES = sorted(OBSERVERS)
-
-
-def observed(name: str, batches: list[Tensor], spec: QuantizerSpec | None = None, **options: Any) -> OperandObserver:
-    observer = OBSERVERS[name](spec or QuantizerSpec(4), **options)
-    for batch in batches:
-        assert observer(batch) is batch
-    return observer
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> tuple[list[Tensor], int]:
-    """Batches of one operand, and its contracted axis of constant length."""
-    channels, axis = draw(st.integers(1, 12)), draw(st.integers(0, 2))
-    result = []
-    for _ in range(draw(st.integers(1, 4))):
-        rows = draw(float_tensors((draw(st.integers(1, 5)), draw(st.integers(1, 9)), channels)))
-        result.append(rows.movedim(-1, axis))
-    return result, axis
 
 
 @given(stream=batches(), name=st.sampled_from(NAMES))
@@ -153,17 +133,6 @@ def test_a_changing_number_of_channels_drops_the_channels_but_keeps_observing(na
         observer.bounds(torch.ones(4))
 
 
-@given(stream=batches(), spec=static_specs(), data=st.data())
-def test_min_max_bounds_are_those_of_the_scaled_operand(
-    stream: tuple[list[Tensor], int], spec: QuantizerSpec, data: st.DataObject
-) -> None:
-    tensors, axis = stream
-    scale = data.draw(joint_scales(tensors[0].shape[axis]))
-    observer = observed("minmax", tensors, spec, contracted_axis=axis, reservoir_rows=2)
-    values = torch.cat([(t.movedim(axis, -1) / scale).flatten() for t in tensors])
-    assert observer.bounds(scale) == snap_bounds(values.min(), values.max(), spec)
-
-
 @given(x=float_tensors((40, 5)), spec=static_specs(), name=st.sampled_from(["percentile", "mse"]), data=st.data())
 def test_a_scale_acts_as_if_the_scaled_operand_had_been_observed(
     x: Tensor, spec: QuantizerSpec, name: str, data: st.DataObject
@@ -178,89 +147,11 @@ def test_a_scale_of_the_wrong_length_is_refused() -> None:
         observed("mse", [torch.randn(10, 5)]).bounds(torch.ones(3))
 
 
-@given(x=float_tensors((500,)), spec=static_specs())
-def test_mse_bounds_are_never_worse_than_min_max(x: Tensor, spec: QuantizerSpec) -> None:
-    def error(name: str) -> Tensor:
-        lo, hi = observed(name, [x.view(-1, 1)], spec).bounds()
-        return (fake_quantize(x, lo, hi, spec.bits) - x).double().square().sum()
-
-    assert error("mse") <= error("minmax") * (1 + 1e-5)
-
-
-def test_percentile_bounds_are_percentiles() -> None:
-    x = torch.arange(1001.0).view(-1, 1)
-    asymmetric = PercentileObserver(QuantizerSpec(4), percentile=99.0)
-    asymmetric(x)
-    assert [b.item() for b in asymmetric.bounds()] == pytest.approx([10.0, 990.0], rel=1e-4)
-    symmetric = PercentileObserver(QuantizerSpec(4, Scheme.SYMMETRIC), percentile=99.0)
-    symmetric(x - 500.0)
-    assert [b.item() for b in symmetric.bounds()] == pytest.approx([-495.0, 495.0], rel=1e-2)
-
-
-@pytest.mark.parametrize("percentile", [50.0, 0.0, 100.1, -3.0])
-def test_percentiles_out_of_range_are_refused(percentile: float) -> None:
-    with pytest.raises(ConfigError, match="Percentile"):
-        PercentileObserver(QuantizerSpec(4), percentile=percentile)
-
-
 def test_sizes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(ConfigError, match="room for a sample"):
         MSEObserver(QuantizerSpec(4), reservoir_rows=0)
     with pytest.raises(ConfigError, match="histogram bins"):
         HistogramObserver(QuantizerSpec(4), bins=7)
-
-
-@given(stream=st.lists(float_tensors((30, 3)), min_size=1, max_size=5))
-def test_the_histogram_counts_everything_within_its_edges(stream: list[Tensor]) -> None:
-    observer = HistogramObserver(QuantizerSpec(4), bins=64)
-    for x in stream:
-        observer(x)
-    edges, counts = observer.histogram()
-    values = torch.cat([x.flatten() for x in stream]).double()
-    assert counts.sum() == values.numel()
-    width = edges[1] - edges[0]
-    assert edges[0] <= values.min() + 1e-9
-    assert edges[-1] >= values.max() - 1e-9
-    # Cumulative counts agree with exact ones up to what lies within one bin of the edge.
-    below = counts.cumsum(0)[:-1]
-    assert bool((below >= (values[:, None] < edges[1:-1] - width).sum(0)).all())
-    assert bool((below <= (values[:, None] <= edges[1:-1] + width).sum(0)).all())
-
-
-def test_doubling_the_range_loses_no_count() -> None:
-    observer = HistogramObserver(QuantizerSpec(4), bins=8)
-    for x in (torch.linspace(0, 1, 80), torch.full((5,), 3.0), torch.full((7,), -9.0)):
-        observer(x)
-    edges, counts = observer.histogram()
-    assert (edges[0].item(), edges[-1].item()) == (-12.0, 4.0)
-    assert counts.tolist() == [0, 7, 0, 0, 0, 0, 80, 5]
-
-
-@settings(max_examples=15)
-@given(spec=static_specs(), seed=st.integers(0, 99))
-def test_histogram_bounds_are_as_good_as_those_of_the_whole_sample(spec: QuantizerSpec, seed: int) -> None:
-    x = torch.randn(6000, generator=torch.Generator().manual_seed(seed)).view(-1, 1)
-    errors = []
-    for name in ("histogram", "mse"):
-        lo, hi = observed(name, list(x.split(1500)), spec, reservoir_rows=6000).bounds()
-        errors.append((fake_quantize(x, lo, hi, spec.bits) - x).square().mean())
-    assert errors[0] <= errors[1] * 1.03
-
-
-def test_histogram_takes_a_scalar_scale_and_refuses_a_vector() -> None:
-    x = torch.randn(500, 4)
-    observer = observed("histogram", [x])
-    halved = [b.item() for b in observer.bounds(torch.tensor(2.0))]
-    assert halved == pytest.approx([b.item() / 2 for b in observer.bounds()], rel=1e-4)
-    with pytest.raises(CalibrationError, match="mse observer"):
-        observer.bounds(torch.ones(4))
-
-
-def test_histogram_sample_has_the_quantiles_of_the_stream() -> None:
-    x = torch.randn(20000, 1)
-    sample = observed("histogram", [x]).sample()
-    q = torch.tensor([0.01, 0.25, 0.5, 0.75, 0.99])
-    torch.testing.assert_close(sample.quantile(q), x.quantile(q), atol=0.01, rtol=0.01)
 
 
 def test_qparams_are_step_and_lower_bound() -> None:
