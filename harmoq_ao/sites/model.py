@@ -169,5 +169,6 @@ def weight_quantizer(site: Site, spec: QuantizerSpec) -> HarmoqFakeQuantize | No
         return None
     quantizer = HarmoqFakeQuantize(spec, (site.shape[0],) + (1,) * (len(site.shape) - 1))
     quantizer.site_name = site.name
+    quantizer.learnable = spec.scheme is not Scheme.INTEGER_ZERO_POINT  # signed codes need zero in the middle
     quantizer.disable_fake_quant()
     return quantizer

@@ -87,7 +87,7 @@ class SiteSolver:
         self.trace.objectives = [o / self._signal for o in objectives]
 
     def _coordinate(self, update: int, tolerance: float) -> bool:
-        """Where one operand causes much more of the error, recompute the scale and calibrate again; True if it changed."""
+        """If one operand causes much more of the error, recompute the scale and calibrate again; True if it changed."""
         left, right = error_balance(self.state)
         self.trace.balances.append(Balance(update, left / self._signal, right / self._signal))
         difference = left - right
