@@ -69,36 +69,20 @@ class Baseline:
         rules = tuple(replace(rule, joint_scale=None) for rule in config.rules)
         return replace(config, observer=self.observer, joint_scale="none", joint_shift=False, rules=rules)
 
-    def apply(
-        self,
-        prepared: PreparedModel,
-        crops: Sequence[Tensor],
-        *,
-        steps: int,
-        batch_size: int = 1,
-        crop_size: int | None = None,
-        seed: int = 0,
-        show_progress: bool | None = None,
-    ) -> None:
+    def apply(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Calibrate, adjust, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.
 
         Args:
             prepared: From ``prepare_harmoq(model, self.configure(config))``, not calibrated; changed in place.
             crops: Low-resolution images `[C, S, S]` in 0..1, of one size.
-            steps: Budget of a method that learns, in gradient steps of the whole network; 0 only calibrates.
-            batch_size: Images of a step.
-            crop_size: Side of these images, cut from the crops; None takes whole crops.
-            seed: Of the order of the crops and of what is cut from them.
-            show_progress: Show progress bars; by default where standard error is a terminal.
+            budget: For a method that learns; with no steps it only calibrates.
 
         Raises:
             CalibrationError: No crops, or a site that none of them reaches.
-            ConfigError: A budget out of range.
         """
-        budget = Budget(steps, batch_size, crop_size, seed, show_progress)
-        calibrate(prepared, crops, show_progress=show_progress)
+        calibrate(prepared, crops, show_progress=budget.show_progress)
         self.adjust_qparams(prepared)
-        if self.learns and steps > 0:
+        if self.learns and budget.steps > 0:
             self.learn(prepared, crops, budget)
 
     def adjust_qparams(self, prepared: PreparedModel) -> None:

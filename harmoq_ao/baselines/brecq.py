@@ -144,6 +144,7 @@ class RoundingQuantize(HarmoqFakeQuantize):
         step, lower = quantizer.calculate_qparams()
         self.rounding = LearnedRounding(weight, lower, step, quantizer.spec.bits)
         self.decided = False
+        self.learnable = False
         self.to(weight.device)
 
     def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:

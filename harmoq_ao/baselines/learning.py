@@ -12,21 +12,20 @@ from harmoq_ao.harmonization.refine import refine
 from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.model import PreparedModel
 
 
 @contextmanager
 def fixed_ranges(quantizers: Iterable[HarmoqFakeQuantize]) -> Iterator[None]:
     """Context manager inside which no learning moves the ranges of `quantizers`."""
-    fixed = list(quantizers)
-    for quantizer in fixed:
+    before = [(quantizer, quantizer.learnable) for quantizer in quantizers]
+    for quantizer, _ in before:
         quantizer.learnable = False
     try:
         yield
     finally:
-        for quantizer in fixed:
-            quantizer.learnable = True
+        for quantizer, learnable in before:
+            quantizer.learnable = learnable
 
 
 def distil_bounds(
@@ -72,4 +71,4 @@ def distil_bounds(
 
 def rows_to_learn(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:
     """Weight quantizers whose range can be learned; codes of 8-bit weights are signed around a zero in the middle."""
-    return [q for q in weight_quantizers(prepared) if q.spec.scheme is not Scheme.INTEGER_ZERO_POINT]
+    return [q for q in weight_quantizers(prepared) if q.learnable]

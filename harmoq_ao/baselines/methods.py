@@ -10,7 +10,7 @@ from typing import Any
 from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
-from harmoq_ao.baselines import BASELINES
+from harmoq_ao.baselines import BASELINES, Budget
 from harmoq_ao.calibration.calibrate import calibrate
 from harmoq_ao.calibration.solve import enable_fake_quant
 from harmoq_ao.common.errors import ConfigError
@@ -75,15 +75,8 @@ def prepare_with(
     baseline = BASELINES[method]
     prepared = prepare_harmoq(model, baseline.configure(config))
     refine = settings.refine or RefineSettings()
-    baseline.apply(
-        prepared,
-        crops,
-        steps=settings.steps,
-        batch_size=refine.batch_size,
-        crop_size=refine.crop_size,
-        seed=config.seed,
-        show_progress=show_progress,
-    )
+    budget = Budget(settings.steps, refine.batch_size, refine.crop_size, config.seed, show_progress)
+    baseline.apply(prepared, crops, budget)
     enable_fake_quant(prepared)
     prepared.history = History(method, preset)
     return prepared

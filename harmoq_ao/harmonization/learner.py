@@ -13,7 +13,6 @@ from harmoq_ao.common.distributed import is_distributed, sum_gradients
 from harmoq_ao.harmonization.settings import Rates
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import SCALE_LIMITS
-from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.sites.base import PreparedSite
 
 MIN_RANGE = 1e-3
@@ -166,7 +165,7 @@ class Learner:
         if self._rates.bounds == 0:
             return
         for side, quantizer in (("left", site.act_quantizer), ("right", site.weight_quantizer)):
-            if quantizer is None or not _free(site, quantizer):
+            if quantizer is None or quantizer.spec.dynamic or not quantizer.learnable:
                 continue
             width = (quantizer.upper - quantizer.lower).detach()
             rate = self._rates.bounds * float(width.mean())
@@ -229,13 +228,6 @@ class Learner:
         for site, log in self._logs.values():
             assert site.joint_scale is not None
             site.joint_scale.copy_(log.exp())
-
-
-def _free(site: PreparedSite, quantizer: HarmoqFakeQuantize) -> bool:
-    """Whether the range can be learned; not that of an 8-bit weight, whose codes are signed around a zero."""
-    weight = any(quantizer is own for own in site.weight_quantizers())
-    signed = weight and quantizer.spec.scheme is Scheme.INTEGER_ZERO_POINT
-    return quantizer.learnable and not quantizer.spec.dynamic and not signed
 
 
 def _common(rate: float) -> float:

@@ -138,8 +138,12 @@ class PreparedSite(nn.Module):
 
     def new_weight_quantizer(self, spec: QuantizerSpec) -> HarmoqFakeQuantize | None:
         """Fake-quantizer of the weight, per output channel, with rounding off; None where `spec` is off."""
+        if not spec.enabled:
+            return None
         shape = self.site.shape
-        return self._fake_quantizer(spec, (shape[0],) + (1,) * (len(shape) - 1)) if spec.enabled else None
+        quantizer = self._fake_quantizer(spec, (shape[0],) + (1,) * (len(shape) - 1))
+        quantizer.learnable = spec.scheme is not Scheme.INTEGER_ZERO_POINT  # signed codes need zero in the middle
+        return quantizer
 
     def _new_quantizers(
         self, settings: SiteSettings, config: HarmoqConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.baselines import BASELINES
+from harmoq_ao.baselines import BASELINES, Budget
 from harmoq_ao.calibration.solve import disable_fake_quant, enable_observers
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.distillation import feature_error, features_of
@@ -31,7 +31,7 @@ def applied(
     """A small model that went through a baseline on `count` images."""
     baseline = BASELINES[method]
     prepared = prepare(name, baseline.configure(config))
-    baseline.apply(prepared, crops(count), steps=steps, **options)
+    baseline.apply(prepared, crops(count), Budget(steps, **options))
     return prepared
 
 

@@ -80,7 +80,7 @@ def test_the_global_random_state_is_left_alone(method: str) -> None:
 def test_without_crops_there_is_an_error(method: str) -> None:
     baseline = BASELINES[method]
     with pytest.raises(CalibrationError, match="No calibration images"):
-        baseline.apply(prepare("linears", baseline.configure(PAPER)), [], steps=1)
+        baseline.apply(prepare("linears", baseline.configure(PAPER)), [], Budget(1))
 
 
 def test_a_saved_model_keeps_the_bits_of_single_sites(tmp_path: Path) -> None:
@@ -105,10 +105,10 @@ def test_a_step_sees_images_of_the_size_asked_for(method: str, monkeypatch: pyte
             lambda module, inputs: shapes.append(tuple(inputs[0].shape))
         ),
     )
-    baseline.apply(prepared, crops(3), steps=4, batch_size=2, crop_size=8)
+    baseline.apply(prepared, crops(3), Budget(4, batch_size=2, crop_size=8))
     assert set(shapes) == {(2, 3, 8, 8)}
     shapes.clear()
-    baseline.apply(prepared, crops(4), steps=4, batch_size=2)
+    baseline.apply(prepared, crops(4), Budget(4, batch_size=2))
     assert set(shapes[4:]) == {(2, 3, 16, 16)}, "calibration sees one whole crop at a time"
 
 
@@ -122,4 +122,4 @@ def test_crops_of_different_sizes_are_refused() -> None:
     baseline = BASELINES["brecq"]
     mixed = [*crops(2), images(1, (16, 24))[0][0]]
     with pytest.raises(CalibrationError, match="one size"):
-        baseline.apply(prepare("linears", baseline.configure(PAPER)), mixed, steps=1)
+        baseline.apply(prepare("linears", baseline.configure(PAPER)), mixed, Budget(1))

@@ -28,7 +28,7 @@ def test_enable_fake_quant_settles_what_forward_calls_observed() -> None:
     assert_same(by_hand, calibrated("linears", PAPER))
 
 
-@pytest.mark.parametrize("settle", [h.convert_harmoq, h.compute_qparams, h.enable_fake_quant])
+@pytest.mark.parametrize("settle", [h.compute_qparams, h.enable_fake_quant])
 def test_nothing_is_settled_without_data(settle: Any) -> None:
     with pytest.raises(CalibrationError, match="saw no calibration data") as caught:
         settle(prepare("linears", PAPER))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from harmoq_ao.sites.model import PreparedModel
 
 Keep = Callable[[PreparedSite, tuple[Tensor, ...]], tuple[Tensor, ...]]
 """Selects what to keep of the arguments of a site's first call."""
+_ATTENTION = inspect.signature(PreparedAttention.forward)
 
 
 @torch.no_grad()
@@ -127,8 +129,10 @@ def _products_of_attention(model: nn.Module, sites: Iterable[PreparedSite]) -> I
 
     def hook(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         assert isinstance(attention, PreparedAttention)
-        query, key, value, mask, _, _, scale = _attention_arguments(*args, **kwargs)
-        decomposed_attention(attention.qk, attention.av, query, key, value, mask, scale)
+        call = _ATTENTION.bind(attention, *args, **kwargs)
+        call.apply_defaults()
+        operands = (call.arguments[name] for name in ("query", "key", "value", "attn_mask", "scale"))
+        decomposed_attention(attention.qk, attention.av, *operands)
 
     wanted = {id(site) for site in sites}
     fused = [m for m in model.modules() if isinstance(m, PreparedAttention) and {id(m.qk), id(m.av)} & wanted]
@@ -136,18 +140,6 @@ def _products_of_attention(model: nn.Module, sites: Iterable[PreparedSite]) -> I
         for module in fused:
             hooks.enter_context(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
-
-
-def _attention_arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    return query, key, value, attn_mask, dropout_p, is_causal, scale
 
 
 @contextmanager

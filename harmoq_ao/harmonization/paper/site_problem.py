@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from harmoq_ao.harmonization.paper.abr import Contraction, Operand
+from harmoq_ao.harmonization.paper.contraction import Contraction, Operand
 from harmoq_ao.harmonization.paper.projections import SPATIAL_FILTERS, Projection, TokenGrid, find_grid
 from harmoq_ao.harmonization.paper.src import SRCSettings, calibrate_residual
 from harmoq_ao.harmonization.weights import owns_bias, set_weight

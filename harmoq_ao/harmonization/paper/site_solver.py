@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harmoq_ao.harmonization.paper.abr import BoundaryRefiner, Contraction, error_balance, output_error
+from harmoq_ao.harmonization.paper.abr import BoundaryRefiner
+from harmoq_ao.harmonization.paper.contraction import Contraction, error_balance, output_error
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.paper.site_problem import SiteProblem
 from harmoq_ao.harmonization.paper.trace import Balance, Event, SiteTrace

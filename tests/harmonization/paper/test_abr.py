@@ -1,4 +1,4 @@
-"""ABR: Theorem 3 against autograd and finite differences, and what projected descent may and may not do."""
+"""ABR: what projected descent on the ranges may and may not do."""
 
 from __future__ import annotations
 
@@ -7,65 +7,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.harmonization.paper.abr import (
-    ABRSettings,
-    BoundaryRefiner,
-    Contraction,
-    Operand,
-    clipped,
-    error_balance,
-    evaluate,
-    output_error,
-)
-from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, fake_quantize, quantize, snap_bounds
-from tests.strategies import SEEDS, bit_widths
-
-WEIGHT = QuantizerSpec(3, Scheme.SYMMETRIC, Granularity.PER_CHANNEL, axis=0)
-
-
-def linear(seed: int, bits: int = 3, *, scaled: bool = True, free_mean: bool = False, clip: float = 0.7) -> Contraction:
-    """Rows times a weight with clipping bounds per row, joint scale and shift, and a target not quite theirs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(1, 20, 6, generator=generator, dtype=torch.float64) + 0.5
-    w = torch.randn(1, 6, 5, generator=generator, dtype=torch.float64)
-    s = torch.rand(6, generator=generator, dtype=torch.float64) + 0.5 if scaled else None
-    z = torch.rand(6, generator=generator, dtype=torch.float64) if scaled else None
-    left = Operand(x, QuantizerSpec(bits), None, s, z)
-    right = Operand(w, replace(WEIGHT, bits=bits), None, None if s is None else (1 / s)[:, None])
-    values, columns = left.scaled(), right.scaled()
-    hi = clip * columns.abs().amax((0, 1))[None]
-    left = replace(left, bounds=(clip * values.amin(), clip * values.amax()))
-    target = x @ w + 0.1 * torch.randn(1, 20, 5, generator=generator, dtype=torch.float64)
-    return Contraction(left, replace(right, bounds=(-hi, hi)), target, free_mean)
-
-
-def product(seed: int, bits: int = 3, clip: float = 0.8) -> Contraction:
-    """A batch of products of two activations, with one pair of bounds each."""
-    generator = torch.Generator().manual_seed(seed)
-    q, k = (torch.randn(3, *shape, generator=generator, dtype=torch.float64) for shape in ((7, 4), (4, 6)))
-    left, right = (Operand(t, QuantizerSpec(bits), (clip * t.amin(), clip * t.amax())) for t in (q, k))
-    return Contraction(left, right, q @ k)
-
-
-def bounds_of(operand: Operand) -> tuple[Tensor, Tensor]:
-    """The bounds of an operand that has some."""
-    assert operand.bounds is not None
-    return operand.bounds
-
-
-def codes_of(operand: Operand) -> Tensor:
-    """Codes of a static operand."""
-    lo, hi = bounds_of(operand)
-    return quantize(operand.scaled(), lo, hi, operand.spec.bits)
-
-
-def problem(kind: str, seed: int, bits: int, free_mean: bool) -> Contraction:
-    return product(seed, bits) if kind == "product" else linear(seed, bits, free_mean=free_mean)
+from harmoq_ao.harmonization.paper.abr import ABRSettings, BoundaryRefiner, clipped
+from harmoq_ao.harmonization.paper.contraction import Contraction, Operand, evaluate, output_error
+from harmoq_ao.quant.quantizer import Granularity, QuantizerSpec, Scheme, snap_bounds
+from tests.harmonization.paper.contractions import KINDS, bounds_of, explicit, linear, problem, product
+from tests.strategies import SEEDS
 
 
 def refine_bounds(contraction: Contraction, settings: ABRSettings | None = None) -> tuple[Contraction, list[float]]:
@@ -78,66 +28,6 @@ def refine_bounds(contraction: Contraction, settings: ABRSettings | None = None)
         if update % settings.review_every == 0 and not refiner.review() and refiner.failures >= settings.patience:
             break
     return refiner.best, objectives
-
-
-KINDS = st.sampled_from(["linear", "product"])
-
-
-def explicit(contraction: Contraction, left: list[Tensor], right: list[Tensor]) -> Tensor:
-    """The objective written out with fixed codes, differentiable by the bounds."""
-
-    def rounded(operand: Operand, bounds: list[Tensor]) -> Tensor:
-        assert operand.spec is not None
-        return bounds[0] + (bounds[1] - bounds[0]) * codes_of(operand).double() / operand.spec.qmax
-
-    x, w = contraction.left.scaled(), contraction.right.scaled()
-    dx, dw = rounded(contraction.left, left) - x, rounded(contraction.right, right) - w
-    error = x @ w + dx @ w + x @ dw + dx @ dw - contraction.target
-    if contraction.free_mean:
-        error = error - error.mean((0, 1))
-    return error.square().mean()
-
-
-@given(kind=KINDS, bits=bit_widths(), free_mean=st.booleans(), seed=SEEDS)
-def test_theorem_three_is_the_derivative_at_fixed_codes(kind: str, bits: int, free_mean: bool, seed: int) -> None:
-    contraction = problem(kind, seed, bits, free_mean)
-    left, right = ([b.clone().requires_grad_() for b in o.bounds] for o in (contraction.left, contraction.right))
-    loss = explicit(contraction, left, right)
-    loss.backward()
-    result = evaluate(contraction)
-    assert result.objective == pytest.approx(loss.item(), rel=1e-9)
-    for gradient, bounds in ((result.left, left), (result.right, right)):
-        torch.testing.assert_close(gradient.lo, bounds[0].grad, rtol=1e-7, atol=1e-10)
-        torch.testing.assert_close(gradient.hi, bounds[1].grad, rtol=1e-7, atol=1e-10)
-
-
-@given(kind=KINDS, bits=bit_widths(), side=st.sampled_from(["left", "right"]), end=st.sampled_from([0, 1]), seed=SEEDS)
-def test_theorem_three_is_what_finite_differences_measure(kind: str, bits: int, side: str, end: int, seed: int) -> None:
-    contraction = problem(kind, seed, bits, free_mean=False)
-    operand: Operand = getattr(contraction, side)
-    gradient = getattr(evaluate(contraction), side)[end].flatten()[0]
-    step = 1e-6 * float((operand.bounds[1] - operand.bounds[0]).max())
-    objectives, codes = [], []
-    for sign in (1, -1):
-        moved = [b.clone() for b in operand.bounds]
-        moved[end].view(-1)[0] += sign * step
-        other = replace(operand, bounds=(moved[0], moved[1]))
-        codes.append(codes_of(other))
-        objectives.append(output_error(replace(contraction, **{side: other})))
-    assume(torch.equal(*codes))
-    measured = (objectives[0] - objectives[1]) / (2 * step)
-    assert measured == pytest.approx(float(gradient), rel=1e-3, abs=1e-6)
-
-
-@given(kind=KINDS, bits=bit_widths(), seed=SEEDS)
-def test_the_objective_is_that_of_the_simulated_layer(kind: str, bits: int, seed: int) -> None:
-    contraction = problem(kind, seed, bits, free_mean=False)
-    left, right = (
-        fake_quantize(o.values, bounds_of(o)[0], bounds_of(o)[1], o.spec.bits, o.scale, o.shift)
-        for o in (contraction.left, contraction.right)
-    )
-    expected = float((left @ right - contraction.target).square().mean())
-    assert output_error(contraction) == pytest.approx(expected, rel=1e-12)
 
 
 @settings(max_examples=20)
@@ -257,15 +147,6 @@ def test_gradients_are_clipped_together(seed: int, limit: float) -> None:
     scale = min(1.0, limit / float(norm))
     for mine, given_ in zip(result, gradients, strict=True):
         torch.testing.assert_close(mine, given_ * scale)
-
-
-@given(kind=KINDS, bits=bit_widths(), seed=SEEDS)
-def test_the_balance_is_the_error_of_one_operand_at_a_time(kind: str, bits: int, seed: int) -> None:
-    contraction = problem(kind, seed, bits, free_mean=False)
-    exact = contraction.left.scaled() @ contraction.right.scaled()
-    only_left = replace(contraction, right=replace(contraction.right, spec=None, bounds=None), target=exact)
-    only_right = replace(contraction, left=replace(contraction.left, spec=None, bounds=None), target=exact)
-    assert error_balance(contraction) == pytest.approx((output_error(only_left), output_error(only_right)), rel=1e-6)
 
 
 @pytest.mark.parametrize(
