@@ -88,6 +88,7 @@ def attention_kernel(
         ),
         BLOCK_N,
     )  # fmt: skip
+    # Heads lie side by side, without their padding, as the projection wants them.
     channels = head * HEAD_DIM + lanes
     out_at = out_ptr + (window * TOKENS + tokens)[:, None] * (HEADS * HEAD_DIM) + channels[None, :]
     if OUT_BITS == 0:
@@ -127,6 +128,7 @@ def _attend_online(
     BLOCK_N: tl.constexpr,
 ) -> tl.tensor:
     """Float attention over blocks of keys with a running maximum and total."""
+    # Minus infinity: the first block shrinks the empty sums by exp2(-inf) = 0.
     top = tl.full([q.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros(q.shape, tl.float32)
@@ -218,6 +220,7 @@ def launch_attention(
             OUT_BITS=0 if proj is None else proj.act_bits, KEYS=k.shape[1], **constants(operands, tokens, compute),
             **sizes, num_warps=operands.warps, num_stages=1, **OPTIONS,
         )  # fmt: skip
+    # A projection mixes all heads, which are programs of their own: it is the next kernel.
     if proj is None:
         return out
     rows = None if residual is None else residual.reshape(-1, proj.rows)

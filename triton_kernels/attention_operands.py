@@ -141,6 +141,7 @@ def pack_attention(
     check_vector(score_scale, heads, "score_scale")
     if bias is not None and (bias.dim() != 3 or len(bias) != heads):
         raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
+    # Float contractions are at least 16 long, int8 ones 32.
     padded = 16 if head_dim <= 16 and matmuls is None else 32
     projection = None if proj is None else from_operands(*proj)
     return PackedAttention(
@@ -148,6 +149,7 @@ def pack_attention(
         projection,
         None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
         heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
+        # Once here instead of once a score in the kernel.
         None if bias is None else (bias.float() * LOG2E).contiguous(),
         None if matmuls is None else _factors(matmuls, head_dim, padded),
         None if matmuls is None else _bounds(matmuls),
@@ -193,6 +195,7 @@ def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int
     def spread(value: Tensor, fill: float = 0.0) -> Tensor:
         return _spread(value, heads, COLUMN_GROUP, stride, fill)
 
+    # Codes in between are zero (half a range as signed: the offset below), whatever weight they meet.
     codes = unpack_weight(linear.codes, linear.weight_bits, linear.columns)
     return replace(
         linear,

@@ -65,7 +65,7 @@ def _linear_cases() -> Iterator[Case]:
         ("hat-s proj codes", 144, 144, "codes", "*u8", all_bits),
     )
     for name, columns, rows, mode, x_type, widths in variants:
-        for bits in widths:
+        for bits in widths:  # unpacking differs by width
             yield _linear_case(f"lowbit_linear / {name} w{bits}", columns, rows, mode, x_type, bits)
 
 

@@ -34,6 +34,7 @@ def signed_codes(position: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     NaN becomes code 0. The shift to signed codes rides in the rounding constant, which stays even, so ties still go
     to even codes; the low byte of the sum is the code, no conversion needed.
     """
+    # The clamp comes first: beyond 2**22 the rounding constant would leave no integer in the low bits.
     top: tl.constexpr = (1 << BITS) - 1.0
     shifted: tl.constexpr = 12582912.0 - (1 << (BITS - 1))
     clamped = tl.minimum(tl.maximum(position, 0.0), top)
@@ -144,6 +145,7 @@ def load_weight(
         mask = row_mask[:, None] & (columns < ROW_BYTES)[None, :]
         codes = tl.load(codes_ptr + rows[:, None] * ROW_BYTES + columns[None, :], mask=mask, other=0).to(tl.int32)
     if MID_RISE and BITS < 8:
+        # Odd integers carry the half step of mid-rise weights; at 8 bits they exceed int8, see `contract`.
         effective = codes * 2 + (1 - (1 << BITS))
     else:
         effective = codes - (1 << (BITS - 1))
@@ -153,6 +155,7 @@ def load_weight(
 @triton.jit
 def _split_words(words: tl.tensor, PER_WORD: tl.constexpr, BITS: tl.constexpr) -> tl.tensor:
     """`[R, W]` int32 words to `[R, W * PER_WORD]` codes, the lowest bits first."""
+    # A sign bit that the shift drags in falls to the mask, so int32 serves as well as unsigned.
     shifts = tl.arange(0, PER_WORD) * BITS
     codes = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
     return codes.reshape([words.shape[0], words.shape[1] * PER_WORD])
@@ -214,6 +217,7 @@ def gelu(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     if KIND == "erf":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
     elif KIND == "tanh":
+        # 0.5 (1 + tanh(u)) = sigmoid(2 u): one exponential, and no overflow.
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     return x
 

@@ -89,6 +89,7 @@ def lowbit_linear_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = rows < M, columns < N
+    # Harmless values: the compiler drops what no branch below reads.
     lower = tl.zeros([BLOCK_M], tl.float32)
     step = tl.full([BLOCK_M], 1.0, tl.float32)
     if INPUT == "token":
@@ -98,6 +99,7 @@ def lowbit_linear_kernel(
         lower = tl.load(lower_ptr + rows, mask=row_mask, other=0.0)
         step = tl.load(step_ptr + rows, mask=row_mask, other=1.0)
     acc = start_accumulator(start_ptr, columns, column_mask, BLOCK_M)
+    # The activation is rounded anew in each tile of columns: no codes travel through memory.
     for first in range(0, K, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
         left = _activation(
@@ -107,6 +109,7 @@ def lowbit_linear_kernel(
         acc = contract(left, weight, acc, BITS, MID_RISE)
     out_at = out_ptr + rows[:, None] * N + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
+    # Accumulators are for tests: they must equal the reference bit for bit.
     if OUT_BITS == -1:
         tl.store(out_at, acc, mask=mask)
     else:
@@ -117,6 +120,7 @@ def lowbit_linear_kernel(
             y = y * step[:, None] + lower[:, None] * total[None, :]
         y = gelu(y + tl.load(constant_ptr + columns, mask=column_mask, other=0.0)[None, :], GELU)
         y = add_residual(y, residual_ptr, rows, residual_stride, columns, mask)
+        # Codes leave at once where the next kernel takes them: a quarter of the bytes, no second pass.
         if OUT_BITS == 0:
             tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
         else:
@@ -289,6 +293,7 @@ def reference_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
     effective = weight.effective_codes()
     if codes.device.type == "cpu":
         return codes.to(torch.int32) @ effective.to(torch.int32).t()
+    # No integer product on GPUs; float64 holds these sums exactly.
     return (codes.double() @ effective.double().t()).to(torch.int32)
 
 
@@ -316,6 +321,7 @@ def reference(
     Returns:
         `[M, N]` of ``out_dtype``, or uint8 codes.
     """
+    # Step by step as in the kernel, so that integers can be compared and floats differ by rounding alone.
     codes, token_bounds = _codes(x, weight, token_bounds)
     y = epilogue(reference_accumulate(codes, weight), weight, token_bounds)
     y = gelu_reference(y, gelu)

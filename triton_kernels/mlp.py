@@ -90,6 +90,7 @@ def mlp_kernel(
     mask = (rows < M)[:, None] & (channels < C)[None, :]
     x = load_rows(x_ptr, rows, x_stride, channels, mask)
     if NORM:
+        # The affine of the norm is part of the quantizer (`operands.with_norm`).
         x = standardize(x, mask, C, eps)
     left = quantize_columns(x, reciprocal1_ptr, offset1_ptr, channels, channels < C, ACT_BITS1)
     acc2 = start_accumulator(start2_ptr, outputs, outputs < OUT, BLOCK_M)
@@ -140,6 +141,7 @@ def launch_mlp(
 
 def tile(channels: int, hidden: int, outputs: int) -> tuple[dict[str, int], int]:
     """Block sizes and warps. Wide rows take eight warps, or their accumulators spill."""
+    # 64 rows are one wgmma.
     wide = max(channels, outputs) > 64
     sizes = {
         "BLOCK_M": 64,

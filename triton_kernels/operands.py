@@ -163,13 +163,16 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
         )
     codes = unpack(packed_codes, weight_bits, columns)
     effective = _effective(codes.to(torch.int64), weight_bits, mid_rise)
+    # What the shift to signed codes takes away, the accumulator begins with.
     start = (effective.sum(1) << (operands.act_bits - 1)).to(torch.int32)
     total = integer_reference.weight_total(operands.weight, operands.weight_scale, shift)
+    # Mid-rise codes were doubled; halving a float is exact.
     scale = operands.weight_scale / (2 if mid_rise else 1)
     bias = torch.zeros_like(scale) if operands.bias is None else operands.bias
     act, joint = operands.act, operands.joint_scale
     reciprocal: Tensor | None = None if joint is None else joint.reciprocal()
     offset: Tensor | None = None
+    # Static qparams fold into the epilogue; per token, the kernel applies them.
     if act is not None:
         reciprocal, offset = (
             value.reshape(-1).expand(columns).contiguous()

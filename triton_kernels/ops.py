@@ -61,7 +61,7 @@ def flatten_attention(attention: PackedAttention) -> Flat:
 
 def restore_attention(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> PackedAttention:
     """Inverse of `flatten_attention`."""
-    linears: dict[str, PackedLinear | None] = {}
+    linears: dict[str, Any] = {}
     for name in _LINEARS:
         here, tensors = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
         counts, numbers = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]

@@ -80,6 +80,7 @@ def _store_packed(
     # Eight codes fill whole bytes at every width, and at most 32 bits: a word each, of which BITS bytes are stored.
     split = codes.to(tl.int32).reshape([codes.shape[0], groups, 8])
     words = tl.sum(split << (tl.arange(0, 8) * BITS)[None, None, :], 2)
+    # Ranges of Triton are powers of two: four bytes each, the ones from BITS on masked.
     place = tl.arange(0, 4)
     octets = ((words[:, :, None] >> (place * 8)[None, None, :]) & 255).to(tl.uint8)
     at = (first // 8 + tl.arange(0, groups))[:, None] * BITS + place[None, :]
@@ -108,6 +109,7 @@ def quantize_tokens_kernel(
     x = load_rows(x_ptr, rows, x_stride, columns, mask)
     if reciprocal_ptr is not None:
         x = x * tl.load(reciprocal_ptr + columns, mask=columns < K, other=0.0)[None, :]
+    # The row is in registers as a whole, so its range and its codes take one load.
     lower, step = token_bounds(x, mask, BITS)
     codes = unsigned_codes(token_position(x, lower, step), BITS)
     tl.store(codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=mask)
@@ -130,6 +132,7 @@ def launch_quantize(
     codes = torch.empty(len(x), length, dtype=torch.uint8, device=x.device)
     block_k = power_of_two(columns, 16) if eps is not None else min(power_of_two(columns, 16), 128)
     block_m = _tile_rows(block_k)
+    # A mean takes the whole row: one block of columns, so rows are bounded.
     if eps is not None and columns > MAX_ROW:
         raise KernelError("LayerNorm does not take rows this long", found=columns, expected=f"at most {MAX_ROW}")
     if codes.numel():

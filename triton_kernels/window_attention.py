@@ -96,6 +96,7 @@ def window_kernel(
     inside = (tokens < TOKENS)[:, None] & (channels < C)[None, :]
     x = load_rows(x_ptr, rows, C, channels, inside)
     if NORM:
+        # The affine of the norm is part of the quantizer (`operands.with_norm`).
         x = standardize(x, inside, C, eps)
     # Rounded once for all heads and for q, k and v.
     left = quantize_columns(x, reciprocal1_ptr, offset1_ptr, channels, channels < C, ACT_BITS1)
@@ -158,6 +159,7 @@ def _head(
 def _attend(q: tl.tensor, k: tl.tensor, v: tl.tensor, tokens: tl.tensor, a: Attention) -> tl.tensor:
     """``softmax(scores) v`` of a head and a whole window, all `[BLOCK_M, PADDED]` float32."""
     scores = attention_scores(q, k, tokens, tokens, a)
+    # The window is whole, so the softmax needs no running maximum.
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
     total = tl.sum(weights, 1)[:, None]
     if a.LEFT_BITS == 0:
@@ -188,6 +190,7 @@ def _project(
     ACT_BITS: tl.constexpr,
 ) -> tl.tensor:
     """``acc`` plus what a head adds to the projection; heads of 16 channels alternate with zeros."""
+    # Qparams are spread like the codes will be, over 32 slots a head.
     slots = head * 32 + tl.arange(0, o.shape[1]) * (32 // o.shape[1])
     reciprocal, offset = tl.load(reciprocal_ptr + slots), tl.load(offset_ptr + slots)
     codes = signed_codes(o * reciprocal[None, :] + offset[None, :], ACT_BITS)
@@ -249,17 +252,19 @@ def _launch_apart(
         assert qkv.reciprocal is not None
         assert qkv.offset is not None
         rows = launch_quantize(rows, qkv.reciprocal, qkv.offset, qkv.act_bits, eps=eps)
+    # Codes of q, k and v must be those of the unrounded values.
     between = torch.float32 if operands.left_bits else compute
     y = lowbit_linear.launch_lowbit_linear(rows, qkv, out_dtype=between)
-    heads = _split_heads(y, x, operands)
+    q, k, v = _split_heads(y, x, operands)
     return attention.launch_attention(
-        *heads, operands, mask=mask, residual=residual, out_dtype=x.dtype, compute=compute
+        q, k, v, operands, mask=mask, residual=residual, out_dtype=x.dtype, compute=compute
     )
 
 
-def _split_heads(y: Tensor, x: Tensor, operands: PackedAttention) -> tuple[Tensor, ...]:
+def _split_heads(y: Tensor, x: Tensor, operands: PackedAttention) -> tuple[Tensor, Tensor, Tensor]:
     """q, k and v, each `[windows, N, heads, D]`, from the output of the padded qkv linear."""
-    return y.view(*x.shape[:2], 3, operands.heads, operands.padded)[..., : operands.head_dim].unbind(2)
+    q, k, v = y.view(*x.shape[:2], 3, operands.heads, operands.padded)[..., : operands.head_dim].unbind(2)
+    return q, k, v
 
 
 def tile(channels: int, outputs: int) -> dict[str, int]:
@@ -309,8 +314,8 @@ def reference(
     """
     assert operands.qkv is not None
     y = lowbit_linear.reference_behind_norm(x.reshape(-1, x.shape[-1]), operands.qkv, eps)
-    heads = _split_heads(y, x, operands)
-    return attention.reference(*heads, operands, mask=mask, residual=residual, out_dtype=x.dtype)
+    q, k, v = _split_heads(y, x, operands)
+    return attention.reference(q, k, v, operands, mask=mask, residual=residual, out_dtype=x.dtype)
 
 
 __all__ = ["FUSED_TOKENS", "launch_window_attention", "reference", "tile", "window_kernel"]
