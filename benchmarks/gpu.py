@@ -33,7 +33,7 @@ from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
 from harmoq_ao.runtime.fixed_size import fixed_size
-from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize, window_attention
+from harmoq_ao.triton_kernels import attention, lowbit_linear, mlp, quantize, window_attention
 from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from harmoq_ao.triton_kernels.operands import from_operands
 
@@ -144,8 +144,8 @@ def _check_core(whole: PackedAttention, x: Tensor, mask: Tensor, mode: str) -> d
     """Attention of given q, k and v."""
     operands = replace(whole, qkv=None, proj=None, proj_heads=None)
     q, k, v = (x.roll(turn, 0).unflatten(-1, (whole.heads, whole.head_dim)).contiguous() for turn in range(3))
-    found = window_attention.launch_attention(q, k, v, operands, mask=mask)
-    expected = window_attention.reference_attention(q, k, v, operands, mask=mask)
+    found = attention.launch_attention(q, k, v, operands, mask=mask)
+    expected = attention.reference(q, k, v, operands, mask=mask)
     return _floats(f"attention {mode}", found, expected)
 
 

@@ -1,4 +1,4 @@
-"""Operands of `window_attention`: heads padded for the tensor cores, constants of the quantized products."""
+"""Operands of an attention in the kernels' layout: heads padded for the tensor cores, qparams of both products."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import pack, unpack
 from harmoq_ao.triton_kernels.launch import check_vector
 from harmoq_ao.triton_kernels.operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
+
+LOG2E = 1.4426950408889634
+"""Factor of position bias and scores: the kernels' softmax takes ``exp2``."""
 
 MAX_HEAD_DIM = 32
 MAX_TOKENS = 256
@@ -98,6 +101,11 @@ class PackedAttention:
             return "cosine"
         return "products" if self.scale_after else "scaled"
 
+    @property
+    def warps(self) -> int:
+        """Warps of a program: the codes and int32 sums of mode "paper" do not fit into the registers of 4."""
+        return 8 if self.left_bits else 4
+
 
 def pack_attention(
     qkv: tuple[LinearOperands, Tensor, int] | None,
@@ -133,6 +141,7 @@ def pack_attention(
     check_vector(score_scale, heads, "score_scale")
     if bias is not None and (bias.dim() != 3 or len(bias) != heads):
         raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
+    # Float contractions are at least 16 long, int8 ones 32.
     padded = 16 if head_dim <= 16 and matmuls is None else 32
     projection = None if proj is None else from_operands(*proj)
     return PackedAttention(
@@ -140,7 +149,8 @@ def pack_attention(
         projection,
         None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
         heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
-        None if bias is None else (bias.float() * 1.4426950408889634).contiguous(),
+        # Once here instead of once a score in the kernel.
+        None if bias is None else (bias.float() * LOG2E).contiguous(),
         None if matmuls is None else _factors(matmuls, head_dim, padded),
         None if matmuls is None else _bounds(matmuls),
         0 if matmuls is None else matmuls.q.bits,
@@ -156,9 +166,7 @@ def _pad_rows(
         raise KernelError("The qkv linear does not fit", found=len(operands.weight), expected=3 * heads * head_dim)
 
     def spread(value: Tensor) -> Tensor:
-        out = value.new_zeros(3 * heads, padded, *value.shape[1:])
-        out[:, :head_dim] = value.reshape(3 * heads, head_dim, *value.shape[1:])
-        return out.flatten(0, 1)
+        return _spread(value.t(), 3 * heads, padded).t().contiguous()
 
     columns = operands.weight.shape[1]
     wide = replace(
@@ -184,19 +192,26 @@ def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int
             expected=f"{heads * head_dim} columns, static bounds",
         )
 
-    def spread(value: Tensor, fill: float) -> Tensor:
-        out = value.new_full((*value.shape[:-1], heads, COLUMN_GROUP), fill)
-        out[..., : head_dim * stride : stride] = value.reshape(*value.shape[:-1], heads, head_dim)
-        return out.flatten(-2)
+    def spread(value: Tensor, fill: float = 0.0) -> Tensor:
+        return _spread(value, heads, COLUMN_GROUP, stride, fill)
 
+    # Codes in between are zero (half a range as signed: the offset below), whatever weight they meet.
     codes = unpack_weight(linear.codes, linear.weight_bits, linear.columns)
     return replace(
         linear,
-        codes=pack_weight(spread(codes, 0), linear.weight_bits),
+        codes=pack_weight(spread(codes), linear.weight_bits),
         columns=heads * COLUMN_GROUP,
-        reciprocal=spread(linear.reciprocal, 0.0),
+        reciprocal=spread(linear.reciprocal),
         offset=spread(linear.offset, float(1 << (linear.act_bits - 1))),
     )
+
+
+def _spread(value: Tensor, groups: int, width: int, stride: int = 1, fill: float = 0.0) -> Tensor:
+    """The last axis, ``groups`` of D, as groups of ``width``: channel ``d`` at ``d * stride``, ``fill`` elsewhere."""
+    parts = value.unflatten(-1, (groups, -1))
+    out = value.new_full((*parts.shape[:-1], width), fill)
+    out[..., : parts.shape[-1] * stride : stride] = parts
+    return out.flatten(-2)
 
 
 def _factors(matmuls: MatmulQuantizers, head_dim: int, padded: int) -> Tensor:
@@ -218,4 +233,4 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["MAX_HEAD_DIM", "MAX_KEYS", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]
+__all__ = ["LOG2E", "MAX_HEAD_DIM", "MAX_KEYS", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]

@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from harmoq_ao.triton_kernels import lowbit_linear, mlp, quantize, window_attention
+from harmoq_ao.triton_kernels import attention, lowbit_linear, mlp, quantize, window_attention
 from harmoq_ao.triton_kernels.operands import COLUMN_GROUP, container_bits
 
 
@@ -65,7 +65,7 @@ def _linear_cases() -> Iterator[Case]:
         ("hat-s proj codes", 144, 144, "codes", "*u8", all_bits),
     )
     for name, columns, rows, mode, x_type, widths in variants:
-        for bits in widths:
+        for bits in widths:  # unpacking differs by width
             yield _linear_case(f"lowbit_linear / {name} w{bits}", columns, rows, mode, x_type, bits)
 
 
@@ -77,8 +77,8 @@ def _linear_case(name: str, columns: int, rows: int, mode: str, x_type: str, bit
         "offset_ptr": "*fp32" if mode == "static" else None, "lower_ptr": None, "step_ptr": None,
         "residual_ptr": "*fp16" if mode == "codes" else None, "out_reciprocal_ptr": None, "out_offset_ptr": None,
         "out_ptr": "*fp16", "M": "i32", "x_stride": "i32", "residual_stride": "i32", "K": columns, "N": rows,
-        "ROW_BYTES": row_bytes(columns, bits), "WEIGHT_BITS": bits, "MID_RISE": bits < 8, "ACT_BITS": 8,
         "INPUT": mode, "GELU": "erf" if token else "none", "OUT_BITS": 0, **lowbit_linear.tile(rows, columns),
+        **_linear_constants(columns, bits),
     }  # fmt: skip
     return Case(name, lowbit_linear.lowbit_linear_kernel, arguments)
 
@@ -96,19 +96,26 @@ def _mlp_case(name: str, channels: int, hidden: int, bits: int, norm: bool = Tru
     arguments = {
         "x_ptr": "*fp16", "residual_ptr": "*fp16", "out_ptr": "*fp16", "M": "i32", "x_stride": "i32",
         "residual_stride": "i32", "eps": "fp32", "C": channels, "HIDDEN": hidden, "OUT": channels,
-        "ROW_BYTES1": row_bytes(channels, bits), "ROW_BYTES2": row_bytes(hidden, bits), "BITS1": bits, "BITS2": bits,
-        "MID_RISE1": bits < 8, "MID_RISE2": bits < 8, "ACT_BITS1": 8, "ACT_BITS2": 8, "GELU": gelu, "NORM": norm,
-        **sizes,
+        "GELU": gelu, "NORM": norm, **_two_linears(channels, hidden, bits), **sizes,
     }  # fmt: skip
-    for layer in "12":
-        for tensor, kind in _LINEAR_POINTERS.items():
-            arguments[f"{tensor}{layer}_ptr"] = kind
     return Case(name, mlp.mlp_kernel, arguments, num_warps=warps, num_stages=1)
 
 
 _LINEAR_POINTERS = {
     "weight": "*u8", "start": "*i32", "scale": "*fp32", "constant": "*fp32", "reciprocal": "*fp32", "offset": "*fp32",
 }  # fmt: skip
+
+
+def _linear_constants(columns: int, bits: int, suffix: str = "") -> dict[str, Any]:
+    """As `PackedLinear.constants`, with activations of 8 bits."""
+    values = {"ROW_BYTES": row_bytes(columns, bits), "BITS": bits, "MID_RISE": bits < 8, "ACT_BITS": 8}
+    return {f"{name}{suffix}": value for name, value in values.items()}
+
+
+def _two_linears(columns1: int, columns2: int, bits: int) -> dict[str, Any]:
+    """Pointers and constants of both linears of a fused kernel."""
+    pointers = {f"{tensor}{layer}_ptr": kind for layer in "12" for tensor, kind in _LINEAR_POINTERS.items()}
+    return pointers | _linear_constants(columns1, bits, "1") | _linear_constants(columns2, bits, "2")
 
 
 def _window_cases() -> Iterator[Case]:
@@ -123,13 +130,9 @@ def _window_cases() -> Iterator[Case]:
 def _window_case(name: str, channels: int, heads: int, bits: int, paper: bool = False, cosine: bool = False) -> Case:
     arguments = {
         "x_ptr": "*fp16", **_attention_arguments(channels, heads, 64, paper, cosine), "eps": "fp32", "C": channels,
-        "ROW_BYTES1": row_bytes(channels, bits), "BITS1": bits, "MID_RISE1": bits < 8, "ACT_BITS1": 8, "NORM": True,
-        "residual_ptr": None, "OUT": channels, "ROW_BYTES2": row_bytes(heads * 32, bits), "BITS2": bits,
-        "MID_RISE2": bits < 8, "ACT_BITS2": 8,
-        **window_attention.window_tile(channels, channels),
+        "NORM": True, "residual_ptr": None, "OUT": channels, **_two_linears(channels, heads * 32, bits),
+        **window_attention.tile(channels, channels),
     }  # fmt: skip
-    for layer in "12":
-        arguments |= {f"{tensor}{layer}_ptr": kind for tensor, kind in _LINEAR_POINTERS.items()}
     return Case(name, window_attention.window_kernel, arguments, num_warps=8 if paper else 4, num_stages=1)
 
 
@@ -148,8 +151,8 @@ def _attention_cases() -> Iterator[Case]:
         arguments |= dict.fromkeys(("reciprocal_ptr", "offset_ptr"), "*fp32" if out_bits else None)
         arguments |= {"out_ptr": "*u8" if out_bits else "*fp16", "OUT_BITS": out_bits}
         warps = 8 if paper else 4
-        arguments |= window_attention.attention_tile(tokens, warps)
-        kernel = window_attention.attention_kernel
+        arguments |= attention.tile(tokens, warps)
+        kernel = attention.attention_kernel
         case = Case(f"attention / {name}", kernel, arguments, integer_mma=paper, num_warps=warps, num_stages=1)
         yield case
         if name == "dat-light 8x32 paper":
@@ -157,7 +160,7 @@ def _attention_cases() -> Iterator[Case]:
 
 
 def _attention_arguments(channels: int, heads: int, tokens: int, paper: bool, cosine: bool) -> dict[str, Any]:
-    """What both attention kernels have."""
+    """Arguments that `window_kernel` and `attention_kernel` have in common."""
     head_dim = channels // heads
     quantizers = "*fp32" if paper else None
     return {

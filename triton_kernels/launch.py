@@ -1,4 +1,4 @@
-"""What all launchers share: compiler options, block sizes, checks of operands."""
+"""Compiler options, block sizes and argument checks that the launchers share."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ OPTIONS = {"enable_fp_fusion": False}
 """Codes need a multiplication and an addition that are rounded separately."""
 
 GELU_KINDS = ("none", "erf", "tanh")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+"""Types that kernels read and write."""
+
+MAX_CHANNELS = 256
+"""Most input and output channels of a fused kernel: one program holds whole rows of both."""
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -45,6 +50,14 @@ def check_vector(value: Tensor | None, length: int, name: str, dtype: torch.dtyp
         )
 
 
+def check_residual(residual: Tensor | None, rows: int, columns: int) -> None:
+    """Raise KernelError unless ``residual`` is None or floats `[rows, columns]`."""
+    if residual is not None:
+        check_matrix(residual, columns, "The residual", FLOATS)
+        if len(residual) != rows:
+            raise KernelError("The residual has another number of rows", found=len(residual), expected=rows)
+
+
 def check_bits(bits: int, name: str, allowed: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)) -> None:
     """Raise KernelError unless ``bits`` is one of ``allowed``."""
     if bits not in allowed:
@@ -58,12 +71,15 @@ def check_choice(value: str, allowed: tuple[str, ...], name: str) -> None:
 
 
 __all__ = [
+    "FLOATS",
     "GELU_KINDS",
+    "MAX_CHANNELS",
     "OPTIONS",
     "blocks",
     "check_bits",
     "check_choice",
     "check_matrix",
+    "check_residual",
     "check_vector",
     "power_of_two",
 ]

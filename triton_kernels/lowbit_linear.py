@@ -20,22 +20,33 @@ from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
-from harmoq_ao.triton_kernels import tuning
-from harmoq_ao.triton_kernels.device import contract, gelu, load_weight, signed_codes, unsigned_codes
+from harmoq_ao.triton_kernels.device import (
+    add_residual,
+    bounds_of,
+    contract,
+    gelu,
+    load_rows,
+    load_weight,
+    quantize_columns,
+    row_extremes,
+    signed_codes,
+    start_accumulator,
+    token_position,
+    unsigned_codes,
+)
 from harmoq_ao.triton_kernels.launch import (
+    FLOATS,
     GELU_KINDS,
     OPTIONS,
     blocks,
     check_bits,
     check_choice,
     check_matrix,
+    check_residual,
     check_vector,
     power_of_two,
 )
 from harmoq_ao.triton_kernels.operands import PackedLinear
-from harmoq_ao.triton_kernels.quantize import bounds_of
-
-FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @triton.jit
@@ -45,9 +56,9 @@ def lowbit_linear_kernel(
     start_ptr: tl.tensor,
     scale_ptr: tl.tensor,
     constant_ptr: tl.tensor,
-    total_ptr: tl.tensor,
     reciprocal_ptr: tl.tensor,
     offset_ptr: tl.tensor,
+    total_ptr: tl.tensor,
     lower_ptr: tl.tensor,
     step_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -60,7 +71,7 @@ def lowbit_linear_kernel(
     K: tl.constexpr,
     N: tl.constexpr,
     ROW_BYTES: tl.constexpr,
-    WEIGHT_BITS: tl.constexpr,
+    BITS: tl.constexpr,
     MID_RISE: tl.constexpr,
     ACT_BITS: tl.constexpr,
     INPUT: tl.constexpr,
@@ -78,35 +89,38 @@ def lowbit_linear_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_mask, column_mask = rows < M, columns < N
+    # Harmless values: the compiler drops what no branch below reads.
     lower = tl.zeros([BLOCK_M], tl.float32)
     step = tl.full([BLOCK_M], 1.0, tl.float32)
     if INPUT == "token":
+        # A row's range takes all of its channels: one more pass, before the contraction.
         lower, step = _row_bounds(x_ptr, reciprocal_ptr, rows, row_mask, x_stride, K, ACT_BITS, BLOCK_M, BLOCK_K)
     elif total_ptr is not None:
         lower = tl.load(lower_ptr + rows, mask=row_mask, other=0.0)
         step = tl.load(step_ptr + rows, mask=row_mask, other=1.0)
-    start = tl.load(start_ptr + columns, mask=column_mask, other=0)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) + start[None, :]
+    acc = start_accumulator(start_ptr, columns, column_mask, BLOCK_M)
+    # The activation is rounded anew in each tile of columns: no codes travel through memory.
     for first in range(0, K, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
         left = _activation(
             x_ptr, reciprocal_ptr, offset_ptr, lower, step, rows, row_mask, channels, x_stride, K, ACT_BITS, INPUT
         )
-        weight = load_weight(weight_ptr, columns, column_mask, first, ROW_BYTES, BLOCK_K, WEIGHT_BITS, MID_RISE)
-        acc = contract(left, weight, acc, WEIGHT_BITS, MID_RISE)
+        weight = load_weight(weight_ptr, columns, column_mask, first, ROW_BYTES, BLOCK_K, BITS, MID_RISE)
+        acc = contract(left, weight, acc, BITS, MID_RISE)
     out_at = out_ptr + rows[:, None] * N + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
+    # Accumulators are for tests: they must equal the reference bit for bit.
     if OUT_BITS == -1:
         tl.store(out_at, acc, mask=mask)
     else:
         y = acc.to(tl.float32) * tl.load(scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
         if total_ptr is not None:
+            # x = step q + lower: the lower bound contributes the sum of the weights, which `total` holds.
             total = tl.load(total_ptr + columns, mask=column_mask, other=0.0)
             y = y * step[:, None] + lower[:, None] * total[None, :]
         y = gelu(y + tl.load(constant_ptr + columns, mask=column_mask, other=0.0)[None, :], GELU)
-        if residual_ptr is not None:
-            residual_at = residual_ptr + rows[:, None] * residual_stride + columns[None, :]
-            y += tl.load(residual_at, mask=mask, other=0.0).to(tl.float32)
+        y = add_residual(y, residual_ptr, rows, residual_stride, columns, mask)
+        # Codes leave at once where the next kernel takes them: a quarter of the bytes, no second pass.
         if OUT_BITS == 0:
             tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
         else:
@@ -133,11 +147,11 @@ def _row_bounds(
     for first in range(0, K, BLOCK_K):
         channels = first + tl.arange(0, BLOCK_K)
         mask = row_mask[:, None] & (channels < K)[None, :]
-        x = tl.load(x_ptr + rows[:, None] * x_stride + channels[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = load_rows(x_ptr, rows, x_stride, channels, mask)
         if reciprocal_ptr is not None:
             x = x * tl.load(reciprocal_ptr + channels, mask=channels < K, other=0.0)[None, :]
-        lower = tl.minimum(lower, tl.min(tl.where(mask, x, float("inf")), 1))
-        upper = tl.maximum(upper, tl.max(tl.where(mask, x, float("-inf")), 1))
+        least, most = row_extremes(x, mask)
+        lower, upper = tl.minimum(lower, least), tl.maximum(upper, most)
     return bounds_of(lower, upper, BITS)
 
 
@@ -159,19 +173,18 @@ def _activation(
     """Signed codes `[BLOCK_M, BLOCK_K]` int8, zero beyond channel K."""
     inside = channels < K
     mask = row_mask[:, None] & inside[None, :]
-    half: tl.constexpr = 1 << (BITS - 1)
-    at = x_ptr + rows[:, None] * x_stride + channels[None, :]
     if INPUT == "codes":
+        half: tl.constexpr = 1 << (BITS - 1)
+        at = x_ptr + rows[:, None] * x_stride + channels[None, :]
+        # int16 between: an unsigned byte less 128 does not fit into a signed one.
         return (tl.load(at, mask=mask, other=half).to(tl.int16) - half).to(tl.int8)
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
+    x = load_rows(x_ptr, rows, x_stride, channels, mask)
     if INPUT == "static":
-        # 0 * 0 + half has the signed code 0
-        reciprocal = tl.load(reciprocal_ptr + channels, mask=inside, other=0.0)
-        offset = tl.load(offset_ptr + channels, mask=inside, other=half)
-        return signed_codes(x * reciprocal[None, :] + offset[None, :], BITS)
+        return quantize_columns(x, reciprocal_ptr, offset_ptr, channels, inside, BITS)
     if reciprocal_ptr is not None:
         x = x * tl.load(reciprocal_ptr + channels, mask=inside, other=0.0)[None, :]
-    codes = signed_codes(x * tl.div_rn(1.0, step)[:, None] + tl.div_rn(-lower, step)[:, None], BITS)
+    codes = signed_codes(token_position(x, lower, step), BITS)
+    # No offset of a column can make padding the code 0 here.
     return tl.where(inside[None, :], codes, 0)
 
 
@@ -194,8 +207,7 @@ def launch_lowbit_linear(
     reciprocal, offset, bits = (None, None, 0) if requantize is None else requantize
     lower, step = (None, None) if token_bounds is None else token_bounds
     out = torch.empty(len(x), weight.rows, dtype=torch.uint8 if bits else out_dtype, device=x.device)
-    extras = (weight.total, weight.reciprocal, weight.offset, lower, step, residual, reciprocal, offset)
-    _run(x, weight, extras, out, gelu, bits)
+    _run(x, weight, (weight.total, lower, step, residual, reciprocal, offset), out, gelu, bits)
     return out
 
 
@@ -207,7 +219,7 @@ def launch_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
     """
     check_matrix(codes, weight.columns, "The activation", (torch.uint8,))
     out = torch.empty(len(codes), weight.rows, dtype=torch.int32, device=codes.device)
-    _run(codes, weight, (None,) * 8, out, "none", -1)
+    _run(codes, weight, (None,) * 6, out, "none", -1)
     return out
 
 
@@ -223,21 +235,19 @@ def _run(
         mode = "codes"
     else:
         mode = "static" if weight.static else "token"
-    config = tuning.default("lowbit_linear", **tile(weight.rows, weight.columns))
-    sizes, residual = config.blocks, extras[5]
+    sizes, residual = tile(weight.rows, weight.columns), extras[3]
     if out.numel() == 0:
         return
     lowbit_linear_kernel[(blocks(len(x), sizes["BLOCK_M"]), blocks(weight.rows, sizes["BLOCK_N"]))](
-        x, weight.codes, weight.start, weight.scale, weight.constant, *extras, out,
+        x, *weight.tensors, *extras, out,
         len(x), x.stride(0), 0 if residual is None else residual.stride(0),
-        K=weight.columns, N=weight.rows, ROW_BYTES=weight.row_bytes, WEIGHT_BITS=weight.weight_bits,
-        MID_RISE=weight.mid_rise, ACT_BITS=weight.act_bits, INPUT=mode, GELU=gelu, OUT_BITS=out_bits,
-        **sizes, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS,
+        K=weight.columns, N=weight.rows, **weight.constants(), INPUT=mode, GELU=gelu, OUT_BITS=out_bits,
+        **sizes, num_warps=4, num_stages=2, **OPTIONS,
     )  # fmt: skip
 
 
 def tile(rows: int, columns: int) -> dict[str, int]:
-    """Default block sizes: 64 rows of activations are one wgmma; the contraction goes in steps of up to 128."""
+    """Block sizes: 64 rows of activations are one wgmma; the contraction goes in steps of up to 128."""
     return {
         "BLOCK_M": 64,
         "BLOCK_N": min(power_of_two(rows, 16), 64),
@@ -257,10 +267,7 @@ def check_operands(
     """Raise KernelError where an argument of `launch_lowbit_linear` does not fit."""
     check_matrix(x, weight.columns, "The activation", (torch.uint8, *FLOATS))
     check_choice(gelu, GELU_KINDS, "activation function")
-    if residual is not None:
-        check_matrix(residual, weight.rows, "The residual", FLOATS)
-        if len(residual) != len(x):
-            raise KernelError("The residual has another number of rows", found=len(residual), expected=len(x))
+    check_residual(residual, len(x), weight.rows)
     if out_dtype not in FLOATS:
         raise KernelError("The kernel does not write this type", found=out_dtype, expected=FLOATS)
     if requantize is not None:
@@ -286,6 +293,7 @@ def reference_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
     effective = weight.effective_codes()
     if codes.device.type == "cpu":
         return codes.to(torch.int32) @ effective.to(torch.int32).t()
+    # No integer product on GPUs; float64 holds these sums exactly.
     return (codes.double() @ effective.double().t()).to(torch.int32)
 
 
@@ -313,6 +321,7 @@ def reference(
     Returns:
         `[M, N]` of ``out_dtype``, or uint8 codes.
     """
+    # Step by step as in the kernel, so that integers can be compared and floats differ by rounding alone.
     codes, token_bounds = _codes(x, weight, token_bounds)
     y = epilogue(reference_accumulate(codes, weight), weight, token_bounds)
     y = gelu_reference(y, gelu)
@@ -344,6 +353,14 @@ def epilogue(acc: Tensor, weight: PackedLinear, token_bounds: tuple[Tensor, Tens
     return y + weight.constant
 
 
+def reference_behind_norm(x: Tensor, linear: PackedLinear, eps: float | None) -> Tensor:
+    """`[M, N]` float32 of a linear behind a LayerNorm whose affine `operands.with_norm` folded; None for no norm."""
+    values = x.float()
+    if eps is not None:
+        values = F.layer_norm(values, (values.shape[-1],), eps=eps)
+    return reference(values, linear)
+
+
 def gelu_reference(x: Tensor, kind: str) -> Tensor:
     """GELU by ``kind``: "none", "erf" or "tanh"."""
     return x if kind == "none" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
@@ -358,5 +375,6 @@ __all__ = [
     "lowbit_linear_kernel",
     "reference",
     "reference_accumulate",
+    "reference_behind_norm",
     "tile",
 ]

@@ -1,19 +1,19 @@
-"""Weights and constants as the kernels want them, made once from a site's `LinearOperands`.
+"""Operands of a linear in the kernels' layout, packed once from a site's `LinearOperands`.
 
 Kernels contract signed activation codes ``s = q - h``, ``h = 2**(act_bits - 1)``, with effective weight codes ``E``
 (``2 w + 1`` for mid-rise weights, ``factor = 2``; else ``w``, ``factor = 1``), so that a row of weights needs no shift
 of its own::
 
     A_i = sum_j s_j E_ij + start_i = sum_j q_j E_ij                       start_i = h sum_j E_ij
-    y_i = scale_i A_i + constant_i                                        static bounds
-    y_i = step (scale_i A_i) + lower total_i + constant_i                 bounds per token
+    y_i = scale_i A_i + constant_i                                        static qparams
+    y_i = step (scale_i A_i) + lower total_i + constant_i                 qparams per token
 
 ``A`` is ``factor * sum_j q_j w_ij + (factor - 1) sum_j q_j`` of the canonical accumulator, exactly.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -112,6 +112,21 @@ class PackedLinear:
         return self.codes.shape[1]
 
     @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Arguments of a kernel: ``weight_ptr``, ``start_ptr``, ``scale_ptr``, ``constant_ptr``, ``reciprocal_ptr``,
+        ``offset_ptr``."""
+        return self.codes, self.start, self.scale, self.constant, self.reciprocal, self.offset
+
+    def constants(self, suffix: str = "") -> dict[str, int]:
+        """Constexprs of a kernel, ``suffix`` behind each name."""
+        return {
+            f"ROW_BYTES{suffix}": self.row_bytes,
+            f"BITS{suffix}": self.weight_bits,
+            f"MID_RISE{suffix}": self.mid_rise,
+            f"ACT_BITS{suffix}": self.act_bits,
+        }
+
+    @property
     def static(self) -> bool:
         """Whether the activation has static bounds."""
         return self.offset is not None
@@ -148,13 +163,16 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
         )
     codes = unpack(packed_codes, weight_bits, columns)
     effective = _effective(codes.to(torch.int64), weight_bits, mid_rise)
+    # What the shift to signed codes takes away, the accumulator begins with.
     start = (effective.sum(1) << (operands.act_bits - 1)).to(torch.int32)
     total = integer_reference.weight_total(operands.weight, operands.weight_scale, shift)
+    # Mid-rise codes were doubled; halving a float is exact.
     scale = operands.weight_scale / (2 if mid_rise else 1)
     bias = torch.zeros_like(scale) if operands.bias is None else operands.bias
     act, joint = operands.act, operands.joint_scale
     reciprocal: Tensor | None = None if joint is None else joint.reciprocal()
     offset: Tensor | None = None
+    # Static qparams fold into the epilogue; per token, the kernel applies them.
     if act is not None:
         reciprocal, offset = (
             value.reshape(-1).expand(columns).contiguous()
@@ -170,6 +188,24 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
     )  # fmt: skip
 
 
+def fold_norm(weight: Tensor | None, bias: Tensor | None, reciprocal: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Reciprocal and offset that also apply a LayerNorm's affine: ``w r`` and ``b r + c``, `[K]` or 0-d."""
+    factor = reciprocal if weight is None else weight.float() * reciprocal
+    return factor, offset if bias is None else bias.float() * reciprocal + offset
+
+
+def with_norm(linear: PackedLinear, weight: Tensor | None, bias: Tensor | None) -> PackedLinear:
+    """The linear with a LayerNorm's affine folded into its quantizer; the kernel then only standardizes.
+
+    Raises:
+        KernelError: The activation is quantized per token.
+    """
+    if linear.reciprocal is None or linear.offset is None:
+        raise KernelError("A LayerNorm folds into static bounds only", found="bounds per token", expected="static")
+    reciprocal, offset = fold_norm(weight, bias, linear.reciprocal, linear.offset)
+    return replace(linear, reciprocal=reciprocal.contiguous(), offset=offset.contiguous())
+
+
 def _one_pair(act: integer_reference.Affine) -> integer_reference.Affine:
     if act.step.numel() != 1 or act.lower.numel() != 1:
         raise KernelError(
@@ -180,4 +216,13 @@ def _one_pair(act: integer_reference.Affine) -> integer_reference.Affine:
     return integer_reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
 
 
-__all__ = ["MAX_COLUMNS", "PackedLinear", "container_bits", "from_operands", "pack_weight", "unpack_weight"]
+__all__ = [
+    "MAX_COLUMNS",
+    "PackedLinear",
+    "container_bits",
+    "fold_norm",
+    "from_operands",
+    "pack_weight",
+    "unpack_weight",
+    "with_norm",
+]

@@ -1,178 +1,84 @@
-"""The kernels as torch operators ``harmoq::...``: Triton on GPUs, their plain torch references on CPUs.
+"""Fused kernels as torch operators ``harmoq::...``: Triton on GPUs, their plain torch references on CPUs.
 
 Traced graphs (`torch.compile`, `torch.export`) hold one opaque call each. Operators take tensors and numbers only; the
-functions named like the kernels take operands' dataclasses and spread them out. All outputs are contiguous.
+functions named like the kernels take operands' dataclasses and spread them out. All outputs are contiguous. Arguments
+are checked by the launchers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harmoq_ao.triton_kernels import lowbit_linear as _linear
+from harmoq_ao.triton_kernels import attention as _attention
 from harmoq_ao.triton_kernels import mlp as _mlp
-from harmoq_ao.triton_kernels import quantize as _quantize
-from harmoq_ao.triton_kernels import window_attention as _attention
+from harmoq_ao.triton_kernels import window_attention as _window
 from harmoq_ao.triton_kernels.attention_operands import PackedAttention
 from harmoq_ao.triton_kernels.operands import PackedLinear
 
 _TENSORS = ("codes", "start", "scale", "constant", "total", "reciprocal", "offset")
 _NUMBERS = ("weight_bits", "columns", "mid_rise", "act_bits")
+_LINEARS = ("qkv", "proj", "proj_heads")
+_ATTENTION_TENSORS = ("score_scale", "bias", "factors", "bounds")
+_ATTENTION_NUMBERS = (
+    "heads", "head_dim", "padded", "cosine", "scale_after", "left_bits", "right_bits", "relative",
+)  # fmt: skip
+_FLAGS = ("mid_rise", "cosine", "scale_after", "relative")
+
+Flat = tuple[list[Tensor | None], list[int]]
 
 
 # --- operands as flat lists -------------------------------------------------------------------------------------------
 
 
-def flatten_linear(linear: PackedLinear) -> tuple[list[Tensor | None], list[int]]:
-    """Tensors and numbers of a linear, in the order that the operators take."""
+def flatten_linear(linear: PackedLinear | None) -> Flat:
+    """Tensors and numbers of a linear, in the order that the operators take; all None and 0 for a missing one."""
+    if linear is None:
+        return [None] * len(_TENSORS), [0] * len(_NUMBERS)
     return [getattr(linear, name) for name in _TENSORS], [int(getattr(linear, name)) for name in _NUMBERS]
 
 
 def restore_linear(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> PackedLinear:
-    """Inverse of `flatten_linear`."""
-    values: dict[str, object] = dict(zip(_TENSORS, tensors, strict=True))
-    values |= dict(zip(_NUMBERS, numbers, strict=True))
-    values["mid_rise"] = bool(values["mid_rise"])
-    return PackedLinear(**values)  # type: ignore[arg-type]
+    """Inverse of `flatten_linear` for a linear that is there."""
+    return PackedLinear(**_named(_TENSORS, tensors), **_named(_NUMBERS, numbers))
 
 
-_LINEARS = ("qkv", "proj", "proj_heads")
-
-
-def flatten_attention(attention: PackedAttention) -> tuple[list[Tensor | None], list[int]]:
-    """Tensors and numbers of an attention, in the order that the operators take; a missing linear is all None and 0."""
+def flatten_attention(attention: PackedAttention) -> Flat:
+    """Tensors and numbers of an attention and its linears, in the order that the operators take."""
     tensors: list[Tensor | None] = []
     numbers: list[int] = []
     for name in _LINEARS:
-        linear = getattr(attention, name)
-        parts = ([None] * len(_TENSORS), [0] * len(_NUMBERS)) if linear is None else flatten_linear(linear)
-        tensors += parts[0]
-        numbers += parts[1]
-    for field in fields(attention):
-        value = getattr(attention, field.name)
-        if field.name in _LINEARS:
-            continue
-        if value is None or isinstance(value, Tensor):
-            tensors.append(value)
-        else:
-            numbers.append(int(value))
+        linear_tensors, linear_numbers = flatten_linear(getattr(attention, name))
+        tensors += linear_tensors
+        numbers += linear_numbers
+    tensors += [getattr(attention, name) for name in _ATTENTION_TENSORS]
+    numbers += [int(getattr(attention, name)) for name in _ATTENTION_NUMBERS]
     return tensors, numbers
 
 
 def restore_attention(tensors: Sequence[Tensor | None], numbers: Sequence[int]) -> PackedAttention:
     """Inverse of `flatten_attention`."""
-    count, width = len(_TENSORS), len(_NUMBERS)
-    qkv, proj, proj_heads = (
-        None if tensors[i * count] is None
-        else restore_linear(tensors[i * count : (i + 1) * count], numbers[i * width : (i + 1) * width])
-        for i in range(len(_LINEARS))
-    )  # fmt: skip
-    score_scale, bias, factors, bounds = tensors[len(_LINEARS) * count :]
-    heads, head_dim, padded, cosine, scale_after, left_bits, right_bits, relative = numbers[len(_LINEARS) * width :]
-    assert score_scale is not None
-    return PackedAttention(
-        qkv, proj, proj_heads, heads, head_dim, padded, score_scale, bool(cosine), bool(scale_after), bias, factors,
-        bounds, left_bits, right_bits, bool(relative),
-    )  # fmt: skip
+    linears: dict[str, Any] = {}
+    for name in _LINEARS:
+        here, tensors = tensors[: len(_TENSORS)], tensors[len(_TENSORS) :]
+        counts, numbers = numbers[: len(_NUMBERS)], numbers[len(_NUMBERS) :]
+        linears[name] = None if here[0] is None else restore_linear(here, counts)
+    return PackedAttention(**linears, **_named(_ATTENTION_TENSORS, tensors), **_named(_ATTENTION_NUMBERS, numbers))
 
 
-# --- quantize ---------------------------------------------------------------------------------------------------------
+def _named(names: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Values by field; flags as bools, because a constexpr 1 would compile the kernel anew beside True."""
+    return {name: bool(v) if name in _FLAGS else v for name, v in zip(names, values, strict=True)}
 
 
-@torch.library.custom_op("harmoq::quantize", mutates_args=())
-def quantize(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
-    """`quantize.reference`."""
-    run = _quantize.launch_quantize if x.is_cuda else _quantize.reference
-    return run(x, reciprocal, offset, bits, packed)
-
-
-@quantize.register_fake
-def _(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
-    return x.new_empty(x.shape[0], (x.shape[1] * bits + 7) // 8 if packed else x.shape[1], dtype=torch.uint8)
-
-
-@torch.library.custom_op("harmoq::layernorm_quantize", mutates_args=())
-def layernorm_quantize(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal: Tensor,
-    offset: Tensor,
-    bits: int,
-    eps: float = 1e-5,
-    packed: bool = False,
-) -> Tensor:
-    """`quantize.reference_layernorm`."""
-    if not x.is_cuda:
-        return _quantize.reference_layernorm(x, weight, bias, reciprocal, offset, bits, eps, packed)
-    factor, shift = _quantize.fold_norm(weight, bias, reciprocal, offset)
-    return _quantize.launch_quantize(x, factor, shift, bits, packed=packed, eps=eps)
-
-
-@layernorm_quantize.register_fake
-def _(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal: Tensor,
-    offset: Tensor,
-    bits: int,
-    eps: float = 1e-5,
-    packed: bool = False,
-) -> Tensor:
-    return x.new_empty(x.shape[0], (x.shape[1] * bits + 7) // 8 if packed else x.shape[1], dtype=torch.uint8)
-
-
-@torch.library.custom_op("harmoq::quantize_tokens", mutates_args=())
-def quantize_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """`quantize.reference_tokens`."""
-    run = _quantize.launch_quantize_tokens if x.is_cuda else _quantize.reference_tokens
-    return run(x, bits, joint_scale)
-
-
-@quantize_tokens.register_fake
-def _(x: Tensor, bits: int, joint_scale: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    bound = x.new_empty(x.shape[0], 1, dtype=torch.float32)
-    return x.new_empty(x.shape, dtype=torch.uint8), bound, torch.empty_like(bound)
-
-
-# --- linear -----------------------------------------------------------------------------------------------------------
-
-
-@torch.library.custom_op("harmoq::lowbit_linear", mutates_args=())
-def _lowbit_linear(
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
-    numbers: Sequence[int],
-    gelu: str,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    linear = restore_linear(tensors, numbers)
-    run = _linear.launch_lowbit_linear if x.is_cuda else _linear.reference
-    return run(x, linear, gelu=gelu, residual=residual, out_dtype=out_dtype)
-
-
-@_lowbit_linear.register_fake
-def _(x: Tensor, tensors: Sequence[Tensor | None], *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], _rows(tensors), dtype=rest[-1])
-
-
-def lowbit_linear(
-    x: Tensor,
-    weight: PackedLinear,
-    *,
-    gelu: str = "none",
-    residual: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """`lowbit_linear.reference` of floats or of codes with static bounds, as the operator ``harmoq::lowbit_linear``."""
-    y: Tensor = _lowbit_linear(x, *flatten_linear(weight), gelu, residual, out_dtype)
-    return y
+def _rows(tensors: Sequence[Tensor | None]) -> int:
+    """Output channels of the first linear in a flat list."""
+    codes = tensors[0]
+    assert codes is not None
+    return codes.shape[0]
 
 
 # --- mlp --------------------------------------------------------------------------------------------------------------
@@ -226,7 +132,7 @@ def _window_attention(
     residual: Tensor | None,
     compute: torch.dtype,
 ) -> Tensor:
-    run = _attention.launch_window_attention if x.is_cuda else _attention.reference
+    run = _window.launch_window_attention if x.is_cuda else _window.reference
     operands = restore_attention(tensors, numbers)
     return run(x, operands, mask=mask, eps=eps, residual=residual, compute=compute)
 
@@ -260,7 +166,7 @@ def _attention_core(
     mask: Tensor | None,
     compute: torch.dtype,
 ) -> Tensor:
-    run = _attention.launch_attention if q.is_cuda else _attention.reference_attention
+    run = _attention.launch_attention if q.is_cuda else _attention.reference
     return run(q, k, v, restore_attention(tensors, numbers), mask=mask, compute=compute)
 
 
@@ -278,26 +184,16 @@ def attention(
     mask: Tensor | None = None,
     compute: torch.dtype = torch.float16,
 ) -> Tensor:
-    """`window_attention.reference_attention` without projection, as the operator ``harmoq::attention``."""
+    """`attention.reference` without projection, as the operator ``harmoq::attention``."""
     y: Tensor = _attention_core(q, k, v, *flatten_attention(operands), mask, compute)
     return y
-
-
-def _rows(tensors: Sequence[Tensor | None]) -> int:
-    codes = tensors[0]
-    assert codes is not None
-    return codes.shape[0]
 
 
 __all__ = [
     "attention",
     "flatten_attention",
     "flatten_linear",
-    "layernorm_quantize",
-    "lowbit_linear",
     "mlp",
-    "quantize",
-    "quantize_tokens",
     "restore_attention",
     "restore_linear",
     "window_attention",

@@ -1,4 +1,4 @@
-"""Float activations to codes: static bounds, bounds per token, and both halves of LayerNorm + quantize.
+"""Float activations to codes: static qparams, qparams per token, LayerNorm + static qparams.
 
 Equations, in float32 with every operation rounded on its own::
 
@@ -16,21 +16,16 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.quant.packing import pack, packed_length
-from harmoq_ao.quant.quantizer import MIN_STEP
-from harmoq_ao.triton_kernels import tuning
-from harmoq_ao.triton_kernels.device import standardize, unsigned_codes
+from harmoq_ao.triton_kernels.device import load_rows, standardize, token_bounds, token_position, unsigned_codes
 from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, check_bits, check_matrix, check_vector, power_of_two
 
 PACKED_BITS = (2, 3, 4, 8)
 MAX_ROW = 8192
 """Longest row that bounds per token and LayerNorm take: one program holds it."""
-
-_SMALLEST_STEP = tl.constexpr(MIN_STEP)
 
 
 @triton.jit
@@ -57,7 +52,7 @@ def quantize_kernel(
     columns = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = columns < K
     mask = (rows < M)[:, None] & inside[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = load_rows(x_ptr, rows, x_stride, columns, mask)
     if NORM:
         x = standardize(x, mask, K, eps)
     reciprocal = tl.load(reciprocal_ptr + columns * reciprocal_stride, mask=inside, other=0.0)
@@ -82,8 +77,10 @@ def _store_packed(
 ) -> None:
     """Store `[R, C]` uint8 codes from column ``first`` (a multiple of 8) on as streams: 8 codes make BITS bytes."""
     groups: tl.constexpr = codes.shape[1] // 8
+    # Eight codes fill whole bytes at every width, and at most 32 bits: a word each, of which BITS bytes are stored.
     split = codes.to(tl.int32).reshape([codes.shape[0], groups, 8])
     words = tl.sum(split << (tl.arange(0, 8) * BITS)[None, None, :], 2)
+    # Ranges of Triton are powers of two: four bytes each, the ones from BITS on masked.
     place = tl.arange(0, 4)
     octets = ((words[:, :, None] >> (place * 8)[None, None, :]) & 255).to(tl.uint8)
     at = (first // 8 + tl.arange(0, groups))[:, None] * BITS + place[None, :]
@@ -109,31 +106,15 @@ def quantize_tokens_kernel(
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.arange(0, BLOCK_K)
     mask = (rows < M)[:, None] & (columns < K)[None, :]
-    x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+    x = load_rows(x_ptr, rows, x_stride, columns, mask)
     if reciprocal_ptr is not None:
         x = x * tl.load(reciprocal_ptr + columns, mask=columns < K, other=0.0)[None, :]
+    # The row is in registers as a whole, so its range and its codes take one load.
     lower, step = token_bounds(x, mask, BITS)
-    position = x * tl.div_rn(1.0, step)[:, None] + tl.div_rn(-lower, step)[:, None]
-    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], unsigned_codes(position, BITS), mask=mask)
+    codes = unsigned_codes(token_position(x, lower, step), BITS)
+    tl.store(codes_ptr + rows[:, None] * K + columns[None, :], codes, mask=mask)
     tl.store(lower_ptr + rows, lower, mask=rows < M)
     tl.store(step_ptr + rows, step, mask=rows < M)
-
-
-@triton.jit
-def token_bounds(x: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """``(lower, step)`` of each row of `[R, C]`, `[R]` float32, over where ``mask`` holds."""
-    lower = tl.min(tl.where(mask, x, float("inf")), 1)
-    upper = tl.max(tl.where(mask, x, float("-inf")), 1)
-    return bounds_of(lower, upper, BITS)
-
-
-@triton.jit
-def bounds_of(lower: tl.tensor, upper: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """``(lower, step)`` from extremes; rows beyond the matrix have infinite ones and get 0 and a harmless step."""
-    top: tl.constexpr = (1 << BITS) - 1.0
-    lower = tl.where(lower == float("inf"), 0.0, lower)
-    step = tl.maximum(tl.div_rn(upper - lower, tl.full(upper.shape, top, tl.float32)), _SMALLEST_STEP)
-    return lower, step
 
 
 def launch_quantize(
@@ -147,18 +128,18 @@ def launch_quantize(
     columns = _check(x, bits, packed)
     _check_qparams(reciprocal, offset, columns)
     length = packed_length(columns, bits) if packed else columns
-    packing = packed and bits < 8
+    packing = packed and bits < 8  # at 8 bits the stream is the codes
     codes = torch.empty(len(x), length, dtype=torch.uint8, device=x.device)
     block_k = power_of_two(columns, 16) if eps is not None else min(power_of_two(columns, 16), 128)
-    config = tuning.default("quantize", BLOCK_M=max(1, 4096 // block_k))
-    block_m = config.blocks["BLOCK_M"]
+    block_m = _tile_rows(block_k)
+    # A mean takes the whole row: one block of columns, so rows are bounded.
     if eps is not None and columns > MAX_ROW:
         raise KernelError("LayerNorm does not take rows this long", found=columns, expected=f"at most {MAX_ROW}")
     if codes.numel():
         quantize_kernel[(blocks(len(x), block_m), blocks(columns, block_k))](
             x, reciprocal, offset, codes, len(x), x.stride(0), _stride(reciprocal), _stride(offset), eps or 0.0,
             K=columns, ROW_BYTES=length, BITS=bits, PACKED=packing, NORM=eps is not None,
-            BLOCK_M=block_m, BLOCK_K=block_k, num_warps=config.num_warps, **OPTIONS,
+            BLOCK_M=block_m, BLOCK_K=block_k, **OPTIONS,
         )  # fmt: skip
     return codes
 
@@ -176,20 +157,13 @@ def launch_quantize_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = No
     codes = torch.empty(len(x), columns, dtype=torch.uint8, device=x.device)
     lower, step = (torch.empty(len(x), 1, dtype=torch.float32, device=x.device) for _ in range(2))
     block_k = power_of_two(columns, 16)
-    config = tuning.default("quantize", BLOCK_M=max(1, 4096 // block_k))
+    block_m = _tile_rows(block_k)
     if codes.numel():
-        quantize_tokens_kernel[(blocks(len(x), config.blocks["BLOCK_M"]),)](
+        quantize_tokens_kernel[(blocks(len(x), block_m),)](
             x, None if joint_scale is None else joint_scale.reciprocal(), codes, lower, step, len(x), x.stride(0),
-            K=columns, BITS=bits, BLOCK_M=config.blocks["BLOCK_M"], BLOCK_K=block_k,
-            num_warps=config.num_warps, **OPTIONS,
+            K=columns, BITS=bits, BLOCK_M=block_m, BLOCK_K=block_k, **OPTIONS,
         )  # fmt: skip
     return codes, lower, step
-
-
-def fold_norm(weight: Tensor | None, bias: Tensor | None, reciprocal: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    """Reciprocal and offset that also apply the LayerNorm's affine: ``w r`` and ``b r + c``, `[K]` or 0-d."""
-    factor = reciprocal if weight is None else weight.float() * reciprocal
-    return factor, offset if bias is None else bias.float() * reciprocal + offset
 
 
 def reference(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int, packed: bool = False) -> Tensor:
@@ -224,23 +198,9 @@ def reference_tokens(x: Tensor, bits: int, joint_scale: Tensor | None = None) ->
     return codes, act.lower, act.step
 
 
-def reference_layernorm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    reciprocal: Tensor,
-    offset: Tensor,
-    bits: int,
-    eps: float = 1e-5,
-    packed: bool = False,
-) -> Tensor:
-    """Codes of ``LayerNorm(x)`` over the last axis, which has weight and bias `[K]`; the rest as in `reference`."""
-    normed = F.layer_norm(x.float(), (x.shape[-1],), _float(weight), _float(bias), eps)
-    return reference(normed, reciprocal, offset, bits, packed)
-
-
-def _float(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.float()
+def _tile_rows(columns: int) -> int:
+    """Rows of a tile of 4096 elements: 32 for each thread of four warps."""
+    return max(1, 4096 // columns)
 
 
 def _stride(value: Tensor) -> int:
@@ -259,12 +219,10 @@ def _check_qparams(reciprocal: Tensor, offset: Tensor, columns: int) -> None:
 
 
 __all__ = [
-    "fold_norm",
     "launch_quantize",
     "launch_quantize_tokens",
     "quantize_kernel",
     "quantize_tokens_kernel",
     "reference",
-    "reference_layernorm",
     "reference_tokens",
 ]

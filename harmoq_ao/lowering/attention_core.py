@@ -56,7 +56,7 @@ def attention_core(
     Raises:
         Misfit: The kernel does not take the call; the message says why.
     """
-    from harmoq_ao.triton_kernels import ops, window_attention
+    from harmoq_ao.triton_kernels import attention, ops
 
     _check_shapes(query, key, value, back)
     shape = query.shape
@@ -76,7 +76,7 @@ def attention_core(
     parts = query.transpose(1, 2), key.permute(0, 3, 1, 2), value.transpose(1, 2)
     if parts[1].stride() != parts[2].stride() or any(part.stride(-1) != 1 for part in parts):
         parts = tuple(part.contiguous() for part in parts)  # type: ignore[assignment]
-    launch = ops.attention if torch.compiler.is_compiling() else window_attention.launch_attention
+    launch = ops.attention if torch.compiler.is_compiling() else attention.launch_attention
     return launch(*parts, packed, mask=windows).unflatten(-1, (heads, head_dim)).transpose(1, 2).reshape(shape)
 
 

@@ -15,7 +15,7 @@ from harmoq_ao.quant.bounds import weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.observers import OBSERVERS
 from harmoq_ao.quant.observers.base import OperandObserver
-from harmoq_ao.quant.quantizer import QuantizerSpec, normalized
+from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, normalized
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.report import SiteRow, site_row
 from harmoq_ao.sites.site import FloatCause, FloatReason, Site

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.triton_kernels import lowbit_linear, mlp, window_attention
+from harmoq_ao.triton_kernels import attention, lowbit_linear, mlp, window_attention
 
 
 @contextmanager
@@ -19,10 +19,10 @@ def kernel_references() -> Iterator[dict[str, mock.Mock]]:
     with (
         mock.patch.object(lowbit_linear, "launch_lowbit_linear", wraps=lowbit_linear.reference) as linear,
         mock.patch.object(mlp, "launch_mlp", wraps=mlp.reference) as perceptron,
-        mock.patch.object(window_attention, "launch_window_attention", wraps=window_attention.reference) as attention,
-        mock.patch.object(window_attention, "launch_attention", wraps=window_attention.reference_attention) as core,
+        mock.patch.object(window_attention, "launch_window_attention", wraps=window_attention.reference) as window,
+        mock.patch.object(attention, "launch_attention", wraps=attention.reference) as core,
     ):
-        yield {"linear": linear, "mlp": perceptron, "attention": attention, "core": core}
+        yield {"linear": linear, "mlp": perceptron, "attention": window, "core": core}
 
 
 def assert_same_image(found: Tensor, expected: Tensor, share: float = 0.999) -> None:

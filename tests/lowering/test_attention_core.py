@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.triton_kernels import window_attention
-from harmoq_ao.triton_kernels.window_attention import reference_attention
+from harmoq_ao.triton_kernels import attention
 from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
@@ -185,7 +184,7 @@ def test_compiled_calls_run_the_operator(masked: bool) -> None:
         expected = quantized.model.attention.core(*tokens, mask)
         torch._dynamo.reset()
         compiled = torch.compile(quantized.model.attention.core, fullgraph=True, backend="aot_eager")
-        with mock.patch.object(window_attention, "reference_attention", wraps=reference_attention) as operator:
+        with mock.patch.object(attention, "reference", wraps=attention.reference) as operator:
             assert torch.equal(compiled(*tokens, mask), expected)
     assert operator.call_count == 1
 

@@ -99,3 +99,10 @@ def random_attention(
 def affine(lower: float, upper: float, bits: int = 8) -> Affine:
     """Static bounds."""
     return Affine(torch.tensor((upper - lower) / ((1 << bits) - 1)), torch.tensor(lower), bits)
+
+
+def masks(generator: torch.Generator, count: int, tokens: int) -> Tensor:
+    """`[count, tokens, tokens]` that block three of ten pairs, never a token from itself."""
+    blocked = torch.rand(count, tokens, tokens, generator=generator) < 0.3
+    blocked.diagonal(dim1=1, dim2=2).fill_(False)
+    return torch.where(blocked, -100.0, 0.0)

@@ -11,6 +11,7 @@ from torch import nn
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.triton_kernels import mlp
+from harmoq_ao.triton_kernels.operands import with_norm
 from tests.strategies import SEEDS, bit_widths
 from tests.triton_kernels.helpers import random_linear, seeded
 
@@ -71,7 +72,7 @@ def test_equals_the_modules_of_a_block(dtype: torch.dtype) -> None:
     nn.init.normal_(norm.weight, 1.0, 0.1)
     nn.init.normal_(norm.bias, 0.0, 0.1)
     x = torch.randn(40, 60, generator=generator).to(dtype)
-    y = mlp.launch_mlp(x, mlp.with_norm(fc1, norm.weight, norm.bias), fc2, eps=norm.eps, residual=x)
+    y = mlp.launch_mlp(x, with_norm(fc1, norm.weight, norm.bias), fc2, eps=norm.eps, residual=x)
     hidden = torch.nn.functional.gelu(integers.linear(norm(x.float()), first))
     expected = x.float() + integers.linear(hidden, second)
     assert y.dtype == dtype
@@ -94,5 +95,5 @@ def test_what_the_kernel_does_not_take() -> None:
     with pytest.raises(KernelError, match="Too wide"):
         mlp.launch_mlp(x, fc1, wide)
     with pytest.raises(KernelError, match="static bounds only"):
-        mlp.with_norm(token, None, None)
+        with_norm(token, None, None)
     assert mlp.launch_mlp(torch.zeros(0, 16), fc1, fc2).shape == (0, 16)

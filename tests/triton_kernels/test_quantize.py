@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.triton_kernels import quantize
+from harmoq_ao.triton_kernels.operands import fold_norm
 from tests.strategies import SEEDS, bit_widths, float_tensors, joint_scales
 from tests.triton_kernels.helpers import seeded
 
@@ -59,7 +60,7 @@ def test_layernorm_codes_differ_at_ties_only(seed: int, size: tuple[int, int], b
     weight = torch.rand(size[1], generator=generator) + 0.5 if affine else None
     bias = torch.randn(size[1], generator=generator) if affine else None
     reciprocal, offset = torch.tensor((1 << bits) / 6), torch.tensor(2.0 ** (bits - 1))
-    folded = quantize.fold_norm(weight, bias, reciprocal, offset)
+    folded = fold_norm(weight, bias, reciprocal, offset)
     found = quantize.launch_quantize(x, *folded, bits, eps=1e-5)
     normed = torch.nn.functional.layer_norm(x.double(), (size[1],), eps=1e-5)
     if weight is not None and bias is not None:
