@@ -57,7 +57,8 @@ if TYPE_CHECKING:
     )
     from harmoq_ao.config import HarmoqConfig, SiteRule
     from harmoq_ao.conversion.convert import QuantizedModel, convert_harmoq
-    from harmoq_ao.conversion.serialization import load_quantized, save_quantized
+    from harmoq_ao.conversion.load import load_quantized
+    from harmoq_ao.conversion.save import save_quantized
     from harmoq_ao.export import export_checkpoint, export_onnx, export_program
     from harmoq_ao.harmonization.apply import HarmonizeTrace, harmonize
     from harmoq_ao.harmonization.paper.algorithm import AlgorithmSettings
@@ -84,7 +85,8 @@ _ROOMS = {
     "ImageError InputError KernelError SavedModelError TraceError",
     "config": "HarmoqConfig SiteRule",
     "conversion.convert": "QuantizedModel convert_harmoq",
-    "conversion.serialization": "load_quantized save_quantized",
+    "conversion.load": "load_quantized",
+    "conversion.save": "save_quantized",
     "export": "export_checkpoint export_onnx export_program",
     "harmonization.apply": "HarmonizeTrace harmonize",
     "harmonization.paper.algorithm": "AlgorithmSettings",

@@ -26,7 +26,7 @@ from harmoq_ao.baselines.methods import prepare_with
 from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.config import Profile
-from harmoq_ao.conversion.serialization import float_bytes, folder_bytes
+from harmoq_ao.conversion.save import float_bytes, folder_bytes
 from harmoq_ao.images import (
     CalibrationCrops,
     ImageRecord,

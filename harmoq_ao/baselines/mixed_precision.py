@@ -29,7 +29,7 @@ from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.common.progress import track
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion.convert import convert_harmoq
-from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
+from harmoq_ao.conversion.save import folder_bytes, save_quantized
 from harmoq_ao.images import luma
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.quant.quantizer import check_bits

@@ -16,7 +16,7 @@ from harmoq_ao.config import HarmoqConfig, StorageDtype
 from harmoq_ao.graph import Variant, finish_graphs, is_island, island_state
 from harmoq_ao.graph.folding import fold_variant, remember
 from harmoq_ao.images import check_image_tensor
-from harmoq_ao.kernels.linear import check_backend
+from harmoq_ao.kernels.select import check_backend
 from harmoq_ao.lowering.attention import fuse_attention
 from harmoq_ao.lowering.attention_core import LoweredCores
 from harmoq_ao.lowering.core_rewriting import lower_cores

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import ExportError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.conversion.convert import QuantizedModel
-from harmoq_ao.export.common import check_exportable
+from harmoq_ao.export.validation import check_exportable
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.prepared import PreparedLinear
 from harmoq_ao.sites.quantized import QuantizedLinear, WeightedSite

@@ -25,8 +25,8 @@ from harmoq_ao.common.errors import ExportError, HarmoqError
 from harmoq_ao.common.optional import require
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.convert import QuantizedModel
-from harmoq_ao.export.common import check_exportable, example_for
 from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
+from harmoq_ao.export.validation import check_exportable, example_for
 from harmoq_ao.images import atomic_write
 from harmoq_ao.runtime.fixed_size import fixed_size
 

@@ -11,7 +11,7 @@ from harmoq_ao.common.errors import ExportError, HarmoqError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.convert import QuantizedModel
-from harmoq_ao.export.common import check_exportable, example_for
+from harmoq_ao.export.validation import check_exportable, example_for
 
 
 def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> tuple[int, int]:

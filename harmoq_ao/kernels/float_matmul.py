@@ -7,15 +7,37 @@ sums stay below 2**24, since every partial sum is then an integer that float32 h
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from harmoq_ao.kernels.select import NO_TRITON, Family, Kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
 
 _FLOAT32_EXACT = 1 << 24
 _PIECE_BYTES = 1 << 26  # float64 copies of codes made at a time in a long contraction
 _BLOCK_BYTES = 1 << 21  # working set of one thread in `quantized_matmul`
+
+
+class MatmulContraction(NamedTuple):
+    """A product of two quantized activations, `[..., M, K]` and `[..., K, N]` to `[..., M, N]` in the left's type.
+
+    Attributes:
+        left: Quantizer of the left operand.
+        right: Quantizer of the right operand.
+    """
+
+    left: MatmulOperand
+    right: MatmulOperand
+
+    def kernel(self, family: Family) -> Kernel:
+        """The kernel of a family; GPUs run the integer reference, since Triton takes products within attention only."""
+        if family == "cpu":
+            return Kernel("float32 on integer codes", lambda a, b: quantized_matmul(a, b, *self))
+        refusal = NO_TRITON if family == "triton" else None
+        return Kernel("reference integer", lambda a, b: integer_reference.quantized_matmul(a, b, *self), refusal)
 
 
 def exact_dtype(length: int, bits_a: int, bits_b: int) -> torch.dtype:

@@ -145,7 +145,7 @@ def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_d
         raise Misfit(f"heads of {head_dim} channels, where calibration saw {len(scores.joint_scale)}")
     operands = scores.operands(), values.operands()
     key = (*map(id, operands), heads, head_dim)  # the operands are held by their sites, or by what is kept here
-    known = values._derived.get("attention")
+    known = values._derived.attention
     if known is not None and known[0] == key:
         return known[2]
     kernels = _limits()
@@ -157,7 +157,7 @@ def _packed(scores: QuantizedMatmul, values: QuantizedMatmul, heads: int, head_d
         )
     except KernelError as error:
         raise Misfit(str(error)) from error
-    values._derived["attention"] = (key, operands, packed)
+    values._derived.attention = (key, operands, packed)
     return packed
 
 

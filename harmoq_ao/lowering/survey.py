@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from harmoq_ao.graph import is_island, island_state
+from harmoq_ao.kernels.select import select_kernel
 from harmoq_ao.lowering.attention_core import LoweredCores
 from harmoq_ao.lowering.fusing import Misfit, recognising
 from harmoq_ao.lowering.mlp import find_mlp, fused_mlp
@@ -47,14 +49,9 @@ def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], run: Callable[[
 
 
 def _single(site: QuantizedSite) -> Lowering:
-    if isinstance(site, QuantizedLinear) and site.both_quantized:
-        refusal = site.linear_kernel().triton_refusal()
-        if refusal is None:
-            return Lowering("triton lowbit_linear", "part of no module that a fused kernel computes")
-        return Lowering("reference integer", refusal)
-    if isinstance(site, QuantizedLinear):
-        return Lowering("float (one operand quantized)", "one operand is float")
-    return Lowering(site.kernel, "no Triton kernel of its own")
+    """The kernel that a site has by itself on a GPU."""
+    kernel = select_kernel(site.contraction(), torch.device("cuda"), "auto")
+    return Lowering(kernel.name, kernel.refusal or "part of no module that a fused kernel computes")
 
 
 def _fused(module: nn.Module) -> list[tuple[str, list[nn.Module], str | None]]:

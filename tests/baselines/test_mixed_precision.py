@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.baselines.mixed_precision import Measured, Mixture, SiteBits, bits_after, cheapest_steps, mix_bits
 from harmoq_ao.common.errors import CalibrationError, ConfigError
-from harmoq_ao.conversion.serialization import folder_bytes, load_quantized, save_quantized
+from harmoq_ao.conversion.load import load_quantized
+from harmoq_ao.conversion.save import folder_bytes, save_quantized
 from harmoq_ao.images import luma
 from tests.models import build, images
 

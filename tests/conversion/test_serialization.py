@@ -26,8 +26,8 @@ import harmoq_ao as h
 from harmoq_ao.common import output
 from harmoq_ao.common.errors import HarmoqError, OutputError, SavedModelError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.conversion import serialization
-from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, stored_tensors
+from harmoq_ao.conversion.format import SCHEMA_VERSION, canonical_json
+from harmoq_ao.conversion.save import float_bytes, folder_bytes, stored_tensors
 from tests.models import PER_TOKEN, build, converted, images, prepare, run
 
 SMALL = "SwinIR/light"
@@ -287,7 +287,7 @@ def _forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     config = json.loads((folder / "config.json").read_text())
     config.pop("sha256")
     config = change(config) or config
-    digest = hashlib.sha256(serialization._dump(config)).hexdigest()
+    digest = hashlib.sha256(canonical_json(config)).hexdigest()
     (folder / "config.json").write_text(json.dumps({**config, "sha256": digest}))
 
 
@@ -309,7 +309,7 @@ ARCHITECTURE = ("traits", "architecture")
 PARAMETERS = (*ARCHITECTURE, "hyperparameters")
 FORGERIES: list[Callable[[dict[str, Any]], Any]] = [
     _put("format", value="other"),
-    _put("schema_version", value=serialization.SCHEMA_VERSION + 1),
+    _put("schema_version", value=SCHEMA_VERSION + 1),
     _put("schema_version", value=None),
     _put("schema_version", value="1"),
     _put(*ARCHITECTURE, "class", value="os:system"),

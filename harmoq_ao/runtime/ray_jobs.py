@@ -17,7 +17,7 @@ import torch
 
 from harmoq_ao.common.errors import ConfigError, HarmoqError, RayError
 from harmoq_ao.common.optional import require
-from harmoq_ao.runtime.image_files import Failure, Job, UpscaleFile
+from harmoq_ao.runtime.file_jobs import Failure, Job, UpscaleFile
 
 ATTEMPTS = 3
 """Workers that an image may cost before it counts as failed."""
