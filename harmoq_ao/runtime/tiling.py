@@ -1,8 +1,8 @@
 """Upscaling of images of any size: padding to what the model's windows need, and tiles for what does not fit.
 
-Tiles start at multiples of the window, of the padded image (of which only a row of tiles is ever made). So a window of
-attention sees the same pixels in a tile as in the whole image, and where the model's receptive field fits into the
-overlap the tiled result equals the whole one; what differs otherwise is only what reaches beyond the overlap.
+Tiles start at multiples of the window in the padded image, of which only one row of tiles is ever made. A window of
+attention therefore sees the same pixels in a tile as in the whole image. Where the model's receptive field fits into
+the overlap, the tiled result equals the whole one; otherwise only what reaches beyond the overlap differs.
 """
 
 from __future__ import annotations
@@ -132,42 +132,6 @@ def upscale_rows(
     return _upscaled_rows(model, image, scale, grid, padded[1], progress, device)
 
 
-def upscale_tiled(
-    model: Model,
-    image: torch.Tensor,
-    scale: int,
-    tile: int,
-    overlap: int = 32,
-    window_multiple: int = 1,
-    progress: Progress | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Upscale tile by tile, so that the model's memory depends on the tile and not on the image.
-
-    Adjacent tiles share ``overlap`` pixels and each answers up to the middle of what is shared (a hard seam, not a
-    blend): with an overlap of at least the receptive field the result is the one of the whole image. `upscale_rows`
-    gives the same result piece by piece.
-
-    Args:
-        model: The upscaler, in evaluation mode.
-        image: `[B, C, H, W]`, floating, finite.
-        scale: The model's upscaling factor.
-        tile: Side of a tile in input pixels, rounded up to the window multiple.
-        overlap: Pixels that adjacent tiles share, rounded up to the window multiple; below the tile.
-        window_multiple: What the model's input sides must be multiples of.
-        progress: Called after each tile.
-        device: Where the model runs; each tile is moved there. The image's own device by default.
-
-    Returns:
-        `[B, C', H * scale, W * scale]` on the CPU.
-
-    Raises:
-        ConfigError: If tile, overlap, scale or window multiple are out of range, or ``scale`` is not the model's.
-        InputError: If the image is not `[B, C, H, W]`, is empty, or is not finite.
-    """
-    return upscale(model, image, scale, tile, overlap, window_multiple, progress, device)
-
-
 def upscale(
     model: Model,
     image: torch.Tensor,
@@ -178,9 +142,30 @@ def upscale(
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Upscale an image whole (``tile=None``) or in tiles; arguments, result and errors as in `upscale_tiled`."""
+    """Upscale an image whole, or tile by tile, so that the model's memory depends on the tile and not on the image.
+
+    Adjacent tiles share ``overlap`` pixels and each answers up to the middle of what is shared (a hard seam, not a
+    blend): with an overlap of at least the receptive field the result is the one of the whole image.
+
+    Args:
+        model: As the other arguments, see `upscale_rows`, which gives the same result piece by piece.
+        image: `[B, C, H, W]`, floating point, finite.
+        scale: The model's upscaling factor.
+        tile: Side of a tile in input pixels; None takes the image whole.
+        overlap: Pixels that adjacent tiles share.
+        window_multiple: What the model's input sides must be multiples of.
+        progress: Called after each tile.
+        device: Where the model runs.
+
+    Returns:
+        `[B, C', H * scale, W * scale]` on the CPU.
+
+    Raises:
+        ConfigError: Tile, overlap, scale or window multiple are out of range, or ``scale`` is not the model's.
+        InputError: The image is not `[B, C, H, W]`, is empty, or is not finite.
+    """
     if not isinstance(image, torch.Tensor) or not image.is_floating_point():
-        check_image_tensor(image, batched=True)  # codes are for those who take rows
+        check_image_tensor(image, batched=True)  # refuses integer codes, which only `upscale_rows` takes
     rows = upscale_rows(model, image, scale, tile, overlap, window_multiple, progress, device)
     return join_rows(rows, image.shape[-2] * scale)
 
