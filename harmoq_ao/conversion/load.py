@@ -184,6 +184,3 @@ def _check_values(name: str, tensor: Tensor) -> None:
     positive = tensor if kind in ("weight_scale", "joint_scale") else tensor[:1] if kind.endswith("_bounds") else None
     if positive is not None and not bool((positive > 0).all()):
         raise SavedModelError(f"{name} must be positive", found=float(positive.min()), remedy=REMEDY)
-
-
-__all__ = ["load_quantized"]

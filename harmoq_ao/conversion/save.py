@@ -193,12 +193,3 @@ def _may_replace(folder: Path) -> bool:
     if config.is_file():  # other programs write files of this name, too
         return f'"format":"{FORMAT}"'.encode() in config.read_bytes()
     return all(LEFTOVER_NAME.fullmatch(file.name) for file in folder.iterdir())
-
-
-__all__ = [
-    "float_bytes",
-    "folder_bytes",
-    "save_quantized",
-    "stored_bytes",
-    "stored_tensors",
-]

@@ -1,8 +1,8 @@
-"""What `torch.compile` sees of a quantized model on a CPU, so that it fuses what it can and leaves the rest to us.
+"""What `torch.compile` sees of a quantized model on a CPU.
 
-Quantizing an input is plain torch, which the compiler joins with whatever made that input (a LayerNorm, a GELU) into
-one pass. The contraction, and float attention in blocks of windows, are operators of our own that it calls as they are.
-`torch.export` by itself has no part in this: there a linear is one operator (`ops.py`), and attention is torch's.
+Rounding an input to codes is shown as plain torch, which the compiler fuses with whatever computed that input (a
+LayerNorm, a GELU) into one pass. The contraction, and float attention in blocks of windows, are opaque operators of our
+own. A plain `torch.export` is not concerned: there a linear is one operator (`ops.py`), and attention is torch's.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def for_compiler() -> Iterator[None]:
 
 
 def is_compiled(x: Tensor) -> bool:
-    """Whether a call on a CPU is traced by `torch.compile`, or for it."""
+    """Whether a call on a CPU is being traced by `torch.compile`, or by an export that will be compiled."""
     return x.device.type == "cpu" and (torch.compiler.is_dynamo_compiling() or _shown.get())
 
 

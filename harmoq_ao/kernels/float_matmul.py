@@ -1,8 +1,8 @@
 """Products of two quantized activations on CPUs: integer codes in floating-point kernels.
 
-oneDNN has no batched product of two activations in integers. A float32 product of codes is the same thing while its
-sums stay below 2**24, since every partial sum is then an integer that float32 holds exactly; longer contractions
-(channel attention runs over all pixels) go through float64, which is exact up to 2**53.
+oneDNN has no batched integer product of two activations. A float32 product of codes gives the same result while its
+sums stay below 2**24, since every partial sum is then an integer that float32 represents exactly. Longer contractions
+(channel attention runs over all pixels) use float64, which is exact up to 2**53.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ class MatmulContraction(NamedTuple):
 
 
 def exact_dtype(length: int, bits_a: int, bits_b: int) -> torch.dtype:
-    """Narrowest float type that sums ``length`` products of codes exactly."""
+    """Narrowest float type in which a sum of ``length`` products of codes is exact, whatever the order of addition."""
     largest = length * ((1 << bits_a) - 1) * ((1 << bits_b) - 1)
     return torch.float32 if largest <= _FLOAT32_EXACT else torch.float64
 
 
 def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) -> Tensor:
-    """`reference.matmul_accumulate` by floating-point kernels, bit for bit.
+    """Accumulators by floating-point kernels; bit for bit those of `integer_reference.matmul_accumulate`.
 
     Args:
         qa: `[..., M, K]` uint8 codes below ``2**bits_a``.
         qb: `[..., K, N]` uint8 codes below ``2**bits_b``.
-        bits_a: Width of the left codes; fewer bits stay in float32 for longer.
+        bits_a: Width of the left codes; narrow codes stay exact in float32 for longer contractions.
         bits_b: Width of the right codes.
 
     Returns:
@@ -67,6 +67,7 @@ def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) 
     if exact == torch.float32 or length == 0:
         with integer_reference.exact_floats(qa):
             return (qa.float() @ qb.float()).to(dtype)
+    # float64 copies of all codes would take eight times their memory; the sum over pieces is exact as well.
     piece = max(64, _PIECE_BYTES * length // (8 * max(1, qa.numel() + qb.numel())))
     pairs = zip(torch.split(qa, piece, -1), torch.split(qb, piece, -2), strict=True)
     total = sum((a.to(exact) @ b.to(exact) for a, b in pairs), start=torch.zeros((), dtype=exact))
@@ -74,10 +75,10 @@ def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) 
 
 
 def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand) -> Tensor:
-    """`reference.quantized_matmul` up to float32 rounding; not differentiable.
+    """Product of two quantized activations; equals `integer_reference.quantized_matmul` up to float32 rounding.
 
-    Rounds, multiplies and rescales a few batch entries at a time, so that everything between input and output stays in
-    the cache. The codes are the reference's bit for bit, and so are the accumulators.
+    A few batch entries at a time are rounded, multiplied and rescaled, so that everything between input and output
+    stays in the cache. Codes and accumulators equal the reference bit for bit. Not differentiable.
 
     Args:
         left: `[..., M, K]` floating point, any strides.
@@ -104,11 +105,12 @@ def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOpe
 
 
 def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, out: Tensor | None = None) -> Tensor:
-    """One block of `quantized_matmul`, float32 if ``out`` is not given."""
+    """One block of `quantized_matmul`, written to ``out`` or returned in float32."""
     exact = exact_dtype(left.shape[-1], a.bits, b.bits)
     qa, act_a = codes_as_floats(left, a, -1)
     qb, act_b = codes_as_floats(right, b, -2)
     qa, qb = qa.to(exact), qb.to(exact)
+    # The lower bounds multiply these sums. A NaN in an operand shows in them too, at no extra pass.
     rows, columns = qa.sum(-1, keepdim=True), qb.sum(-2, keepdim=True)
     if bool(rows.isnan().any()) or bool(columns.isnan().any()):
         raise integer_reference.nan_error()
@@ -120,9 +122,9 @@ def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, ou
 
 
 def codes_as_floats(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tensor, Affine]:
-    """Codes of an operand as float32 and its bounds; a NaN stays a NaN.
+    """Codes of an operand as float32, and its quantization parameters; a NaN stays a NaN.
 
-    The codes equal `reference.quantize_operand` bit for bit.
+    The codes equal `integer_reference.quantize_operand` bit for bit.
     """
     if operand.act is not None:
         factor, offset = integer_reference.static_qparams(operand.act, operand.joint_scale)
@@ -137,7 +139,7 @@ def codes_as_floats(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tenso
 
 
 def _rescale(acc: Tensor, rows: Tensor, columns: Tensor, a: Affine, b: Affine, length: int) -> None:
-    """`reference.matmul_epilogue` in place, in as few passes over the output as the bounds allow."""
+    """`integer_reference.matmul_epilogue` in place, in as few passes over the output as the parameters allow."""
     if a.step.numel() == 1 or b.step.numel() == 1:
         acc.mul_(a.step * b.step)
     else:

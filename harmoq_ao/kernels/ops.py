@@ -1,7 +1,7 @@
 """Quantized contractions as torch operators: what `torch.compile` and `torch.export` see of a quantized model.
 
-Traced graphs hold one opaque call per contraction, with every tensor it needs among the arguments, so an exported
-program runs wherever ``harmoq_ao`` is imported. The kernel is chosen at run time by the device of the input.
+A traced graph holds one opaque call per contraction. Every tensor it needs is among the arguments, so an exported
+program runs wherever ``harmoq_ao`` is imported. The kernel is chosen when the graph runs, by the device of the input.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOper
 from harmoq_ao.quant.packing import unpack_signed
 
 LinearTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Packed weight codes, their scale, bias, bounds of the activations, joint scale and joint shift of a linear."""
+"""Of a linear: packed weight codes, their scale, bias, range of the activations, joint scale and joint shift."""
 _linears: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -44,7 +44,7 @@ def linear(
         codes: Packed weight codes `[N, packed K]` uint8.
         weight_scale: `[N]` float32.
         bias: `[N]` float32, or None.
-        act_bounds: `[2]` float32, step and lower bound; None for bounds per token.
+        act_bounds: `[2]` float32, step and lower bound; None for a range per token.
         joint_scale: `[K]` float32, or None.
         joint_shift: `[K]` float32, or None.
         weight_bits: Width of a weight code.
@@ -76,11 +76,13 @@ def contract(
     weight_shift: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What follows the quantizing of a linear's input on a CPU: `[..., N]` of ``dtype`` from `[..., K]` uint8 codes.
+    """The part of a linear that follows the rounding of its input, on a CPU: uint8 codes `[..., K]` to `[..., N]`.
+
+    The linear must have a static range and a weight shift that its codes absorb.
 
     Args:
         act_codes: Codes of the input, contiguous.
-        codes: As the rest of :func:`linear`; the linear has static bounds and a weight shift that its codes absorb.
+        codes: As in :func:`linear`.
         weight_scale: Likewise.
         bias: Likewise.
         act_bounds: Likewise.
@@ -89,7 +91,7 @@ def contract(
         weight_bits: Likewise.
         act_bits: Likewise.
         weight_shift: Likewise.
-        dtype: float32 or bfloat16.
+        dtype: Type of the result, float32 or bfloat16.
     """
     tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
     packed = _linear_of(tensors, act_codes.shape[-1], weight_bits, act_bits, weight_shift).packed_onednn()
@@ -154,8 +156,8 @@ def matmul(
     Args:
         left: Floating point.
         right: Floating point.
-        left_bounds: `[2]` float32, step and lower bound; None for bounds per row.
-        right_bounds: The same of the right operand; None for bounds per column.
+        left_bounds: `[2]` float32, step and lower bound; None for a range per row.
+        right_bounds: The same of the right operand; None for a range per column.
         joint_scale: `[K]` float32 that divides the left operand and multiplies the right one, or None.
         left_bits: Width of a left code.
         right_bits: Width of a right code.

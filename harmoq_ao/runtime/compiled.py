@@ -1,8 +1,8 @@
 """A quantized model through `torch.compile`: our integer contractions and attention, its fusion between them.
 
 The float parts (norms, rounding to codes, activations, residuals, depthwise convolutions) are most of what a quantized
-model costs on a CPU. Each size is exported, what the size decides is folded, and the flat graph is compiled by itself,
-which takes a minute and a C++ compiler: upscale images in tiles of one size.
+model costs on a CPU. Each size is exported, what depends on the size alone is folded, and the flat graph is compiled by
+itself, which takes a minute and a C++ compiler: upscale images in tiles of one size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fidelity of a model on pairs of images, by the protocol of `images.metrics`, with the time each image took."""
+"""Fidelity of a model on pairs of images by the protocol of `images.metrics`, with the time of each image."""
 
 from __future__ import annotations
 

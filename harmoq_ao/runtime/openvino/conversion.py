@@ -1,13 +1,12 @@
 """From a quantized model to an OpenVINO model of one image size.
 
-The model is traced at the size of the image, so masks, position biases and whatever else a size decides become
-constants. Quantized sites are not traced: each becomes the operations of `ops.py`, which the CPU plugin runs as u8 x s8
-products. Chains of transposes are merged (`views.py`).
+The model is traced at the size of the image, so masks, position biases and whatever else depends on the size
+alone become constants. Quantized sites are not traced: each becomes the operations of `ops.py`, which the CPU plugin
+runs as u8 x s8 products. Chains of transposes are merged (`views.py`).
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import OpenVinoError
 from harmoq_ao.common.optional import require
 from harmoq_ao.conversion.convert import QuantizedModel
+from harmoq_ao.runtime.fixed_size import SingleInput, float32_copy
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul, QuantizedSite
 
 if TYPE_CHECKING:
@@ -46,15 +46,13 @@ def convert_at(quantized: QuantizedModel, size: Size) -> openvino.Model:
 
     from harmoq_ao.runtime.openvino.views import merge_views
 
-    twin = copy.deepcopy(quantized)
-    if twin.float_dtype is not torch.float32:
-        twin.set_float_dtype(torch.float32)  # OpenVINO narrows what it runs narrow; parameters are rounded already
+    twin = float32_copy(quantized)  # OpenVINO narrows by itself what it runs in bfloat16
     modules, conversions = _extensions(twin)
     image = torch.rand(size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # sizes become constants, which is what is wanted
         decoder = TorchScriptPythonDecoder(
-            _Whole(twin.model).eval(),
+            SingleInput(twin.model).eval(),
             example_input=image,
             module_extensions=modules,
             trace_kwargs={"check_trace": False},  # it would run the model twice more
@@ -65,7 +63,7 @@ def convert_at(quantized: QuantizedModel, size: Size) -> openvino.Model:
 
 
 def _extensions(twin: QuantizedModel) -> tuple[dict[nn.Module, Any], list[Any]]:
-    """What stands for each quantized site while tracing, and what it becomes. The sites of `twin` are exchanged."""
+    """Module extensions that replace the sites while tracing, and their conversions. Exchanges the sites of `twin`."""
     from openvino.frontend.pytorch import ConversionExtension, ModuleExtension
 
     modules: dict[nn.Module, Any] = {}
@@ -104,20 +102,8 @@ class _Matmul(QuantizedMatmul):
         return self.form.finish(product, *operands, **options)
 
 
-class _Whole(nn.Module):
-    """The author's model, with one argument."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        result: Tensor = self.model(image)
-        return result
-
-
 class _Converter:
-    """Turns the operation that stands for a site into OpenVINO's."""
+    """Converts the placeholder operation of a site to OpenVINO operations."""
 
     def __init__(self, name: str, site: QuantizedSite) -> None:
         self.name = name
@@ -139,7 +125,7 @@ class _Converter:
 
 
 def _shape_only(module: nn.Module, *operands: Tensor) -> Tensor:
-    """Zeros of the shape a site returns: all that tracing needs."""
+    """Zeros of the shape that a site returns; tracing needs nothing else."""
     x = operands[0]
     if isinstance(module, _Product):
         return x.new_zeros(()).expand(*x.shape[:-1], operands[1].shape[-1]).contiguous()

@@ -46,10 +46,10 @@ class Layer:
 
 
 class OpenVinoModel(PerSizeModel[Size, "openvino.CompiledModel"]):
-    """A quantized model that OpenVINO runs; call it as the original. Safe to call from several threads, one at a time.
+    """A quantized model that OpenVINO runs; call it as the original. Calls from several threads take turns.
 
     Attributes:
-        precision: Type of what is not integer, ``bf16`` or ``f32``; CPUs without bfloat16 run float32.
+        precision: Type of the float parts, ``bf16`` or ``f32``; CPUs without bfloat16 run float32.
         threads: Threads of one call.
     """
 
@@ -87,7 +87,7 @@ class OpenVinoModel(PerSizeModel[Size, "openvino.CompiledModel"]):
         return self.program(size, lambda: self._compile(size))
 
     def layers(self, size: Size) -> list[Layer]:
-        """What OpenVINO runs for images of this size, constants left out."""
+        """The operations that OpenVINO runs for images of this size, without constants."""
         model = self.compiled(size).get_runtime_model()
         found = [_layer(node.get_rt_info()) for node in model.get_ordered_ops()]
         return [layer for layer in found if layer.kind not in ("Const", "Parameter", "Input", "Output", "Result")]
@@ -137,13 +137,13 @@ def lower_openvino(
     Args:
         quantized: Result of :func:`convert_harmoq` or of a saved model. It is read when a new size is
             compiled, and should not be changed afterwards.
-        precision: Type of what is not integer: ``bf16`` for speed, ``f32`` for outputs as close as float32 gets.
+        precision: Type of the float parts: ``bf16`` for speed, ``f32`` for outputs as close as float32 gets.
         threads: Threads of one call; None is ``torch.get_num_threads()``.
         keep: Image sizes that stay compiled, at least 1; each holds its own masks and weights.
 
     Raises:
         OpenVinoError: OpenVINO is not installed.
-        ConfigError: An option is outside its set.
+        ConfigError: An option is out of range.
     """
     if not isinstance(quantized, QuantizedModel):
         raise ConfigError(
