@@ -17,7 +17,6 @@ from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
 
 _FLOAT32_EXACT = 1 << 24
-_PIECE_BYTES = 1 << 26  # float64 copies of codes made at a time in a long contraction
 _BLOCK_BYTES = 1 << 21  # working set of one thread in `quantized_matmul`
 
 
@@ -44,34 +43,6 @@ def exact_dtype(length: int, bits_a: int, bits_b: int) -> torch.dtype:
     """Narrowest float type in which a sum of ``length`` products of codes is exact, whatever the order of addition."""
     largest = length * ((1 << bits_a) - 1) * ((1 << bits_b) - 1)
     return torch.float32 if largest <= _FLOAT32_EXACT else torch.float64
-
-
-def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) -> Tensor:
-    """Accumulators by floating-point kernels; bit for bit those of `integer_reference.matmul_accumulate`.
-
-    Args:
-        qa: `[..., M, K]` uint8 codes below ``2**bits_a``.
-        qb: `[..., K, N]` uint8 codes below ``2**bits_b``.
-        bits_a: Width of the left codes; narrow codes stay exact in float32 for longer contractions.
-        bits_b: Width of the right codes.
-
-    Returns:
-        `[..., M, N]` int32, int64 for very long contractions.
-
-    Raises:
-        KernelError: Wrong dtypes or shapes.
-    """
-    integer_reference.check_matmul(qa, qb)
-    length, dtype = qa.shape[-1], integer_reference.matmul_dtype(qa.shape[-1])
-    exact = exact_dtype(length, bits_a, bits_b)
-    if exact == torch.float32 or length == 0:
-        with integer_reference.exact_floats(qa):
-            return (qa.float() @ qb.float()).to(dtype)
-    # float64 copies of all codes would take eight times their memory; the sum over pieces is exact as well.
-    piece = max(64, _PIECE_BYTES * length // (8 * max(1, qa.numel() + qb.numel())))
-    pairs = zip(torch.split(qa, piece, -1), torch.split(qb, piece, -2), strict=True)
-    total = sum((a.to(exact) @ b.to(exact) for a, b in pairs), start=torch.zeros((), dtype=exact))
-    return total.to(dtype)
 
 
 def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand) -> Tensor:

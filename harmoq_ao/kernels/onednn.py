@@ -12,7 +12,7 @@ Three facts decide the speed of a linear with few channels, and shape this file:
 as for mid-rise weights (``z = 1/2``) of up to 7 bits and for zero points near the middle, the contraction runs on those
 *effective codes* with the scale divided accordingly, and its integers are ``factor * (acc + z * row_sum)`` of the
 canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on the plain codes and the term
-``z * row_sum`` is added as an outer product. `linear_accumulate` gives the canonical accumulators either way.
+``z * row_sum`` is added as an outer product.
 
 CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once. Where it
 fails, or torch was built without oneDNN, the same codes go through float32 kernels instead.
@@ -33,8 +33,6 @@ from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 from harmoq_ao.quant.quantizer import step_size
 
-_EXACT = 1 << 24  # integers up to here are exact in float32
-_LINEAR_CHUNK = _EXACT // (255 * 128)  # products of u8 and s8 codes whose sum always is
 _BLOCK_BYTES = 1 << 21  # working set of one thread: larger spills the cache, smaller drowns in operator overhead
 _MIN_ROWS = 256  # below this the cost of calling operators shows
 _LANES = 64  # row reductions in torch are vectorised over whole groups of this many float32
@@ -73,35 +71,6 @@ def _qlinear(
         qx, 1.0, 0, packed, scale, zeros, bias, 1.0, 0, dtype, "none", [], ""
     )
     return y
-
-
-# --- accumulators -----------------------------------------------------------------------------------------------------
-
-
-def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
-    """Accumulators by oneDNN; bit for bit those of `integer_reference.linear_accumulate`.
-
-    The kernel returns float32, so contractions whose sums it may not represent exactly go in chunks.
-
-    Args:
-        qx: `[..., K]` uint8 codes.
-        qw: `[N, K]` int8 codes.
-
-    Returns:
-        `[..., N]` int32 (int64 for very long contractions).
-
-    Raises:
-        KernelError: Wrong dtypes or shapes.
-    """
-    integer_reference.check_linear(qx, qw)
-    if not is_available() or qx.numel() == 0 or qw.numel() == 0:
-        return integer_reference.linear_accumulate(qx, qw)
-    rows, unit = qx.reshape(-1, qx.shape[-1]), torch.ones(len(qw))
-    dtype = torch.int32 if qw.shape[1] <= integer_reference.INT32_LINEAR_LENGTH else torch.int64
-    acc = torch.zeros(len(rows), len(qw), dtype=dtype)
-    for x, w in zip(_split(rows, _LINEAR_CHUNK, 1), _split(qw, _LINEAR_CHUNK, 1), strict=True):
-        acc += _qlinear(x.contiguous(), prepack(w), unit, None, torch.float32).to(dtype)
-    return acc.reshape(*qx.shape[:-1], len(qw))
 
 
 # --- linear -----------------------------------------------------------------------------------------------------------
