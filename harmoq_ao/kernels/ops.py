@@ -82,15 +82,7 @@ def contract(
 
     Args:
         act_codes: Codes of the input, contiguous.
-        codes: As in :func:`linear`.
-        weight_scale: Likewise.
-        bias: Likewise.
-        act_bounds: Likewise.
-        joint_scale: Likewise.
-        joint_shift: Likewise.
-        weight_bits: Likewise.
-        act_bits: Likewise.
-        weight_shift: Likewise.
+        codes: This and the arguments up to ``weight_shift`` are those of :func:`linear`.
         dtype: Type of the result, float32 or bfloat16.
     """
     tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
