@@ -8,7 +8,8 @@ Layout of the weights file: packed codes and integer buffers stand under their o
 transformer has many small ones, are flattened and concatenated in the order of their sorted names into one tensor per
 type, ``floats.float16``, ``floats.bfloat16`` and ``floats.float32``; each goes to the smallest type that holds it
 exactly. ``layout`` in the config has one letter for each name of the model's state, sorted: ``h``, ``b`` or ``f`` for
-those types, ``-`` for what is not there. (Named one by one, their header entries would cost more than a 2-bit weight.)
+those types, ``-`` for tensors that are not stored as floats. (Named one by one, their header entries would cost more
+than a 2-bit weight.)
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not path.is_file():
             found = "a folder without config.json" if folder.is_dir() else "no such folder"
             raise SavedModelError(
-                f"{folder} is no saved model", found=found, expected="a folder written by save_quantized"
+                f"{folder} is not a saved model", found=found, expected="a folder written by save_quantized"
             )
         if path.stat().st_size > _MAX_CONFIG_BYTES:
             raise SavedModelError(f"{path} is too large", found=f"{path.stat().st_size} bytes", remedy=REMEDY)

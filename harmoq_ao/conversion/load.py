@@ -72,11 +72,14 @@ def _assembled(config: dict[str, Any], tensors: dict[str, Tensor], model: nn.Mod
 
 
 def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
+    """The tensors of the weights file, once its name and its SHA-256 are those of the config."""
     name = weights["file"]
     path = folder / name
     if not WEIGHTS_NAME.fullmatch(name):
         raise SavedModelError(
-            f"{folder} names its weights oddly", found=shown(name), expected="model-<12 digits>.safetensors"
+            f"{folder} names no weights file",
+            found=shown(name),
+            expected="model-<12 digits>.safetensors",
         )
     try:
         data = path.read_bytes()
@@ -88,11 +91,12 @@ def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
         raise SavedModelError(f"{path} is damaged", found=f"{len(data)} bytes of another SHA-256", remedy=REMEDY)
     try:
         return from_safetensors(data)
-    except Exception as error:  # also types that this torch has not
-        raise SavedModelError(f"{path} is no safetensors file", found=str(error)[:200], remedy=REMEDY) from error
+    except Exception as error:  # types that this torch does not know, too
+        raise SavedModelError(f"{path} is not a safetensors file", found=str(error)[:200], remedy=REMEDY) from error
 
 
 def _skeleton(traits: ModelTraits) -> nn.Module:
+    """The architecture with random weights."""
     spec = traits.architecture
     if spec is None:
         raise SavedModelError(
@@ -111,6 +115,7 @@ def _inner(model: Any) -> nn.Module:
 
 
 def _examples(config: dict[str, Any], skeleton: nn.Module) -> list[Tensor]:
+    """Random images of the sizes that the saved model was prepared on: islands are found by running the model."""
     generator = torch.Generator().manual_seed(0)
     like = next(skeleton.parameters(), torch.empty(0))
     return [torch.rand(shape, generator=generator).to(like) for shape in config["example_shapes"]]
@@ -130,6 +135,7 @@ def _apply_measurements(prepared: PreparedModel, measured: dict[str, float | Non
 
 
 def _empty_model(prepared: PreparedModel) -> QuantizedModel:
+    """The quantized model with its stored tensors yet to be filled in."""
     rows = prepared.report().rows
 
     def make(module: PreparedSite) -> QuantizedSite:

@@ -50,7 +50,7 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
         The folder.
 
     Raises:
-        OutputError: The folder cannot be written, or holds something else. A model saved there before is untouched.
+        OutputError: The folder cannot be written, or holds other files. A model saved there before is untouched.
         SavedModelError: Not a converted model, or one prepared on examples too large to be run at every load.
     """
     if not isinstance(model, QuantizedModel):

@@ -1,7 +1,7 @@
 """A float checkpoint with the weights that the integer codes stand for, under the architecture's own names.
 
-Any program that reads the architecture's checkpoints (spandrel, and what is built on it) loads it as the original. It
-computes with quantized weights and float activations. Joint scales and shifts have no place in such a file, so they are
+Any program that reads the architecture's checkpoints (spandrel, and programs built on it) loads it like the original.
+It computes with quantized weights and float activations. Such a file cannot hold joint scales and shifts, so they are
 undone in the weights::
 
     W~ ((x - shift) / scale) + b~  =  W x + b        with W = W~ / scale and b = b~ - W shift
@@ -149,7 +149,7 @@ def _check_loads(tensors: dict[str, Tensor]) -> None:
     """Raise ExportError unless spandrel recognises the state dict and takes every tensor of it."""
     try:
         loaded = ModelLoader(registry=MAIN_REGISTRY).load_from_state_dict(copy.copy(tensors))
-    except Exception as error:  # detection and constructors of spandrel fail in every way there is
+    except Exception as error:  # detection and constructors of spandrel may raise anything
         what = "spandrel does not recognise the checkpoint of this architecture"
         raise failed(what, error, remedy=OTHER_FORMATS) from error
     found = loaded.model.state_dict()

@@ -54,7 +54,7 @@ def load_program(path: str | Path) -> torch.nn.Module:
     """
     try:
         program = torch.export.load(str(path))
-    except Exception as error:  # a damaged archive fails in every way there is
+    except Exception as error:  # a damaged archive may raise anything
         expected = "a .pt2 file from harmoq export --format program"
         raise failed(f"{path} cannot be read as a torch.export program", error, expected=expected) from error
     return program.module()

@@ -84,9 +84,9 @@ def upscale_rows(
     *,
     pad_multiple: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Upscale tile by tile, and give the finished rows from top to bottom: those of one row of tiles at a time.
+    """Upscale tile by tile and yield the finished rows from top to bottom, one row of tiles at a time.
 
-    Beside the image there are never more than a row of tiles and its result in memory.
+    Besides the image, at most one row of tiles and its result are in memory.
 
     Args:
         model: The upscaler, in evaluation mode.
@@ -188,14 +188,14 @@ def join_rows(bands: Iterable[torch.Tensor], height: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tiles of an image: what is kept of them lies inside of it, what the model sees may be padding."""
+    """Tiles of an image. What is kept of a tile lies inside the image; what the model sees may be padding."""
 
     rows: list[TileSpan]
     columns: list[TileSpan]
 
 
 def _within(spans: list[TileSpan], size: int) -> list[TileSpan]:
-    """Without the tiles, and the parts of tiles, that answer for nothing but padding."""
+    """The spans without the tiles, and parts of tiles, whose result is padding only."""
     return [replace(span, keep_stop=min(span.keep_stop, size)) for span in spans if span.keep_start < size]
 
 
@@ -227,7 +227,7 @@ def _upscaled_band(
     advance: Callable[[int], None],
     device: torch.device | str | None,
 ) -> torch.Tensor:
-    """What a row of tiles answers for, of the band that they see."""
+    """The part of the result that a row of tiles is kept for."""
     output: torch.Tensor | None = None
     height, width = row.keep_stop - row.keep_start, columns[-1].keep_stop
     top = (row.keep_start - row.start) * scale

@@ -172,9 +172,9 @@ class Upscaler:
     def rows(
         self, image: Tensor | ImageRecord, tile: int | None = None, overlap: int = 32, progress: Progress | None = None
     ) -> Iterator[Tensor]:
-        """Upscale one RGB image, and give the finished rows from top to bottom: those of one row of tiles at a time.
+        """Upscale one RGB image and yield the finished rows from top to bottom, one row of tiles at a time.
 
-        Beside the image, memory is needed for one row of tiles and its result. `save_rows` puts them into a file.
+        Besides the image, one row of tiles and its result are in memory. `save_rows` writes them to a file.
 
         Args:
             image: A decoded image, of which floats are made a row of tiles at a time; or `[1, 3, H, W]`, 0..1.
@@ -197,7 +197,7 @@ class Upscaler:
         return self._in_memory(bands, (x.shape[-2], x.shape[-1]))
 
     def _in_memory(self, bands: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        """The bands as colour, or else an error that says how to need less memory."""
+        """The bands as colour; running out of memory becomes an error that says what to do."""
         try:
             for band in bands:
                 yield band if self.channels == 3 else band.movedim(0, 1)
@@ -213,7 +213,7 @@ class Upscaler:
             ) from error
 
     def _multiple(self, x: Tensor, tile: int | None) -> int:
-        """What to pad both sides to: the model's multiple, its minimum, or the longer side where it wants squares."""
+        """Multiple to pad both sides to: the model's, its minimum, or the longer side if its input must be square."""
         height, width = x.shape[-2:]
         if self.square and tile is None:
             return _round_up(max(height, width, self.size_minimum), self.size_multiple)
@@ -263,7 +263,7 @@ class _InBfloat16(nn.Module):
 
 def _checked_channels(channels: int, name: str) -> int:
     if channels not in (1, 3):
-        raise ConfigError(f"{name} is no model of images", found=f"{channels} input channels", expected="1 or 3")
+        raise ConfigError(f"{name} is not an image model", found=f"{channels} input channels", expected="1 or 3")
     return channels
 
 

@@ -50,7 +50,7 @@ def convert_at(quantized: QuantizedModel, size: Size) -> openvino.Model:
     modules, conversions = _extensions(twin)
     image = torch.rand(size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # sizes become constants, which is what is wanted
+        warnings.simplefilter("ignore")  # the tracer warns that sizes become constants, as intended
         decoder = TorchScriptPythonDecoder(
             SingleInput(twin.model).eval(),
             example_input=image,

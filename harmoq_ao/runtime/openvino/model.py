@@ -57,7 +57,7 @@ class OpenVinoModel(PerSizeModel[Size, "openvino.CompiledModel"]):
         super().__init__(quantized, keep)
         self.precision = precision
         self.threads = threads
-        self._quantized = [quantized]  # in a list, so that it is no submodule and its tensors are not counted as ours
+        self._quantized = [quantized]  # a list hides it from nn.Module: its tensors are not ours
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
