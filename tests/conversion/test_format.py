@@ -33,91 +33,69 @@ def _forge(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "config.json").write_text(json.dumps({**config, "sha256": digest}))
 
 
-def _put(*path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+def _put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change that puts a value, or what a function makes of the present one, at a dotted path."""
+
     def change(config: dict[str, Any]) -> None:
-        for key in path[:-1]:
+        *outer, last = path.split(".")
+        for key in outer:
             config = config[key]
-        config[path[-1]] = value
+        config[last] = value(config[last]) if callable(value) else value
 
     return change
 
 
-def _rename_site(config: dict[str, Any]) -> None:
-    first = next(iter(config["sqnr_db"]))
-    config["sqnr_db"]["elsewhere"] = config["sqnr_db"].pop(first)
+def _rename_site(measured: dict[str, Any]) -> dict[str, Any]:
+    first, *rest = measured
+    return {name: measured[name] for name in rest} | {"elsewhere": measured[first]}
 
 
-ARCHITECTURE = ("traits", "architecture")
-PARAMETERS = (*ARCHITECTURE, "hyperparameters")
-FORGERIES: list[Callable[[dict[str, Any]], Any]] = [
-    _put("format", value="other"),
-    _put("schema_version", value=SCHEMA_VERSION + 1),
-    _put("schema_version", value=None),
-    _put("schema_version", value="1"),
-    _put(*ARCHITECTURE, "class", value="os:system"),
-    _put(*ARCHITECTURE, "class", value="spandrel.architectures.SwinIR:Nothing"),
-    _put(*ARCHITECTURE, "class", value="torch.nn.modules.linear:Linear"),
-    _put(*ARCHITECTURE, "class", value=["os"]),
-    _put(*ARCHITECTURE, value=None),
-    _put(*ARCHITECTURE, value=[]),
-    _put(*PARAMETERS, "embed_dim", value=10**9),
-    _put(*PARAMETERS, "embed_dim", value=-12),
-    _put(*PARAMETERS, "embed_dim", value=24),
-    _put(*PARAMETERS, "embed_dim", value="12"),
-    _put(*PARAMETERS, "window_size", value=0),
-    _put(*PARAMETERS, "depths", value=[2, 2] * 5000),
-    _put(*PARAMETERS, "depths", value=[2]),
-    _put(*PARAMETERS, "upscale", value=3),
-    _put(*PARAMETERS, "no_such", value=3),
-    _put(*PARAMETERS, value=None),
-    _put("traits", value={}),
-    _put("traits", "scale", value=-1),
-    _put("traits", "scale", value=2.5),
-    _put("traits", "extra", value=1),
-    _put("example_shapes", value=[]),
-    _put("example_shapes", value=[[1, 3, 16]]),
-    _put("example_shapes", value=[[1, 3, 0, 16]]),
-    _put("example_shapes", value=[[1, 3, -16, -16]]),
-    _put("example_shapes", value=[[1, 3, 10**9, 10**9]]),
-    _put("example_shapes", value=[[1, 7, 16, 16]]),
-    _put("example_shapes", value=[[1, 3, 16.0, 16]]),
-    _put("example_shapes", value=[[True, 3, 16, 16]]),
-    _put("example_shapes", value=[[1, 3, 16, 16]] * 100),
-    _put("quantization_config", value={"weight_bits": 1}),
-    _put("quantization_config", value={"weight_bits": 8, "act_bits": 4, "profile": "paper"}),
-    _put("quantization_config", value={"weight_bits": 3, "act_bits": 4, "profile": "paper"}),
-    _put("quantization_config", "matmul_bits", value=32),
-    _put("quantization_config", "joint_scale", value="none"),
-    _put("quantization_config", "conv_bits", value=8),
-    _put("quantization_config", "rules", value=[{"sites": "nowhere"}]),
-    _put("quantization_config", "rules", value=[{"sites": ["*"]}]),
-    _put("quantization_config", "__class__", value="x"),
-    _put("float_dtype", value="float64"),
-    _put("float_dtype", value=["float32"]),
-    _put("sqnr_db", value=[]),
-    _put("sqnr_db", value={}),
-    _put("sqnr_db", "x", value=1.0),
-    _rename_site,
-    lambda config: config["sqnr_db"].update(dict.fromkeys(config["sqnr_db"], float("nan"))),
-    lambda config: config["sqnr_db"].update(dict.fromkeys(config["sqnr_db"], 10**400)),
-    lambda config: config["sqnr_db"].update(dict.fromkeys(config["sqnr_db"], True)),
-    _put("weights", value=None),
-    _put("weights", "file", value="../x"),
-    _put("weights", "file", value="/etc/passwd"),
-    _put("weights", "file", value="config.json"),
-    _put("weights", "file", value="model-0123456789ab.safetensors"),
-    _put("weights", "file", value="n" * 5000),
-    _put("weights", "file", value="\0"),
-    _put("weights", "file", value=""),
-    _put("weights", "file", value=".."),
-    _put("weights", "sha256", value="0" * 64),
-    _put("weights", "layout", value=""),
-    _put("weights", "layout", value="hhh"),
-    lambda config: _put("weights", "layout", value="x" * len(config["weights"]["layout"]))(config),
-    lambda config: _put("weights", "layout", value="h" * len(config["weights"]["layout"]))(config),
-    lambda config: _put("weights", "layout", value="-" * len(config["weights"]["layout"]))(config),
-    lambda config: _put("weights", "layout", value=config["weights"]["layout"][::-1])(config),
-]
+def _measured(value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda measured: dict.fromkeys(measured, value)
+
+
+SIZES = ([1, 3, 16], [1, 3, 0, 16], [1, 3, -16, -16], [1, 3, 10**9, 10**9], [1, 7, 16, 16], [1, 3, 16.0, 16])
+PAPER = {"act_bits": 4, "profile": "paper"}
+FORGED_VALUES: dict[str, list[Any]] = {
+    "format": ["other"],
+    "schema_version": [SCHEMA_VERSION + 1, None, "1"],
+    "traits": [{}],
+    "traits.scale": [-1, 2.5],
+    "traits.extra": [1],
+    "traits.architecture": [None, []],
+    "traits.architecture.class": [
+        "os:system",
+        "spandrel.architectures.SwinIR:Nothing",
+        "torch.nn.modules.linear:Linear",
+        ["os"],
+    ],
+    "traits.architecture.hyperparameters": [None],
+    "traits.architecture.hyperparameters.embed_dim": [10**9, -12, 24, "12"],
+    "traits.architecture.hyperparameters.window_size": [0],
+    "traits.architecture.hyperparameters.depths": [[2, 2] * 5000, [2]],
+    "traits.architecture.hyperparameters.upscale": [3],
+    "traits.architecture.hyperparameters.no_such": [3],
+    "example_shapes": [[], *([size] for size in SIZES), [[True, 3, 16, 16]], [[1, 3, 16, 16]] * 100],
+    "quantization_config": [{"weight_bits": 1}, {"weight_bits": 8, **PAPER}, {"weight_bits": 3, **PAPER}],
+    "quantization_config.matmul_bits": [32],
+    "quantization_config.joint_scale": ["none"],
+    "quantization_config.conv_bits": [8],
+    "quantization_config.rules": [[{"sites": "nowhere"}], [{"sites": ["*"]}]],
+    "quantization_config.__class__": ["x"],
+    "float_dtype": ["float64", ["float32"]],
+    "sqnr_db": [[], {}, _rename_site, *map(_measured, (float("nan"), 10**400, True))],
+    "sqnr_db.x": [1.0],
+    "weights": [None],
+    "weights.file": [
+        *("../x", "/etc/passwd", "config.json", "model-0123456789ab.safetensors", "n" * 5000, "\0", "", ".."),
+    ],
+    "weights.sha256": ["0" * 64],
+    "weights.layout": [
+        *("", "hhh", lambda layout: "x" * len(layout), lambda layout: "h" * len(layout)),
+        *(lambda layout: "-" * len(layout), lambda layout: layout[::-1]),
+    ],
+}
+FORGERIES = [_put(path, value) for path, values in FORGED_VALUES.items() for value in values]
 
 
 @pytest.mark.parametrize("change", FORGERIES, ids=range(len(FORGERIES)))
@@ -172,7 +150,7 @@ def _forge_tensors(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> 
 
 def _replace_weights(folder: Path, data: bytes) -> None:
     weights_of(folder).write_bytes(data)
-    _forge(folder, _put("weights", "sha256", value=hashlib.sha256(data).hexdigest()))
+    _forge(folder, _put("weights.sha256", hashlib.sha256(data).hexdigest()))
 
 
 def _codes(tensors: dict[str, Tensor]) -> str:
