@@ -85,6 +85,7 @@ def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, ou
     rows, columns = qa.sum(-1, keepdim=True), qb.sum(-2, keepdim=True)
     if bool(rows.isnan().any()) or bool(columns.isnan().any()):
         raise integer_reference.nan_error()
+    # Where sums are exact in the type of the output, the product is written into it and rescaled in place.
     direct = out is not None and out.dtype == exact == torch.float32
     with integer_reference.exact_floats(qa):
         acc = torch.matmul(qa, qb, out=out) if direct else torch.matmul(qa, qb).float()

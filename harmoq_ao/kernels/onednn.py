@@ -123,6 +123,7 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
                 expected="a single number",
                 remedy="use ranges per token (act=None) or a joint scale per channel",
             )
+        # x = step * q + lower, so the lower bound adds a constant to every output: it becomes part of the bias.
         lower, step = operands.act.lower.reshape(()), operands.act.step.reshape(())
         bias = integer_reference.fold_bias(total, lower, operands.bias)
         scale = scale * step
@@ -131,7 +132,7 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
         offset = offsets.item() if operands.joint_shift is None else offsets.reshape(-1)
     elif operands.joint_scale is not None:
         reciprocal = operands.joint_scale.reciprocal()
-    outer = None if factor else scale * operands.weight_shift
+    outer = None if factor else scale * operands.weight_shift  # times the sum of a token's codes, known only then
     if operands.act is None:
         codes = F.pad(codes, (0, _padded(codes.shape[1]) - codes.shape[1]))
     return PackedLinear(operands, _contraction(codes, scale / max(factor, 1), bias), outer, total, reciprocal, offset)
@@ -159,6 +160,7 @@ def _contraction(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[
             return _qlinear(qx, packed, scale, bias, dtype, zeros)
 
         return integer
+    # Without integer kernels the scale goes into the weight, which saves the pass over the output.
     weight = codes.float() * scale[:, None]
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:

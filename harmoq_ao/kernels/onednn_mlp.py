@@ -40,7 +40,7 @@ def mlp(x: Tensor, fc1: PackedLinear, fc2: PackedLinear, gelu: str) -> Tensor:
     hidden, width = len(fc1.total), len(fc2.total)
     y = torch.empty(len(rows), width, dtype=x.dtype)
     if len(rows):
-        block = block_rows(len(rows), 2 * hidden)
+        block = block_rows(len(rows), 2 * hidden)  # float32 before and after the GELU are the largest buffers
         for values, target in zip(rows.split(block), y.split(block), strict=True):
             between = F.gelu(fc1.contract(quantize(values, fc1), torch.float32), approximate=gelu)
             target.copy_(fc2.contract(quantize(between, fc2), x.dtype))
