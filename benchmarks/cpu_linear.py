@@ -104,24 +104,19 @@ def bench_linear(m: int, k: int, n: int, rounds: int) -> pd.DataFrame:
 
 
 def bench_matmul(name: str, left: tuple[int, ...], right: tuple[int, ...], rounds: int) -> pd.DataFrame:
-    """Float32 matmul, quantized matmul from float operands, and accumulators of ready codes."""
+    """Float32 matmul, and quantized matmul from float operands."""
     a, b = torch.empty(left), torch.empty(right)
-    qa, qb = torch.empty(left, dtype=torch.uint8), torch.empty(right, dtype=torch.uint8)
     static, per_token = MatmulOperand(8, Affine(torch.tensor(8 / 255), torch.tensor(-4.0), 8)), MatmulOperand(8)
 
     def refresh() -> None:
         a.normal_()
         b.normal_()
-        qa.random_(0, 256)
-        qb.random_(0, 256)
 
     contenders: dict[str, Callable[[], object]] = {
         "float32": lambda: a @ b,
         "quantized, static": lambda: float_matmul.quantized_matmul(a, b, static, static),
         "quantized, per token": lambda: float_matmul.quantized_matmul(a, b, per_token, per_token),
         "quantized, per token, reference": lambda: integer_reference.quantized_matmul(a, b, per_token, per_token),
-        "accumulators, float kernels": lambda: float_matmul.matmul_accumulate(qa, qb),
-        "accumulators, integer reference": lambda: integer_reference.matmul_accumulate(qa, qb),
     }
     return measure(name, contenders, rounds, refresh)
 

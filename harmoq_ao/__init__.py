@@ -58,8 +58,9 @@ if TYPE_CHECKING:
     )
     from harmoq_ao.config import HarmoqConfig, SiteRule
     from harmoq_ao.conversion.convert import convert_harmoq
+    from harmoq_ao.conversion.load import load_quantized
     from harmoq_ao.conversion.model import QuantizedModel
-    from harmoq_ao.conversion.serialization import load_quantized, save_quantized
+    from harmoq_ao.conversion.save import save_quantized
     from harmoq_ao.export import export_checkpoint, export_onnx, export_program
     from harmoq_ao.harmonization.harmonize import HarmonizeTrace, harmonize
     from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
@@ -87,8 +88,9 @@ _ROOMS = {
     "ImageError InputError KernelError SavedModelError TraceError",
     "config": "HarmoqConfig SiteRule",
     "conversion.convert": "convert_harmoq",
+    "conversion.load": "load_quantized",
     "conversion.model": "QuantizedModel",
-    "conversion.serialization": "load_quantized save_quantized",
+    "conversion.save": "save_quantized",
     "export": "export_checkpoint export_onnx export_program",
     "harmonization.harmonize": "HarmonizeTrace harmonize",
     "harmonization.paper.settings": "AlgorithmSettings",

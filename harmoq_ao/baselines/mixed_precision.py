@@ -28,7 +28,7 @@ from harmoq_ao.calibration.solve import compute_qparams, enable_fake_quant
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion.convert import convert_harmoq
-from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
+from harmoq_ao.conversion.save import folder_bytes, save_quantized
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.quant.quantizer import check_bits
 from harmoq_ao.sites.base import PreparedSite

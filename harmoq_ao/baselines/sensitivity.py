@@ -19,8 +19,9 @@ from torch import Tensor
 from harmoq_ao.baselines.bit_allocation import SiteBits
 from harmoq_ao.common.progress import track
 from harmoq_ao.images import luma
+from harmoq_ao.sites.base import quiet
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import PreparedLinear, quiet
+from harmoq_ao.sites.prepared import PreparedLinear
 
 _LEAST = 1e-12  # the smallest squared error that float64 can tell from none
 

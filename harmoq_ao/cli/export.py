@@ -14,8 +14,8 @@ from rich.table import Table
 from harmoq_ao.cli.common import app, err, out
 from harmoq_ao.common.errors import ConfigError, OutputError
 from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.conversion.load import load_quantized
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.conversion.serialization import load_quantized
 from harmoq_ao.images import load_pairs
 from harmoq_ao.runtime.upscaler import of_quantized
 

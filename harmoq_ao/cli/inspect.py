@@ -18,7 +18,8 @@ from harmoq_ao.cli.common import (
     summary,
 )
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.serialization import folder_bytes, load_quantized
+from harmoq_ao.conversion.load import load_quantized
+from harmoq_ao.conversion.save import folder_bytes
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.runtime.upscaler import open_float
 from harmoq_ao.sites.report import Report, SiteRow

@@ -29,7 +29,7 @@ from harmoq_ao.common.errors import ConfigError, shown
 from harmoq_ao.common.progress import track
 from harmoq_ao.config import HarmoqConfig, JointScale, Observer, Profile, SiteRule
 from harmoq_ao.conversion.convert import convert_harmoq
-from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
+from harmoq_ao.conversion.save import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.harmonization.presets import preset as preset_of
 from harmoq_ao.images import (

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from harmoq_ao.cli.common import OverlapOption, TileOption, app, err, out
 from harmoq_ao.common.errors import ConfigError, OutputError
-from harmoq_ao.conversion.serialization import folder_bytes
+from harmoq_ao.conversion.save import folder_bytes
 from harmoq_ao.images import ImageRecord, list_images, load_image, load_pairs
 from harmoq_ao.runtime.upscaler import open_model
 

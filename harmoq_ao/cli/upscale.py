@@ -31,8 +31,8 @@ from harmoq_ao.common.errors import ConfigError, DatasetError, OutputError
 from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.images import WRITABLE, image_files
-from harmoq_ao.runtime.image_files import FileUpscaler, Job, upscale_here
-from harmoq_ao.runtime.ray_engine import upscale_on_ray
+from harmoq_ao.runtime.file_jobs import FileUpscaler, Job, upscale_here
+from harmoq_ao.runtime.ray_jobs import upscale_on_ray
 from harmoq_ao.runtime.tiling import Progress
 from harmoq_ao.runtime.upscaler import Runtime, open_model
 

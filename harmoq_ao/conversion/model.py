@@ -12,7 +12,7 @@ from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.passes import finalize
 from harmoq_ao.images import check_image_tensor
-from harmoq_ao.kernels.linear import check_backend
+from harmoq_ao.kernels.select import check_backend
 from harmoq_ao.lowering.survey import survey
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits

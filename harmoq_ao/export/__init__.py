@@ -1,4 +1,7 @@
-"""Quantized models for other tools: ONNX with quantize/dequantize nodes, `torch.export` programs, float checkpoints."""
+"""Quantized models for other tools: ONNX with quantize/dequantize nodes, `torch.export` programs, float checkpoints.
+
+Imports ``runtime`` and what that may import; onnx and onnxscript only within calls.
+"""
 
 from harmoq_ao.export.checkpoint import checkpoint_state, export_checkpoint
 from harmoq_ao.export.onnx import OnnxExport, export_onnx

@@ -1,4 +1,4 @@
-"""Exported files in the engines that are installed, beside the model they were made from."""
+"""Comparison of exported files, in every installed engine, with the model they were made from."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ Run = Callable[[Tensor], Tensor]
 
 
 def onnx_engines(path: Path) -> dict[str, Run]:
-    """ONNX Runtime and OpenVINO on an ONNX file, on the CPU in float32, as far as they are installed and take it.
+    """ONNX Runtime and OpenVINO for an ONNX file, on the CPU in float32; those that are installed and accept it.
 
-    OpenVINO refuses some graphs that draw attention masks for free sizes; that is logged as a warning.
+    OpenVINO rejects some graphs that compute attention masks for free sizes, which is logged as a warning.
     """
     openers = {"ONNX Runtime": ("onnxruntime", _onnxruntime), "OpenVINO": ("openvino", _openvino)}
     found: dict[str, Run] = {}
@@ -36,7 +36,7 @@ def onnx_engines(path: Path) -> dict[str, Run]:
             continue
         try:
             found[name] = opened(path)
-        except Exception as error:  # engines raise what they like
+        except Exception as error:  # engines raise errors of any type
             logger.warning("%s does not take %s: %s", name, path.name, str(error).strip().splitlines()[-1])
     return found
 
@@ -138,6 +138,3 @@ class _OneSize(nn.Module):
         padded, (height, width) = pad_to_multiple(image, self.side)
         rows = [self.run(row) for row in padded.split(1)]  # gray models get the channels as a batch
         return torch.cat(rows)[..., : height * self.scale, : width * self.scale]
-
-
-__all__ = ["compare", "engines", "onnx_engines"]

@@ -1,7 +1,7 @@
 """A float checkpoint with the weights that the integer codes stand for, under the architecture's own names.
 
-Any program that reads the architecture's checkpoints (spandrel, and what is built on it) loads it as the original. It
-computes with quantized weights and float activations. Joint scales and shifts have no place in such a file, so they are
+Any program that reads the architecture's checkpoints (spandrel, and programs built on it) loads it like the original.
+It computes with quantized weights and float activations. Such a file cannot hold joint scales and shifts, so they are
 undone in the weights::
 
     W~ ((x - shift) / scale) + b~  =  W x + b        with W = W~ / scale and b = b~ - W shift
@@ -22,17 +22,19 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import ExportError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.export.common import check_exportable
+from harmoq_ao.export.validation import check_exportable, failed
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.quantized import WeightedSite
 from harmoq_ao.zoo.checkpoints import build_architecture
 
 logger = logging.getLogger(__name__)
 
+OTHER_FORMATS = "export it as onnx or program"
+
 
 @dataclass
 class CheckpointState:
-    """A float state dict, and what it cannot say.
+    """A float state dict, and what it cannot express.
 
     Attributes:
         tensors: Tensors by the architecture's names, float32 where they are floats.
@@ -69,15 +71,14 @@ def checkpoint_state(quantized: QuantizedModel) -> CheckpointState:
     """The float state dict of a quantized model, with exactly the keys of its architecture.
 
     Raises:
-        ExportError: The architecture is none that spandrel builds, or a quantized weight is only a part of one of its
-            parameters.
+        ExportError: spandrel does not build the architecture, or a quantized weight is only a part of a parameter.
     """
     check_exportable(quantized)
     if quantized.traits.architecture is None:
         raise ExportError(
             "A checkpoint needs an architecture that spandrel builds",
             found="a model of another architecture",
-            remedy="export it as onnx or program",
+            remedy=OTHER_FORMATS,
         )
     skeleton = build_architecture(quantized.traits.architecture)
     examples = [torch.rand(shape) for shape in quantized.example_shapes]
@@ -99,7 +100,7 @@ def checkpoint_state(quantized: QuantizedModel) -> CheckpointState:
 
 @torch.no_grad()
 def _copy_floats(prepared: nn.Module, converted: nn.Module) -> None:
-    """What stayed float, refined or not. Sites follow, their tensors go by other names or are no floats."""
+    """Copy what stayed float, refined or not. Weights of sites follow in `_undo`."""
     sites = {f"{name}." for name, module in converted.named_modules() if isinstance(module, WeightedSite)}
     known = converted.state_dict()
     for name, tensor in prepared.state_dict().items():
@@ -111,7 +112,7 @@ def _copy_floats(prepared: nn.Module, converted: nn.Module) -> None:
 
 @torch.no_grad()
 def _undo(prepared: nn.Module, site: WeightedSite) -> bool:
-    """Write a site's weight and bias into the float model; True where a constant was left that has no bias."""
+    """Write a site's weight and bias into the float model; True where the architecture has no bias for a constant."""
     target = prepared.get_submodule(site.site.path)
     assert isinstance(target, (nn.Linear, nn.Conv2d))
     _check_whole(prepared, site)
@@ -135,10 +136,10 @@ def _check_whole(prepared: nn.Module, site: WeightedSite) -> None:
     own = {id(p) for name, p in prepared.named_parameters(remove_duplicate=False) if "harmoq_" not in name}
     if id(target.weight) not in own:
         raise ExportError(
-            "A quantized weight is no parameter of the architecture, only computed from one",
+            "A quantized weight is not a parameter of the architecture, only computed from one",
             found=site.site.name,
             expected="weights that are parameters",
-            remedy="export it as onnx or program",
+            remedy=OTHER_FORMATS,
         )
 
 
@@ -146,16 +147,10 @@ def _check_loads(tensors: dict[str, Tensor]) -> None:
     """Raise ExportError unless spandrel recognises the state dict and takes every tensor of it."""
     try:
         loaded = ModelLoader(registry=MAIN_REGISTRY).load_from_state_dict(copy.copy(tensors))
-    except Exception as error:  # detection and constructors of spandrel fail in every way there is
-        raise ExportError(
-            "spandrel does not recognise the checkpoint of this architecture",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            remedy="export it as onnx or program",
-        ) from error
+    except Exception as error:  # detection and constructors of spandrel may raise anything
+        what = "spandrel does not recognise the checkpoint of this architecture"
+        raise failed(what, error, remedy=OTHER_FORMATS) from error
     found = loaded.model.state_dict()
     odd = [name for name in tensors if name in found and found[name].shape != tensors[name].shape]
     if odd:
         raise ExportError("spandrel builds another architecture from this checkpoint", found=odd[0])
-
-
-__all__ = ["CheckpointState", "checkpoint_state", "export_checkpoint"]

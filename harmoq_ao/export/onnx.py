@@ -1,13 +1,12 @@
 """A quantized model as an ONNX file (opset 21) with integer weights and quantize/dequantize nodes.
 
-Where the graph of the architecture holds for every multiple of its windows, height and width of the file are free. Some
-transformers build masks and index tables from the size in Python; then the file is for images of one size, larger
-images go through it in tiles, and the reason stands in the file's metadata (``harmoq_size``).
+Height and width are free where the graph of the architecture holds for every multiple of its windows. Some transformers
+build masks and index tables from the size in Python. Their file is for images of one size, larger images are upscaled
+in tiles, and the reason is in the file's metadata (``harmoq_size``).
 """
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -19,16 +18,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from harmoq_ao.common.errors import ExportError, HarmoqError
 from harmoq_ao.common.optional import require
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.export.common import check_exportable, example_for
 from harmoq_ao.export.onnx_sites import fits_int4, rewrite_sites  # registers the operators, too
+from harmoq_ao.export.validation import RUN_IT_HERE, UNTRACEABLE, check_exportable, example_for, failed
 from harmoq_ao.images import atomic_write
-from harmoq_ao.runtime.fixed_size import fixed_size
+from harmoq_ao.runtime.fixed_size import SingleInput, fixed_size, float32_copy
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -63,11 +62,11 @@ def export_onnx(quantized: QuantizedModel, path: str | Path, size: tuple[int, in
         quantized: From :func:`convert_harmoq` or a saved model; left as it is.
         path: The file, replaced if it is there.
         size: Height and width of the images, for a file of one size. None leaves them free where the graph of the
-            architecture allows, and else takes 128 x 128.
+            architecture allows it, and otherwise takes 128 x 128.
 
     Raises:
-        ExportError: onnx or onnxscript is not installed, the size is none that the model takes, or a part of the model
-            has no counterpart in ONNX.
+        ExportError: onnx or onnxscript is not installed, the model does not take the size, or a part of it has no
+            counterpart in ONNX.
         OutputError: The file cannot be written.
     """
     require_onnx()
@@ -105,15 +104,13 @@ def require_onnx() -> None:
 def _twin(quantized: QuantizedModel) -> QuantizedModel:
     """A copy in float32 with its sites in quantize and dequantize operators."""
     check_exportable(quantized)
-    twin = copy.deepcopy(quantized)
-    if twin.float_dtype is not torch.float32:
-        twin.set_float_dtype(torch.float32)  # parameters are rounded already
+    twin = float32_copy(quantized)
     rewrite_sites(twin.model)
     return twin
 
 
 def _one_size(twin: QuantizedModel, example: Tensor) -> torch.export.ExportedProgram:
-    """The program for one size, with everything that only the size decides as constants."""
+    """The program for one size; everything that depends on the size alone is a constant."""
     try:
         flat = fixed_size(twin, example, cuda_graph=False, keep=(torch.ops.harmoq.dequantize_weight.default,))
         with torch.no_grad():
@@ -121,7 +118,7 @@ def _one_size(twin: QuantizedModel, example: Tensor) -> torch.export.ExportedPro
     except HarmoqError:
         raise
     except Exception as error:  # an author's forward may fail under export in any way
-        raise _untaken("torch.export cannot take this model at this size", error, tuple(example.shape)) from error
+        raise failed(UNTRACEABLE, error, place=f"{tuple(example.shape)}: ", remedy=RUN_IT_HERE) from error
 
 
 class _OneSizeError(Exception):
@@ -131,8 +128,8 @@ class _OneSizeError(Exception):
 def _free_size(twin: QuantizedModel, quantized: QuantizedModel) -> tuple[torch.export.ExportedProgram, int]:
     """The program with free height and width, and what they must be multiples of.
 
-    Padding to whole windows is often decided in Python, for the size that is traced: then only sizes that need none are
-    computed as the model does.
+    Padding to whole windows is often decided in Python for the traced size. The program is then right only for sizes
+    that need no padding, which is found by trying multiples.
     """
     height, width = quantized.example_shapes[0][-2:]
     example = example_for(quantized, (height, width))
@@ -141,10 +138,10 @@ def _free_size(twin: QuantizedModel, quantized: QuantizedModel) -> tuple[torch.e
         with torch.no_grad(), _silent():
             twin(example)
             program = torch.export.export(
-                _Image(twin), (example,), dynamic_shapes={"image": {2: free, 3: free}}, strict=False
+                SingleInput(twin), (example,), dynamic_shapes={"image": {2: free, 3: free}}, strict=False
             )
     except Exception as error:  # whatever the author's Python does with a size that is not known
-        raise _OneSizeError(f"the graph holds for one size only: {_first_line(error)}") from error
+        raise _OneSizeError(f"the graph holds for one size only: {_reason(error)}") from error
     step = max(1, quantized.traits.size_multiple)
     for multiple in (step << n for n in range(_DOUBLINGS)):
         aligned = height % multiple == width % multiple == 0
@@ -163,18 +160,6 @@ def _holds(program: torch.export.ExportedProgram, quantized: QuantizedModel, siz
     except Exception:  # a guard, or a shape that does not fit
         return False
     return found.shape == expected.shape and float((found - expected).abs().max()) <= _TOLERANCE
-
-
-class _Image(nn.Module):
-    """A model with one named argument."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, image: Tensor) -> Tensor:
-        result: Tensor = self.model(image)
-        return result
 
 
 # --- from a program to ONNX -------------------------------------------------------------------------------------------
@@ -198,7 +183,7 @@ def _translated(program: torch.export.ExportedProgram) -> onnx_ir.Model:
                 verbose=False,
             )
     except Exception as error:
-        raise _untaken("A part of this model has no counterpart in ONNX", error, None) from error
+        raise failed("A part of this model has no counterpart in ONNX", error, remedy=RUN_IT_HERE) from error
     assert found is not None
     return found.model
 
@@ -280,7 +265,7 @@ def _narrow_weights(model: onnx_ir.Model) -> None:
 
 
 def _share_constants(model: onnx_ir.Model) -> None:
-    """Keep equal tables once: each block with shifted windows brings the same mask."""
+    """Store equal tables once: every block with shifted windows has the same mask."""
     import numpy as np
     import onnx_ir as ir
     from onnx_ir.passes.common import DeduplicateHashedInitializersPass
@@ -295,7 +280,7 @@ def _share_constants(model: onnx_ir.Model) -> None:
 def _describe(
     model: onnx_ir.Model, quantized: QuantizedModel, size: tuple[int, int] | None, note: str | None, multiple: int
 ) -> None:
-    """Where the file comes from and what its images must look like, as metadata."""
+    """Write the origin of the file and the requirements on its images as metadata."""
     model.producer_name, model.producer_version = "harmoq-ao", __version__
     fixed = "any" if size is None else f"{size[0]}x{size[1]} ({note})"
     traits = quantized.traits
@@ -316,14 +301,14 @@ def _serialized(model: onnx_ir.Model) -> bytes:
     try:
         onnx.checker.check_model(proto, full_check=True)
     except Exception as error:
-        raise _untaken("The translated model is not valid ONNX", error, None) from error
+        raise failed("The translated model is not valid ONNX", error, remedy=RUN_IT_HERE) from error
     data: bytes = proto.SerializeToString()
     return data
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Within, the exporter keeps its remarks to itself: what fails is told by an error."""
+    """Context manager that silences the exporter: what fails is reported by an error."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
@@ -337,15 +322,5 @@ def _silent() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _untaken(what: str, error: Exception, shape: tuple[int, ...] | None) -> ExportError:
-    place = "" if shape is None else f"{shape}: "
-    return ExportError(
-        what, found=f"{place}{type(error).__name__}: {_first_line(error)}", remedy="run the quantized model itself"
-    )
-
-
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
-
-
-__all__ = ["OPSET", "OnnxExport", "export_onnx", "require_onnx"]

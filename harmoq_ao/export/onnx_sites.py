@@ -7,11 +7,11 @@ A site becomes::
       -> MatMul with DequantizeLinear(integer codes, step of each column)
       -> + folded bias
 
-The multiplication and the addition are those of :func:`quantize_codes`; joint scale and
-joint shift are part of them. Lower bounds need not be multiples of the step: they enter the bias, so both operands of
-the product are plain multiples of integers and an engine may compute it in integers. With fewer than 8 bits the clip
-does what fewer levels would: rounding and a clip at whole numbers commute. A convolution pads with zeros, which have a
-code of their own there: its DequantizeLinear has the zero point.
+The multiplication and the addition are those of :func:`quantize_codes` and include joint scale and joint shift. Lower
+bounds need not be multiples of the step: they are folded into the bias, so both operands of the product are plain
+multiples of integers, and an engine may compute it in integers. Below 8 bits the clip replaces fewer levels, since
+rounding and a clip at whole numbers commute. A convolution pads with zeros, which need a code of their own: its
+DequantizeLinear has a zero point.
 
 Weights: signed codes in int4 at 2 to 4 bits, in int8 above. Mid-rise codes ``w`` stand for ``w + 1/2``; where
 ``2 w + 1`` fits the same type it is stored, with half the step. At 4 bits it does not fit: a linear stores ``w`` and
@@ -231,10 +231,7 @@ def _codes(position: Tensor, bits: int, step: float, zero_point: int = 0) -> Ten
 
 
 def _codes_per_slice(x: Tensor, bits: int, axis: int, inverse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes as floats, lower bound and step, one pair of bounds per slice along `axis`."""
+    """Codes as floats, lower bound and step, one range per slice along `axis`."""
     scaled = x if inverse is None else x * inverse
     lower, step = integer_reference.dynamic_qparams(scaled, axis, bits)
     return _codes(scaled * step.reciprocal() - lower / step, bits, 1.0), lower, step
-
-
-__all__ = ["INT4", "dequantize_weight", "fits_int4", "quantize_dequantize", "rewrite_sites"]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from harmoq_ao.common.errors import ExportError, HarmoqError
+from harmoq_ao.common.errors import HarmoqError
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.export.common import check_exportable, example_for
+from harmoq_ao.export.validation import RUN_IT_HERE, UNTRACEABLE, check_exportable, example_for, failed
 
 
 def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -34,17 +34,13 @@ def export_program(quantized: QuantizedModel, path: str | Path, size: tuple[int,
     file = io.BytesIO()
     try:
         with torch.no_grad():
-            quantized(image)  # graphs of islands for this size exist from here on
+            quantized(image)  # makes the graphs of islands for this size, which an export cannot
             program = torch.export.export(quantized, (image,), strict=False)
         torch.export.save(program, file, extra_files={"harmoq_ao": __version__})
     except HarmoqError:
         raise
     except Exception as error:  # an author's forward may fail under export in any way
-        raise ExportError(
-            "torch.export cannot take this model at this size",
-            found=f"{tuple(image.shape)}: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            remedy="run the quantized model itself",
-        ) from error
+        raise failed(UNTRACEABLE, error, place=f"{tuple(image.shape)}: ", remedy=RUN_IT_HERE) from error
     with atomic_write(path) as target:
         target.write(file.getvalue())
     return image.shape[-2], image.shape[-1]
@@ -54,17 +50,11 @@ def load_program(path: str | Path) -> torch.nn.Module:
     """The module of a program; call it with an image batch of the size it was exported at.
 
     Raises:
-        ExportError: The file is no program.
+        ExportError: The file is not a program.
     """
     try:
         program = torch.export.load(str(path))
-    except Exception as error:  # a damaged archive fails in every way there is
-        raise ExportError(
-            f"{path} cannot be read as a torch.export program",
-            found=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-            expected="a .pt2 file from harmoq export --format program",
-        ) from error
+    except Exception as error:  # a damaged archive may raise anything
+        expected = "a .pt2 file from harmoq export --format program"
+        raise failed(f"{path} cannot be read as a torch.export program", error, expected=expected) from error
     return program.module()
-
-
-__all__ = ["export_program", "load_program"]

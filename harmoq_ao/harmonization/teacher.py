@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from harmoq_ao.graph.folding import fold_variant
 from harmoq_ao.graph.island import finish_graphs, is_island
 from harmoq_ao.lowering.attention import fuse_attention
+from harmoq_ao.sites.base import quiet
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.sites.prepared import quiet
 
 
 class FloatNetwork(PreparedModel):

@@ -1,4 +1,5 @@
-"""One operator on one device: kernels of a CPU, operators for ``torch.compile``, and the choice among them.
+"""One operator on one device: CPU kernels, operators for ``torch.compile``, and the choice among kernels.
 
-Imports ``quant``, and ``triton_kernels`` where one is chosen. A pass that fuses several sites is in ``lowering``.
+Imports ``quant``, and ``triton_kernels`` late, when one of its kernels is chosen. Passes that fuse several sites are in
+``lowering``.
 """

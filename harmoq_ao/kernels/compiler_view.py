@@ -1,8 +1,8 @@
-"""What `torch.compile` sees of a quantized model on a CPU, so that it fuses what it can and leaves the rest to us.
+"""What `torch.compile` sees of a quantized model on a CPU.
 
-Quantizing an input is plain torch, which the compiler joins with whatever made that input (a LayerNorm, a GELU) into
-one pass. The contraction, and float attention in blocks of windows, are operators of our own that it calls as they are.
-`torch.export` by itself has no part in this: there a linear is one operator (`ops.py`), and attention is torch's.
+Rounding an input to codes is shown as plain torch, which the compiler fuses with whatever computed that input (a
+LayerNorm, a GELU) into one pass. The contraction, and float attention in blocks of windows, are opaque operators of our
+own. A plain `torch.export` is not concerned: there a linear is one operator (`ops.py`), and attention is torch's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.kernels import ops
-from harmoq_ao.kernels.linear import LinearKernel
 from harmoq_ao.kernels.onednn import PackedLinear
+from harmoq_ao.kernels.select import Backend
 from harmoq_ao.quant import integer_reference
 
 _shown: ContextVar[bool] = ContextVar("shown", default=False)
@@ -24,7 +24,7 @@ _shown: ContextVar[bool] = ContextVar("shown", default=False)
 
 @contextmanager
 def for_compiler() -> Iterator[None]:
-    """Within, an export sees what `torch.compile` sees: for graphs that it is going to compile."""
+    """Context manager in which an export sees what `torch.compile` sees: for graphs that are compiled afterwards."""
     token = _shown.set(True)
     try:
         yield
@@ -33,25 +33,29 @@ def for_compiler() -> Iterator[None]:
 
 
 def is_compiled(x: Tensor) -> bool:
-    """Whether a call on a CPU is traced by `torch.compile`, or for it."""
+    """Whether a call on a CPU is being traced by `torch.compile`, or by an export that will be compiled."""
     return x.device.type == "cpu" and (torch.compiler.is_dynamo_compiling() or _shown.get())
 
 
-def takes(packed: PackedLinear | None) -> bool:
-    """Whether a linear can be shown in two steps; None is one that has not run yet."""
-    return packed is not None and packed.only_codes
-
-
-def linear(x: Tensor, kernel: LinearKernel, tensors: ops.LinearTensors, numbers: tuple[int, int, float]) -> Tensor:
-    """Quantized ``F.linear``, as :func:`linear`, but that a NaN is not noticed.
+def linear(
+    x: Tensor,
+    tensors: ops.LinearTensors,
+    numbers: tuple[int, int, float],
+    backend: Backend,
+    ready: PackedLinear | None,
+) -> Tensor:
+    """Quantized ``F.linear`` for a traced graph: one operator, or rounding in plain torch and one operator.
 
     Args:
-        x: `[..., K]` float32 or bfloat16.
-        kernel: One that :func:`takes`.
-        tensors: Of the site, as :func:`linear` has them.
+        x: `[..., K]` floating point.
+        tensors: Of the site, as :func:`ops.linear` takes them.
         numbers: Bits of weights and activations, and the weights' shift, likewise.
+        backend: The kernels that the user asked for.
+        ready: The linear packed for CPUs, or None if it has not run yet.
     """
-    packed = kernel.packed_onednn()
-    assert packed.reciprocal is not None  # static bounds have one
-    codes = integer_reference.quantize_codes(x, packed.reciprocal, packed.offset, packed.operands.act_bits)
-    return ops.contract(codes, *tensors, *numbers, x.dtype)
+    # Only where the contraction of the codes is the whole result; and a compiled graph does not notice a NaN.
+    if backend == "auto" and ready is not None and ready.only_codes and is_compiled(x):
+        assert ready.reciprocal is not None  # a static range has one
+        codes = integer_reference.quantize_codes(x, ready.reciprocal, ready.offset, ready.operands.act_bits)
+        return ops.contract(codes, *tensors, *numbers, x.dtype)
+    return ops.linear(x, *tensors, *numbers, backend)

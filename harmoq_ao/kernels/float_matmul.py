@@ -1,61 +1,55 @@
 """Products of two quantized activations on CPUs: integer codes in floating-point kernels.
 
-oneDNN has no batched product of two activations in integers. A float32 product of codes is the same thing while its
-sums stay below 2**24, since every partial sum is then an integer that float32 holds exactly; longer contractions
-(channel attention runs over all pixels) go through float64, which is exact up to 2**53.
+oneDNN has no batched integer product of two activations. A float32 product of codes gives the same result while its
+sums stay below 2**24, since every partial sum is then an integer that float32 represents exactly. Longer contractions
+(channel attention runs over all pixels) use float64, which is exact up to 2**53.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+from harmoq_ao.kernels.select import NO_TRITON, Family, Kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
 
 _FLOAT32_EXACT = 1 << 24
-_PIECE_BYTES = 1 << 26  # float64 copies of codes made at a time in a long contraction
 _BLOCK_BYTES = 1 << 21  # working set of one thread in `quantized_matmul`
 
 
+class MatmulContraction(NamedTuple):
+    """A product of two quantized activations, `[..., M, K]` and `[..., K, N]` to `[..., M, N]` in the left's type.
+
+    Attributes:
+        left: Quantizer of the left operand.
+        right: Quantizer of the right operand.
+    """
+
+    left: MatmulOperand
+    right: MatmulOperand
+
+    def kernel(self, family: Family) -> Kernel:
+        """The kernel of a family; GPUs run the integer reference, since Triton takes products within attention only."""
+        if family == "cpu":
+            return Kernel("float32 on integer codes", lambda a, b: quantized_matmul(a, b, *self))
+        refusal = NO_TRITON if family == "triton" else None
+        return Kernel("reference integer", lambda a, b: integer_reference.quantized_matmul(a, b, *self), refusal)
+
+
 def exact_dtype(length: int, bits_a: int, bits_b: int) -> torch.dtype:
-    """Narrowest float type that sums ``length`` products of codes exactly."""
+    """Narrowest float type in which a sum of ``length`` products of codes is exact, whatever the order of addition."""
     largest = length * ((1 << bits_a) - 1) * ((1 << bits_b) - 1)
     return torch.float32 if largest <= _FLOAT32_EXACT else torch.float64
 
 
-def matmul_accumulate(qa: Tensor, qb: Tensor, bits_a: int = 8, bits_b: int = 8) -> Tensor:
-    """`reference.matmul_accumulate` by floating-point kernels, bit for bit.
-
-    Args:
-        qa: `[..., M, K]` uint8 codes below ``2**bits_a``.
-        qb: `[..., K, N]` uint8 codes below ``2**bits_b``.
-        bits_a: Width of the left codes; fewer bits stay in float32 for longer.
-        bits_b: Width of the right codes.
-
-    Returns:
-        `[..., M, N]` int32, int64 for very long contractions.
-
-    Raises:
-        KernelError: Wrong dtypes or shapes.
-    """
-    integer_reference.check_matmul(qa, qb)
-    length, dtype = qa.shape[-1], integer_reference.matmul_dtype(qa.shape[-1])
-    exact = exact_dtype(length, bits_a, bits_b)
-    if exact == torch.float32 or length == 0:
-        with integer_reference.exact_floats(qa):
-            return (qa.float() @ qb.float()).to(dtype)
-    piece = max(64, _PIECE_BYTES * length // (8 * max(1, qa.numel() + qb.numel())))
-    pairs = zip(torch.split(qa, piece, -1), torch.split(qb, piece, -2), strict=True)
-    total = sum((a.to(exact) @ b.to(exact) for a, b in pairs), start=torch.zeros((), dtype=exact))
-    return total.to(dtype)
-
-
 def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand) -> Tensor:
-    """`reference.quantized_matmul` up to float32 rounding; not differentiable.
+    """Product of two quantized activations; equals `integer_reference.quantized_matmul` up to float32 rounding.
 
-    Rounds, multiplies and rescales a few batch entries at a time, so that everything between input and output stays in
-    the cache. The codes are the reference's bit for bit, and so are the accumulators.
+    A few batch entries at a time are rounded, multiplied and rescaled, so that everything between input and output
+    stays in the cache. Codes and accumulators equal the reference bit for bit. Not differentiable.
 
     Args:
         left: `[..., M, K]` floating point, any strides.
@@ -82,14 +76,16 @@ def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOpe
 
 
 def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, out: Tensor | None = None) -> Tensor:
-    """One block of `quantized_matmul`, float32 if ``out`` is not given."""
+    """One block of `quantized_matmul`, written to ``out`` or returned in float32."""
     exact = exact_dtype(left.shape[-1], a.bits, b.bits)
     qa, act_a = codes_as_floats(left, a, -1)
     qb, act_b = codes_as_floats(right, b, -2)
     qa, qb = qa.to(exact), qb.to(exact)
+    # The lower bounds multiply these sums. A NaN in an operand shows in them too, at no extra pass.
     rows, columns = qa.sum(-1, keepdim=True), qb.sum(-2, keepdim=True)
     if bool(rows.isnan().any()) or bool(columns.isnan().any()):
         raise integer_reference.nan_error()
+    # Where sums are exact in the type of the output, the product is written into it and rescaled in place.
     direct = out is not None and out.dtype == exact == torch.float32
     with integer_reference.exact_floats(qa):
         acc = torch.matmul(qa, qb, out=out) if direct else torch.matmul(qa, qb).float()
@@ -98,9 +94,9 @@ def _product(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, ou
 
 
 def codes_as_floats(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tensor, Affine]:
-    """Codes of an operand as float32 and its bounds; a NaN stays a NaN.
+    """Codes of an operand as float32, and its quantization parameters; a NaN stays a NaN.
 
-    The codes equal `reference.quantize_operand` bit for bit.
+    The codes equal `integer_reference.quantize_operand` bit for bit.
     """
     if operand.act is not None:
         factor, offset = integer_reference.static_qparams(operand.act, operand.joint_scale)
@@ -115,7 +111,7 @@ def codes_as_floats(x: Tensor, operand: MatmulOperand, axis: int) -> tuple[Tenso
 
 
 def _rescale(acc: Tensor, rows: Tensor, columns: Tensor, a: Affine, b: Affine, length: int) -> None:
-    """`reference.matmul_epilogue` in place, in as few passes over the output as the bounds allow."""
+    """`integer_reference.matmul_epilogue` in place, in as few passes over the output as the parameters allow."""
     if a.step.numel() == 1 or b.step.numel() == 1:
         acc.mul_(a.step * b.step)
     else:

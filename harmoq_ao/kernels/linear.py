@@ -1,35 +1,28 @@
-"""One quantized linear on whichever device its input lies: which kernel runs it, made ready on first use."""
+"""A quantized linear for any device: its integer operands, and what each family of kernels makes of them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from harmoq_ao.common.errors import ConfigError, KernelError
+from harmoq_ao.common.errors import KernelError
 from harmoq_ao.kernels import onednn
+from harmoq_ao.kernels.select import Family, Kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 
-Backend = Literal["auto", "reference", "triton"]
-"""``auto`` takes oneDNN on CPUs and Triton on GPUs; ``reference`` plain integers anywhere; ``triton`` Triton anywhere,
-which on CPUs needs its interpreter."""
+if TYPE_CHECKING:
+    from harmoq_ao.triton_kernels.operands import PackedLinear as TritonLinear
 
 
-def check_backend(backend: str) -> Backend:
-    """Raise ConfigError unless `backend` is one of :data:`Backend`."""
-    for known in get_args(Backend):
-        if backend == known:
-            return known
-    raise ConfigError("Unknown backend", found=backend, expected=get_args(Backend))
+class LinearContraction:
+    """A quantized ``F.linear``, `[..., K]` to `[..., N]` in the type of its input.
 
-
-class LinearKernel:
-    """A quantized linear, ready to run.
+    Packings are made when a kernel first needs them: a model on a CPU never pays for Triton's, nor imports it.
 
     Args:
-        operands: Codes, scales and bounds.
+        operands: Codes, scales and quantization range of the activations.
         packed_codes: The weight codes as they are stored, `[N, packed K]`.
         weight_bits: Their width.
     """
@@ -38,76 +31,58 @@ class LinearKernel:
         self.operands = operands
         self._codes = packed_codes
         self._weight_bits = weight_bits
-        self._ready: dict[str, Any] = {}
+        self._onednn: onednn.PackedLinear | None = None
+        self._triton: TritonLinear | None = None
+        self._refusal: str | None = None  # kept too: finding it reads all codes
 
-    def __call__(self, x: Tensor, backend: Backend = "auto") -> Tensor:
-        """Quantized ``F.linear`` of `[..., K]` to `[..., N]`, in the dtype of ``x``.
+    def kernel(self, family: Family) -> Kernel:
+        """The kernel of a family; the integer reference stands in where Triton refuses the operands.
+
+        What it runs raises KernelError for another number of channels and, but for Triton, InputError for a NaN.
+        """
+        if family == "cpu":
+            name = "onednn u8s8" if onednn.is_available() else "float32 on integer codes"
+            return Kernel(name, lambda x: onednn.linear(x, self.packed_onednn()))
+        refusal = None
+        if family == "triton":
+            try:
+                packed = self.packed_triton()
+                return Kernel("triton lowbit_linear", lambda x: self._run_triton(x, packed))
+            except KernelError as error:
+                refusal = str(error)
+        return Kernel("reference integer", lambda x: integer_reference.linear(x, self.operands), refusal)
+
+    def packed_triton(self) -> TritonLinear:
+        """The operands of the Triton kernels.
 
         Raises:
-            KernelError: ``x`` has another number of channels.
-            InputError: ``x`` holds a NaN (where the kernel can tell: not on GPUs).
+            KernelError: The kernels do not take this linear.
         """
-        chosen = self.choose(backend, x.device)
-        if chosen == "triton":
-            return self._triton(x)
-        if chosen == "onednn":
-            return onednn.linear(x, self.packed_onednn())
-        return integer_reference.linear(x, self.operands)
-
-    def choose(self, backend: Backend, device: torch.device) -> str:
-        """``onednn``, ``triton`` or ``reference``."""
-        if backend == "reference":
-            return "reference"
-        if backend == "triton" or device.type == "cuda":
-            return "triton" if self.triton_refusal() is None else "reference"
-        return "onednn" if device.type == "cpu" else "reference"
-
-    def name(self, backend: Backend, device: torch.device) -> str:
-        """Name of the kernel, for reports."""
-        chosen = self.choose(backend, device)
-        if chosen == "onednn":
-            return "onednn u8s8" if onednn.is_available() else "float32 on integer codes"
-        return "reference integer" if chosen == "reference" else "triton lowbit_linear"
-
-    def triton_refusal(self) -> str | None:
-        """Why the Triton kernel does not take this linear; None if it does."""
-        if "triton" not in self._ready and "refusal" not in self._ready:
+        if self._triton is None and self._refusal is None:
             from harmoq_ao.triton_kernels.operands import from_operands  # imports triton
 
             try:
-                self._ready["triton"] = from_operands(self.operands, self._codes, self._weight_bits)
+                self._triton = from_operands(self.operands, self._codes, self._weight_bits)
             except KernelError as error:
-                self._ready["refusal"] = str(error)
-        refusal: str | None = self._ready.get("refusal")
-        return refusal
+                self._refusal = str(error)
+        if self._triton is None:
+            raise KernelError(self._refusal or "The Triton kernels do not take this linear")
+        return self._triton
 
-    def packed_triton(self) -> Any:
-        """The operands of the Triton kernels, `harmoq_ao.triton_kernels.operands.PackedLinear`.
-
-        Raises:
-            KernelError: The kernel does not take this linear.
-        """
-        refusal = self.triton_refusal()
-        if refusal is not None:
-            raise KernelError("The Triton kernel does not take this linear", found=refusal)
-        return self._ready["triton"]
-
-    def _triton(self, x: Tensor) -> Tensor:
+    def _run_triton(self, x: Tensor, packed: TritonLinear) -> Tensor:
         from harmoq_ao.triton_kernels import lowbit_linear
 
         integer_reference.check_input(x, self.operands)
-        packed = self.packed_triton()
         rows = x.detach().reshape(-1, x.shape[-1]).contiguous()
         y = lowbit_linear.launch_lowbit_linear(rows, packed, out_dtype=x.dtype)
         return y.reshape(*x.shape[:-1], packed.rows)
 
     def ready_onednn(self) -> onednn.PackedLinear | None:
         """:meth:`packed_onednn` if a call has made it ready, else None."""
-        return self._ready.get("onednn")
+        return self._onednn
 
     def packed_onednn(self) -> onednn.PackedLinear:
         """The operands of the CPU's kernels, made ready on first use."""
-        if "onednn" not in self._ready:
-            self._ready["onednn"] = onednn.pack_linear(self.operands)
-        packed: onednn.PackedLinear = self._ready["onednn"]
-        return packed
+        if self._onednn is None:
+            self._onednn = onednn.pack_linear(self.operands)
+        return self._onednn

@@ -1,20 +1,21 @@
 """The fast path on CPUs: quantize in cache-sized blocks of rows, multiply codes with oneDNN's u8 x s8 kernels.
 
-Three things decide the speed of a linear with few channels, and shape this file:
+Three facts decide the speed of a linear with few channels, and shape this file:
 
-* oneDNN's integer kernels want **unsigned** activations; signed ones fall to a scalar path hundreds of times slower.
+* oneDNN's integer kernels need **unsigned** activations; signed ones fall back to a scalar path hundreds of times
+  slower.
 * Rounding the input costs as much as the contraction. It runs over blocks of rows that stay in the L2 cache.
-* Everything that is constant per output row rides in the contraction's own epilogue (scale and bias); a pass over the
-  output afterwards is only made where the maths needs one (bounds per token, weight shifts that int8 cannot absorb).
+* Scale and bias, constant per output channel, are part of the contraction's own epilogue. A further pass over the
+  output is made only where the maths needs one (ranges per token, weight shifts that int8 cannot absorb).
 
 **Weight shifts.** Row values are ``scale * (code + z)``. Where ``2 * (code + z)`` or ``code + z`` is an int8 integer,
 as for mid-rise weights (``z = 1/2``) of up to 7 bits and for zero points near the middle, the contraction runs on those
 *effective codes* with the scale divided accordingly, and its integers are ``factor * (acc + z * row_sum)`` of the
 canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on the plain codes and the term
-``z * row_sum`` is added as an outer product. `linear_accumulate` gives the canonical accumulators either way.
+``z * row_sum`` is added as an outer product.
 
-CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once; where it
-fails, or torch has no oneDNN, the same codes go through float32 kernels instead.
+CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once. Where it
+fails, or torch was built without oneDNN, the same codes go through float32 kernels instead.
 """
 
 from __future__ import annotations
@@ -28,13 +29,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.kernels.float_matmul import matmul_accumulate
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 from harmoq_ao.quant.quantizer import step_size
 
-_EXACT = 1 << 24  # integers up to here are exact in float32
-_LINEAR_CHUNK = _EXACT // (255 * 128)  # products of u8 and s8 codes whose sum always is
 _BLOCK_BYTES = 1 << 21  # working set of one thread: larger spills the cache, smaller drowns in operator overhead
 _MIN_ROWS = 256  # below this the cost of calling operators shows
 _LANES = 64  # row reductions in torch are vectorised over whole groups of this many float32
@@ -43,9 +41,10 @@ _PACK_ROWS = 4096  # input rows that oneDNN should choose its weight layout for
 
 @cache
 def is_available() -> bool:
-    """Whether oneDNN's u8 x s8 linear exists here and its accumulators are exact. Tried once per process."""
+    """Whether oneDNN's u8 x s8 linear exists and its accumulators are exact on this CPU. Tried once per process."""
     if not hasattr(torch.ops.onednn, "qlinear_prepack") or not hasattr(torch.ops.onednn, "qlinear_pointwise"):
         return False
+    # The largest products of either sign: pairs that saturate at 16 bits give other sums.
     codes = torch.full((32, 256), 255, dtype=torch.uint8)
     weight = torch.tensor([127, -127, -128], dtype=torch.int8).repeat_interleave(16)[:, None].expand(-1, 256)
     unit = torch.ones(len(weight))
@@ -57,7 +56,7 @@ def is_available() -> bool:
 
 
 def prepack(qw: Tensor) -> Tensor:
-    """`[N, K]` int8 codes in oneDNN's own layout: an opaque tensor for `linear` of this process alone, never stored."""
+    """`[N, K]` int8 codes in oneDNN's own layout, an opaque tensor that is valid in this process only."""
     packed: Tensor = torch.ops.onednn.qlinear_prepack(qw.contiguous(), [_PACK_ROWS, qw.shape[1]])
     return packed
 
@@ -74,48 +73,21 @@ def _qlinear(
     return y
 
 
-# --- accumulators -----------------------------------------------------------------------------------------------------
-
-
-def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
-    """`reference.linear_accumulate` by oneDNN, bit for bit; contractions too long for float32 go in chunks.
-
-    Args:
-        qx: `[..., K]` uint8 codes.
-        qw: `[N, K]` int8 codes.
-
-    Returns:
-        `[..., N]` int32 (int64 for very long contractions).
-
-    Raises:
-        KernelError: Wrong dtypes or shapes.
-    """
-    integer_reference.check_linear(qx, qw)
-    if not is_available() or qx.numel() == 0 or qw.numel() == 0:
-        return integer_reference.linear_accumulate(qx, qw)
-    rows, unit = qx.reshape(-1, qx.shape[-1]), torch.ones(len(qw))
-    dtype = torch.int32 if qw.shape[1] <= integer_reference.INT32_LINEAR_LENGTH else torch.int64
-    acc = torch.zeros(len(rows), len(qw), dtype=dtype)
-    for x, w in zip(_split(rows, _LINEAR_CHUNK, 1), _split(qw, _LINEAR_CHUNK, 1), strict=True):
-        acc += _qlinear(x.contiguous(), prepack(w), unit, None, torch.float32).to(dtype)
-    return acc.reshape(*qx.shape[:-1], len(qw))
-
-
 # --- linear -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A linear made ready for this CPU; build it with `pack_linear`, and do not store it.
+    """A linear in the layout of this CPU's kernels; built by `pack_linear`, valid in this process only.
 
     Attributes:
         operands: What it was built from.
         contract: `[M, K]` uint8 codes and a dtype to `[M, N]`: scaled accumulators, plus the folded bias if static.
-            With bounds per token its codes are padded to a multiple of 64 channels.
+            With ranges per token its codes are padded to a multiple of 64 channels.
         outer: `[N]`, what one unit of a token's code sum adds to its outputs, or None where the codes absorb it.
         total: `[N]`, what one unit of the activation's lower bound adds to each output.
-        reciprocal: What the input is multiplied by: a number, or `[K]` with a joint scale; None if neither is needed.
-        offset: What is added then (static bounds only): a number, or `[K]` with a joint shift.
+        reciprocal: Factor of the input: a number, or `[K]` with a joint scale; None if neither is needed.
+        offset: Added to the product (static ranges only): a number, or `[K]` with a joint shift.
     """
 
     operands: LinearOperands
@@ -127,15 +99,15 @@ class PackedLinear:
 
     @property
     def only_codes(self) -> bool:
-        """Whether :attr:`contract` of the codes is the result: static bounds, and a weight shift that codes absorb."""
+        """Whether :attr:`contract` of the codes is the result: a static range, and a weight shift that codes absorb."""
         return self.operands.act is not None and self.outer is None
 
 
 def pack_linear(operands: LinearOperands) -> PackedLinear:
-    """Choose effective weight codes, fold what is constant, and bring the weight into the kernel's layout.
+    """Choose effective weight codes, fold constants, and bring the weight into the kernel's layout.
 
     Raises:
-        KernelError: The operands are not on the CPU, or static bounds are not one pair for the whole tensor.
+        KernelError: The operands are not on the CPU, or a static range is not one pair for the whole tensor.
     """
     if operands.weight.device.type != "cpu":
         raise KernelError("The oneDNN path is for CPUs", found=operands.weight.device, expected="cpu")
@@ -149,8 +121,9 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
                 "Static bounds of a linear must be one pair for the whole tensor",
                 found=tuple(operands.act.step.shape),
                 expected="a single number",
-                remedy="use bounds per token (act=None) or a joint scale per channel",
+                remedy="use ranges per token (act=None) or a joint scale per channel",
             )
+        # x = step * q + lower, so the lower bound adds a constant to every output: it becomes part of the bias.
         lower, step = operands.act.lower.reshape(()), operands.act.step.reshape(())
         bias = integer_reference.fold_bias(total, lower, operands.bias)
         scale = scale * step
@@ -159,7 +132,7 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
         offset = offsets.item() if operands.joint_shift is None else offsets.reshape(-1)
     elif operands.joint_scale is not None:
         reciprocal = operands.joint_scale.reciprocal()
-    outer = None if factor else scale * operands.weight_shift
+    outer = None if factor else scale * operands.weight_shift  # times the sum of a token's codes, known only then
     if operands.act is None:
         codes = F.pad(codes, (0, _padded(codes.shape[1]) - codes.shape[1]))
     return PackedLinear(operands, _contraction(codes, scale / max(factor, 1), bias), outer, total, reciprocal, offset)
@@ -187,6 +160,7 @@ def _contraction(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[
             return _qlinear(qx, packed, scale, bias, dtype, zeros)
 
         return integer
+    # Without integer kernels the scale goes into the weight, which saves the pass over the output.
     weight = codes.float() * scale[:, None]
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
@@ -197,7 +171,7 @@ def _contraction(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[
 
 
 def linear(x: Tensor, packed: PackedLinear) -> Tensor:
-    """Quantized ``F.linear``; equals `reference.linear` up to float32 rounding. Not differentiable.
+    """Quantized ``F.linear``; equals `integer_reference.linear` up to float32 rounding. Not differentiable.
 
     Args:
         x: `[..., K]` float32, bfloat16 or float16, any strides.
@@ -227,7 +201,7 @@ def linear(x: Tensor, packed: PackedLinear) -> Tensor:
 def quantize(x: Tensor, packed: PackedLinear) -> Tensor:
     """Activation codes of a linear, `[M, K]` floating point to `[M, K]` uint8.
 
-    The same codes as `reference.quantize_codes` and `reference.quantize_dynamic`, bit for bit.
+    The same codes as `integer_reference.quantize_codes` and `quantize_dynamic`, bit for bit.
 
     Raises:
         InputError: ``x`` holds a NaN.
@@ -288,7 +262,7 @@ def block_rows(rows: int, floats_per_row: int) -> int:
 
 
 def _linear_with_outer(x: Tensor, packed: PackedLinear, outer: Tensor, dtype: torch.dtype) -> Tensor:
-    """Static bounds, and a weight shift that the codes do not absorb: one outer product more."""
+    """A static range, and a weight shift that the codes do not absorb: the shift is added as an outer product."""
     y = torch.empty(len(x), len(packed.total), dtype=dtype)
     block = block_rows(len(x), x.shape[1] + y.shape[1])
     positions, codes = torch.empty(block, x.shape[1]), torch.empty(block, x.shape[1], dtype=torch.uint8)
@@ -301,7 +275,7 @@ def _linear_with_outer(x: Tensor, packed: PackedLinear, outer: Tensor, dtype: to
 
 
 def _linear_per_token(x: Tensor, packed: PackedLinear, dtype: torch.dtype) -> Tensor:
-    """Bounds per token: minimum and maximum, codes, contraction and epilogue of one block of rows at a time."""
+    """Ranges per token: minimum and maximum, codes, contraction and epilogue of one block of rows at a time."""
     y = torch.empty(len(x), len(packed.total), dtype=dtype)
     width = _padded(x.shape[1])
     block = block_rows(len(x), width + y.shape[1])
@@ -334,7 +308,7 @@ def _token_codes(rows: Tensor, packed: PackedLinear, values: Tensor) -> tuple[Te
 
 
 def _padded(channels: int) -> int:
-    """Channels of the buffers for bounds per token. Whole groups of lanes make the row reductions five times faster.
+    """Channels of the buffers for ranges per token. Whole groups of lanes make the row reductions five times faster.
 
     The padding repeats a value of the row, which changes no minimum or maximum, and meets weights of zero.
     """
@@ -347,17 +321,3 @@ def _addcmul(base: Tensor, left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.addcmul(base, left, right, out=out)
     else:
         out.copy_(torch.addcmul(base, left, right))
-
-
-__all__ = [
-    "PackedLinear",
-    "block_rows",
-    "effective_codes",
-    "is_available",
-    "linear",
-    "linear_accumulate",
-    "matmul_accumulate",
-    "pack_linear",
-    "prepack",
-    "quantize",
-]

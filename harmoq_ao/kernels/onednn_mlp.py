@@ -1,8 +1,7 @@
-"""Linear, GELU, linear on CPUs as one chain: codes in, codes between, a block of rows at a time.
+"""Linear, GELU, linear on CPUs as one chain of codes, a block of rows at a time.
 
-What lies between the two contractions stays in the cache and in float32; it is never written out for the whole image,
-nor rounded to the type of the rest. Codes and accumulators are those of the two linears by themselves where that type
-is float32 too.
+The hidden activations stay in the cache and in float32: they are never written out for the whole image, nor rounded to
+the type of the input. For a float32 input, codes and accumulators equal those of the two linears run one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from harmoq_ao.quant import integer_reference
 
 
 def takes(fc1: PackedLinear, fc2: PackedLinear) -> bool:
-    """Whether both linears have static bounds, and weight shifts that their codes absorb."""
+    """Whether both linears have static ranges, and weight shifts that their codes absorb."""
     return fc1.only_codes and fc2.only_codes
 
 
@@ -25,8 +24,8 @@ def mlp(x: Tensor, fc1: PackedLinear, fc2: PackedLinear, gelu: str) -> Tensor:
 
     Args:
         x: `[..., K]` float32 or bfloat16, any strides.
-        fc1: `[H, K]`; both as :func:`takes` wants them.
-        fc2: `[N, H]`.
+        fc1: First linear, `[H, K]`; :func:`takes` must hold for both.
+        fc2: Second linear, `[N, H]`.
         gelu: Approximation of the GELU, ``none`` or ``tanh``.
 
     Returns:
@@ -41,7 +40,7 @@ def mlp(x: Tensor, fc1: PackedLinear, fc2: PackedLinear, gelu: str) -> Tensor:
     hidden, width = len(fc1.total), len(fc2.total)
     y = torch.empty(len(rows), width, dtype=x.dtype)
     if len(rows):
-        block = block_rows(len(rows), 2 * hidden)
+        block = block_rows(len(rows), 2 * hidden)  # float32 before and after the GELU are the largest buffers
         for values, target in zip(rows.split(block), y.split(block), strict=True):
             between = F.gelu(fc1.contract(quantize(values, fc1), torch.float32), approximate=gelu)
             target.copy_(fc2.contract(quantize(between, fc2), x.dtype))

@@ -1,7 +1,7 @@
 """Quantized contractions as torch operators: what `torch.compile` and `torch.export` see of a quantized model.
 
-Traced graphs hold one opaque call per contraction, with every tensor it needs among the arguments, so an exported
-program runs wherever ``harmoq_ao`` is imported. The kernel is chosen at run time by the device of the input.
+A traced graph holds one opaque call per contraction. Every tensor it needs is among the arguments, so an exported
+program runs wherever ``harmoq_ao`` is imported. The kernel is chosen when the graph runs, by the device of the input.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from harmoq_ao.kernels import float_matmul
-from harmoq_ao.kernels.linear import LinearKernel, check_backend
-from harmoq_ao.quant import integer_reference
+from harmoq_ao.kernels.float_matmul import MatmulContraction
+from harmoq_ao.kernels.linear import LinearContraction
+from harmoq_ao.kernels.select import check_backend, select_kernel
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import unpack_signed
 
 LinearTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
-"""Packed weight codes, their scale, bias, bounds of the activations, joint scale and joint shift of a linear."""
-_kernels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""Of a linear: packed weight codes, their scale, bias, range of the activations, joint scale and joint shift."""
+_linears: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @torch.library.custom_op("harmoq::linear", mutates_args=())
@@ -44,7 +44,7 @@ def linear(
         codes: Packed weight codes `[N, packed K]` uint8.
         weight_scale: `[N]` float32.
         bias: `[N]` float32, or None.
-        act_bounds: `[2]` float32, step and lower bound; None for bounds per token.
+        act_bounds: `[2]` float32, step and lower bound; None for a range per token.
         joint_scale: `[K]` float32, or None.
         joint_shift: `[K]` float32, or None.
         weight_bits: Width of a weight code.
@@ -53,8 +53,8 @@ def linear(
         backend: See :data:`Backend`.
     """
     tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
-    kernel = _kernel(tensors, x.shape[-1], weight_bits, act_bits, weight_shift)
-    return kernel(x, check_backend(backend))
+    contraction = _linear_of(tensors, x.shape[-1], weight_bits, act_bits, weight_shift)
+    return select_kernel(contraction, x.device, check_backend(backend)).run(x)
 
 
 @linear.register_fake
@@ -76,23 +76,17 @@ def contract(
     weight_shift: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    """What follows the quantizing of a linear's input on a CPU: `[..., N]` of ``dtype`` from `[..., K]` uint8 codes.
+    """The part of a linear that follows the rounding of its input, on a CPU: uint8 codes `[..., K]` to `[..., N]`.
+
+    The linear must have a static range and a weight shift that its codes absorb.
 
     Args:
         act_codes: Codes of the input, contiguous.
-        codes: As the rest of :func:`linear`; the linear has static bounds and a weight shift that its codes absorb.
-        weight_scale: Likewise.
-        bias: Likewise.
-        act_bounds: Likewise.
-        joint_scale: Likewise.
-        joint_shift: Likewise.
-        weight_bits: Likewise.
-        act_bits: Likewise.
-        weight_shift: Likewise.
-        dtype: float32 or bfloat16.
+        codes: This and the arguments up to ``weight_shift`` are those of :func:`linear`.
+        dtype: Type of the result, float32 or bfloat16.
     """
     tensors = (codes, weight_scale, bias, act_bounds, joint_scale, joint_shift)
-    packed = _kernel(tensors, act_codes.shape[-1], weight_bits, act_bits, weight_shift).packed_onednn()
+    packed = _linear_of(tensors, act_codes.shape[-1], weight_bits, act_bits, weight_shift).packed_onednn()
     rows = act_codes.reshape(-1, act_codes.shape[-1])
     return packed.contract(rows, dtype).reshape(*act_codes.shape[:-1], len(packed.total))
 
@@ -102,17 +96,21 @@ def _(act_codes: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return act_codes.new_empty(*act_codes.shape[:-1], codes.shape[0], dtype=rest[-1])
 
 
-def _kernel(tensors: LinearTensors, columns: int, weight_bits: int, act_bits: int, weight_shift: float) -> LinearKernel:
+def _linear_of(
+    tensors: LinearTensors, columns: int, weight_bits: int, act_bits: int, weight_shift: float
+) -> LinearContraction:
     """The linear of these tensors, made ready once for as long as nobody changes them."""
     codes = tensors[0]
+    # An exported program has the tensors and no site. Packing takes longer than a call, so it is kept with the codes
+    # and made again when any of the tensors was replaced or written to.
     state = tuple(None if t is None else (t.data_ptr(), t._version) for t in tensors)
-    known = _kernels.get(codes)
+    known = _linears.get(codes)
     if known is None or known[0] != state:
         operands = linear_operands(*tensors, columns, weight_bits, act_bits, weight_shift)
         # an alias of the codes: the key itself would never be released
-        known = _kernels[codes] = (state, LinearKernel(operands, codes.detach(), weight_bits))
-    kernel: LinearKernel = known[1]
-    return kernel
+        known = _linears[codes] = (state, LinearContraction(operands, codes.detach(), weight_bits))
+    found: LinearContraction = known[1]
+    return found
 
 
 def linear_operands(
@@ -150,15 +148,16 @@ def matmul(
     Args:
         left: Floating point.
         right: Floating point.
-        left_bounds: `[2]` float32, step and lower bound; None for bounds per row.
-        right_bounds: The same of the right operand; None for bounds per column.
+        left_bounds: `[2]` float32, step and lower bound; None for a range per row.
+        right_bounds: The same of the right operand; None for a range per column.
         joint_scale: `[K]` float32 that divides the left operand and multiplies the right one, or None.
         left_bits: Width of a left code.
         right_bits: Width of a right code.
         backend: See :data:`Backend`.
     """
-    operands = matmul_operands(left_bounds, right_bounds, joint_scale, left_bits, right_bits)
-    return quantized_matmul(left, right, *operands, backend).clone()
+    contraction = matmul_contraction(left_bounds, right_bounds, joint_scale, left_bits, right_bits)
+    # An operator must not return a view of its input, which an empty product may be.
+    return select_kernel(contraction, left.device, check_backend(backend)).run(left, right).clone()
 
 
 @matmul.register_fake
@@ -167,18 +166,12 @@ def _(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
     return left.new_empty(*batch, left.shape[-2], right.shape[-1])
 
 
-def matmul_operands(
+def matmul_contraction(
     left_bounds: Tensor | None, right_bounds: Tensor | None, joint_scale: Tensor | None, left_bits: int, right_bits: int
-) -> tuple[MatmulOperand, MatmulOperand]:
+) -> MatmulContraction:
     """The quantizers of both operands behind the tensors of :func:`matmul`."""
+    # The joint scale cancels in the product: what the left operand is divided by, the right one is multiplied by.
     inverse = None if joint_scale is None else (1.0 / joint_scale)[:, None]
     left = None if left_bounds is None else Affine(left_bounds[0], left_bounds[1], left_bits)
     right = None if right_bounds is None else Affine(right_bounds[0], right_bounds[1], right_bits)
-    return MatmulOperand(left_bits, left, joint_scale), MatmulOperand(right_bits, right, inverse)
-
-
-def quantized_matmul(left: Tensor, right: Tensor, a: MatmulOperand, b: MatmulOperand, backend: str) -> Tensor:
-    """`reference.quantized_matmul`, by float kernels on integer codes on CPUs if the backend leaves it open."""
-    if backend == "auto" and left.device.type == "cpu":
-        return float_matmul.quantized_matmul(left, right, a, b)
-    return integer_reference.quantized_matmul(left, right, a, b)
+    return MatmulContraction(MatmulOperand(left_bits, left, joint_scale), MatmulOperand(right_bits, right, inverse))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.kernels.select import preferred_family
 from harmoq_ao.sites.quantized import QuantizedSite
 
 
@@ -45,4 +46,4 @@ def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:
     if not isinstance(site, QuantizedSite):
         return False
     on_gpu = any(isinstance(operand, Tensor) and operand.is_cuda for operand in operands)
-    return site.backend == "triton" or (site.backend == "auto" and on_gpu)
+    return preferred_family(torch.device("cuda" if on_gpu else "cpu"), site.backend) == "triton"

@@ -14,6 +14,7 @@ from harmoq_ao.common.errors import KernelError
 from harmoq_ao.graph import is_island
 from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
 from harmoq_ao.kernels import onednn_mlp
+from harmoq_ao.kernels.select import preferred_family
 from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
 from harmoq_ao.lowering.probing import probe, random_results
 from harmoq_ao.sites.quantized import QuantizedLinear
@@ -61,7 +62,7 @@ class FusedMlp(Replacement):
         if torch.compiler.is_compiling() and not self.taken:
             return None  # only what an eager call has tried
         if _is_chained(module, fc1, x):
-            chain = fc1.linear_kernel().packed_onednn(), fc2.linear_kernel().packed_onednn()
+            chain = fc1.integer_linear().packed_onednn(), fc2.integer_linear().packed_onednn()
             return onednn_mlp.mlp(x, *chain, _KINDS[self.gelu]) if onednn_mlp.takes(*chain) else None
         trying = is_recognising()
         if self.reason is not None or not (trying or runs_triton(fc1, (x,))):
@@ -70,7 +71,7 @@ class FusedMlp(Replacement):
 
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         try:
-            packed = fc1.linear_kernel().packed_triton(), fc2.linear_kernel().packed_triton()
+            packed = fc1.integer_linear().packed_triton(), fc2.integer_linear().packed_triton()
             mlp.check_operands(rows, *packed, self.gelu, None)
         except KernelError as error:
             self.reason = str(error)
@@ -84,7 +85,7 @@ class FusedMlp(Replacement):
 
 def _is_chained(module: nn.Module, fc1: QuantizedLinear, x: Tensor) -> bool:
     """Whether a call is one for the CPU's chain. Within it no module is called, so there must be no hook to miss it."""
-    if fc1.backend != "auto" or x.device.type != "cpu" or is_traced() or is_recognising():
+    if preferred_family(x.device, fc1.backend) != "cpu" or is_traced() or is_recognising():
         return False
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     return x.dtype in (torch.float32, torch.bfloat16) and not hooked

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import nn
 
 from harmoq_ao.graph.exchange import Finding, Replacement, replacement_of
+from harmoq_ao.kernels.select import select_kernel
 from harmoq_ao.lowering.fusing import Misfit, recognising
 from harmoq_ao.lowering.mlp import find_mlp
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedSite
@@ -45,14 +47,9 @@ def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], run: Callable[[
 
 
 def _single(site: QuantizedSite) -> Lowering:
-    if isinstance(site, QuantizedLinear) and site.both_quantized:
-        refusal = site.linear_kernel().triton_refusal()
-        if refusal is None:
-            return Lowering("triton lowbit_linear", "part of no module that a fused kernel computes")
-        return Lowering("reference integer", refusal)
-    if isinstance(site, QuantizedLinear):
-        return Lowering("float (one operand quantized)", "one operand is float")
-    return Lowering(site.kernel, "no Triton kernel of its own")
+    """The kernel that a site has by itself on a GPU."""
+    kernel = select_kernel(site.contraction(), torch.device("cuda"), "auto")
+    return Lowering(kernel.name, kernel.refusal or "part of no module that a fused kernel computes")
 
 
 def _unfused_mlp(module: nn.Module) -> list[Finding]:

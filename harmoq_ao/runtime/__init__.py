@@ -1,4 +1,4 @@
-"""Stage 5: running a quantized model: tiles, upscaling, evaluation, one program per image size, OpenVINO, Ray.
+"""Stage 5, running a model: tiles, upscaling, evaluation, one program per image size, OpenVINO, Ray.
 
 Imports ``conversion`` and what that may import.
 """

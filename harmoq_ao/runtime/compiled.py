@@ -1,46 +1,34 @@
 """A quantized model through `torch.compile`: our integer contractions and attention, its fusion between them.
 
 The float parts (norms, rounding to codes, activations, residuals, depthwise convolutions) are most of what a quantized
-model costs on a CPU. Each size is exported, what the size decides is folded, and the flat graph is compiled by itself,
-which takes a minute and a C++ compiler: upscale images in tiles of one size.
+model costs on a CPU. Each size is exported, what depends on the size alone is folded, and the flat graph is compiled by
+itself, which takes a minute and a C++ compiler: upscale images in tiles of one size.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harmoq_ao.common.errors import CompilerError, ConfigError
+from harmoq_ao.common.errors import CompilerError
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.compiler_view import for_compiler
-from harmoq_ao.runtime.few_sizes import kept
 from harmoq_ao.runtime.fixed_size import fixed_size
+from harmoq_ao.runtime.per_size import PerSizeModel
 
 Program = Callable[[Tensor], Tensor]
+Size = tuple[torch.Size, torch.dtype, torch.device]
 
 
-class CompiledModel(nn.Module):
-    """A quantized model that `torch.compile` runs; call it as the original. Calls take turns.
-
-    Attributes:
-        keep: Sizes that stay compiled.
-        traits: Scale, size requirements and architecture.
-        example_shapes: Image shapes the model was prepared on.
-    """
+class CompiledModel(PerSizeModel[Size, Program]):
+    """A quantized model that `torch.compile` runs; call it as the original. Calls take turns."""
 
     def __init__(self, quantized: QuantizedModel, keep: int) -> None:
-        super().__init__()
-        self.keep = keep
-        self.traits = quantized.traits
-        self.example_shapes = quantized.example_shapes
+        super().__init__(quantized, keep)
         self.quantized = quantized
-        self._programs: OrderedDict[tuple[object, ...], Program] = OrderedDict()
-        self._lock = threading.Lock()
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -54,10 +42,9 @@ class CompiledModel(nn.Module):
         """
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
         image = image.contiguous()  # the program is for these strides: a tile has those of its image
-        with self._lock:
-            key = (image.shape, image.dtype, image.device)
-            program = kept(self._programs, key, lambda: compile_for(self.quantized, image), self.keep)
-            return program(image)
+        with self.lock:
+            size = (image.shape, image.dtype, image.device)
+            return self.program(size, lambda: compile_for(self.quantized, image))(image)
 
 
 def compile_model(quantized: QuantizedModel, *, keep: int = 4) -> CompiledModel:
@@ -69,10 +56,8 @@ def compile_model(quantized: QuantizedModel, *, keep: int = 4) -> CompiledModel:
         keep: Sizes that stay compiled.
 
     Raises:
-        ConfigError: `keep` is no whole number from 1 on.
+        ConfigError: `keep` is not a whole number from 1 on.
     """
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 1:
-        raise ConfigError("There is no room for a compiled size", found=f"keep={keep!r}", expected="1 or more")
     return CompiledModel(quantized, keep)
 
 

@@ -1,4 +1,4 @@
-"""Fidelity of a model on pairs of images, by the protocol of `images.metrics`, with the time each image took."""
+"""Fidelity of a model on pairs of images by the protocol of `images.metrics`, with the time of each image."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class EvaluationTable(ScoreTable):
 
     Attributes:
         seconds: Wall-clock time by image name. The first image of each new size also pays for what a model sets up
-            once per size, so these are no benchmark.
+            once per size, so this is not a benchmark.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

@@ -1,12 +1,13 @@
-"""A quantized model for images of one size: everything that only a size decides is computed once.
+"""A quantized model for images of one size: everything that depends on the size alone is computed once.
 
 Authors build masks, coordinates and index tables in every forward. For one size they are constants: the model is
-exported, what no image reaches is folded, and what is left is one flat graph without Python between its operators. On a
-GPU that graph is captured as a CUDA graph and replayed with a single launch.
+exported, whatever does not depend on the image is folded, and one flat graph is left, without Python between its
+operators. On a GPU that graph is captured as a CUDA graph and replayed with a single launch.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection
 from operator import attrgetter
 from typing import Any
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import InputError
+from harmoq_ao.conversion.model import QuantizedModel
 
 _KEPT = 2.0  # a constant may take this many times the memory of what it is made from
 
 
 class FixedSizeModel(nn.Module):
-    """A model of image batches of one shape, type and device.
+    """A model for image batches of one shape, type and device.
 
     Args:
         graph: The folded graph.
@@ -68,10 +70,10 @@ def fixed_size(
         keep: Operators (overloads) to leave in the graph even where their result is constant.
 
     Raises:
-        InputError: The example is no image batch for this model.
+        InputError: The example is not an image batch for this model.
     """
     with torch.no_grad():
-        quantized(example)  # graphs of islands for this size exist from here on
+        quantized(example)  # makes the graphs of islands for this size, which an export cannot
         program = torch.export.export(quantized, (example,), strict=False)
         program = program.run_decompositions({})  # makes autocast's conversions explicit: one flat graph
     module = program.module(check_guards=False)
@@ -79,13 +81,30 @@ def fixed_size(
     return FixedSizeModel(module, example, example.is_cuda if cuda_graph is None else cuda_graph)
 
 
+class SingleInput(nn.Module):
+    """A model with one argument, named ``image``: exporters take input names and shapes from the signature."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> Tensor:
+        result: Tensor = self.model(image)
+        return result
+
+
+def float32_copy(quantized: QuantizedModel) -> QuantizedModel:
+    """A copy for exporters, in float32. Parameters keep the values they were rounded to for storage."""
+    twin = copy.deepcopy(quantized)
+    return twin if twin.float_dtype is torch.float32 else twin.set_float_dtype(torch.float32)
+
+
 @torch.no_grad()
 def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
-    """Compute once, in place, what does not depend on the input; returns the number of operators that are gone.
+    """Compute once, in place, what does not depend on the input; returns the number of removed operators.
 
-    Operators in `keep`, and what follows from them, are left to be computed.
-
-    A constant that is much larger than what it is made from (an expanded mask) is left to be computed.
+    Operators in `keep`, and what follows from them, stay in the graph. So does a constant that is much larger than what
+    it is computed from (an expanded mask).
     """
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -121,7 +140,7 @@ def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
 
 
 def _pure(node: fx.Node) -> bool:
-    """Whether a call may be made once instead of each time."""
+    """Whether a call gives the same result each time, and changes nothing."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
         return False
@@ -129,6 +148,7 @@ def _pure(node: fx.Node) -> bool:
 
 
 def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
+    """Whether a constant is worth storing: not a view that takes much more memory once it is written out."""
     sources = [values[n] for n in node.all_input_nodes if isinstance(values[n], Tensor)]
     known = sum(t.untyped_storage().nbytes() for t in sources)
     views = any(t.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for t in sources)

@@ -1,8 +1,8 @@
 """Upscaling of images of any size: padding to what the model's windows need, and tiles for what does not fit.
 
-Tiles start at multiples of the window, of the padded image (of which only a row of tiles is ever made). So a window of
-attention sees the same pixels in a tile as in the whole image, and where the model's receptive field fits into the
-overlap the tiled result equals the whole one; what differs otherwise is only what reaches beyond the overlap.
+Tiles start at multiples of the window in the padded image, of which only one row of tiles is ever made. A window of
+attention therefore sees the same pixels in a tile as in the whole image. Where the model's receptive field fits into
+the overlap, the tiled result equals the whole one; otherwise only what reaches beyond the overlap differs.
 """
 
 from __future__ import annotations
@@ -84,9 +84,9 @@ def upscale_rows(
     *,
     pad_multiple: int | None = None,
 ) -> Iterator[torch.Tensor]:
-    """Upscale tile by tile, and give the finished rows from top to bottom: those of one row of tiles at a time.
+    """Upscale tile by tile and yield the finished rows from top to bottom, one row of tiles at a time.
 
-    Beside the image there are never more than a row of tiles and its result in memory.
+    Besides the image, at most one row of tiles and its result are in memory.
 
     Args:
         model: The upscaler, in evaluation mode.
@@ -132,42 +132,6 @@ def upscale_rows(
     return _upscaled_rows(model, image, scale, grid, padded[1], progress, device)
 
 
-def upscale_tiled(
-    model: Model,
-    image: torch.Tensor,
-    scale: int,
-    tile: int,
-    overlap: int = 32,
-    window_multiple: int = 1,
-    progress: Progress | None = None,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Upscale tile by tile, so that the model's memory depends on the tile and not on the image.
-
-    Adjacent tiles share ``overlap`` pixels and each answers up to the middle of what is shared (a hard seam, not a
-    blend): with an overlap of at least the receptive field the result is the one of the whole image. `upscale_rows`
-    gives the same result piece by piece.
-
-    Args:
-        model: The upscaler, in evaluation mode.
-        image: `[B, C, H, W]`, floating, finite.
-        scale: The model's upscaling factor.
-        tile: Side of a tile in input pixels, rounded up to the window multiple.
-        overlap: Pixels that adjacent tiles share, rounded up to the window multiple; below the tile.
-        window_multiple: What the model's input sides must be multiples of.
-        progress: Called after each tile.
-        device: Where the model runs; each tile is moved there. The image's own device by default.
-
-    Returns:
-        `[B, C', H * scale, W * scale]` on the CPU.
-
-    Raises:
-        ConfigError: If tile, overlap, scale or window multiple are out of range, or ``scale`` is not the model's.
-        InputError: If the image is not `[B, C, H, W]`, is empty, or is not finite.
-    """
-    return upscale(model, image, scale, tile, overlap, window_multiple, progress, device)
-
-
 def upscale(
     model: Model,
     image: torch.Tensor,
@@ -178,9 +142,30 @@ def upscale(
     progress: Progress | None = None,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Upscale an image whole (``tile=None``) or in tiles; arguments, result and errors as in `upscale_tiled`."""
+    """Upscale an image whole, or tile by tile, so that the model's memory depends on the tile and not on the image.
+
+    Adjacent tiles share ``overlap`` pixels and each answers up to the middle of what is shared (a hard seam, not a
+    blend): with an overlap of at least the receptive field the result is the one of the whole image.
+
+    Args:
+        model: As the other arguments, see `upscale_rows`, which gives the same result piece by piece.
+        image: `[B, C, H, W]`, floating point, finite.
+        scale: The model's upscaling factor.
+        tile: Side of a tile in input pixels; None takes the image whole.
+        overlap: Pixels that adjacent tiles share.
+        window_multiple: What the model's input sides must be multiples of.
+        progress: Called after each tile.
+        device: Where the model runs.
+
+    Returns:
+        `[B, C', H * scale, W * scale]` on the CPU.
+
+    Raises:
+        ConfigError: Tile, overlap, scale or window multiple are out of range, or ``scale`` is not the model's.
+        InputError: The image is not `[B, C, H, W]`, is empty, or is not finite.
+    """
     if not isinstance(image, torch.Tensor) or not image.is_floating_point():
-        check_image_tensor(image, batched=True)  # codes are for those who take rows
+        check_image_tensor(image, batched=True)  # refuses integer codes, which only `upscale_rows` takes
     rows = upscale_rows(model, image, scale, tile, overlap, window_multiple, progress, device)
     return join_rows(rows, image.shape[-2] * scale)
 
@@ -203,14 +188,14 @@ def join_rows(bands: Iterable[torch.Tensor], height: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tiles of an image: what is kept of them lies inside of it, what the model sees may be padding."""
+    """Tiles of an image. What is kept of a tile lies inside the image; what the model sees may be padding."""
 
     rows: list[TileSpan]
     columns: list[TileSpan]
 
 
 def _within(spans: list[TileSpan], size: int) -> list[TileSpan]:
-    """Without the tiles, and the parts of tiles, that answer for nothing but padding."""
+    """The spans without the tiles, and parts of tiles, whose result is padding only."""
     return [replace(span, keep_stop=min(span.keep_stop, size)) for span in spans if span.keep_start < size]
 
 
@@ -242,7 +227,7 @@ def _upscaled_band(
     advance: Callable[[int], None],
     device: torch.device | str | None,
 ) -> torch.Tensor:
-    """What a row of tiles answers for, of the band that they see."""
+    """The part of the result that a row of tiles is kept for."""
     output: torch.Tensor | None = None
     height, width = row.keep_stop - row.keep_start, columns[-1].keep_stop
     top = (row.keep_start - row.start) * scale

@@ -1,4 +1,7 @@
-"""A model by its name, and images through it: saved models, float checkpoints and the embedded ones look the same."""
+"""Opens a model by its name, and upscales images with it: saved, float and embedded models look the same.
+
+:func:`open_model` is the door; it returns an :class:`Upscaler`, which knows what its images must look like.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError
+from harmoq_ao.conversion.load import load_quantized
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.conversion.serialization import load_quantized
 from harmoq_ao.images import ImageRecord
 from harmoq_ao.runtime.tiling import Progress, join_rows, upscale_rows
 from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
@@ -28,6 +31,91 @@ _OTHER_RANGES = {
     "GFPGAN": "values in -1..1",
 }
 """Architectures whose own wrapper converts values on the way in and out; their bare modules do not take 0..1."""
+
+
+class Runtime(StrEnum):
+    """What runs a quantized model."""
+
+    torch = "torch"
+    compiled = "torch.compile"
+    openvino = "OpenVINO"
+
+
+FIXED_TILE = 128
+"""Side of the tiles that torch.compile and OpenVINO get unless another is asked for: they compile every size anew, and
+need memory for it. Smaller images are mirrored up to it."""
+
+
+def open_model(
+    name: str | Path, float_dtype: torch.dtype | None = None, *, runtime: Runtime = Runtime.torch
+) -> Upscaler:
+    """A saved model (a folder), a float checkpoint (a file), or an embedded float model.
+
+    Args:
+        name: Path, or `demo:x2`, `demo:x3`, `demo:x4`.
+        float_dtype: Type of the parts that are not integers; None keeps the model's own. OpenVINO takes bfloat16 unless
+            float32 is asked for.
+        runtime: What runs a saved model; float models are torch's.
+
+    Raises:
+        OpenVinoError: OpenVINO is not installed.
+        SavedModelError: The folder holds no valid saved model.
+        CheckpointError: See :func:`open_float`.
+        ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
+    """
+    if Path(name).is_dir():
+        return _open_saved(str(name), float_dtype, runtime)
+    if runtime is not Runtime.torch:
+        raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")
+    if float_dtype not in (None, torch.float32, torch.bfloat16):
+        raise ConfigError("Unsupported float type", found=float_dtype, expected="torch.float32 or torch.bfloat16")
+    upscaler = of_loaded(open_float(name), str(name))
+    return replace(upscaler, model=_InBfloat16(upscaler.model)) if float_dtype is torch.bfloat16 else upscaler
+
+
+def _open_saved(name: str, float_dtype: torch.dtype | None, runtime: Runtime) -> Upscaler:
+    quantized = load_quantized(name)
+    if runtime is Runtime.openvino:  # it has float types of its own, whatever that of the saved model
+        from harmoq_ao.runtime.openvino import lower_openvino
+
+        lowered = lower_openvino(quantized, precision="f32" if float_dtype is torch.float32 else "bf16")
+        return _of_one_size(of_quantized(quantized, name), lowered)
+    if float_dtype is not None and float_dtype is not quantized.float_dtype:
+        quantized.set_float_dtype(float_dtype)
+    upscaler = of_quantized(quantized, name)
+    if runtime is Runtime.torch:
+        return upscaler
+    from harmoq_ao.runtime.compiled import compile_model  # imports torch.export
+
+    return _of_one_size(upscaler, compile_model(quantized))
+
+
+def _of_one_size(upscaler: Upscaler, model: nn.Module) -> Upscaler:
+    """An upscaler whose model compiles every size anew: small images are mirrored up to one size."""
+    return replace(upscaler, model=model, size_minimum=max(upscaler.size_minimum, FIXED_TILE))
+
+
+def open_float(name: str | Path) -> LoadedModel:
+    """A float model by path, or an embedded one: `demo:x2`, `demo:x3`, `demo:x4`.
+
+    Raises:
+        CheckpointError: No such embedded model, or an unusable file (see :func:`load_model`), or an
+            architecture whose images do not lie in 0..1.
+    """
+    text = str(name)
+    if text.startswith("demo:") and not Path(text).exists():
+        if text not in EMBEDDED:
+            raise CheckpointError("There is no such embedded model", found=text, expected=" or ".join(EMBEDDED))
+        return load_demo_model(int(text[-1]))
+    loaded = load_model(name)
+    if loaded.architecture in _OTHER_RANGES:
+        raise CheckpointError(
+            f"{loaded.architecture} is out of scope here",
+            found=f"a model that takes {_OTHER_RANGES[loaded.architecture]}",
+            expected="a model from an image in 0..1 to an image in 0..1",
+            remedy="wrap the module so that it takes 0..1, and use the Python functions",
+        )
+    return loaded
 
 
 @dataclass(frozen=True)
@@ -84,9 +172,9 @@ class Upscaler:
     def rows(
         self, image: Tensor | ImageRecord, tile: int | None = None, overlap: int = 32, progress: Progress | None = None
     ) -> Iterator[Tensor]:
-        """Upscale one RGB image, and give the finished rows from top to bottom: those of one row of tiles at a time.
+        """Upscale one RGB image and yield the finished rows from top to bottom, one row of tiles at a time.
 
-        Beside the image, memory is needed for one row of tiles and its result. `save_rows` puts them into a file.
+        Besides the image, one row of tiles and its result are in memory. `save_rows` writes them to a file.
 
         Args:
             image: A decoded image, of which floats are made a row of tiles at a time; or `[1, 3, H, W]`, 0..1.
@@ -109,7 +197,7 @@ class Upscaler:
         return self._in_memory(bands, (x.shape[-2], x.shape[-1]))
 
     def _in_memory(self, bands: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
-        """The bands as colour, or else an error that says how to need less memory."""
+        """The bands as colour; running out of memory becomes an error that says what to do."""
         try:
             for band in bands:
                 yield band if self.channels == 3 else band.movedim(0, 1)
@@ -125,96 +213,13 @@ class Upscaler:
             ) from error
 
     def _multiple(self, x: Tensor, tile: int | None) -> int:
-        """What to pad both sides to: the model's multiple, its minimum, or the longer side where it wants squares."""
+        """Multiple to pad both sides to: the model's, its minimum, or the longer side if its input must be square."""
         height, width = x.shape[-2:]
         if self.square and tile is None:
             return _round_up(max(height, width, self.size_minimum), self.size_multiple)
         if min(height, width) < self.size_minimum:
             return _round_up(self.size_minimum, self.size_multiple)
         return self.size_multiple
-
-
-def open_float(name: str | Path) -> LoadedModel:
-    """A float model by path, or an embedded one: `demo:x2`, `demo:x3`, `demo:x4`.
-
-    Raises:
-        CheckpointError: No such embedded model, or an unusable file (see :func:`load_model`), or an
-            architecture whose images do not lie in 0..1.
-    """
-    text = str(name)
-    if text.startswith("demo:") and not Path(text).exists():
-        if text not in EMBEDDED:
-            raise CheckpointError("There is no such embedded model", found=text, expected=" or ".join(EMBEDDED))
-        return load_demo_model(int(text[-1]))
-    loaded = load_model(name)
-    if loaded.architecture in _OTHER_RANGES:
-        raise CheckpointError(
-            f"{loaded.architecture} is out of scope here",
-            found=f"a model that takes {_OTHER_RANGES[loaded.architecture]}",
-            expected="a model from an image in 0..1 to an image in 0..1",
-            remedy="wrap the module so that it takes 0..1, and use the Python functions",
-        )
-    return loaded
-
-
-class Runtime(StrEnum):
-    """What runs a quantized model."""
-
-    torch = "torch"
-    compiled = "torch.compile"
-    openvino = "OpenVINO"
-
-
-FIXED_TILE = 128
-"""Side of the tiles that torch.compile and OpenVINO get unless another is asked for: they compile every size anew, and
-need memory for it. Smaller images are mirrored up to it."""
-
-
-def open_model(
-    name: str | Path, float_dtype: torch.dtype | None = None, *, runtime: Runtime = Runtime.torch
-) -> Upscaler:
-    """A saved model (a folder), a float checkpoint (a file), or an embedded float model.
-
-    Args:
-        name: Path, or `demo:x2`, `demo:x3`, `demo:x4`.
-        float_dtype: Type of the parts that are not integers; None keeps the model's own. OpenVINO takes bfloat16 unless
-            float32 is asked for.
-        runtime: What runs a saved model; float models are torch's.
-
-    Raises:
-        OpenVinoError: OpenVINO is not installed.
-        SavedModelError: The folder holds no valid saved model.
-        CheckpointError: See :func:`open_float`.
-        ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
-    """
-    if Path(name).is_dir():
-        quantized = load_quantized(name)
-        if runtime is Runtime.openvino:
-            return _in_openvino(quantized, str(name), float_dtype)
-        upscaler = _of_quantized(quantized, str(name), float_dtype)
-        return _compiled(upscaler, quantized) if runtime is Runtime.compiled else upscaler
-    if runtime is not Runtime.torch:
-        raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")
-    loaded = open_float(name)
-    upscaler = of_loaded(loaded, str(name))
-    return upscaler if float_dtype in (None, torch.float32) else _in_dtype(upscaler, float_dtype)
-
-
-def _in_openvino(quantized: QuantizedModel, name: str, float_dtype: torch.dtype | None) -> Upscaler:
-    from harmoq_ao.runtime.openvino import lower_openvino  # an optional package
-
-    lowered = lower_openvino(quantized, precision="f32" if float_dtype is torch.float32 else "bf16")
-    return _of_few_sizes(of_quantized(quantized, name), lowered)
-
-
-def _compiled(upscaler: Upscaler, quantized: QuantizedModel) -> Upscaler:
-    from harmoq_ao.runtime.compiled import compile_model  # imports torch.export
-
-    return _of_few_sizes(upscaler, compile_model(quantized))
-
-
-def _of_few_sizes(upscaler: Upscaler, model: nn.Module) -> Upscaler:
-    return replace(upscaler, model=model, size_minimum=max(upscaler.size_minimum, FIXED_TILE))
 
 
 def of_loaded(loaded: LoadedModel, name: str) -> Upscaler:
@@ -246,33 +251,20 @@ def of_quantized(model: QuantizedModel, name: str) -> Upscaler:
     return Upscaler(model, name, traits.scale, channels, multiple, traits.size_minimum, traits.square)
 
 
-def _of_quantized(model: QuantizedModel, name: str, float_dtype: torch.dtype | None) -> Upscaler:
-    if float_dtype is not None and float_dtype is not model.float_dtype:
-        model.set_float_dtype(float_dtype)
-    return of_quantized(model, name)
+class _InBfloat16(nn.Module):
+    """A float model in bfloat16, from and to float32."""
 
-
-class _InDtype(nn.Module):
-    """A float model in another type, from and to float32."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model = model.to(dtype)
-        self.dtype = dtype
+        self.model = model.to(torch.bfloat16)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(image.to(self.dtype)).float()
-
-
-def _in_dtype(upscaler: Upscaler, dtype: torch.dtype | None) -> Upscaler:
-    if dtype is not torch.bfloat16:
-        raise ConfigError("Unsupported float type", found=dtype, expected="torch.float32 or torch.bfloat16")
-    return replace(upscaler, model=_InDtype(upscaler.model, dtype))
+        return self.model(image.to(torch.bfloat16)).float()
 
 
 def _checked_channels(channels: int, name: str) -> int:
     if channels not in (1, 3):
-        raise ConfigError(f"{name} is no model of images", found=f"{channels} input channels", expected="1 or 3")
+        raise ConfigError(f"{name} is not an image model", found=f"{channels} input channels", expected="1 or 3")
     return channels
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.kernels import compiler_view, ops
-from harmoq_ao.kernels.linear import Backend, LinearKernel
+from harmoq_ao.kernels.float_matmul import MatmulContraction
+from harmoq_ao.kernels.linear import LinearContraction
+from harmoq_ao.kernels.select import Backend, Contraction, UniformContraction, select_kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, exact_floats
@@ -27,7 +30,22 @@ from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.site import Site
 
 Rounding = Callable[[Tensor], Tensor]
-T = TypeVar("T")
+_HALF_FLOAT = "float (one operand quantized)"
+
+
+@dataclass
+class Derived:
+    """What a site makes of its tensors on first use, and forgets when they are moved or loaded.
+
+    Attributes:
+        linear: The integer linear with its packings.
+        matmul: The quantizers of a product.
+        float_weight: The weight that the codes stand for, `[N, K]`.
+    """
+
+    linear: LinearContraction | None = None
+    matmul: MatmulContraction | None = None
+    float_weight: Tensor | None = None
 
 
 class ActivationOperand(NamedTuple):
@@ -64,11 +82,16 @@ class QuantizedSite(nn.Module):
         self.site = site
         self.settings = settings
         self.backend: Backend = "auto"
-        self._derived: dict[str, Any] = {}
+        self._derived = Derived()
 
     @property
     def kernel(self) -> str:
-        """Name of the path that runs on the module's device."""
+        """Name of the kernel that runs the site where its tensors are."""
+        device = next(self.buffers(), torch.empty(0)).device
+        return select_kernel(self.contraction(), device, self.backend).name
+
+    def contraction(self) -> Contraction:
+        """What :func:`select_kernel` chooses a kernel for."""
         raise NotImplementedError
 
     @property
@@ -109,16 +132,12 @@ class QuantizedSite(nn.Module):
     def _active(self) -> bool:
         return True
 
-    def _derive(self, name: str, make: Callable[[], T]) -> T:
-        """A value derived from the stored tensors, cached except under a tracer, whose tensors are stand-ins."""
-        if name not in self._derived and torch.compiler.is_compiling():
-            return make()
-        made: T = self._derived[name] if name in self._derived else self._derived.setdefault(name, make())
-        return made
+    def _run(self, *operands: Tensor) -> Tensor:
+        return select_kernel(self.contraction(), operands[0].device, self.backend).run(*operands)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedSite:
         """Codes, scales and ranges follow the model's device, never its float type."""
-        self._derived.clear()
+        self._derived = Derived()
         for name, buffer in self._buffers.items():
             if buffer is not None:
                 self._buffers[name] = buffer.to(fn(buffer).device)
@@ -128,14 +147,14 @@ class QuantizedSite(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._derived.clear()
+        self._derived = Derived()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedSite:
         twin = self.__class__.__new__(self.__class__)
         memo[id(self)] = twin
         twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_derived"})
-        twin.__dict__["_derived"] = {}
+        twin._derived = Derived()
         return twin
 
 
@@ -200,6 +219,15 @@ class WeightedSite(QuantizedSite):
             return self.weight
         return (self.weight_codes().float() + self.weight_shift()[:, None]) * self.weight_scale[:, None]
 
+    def _float_weight(self) -> Tensor:
+        """:meth:`float_weight`, made once. Under a tracer, with its stand-ins, it is made and not kept."""
+        weight = self._derived.float_weight
+        if weight is None:
+            weight = self.float_weight()
+            if not torch.compiler.is_compiling():
+                self._derived.float_weight = weight
+        return weight
+
 
 class QuantizedLinear(WeightedSite):
     """``F.linear`` on integer codes.
@@ -228,42 +256,36 @@ class QuantizedLinear(WeightedSite):
         static = settings.act.enabled and not settings.act.dynamic
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if static else None)
 
-    @property
-    def kernel(self) -> str:
-        """``onednn u8s8``, ``triton lowbit_linear``, ``reference integer``; ``float`` where one operand is."""
-        if not self.both_quantized:
-            return "float (one operand quantized)"
-        return self.linear_kernel().name(self.backend, self.codes.device)
+    def contraction(self) -> Contraction:
+        if self.both_quantized:
+            return self.integer_linear()
+        return UniformContraction(_HALF_FLOAT, self._half_float, "one operand is float")
 
     def operands(self) -> LinearOperands:
         """The integer operands, for kernels and tests."""
-        return self.linear_kernel().operands
+        return self.integer_linear().operands
 
-    def linear_kernel(self) -> LinearKernel:
-        """The linear ready to run; both operands must be quantized."""
-
-        def make() -> LinearKernel:
+    def integer_linear(self) -> LinearContraction:
+        """The linear on integers, made once (under a tracer it is not kept); both operands must be quantized."""
+        linear = self._derived.linear
+        if linear is None:
             operands = ops.linear_operands(*self._tensors(), self.columns, *self._numbers())
-            return LinearKernel(operands, self.codes, self.settings.weight.bits)
-
-        return self._derive("kernel", make)
+            linear = LinearContraction(operands, self.codes, self.settings.weight.bits)
+            if not torch.compiler.is_compiling():
+                self._derived.linear = linear
+        return linear
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        if not self.both_quantized:
-            y = self._half_float(input)
-        elif self._is_split(input):
-            y = compiler_view.linear(input, self.linear_kernel(), self._tensors(), self._numbers())
-        elif torch.compiler.is_compiling():
-            y = ops.linear(input, *self._tensors(), *self._numbers(), self.backend)
-        else:
-            y = self.linear_kernel()(input, self.backend)
+        y = self._traced(input) if torch.compiler.is_compiling() else self._run(input)
         return y if bias is None else y + bias
 
-    def _is_split(self, x: Tensor) -> bool:
-        """Whether to quantize and contract in two steps, for `torch.compile` to join the first with what is before."""
-        if self.backend != "auto" or not compiler_view.is_compiled(x) or "kernel" not in self._derived:
-            return False
-        return compiler_view.takes(self.linear_kernel().ready_onednn())
+    def _traced(self, x: Tensor) -> Tensor:
+        """What a graph gets to see: operators that choose their kernel when the graph runs."""
+        if not self.both_quantized:
+            return self._half_float(x)
+        linear = self._derived.linear
+        ready = None if linear is None else linear.ready_onednn()
+        return compiler_view.linear(x, self._tensors(), self._numbers(), self.backend, ready)
 
     def _tensors(self) -> ops.LinearTensors:
         return self.codes, self.weight_scale, self.bias, self.act_bounds, self.joint_scale, self.joint_shift
@@ -284,7 +306,7 @@ class QuantizedLinear(WeightedSite):
     def _half_float(self, x: Tensor) -> Tensor:
         if self.settings.act.enabled:
             x = _round_trip(x, self.act_qparams(), self.settings.act, self.joint_scale)
-        weight = self._derive("float_weight", self.float_weight)
+        weight = self._float_weight()
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, weight.to(x.dtype), bias)
 
@@ -310,11 +332,6 @@ class QuantizedConv2d(WeightedSite):
         self.register_buffer("joint_shift", None)
         self.register_buffer("act_bounds", torch.tensor([1.0, 0.0]) if settings.act.enabled else None)
 
-    @property
-    def kernel(self) -> str:
-        """``float32 on integer codes``, or ``float`` where one operand is float."""
-        return "float32 on integer codes" if self.both_quantized else "float (one operand quantized)"
-
     def zero_point_qparams(self) -> tuple[Tensor, Tensor] | None:
         """Step and zero point of the input, which is what ``act_bounds`` holds, or None in float."""
         return None if self.act_bounds is None else (self.act_bounds[0], self.act_bounds[1])
@@ -330,11 +347,19 @@ class QuantizedConv2d(WeightedSite):
         """The input."""
         return [ActivationOperand("input", args[0], self.settings.act, self.act_qparams())]
 
+    def contraction(self) -> Contraction:
+        if self.both_quantized:
+            return UniformContraction("float32 on integer codes", self._integer)
+        return UniformContraction(_HALF_FLOAT, self._half_float)
+
     def forward(self, input: Tensor) -> Tensor:
-        qparams = self.zero_point_qparams()
-        if qparams is None or not self.both_quantized:
-            return self._half_float(input)
-        step, zero_point = qparams
+        if torch.compiler.is_compiling():  # plain torch: the graph gets to see all of it
+            return self._integer(input) if self.both_quantized else self._half_float(input)
+        return self._run(input)
+
+    def _integer(self, input: Tensor) -> Tensor:
+        assert self.act_bounds is not None
+        step, zero_point = self.act_bounds.unbind()
         codes = integer_reference.quantize_codes(input, 1.0 / step, zero_point, self.settings.act.bits)
         acc = self.accumulate(codes).to(torch.float32)
         y = acc * (self.weight_scale * step / 2)[:, None, None]
@@ -364,7 +389,7 @@ class QuantizedConv2d(WeightedSite):
     def _half_float(self, x: Tensor) -> Tensor:
         if self.act_bounds is not None:
             x = _round_trip(x, self.act_qparams(), self.settings.act, None)
-        weight = self._derive("float_weight", lambda: self.float_weight().reshape(self.site.shape))
+        weight = self._float_weight().reshape(self.site.shape)
         y = _conv(x, weight.to(x.dtype), self.geometry)
         return y if self.bias is None else y + self.bias.to(x.dtype)[:, None, None]
 
@@ -399,13 +424,17 @@ class QuantizedMatmul(QuantizedSite):
             static = spec.enabled and not spec.dynamic
             self.register_buffer(name, torch.tensor([1.0, 0.0]) if static else None)
 
-    @property
-    def kernel(self) -> str:
-        """``float32 on integer codes`` (exact), ``reference integer``, or ``float`` where one operand is float."""
-        if not (self.settings.act.enabled and self.settings.weight.enabled):
-            return "float (one operand quantized)"
-        on_cpu = self.backend == "auto" and self._device().type == "cpu"
-        return "float32 on integer codes" if on_cpu else "reference integer"
+    def contraction(self) -> Contraction:
+        return self.operands() if self.both_quantized else UniformContraction(_HALF_FLOAT, self._half_float)
+
+    def operands(self) -> MatmulContraction:
+        """The quantizers of both operands, made once (under a tracer they are not kept); both must be quantized."""
+        matmul = self._derived.matmul
+        if matmul is None:
+            matmul = ops.matmul_contraction(*self._tensors(), *self._bits())
+            if not torch.compiler.is_compiling():
+                self._derived.matmul = matmul
+        return matmul
 
     def act_qparams(self) -> Affine | None:
         """Of the left operand."""
@@ -426,35 +455,31 @@ class QuantizedMatmul(QuantizedSite):
             ActivationOperand("right", right, self.settings.weight, self.right_qparams()),
         ]
 
-    def operands(self) -> tuple[MatmulOperand, MatmulOperand]:
-        """The quantizers of both operands, for kernels and tests; both must be quantized."""
-        return self._derive("operands", lambda: ops.matmul_operands(*self._tensors(), *self._bits()))
-
     def _tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         return self.left_bounds, self.right_bounds, self.joint_scale
 
     def _bits(self) -> tuple[int, int]:
         return self.settings.act.bits, self.settings.weight.bits
 
-    def _device(self) -> torch.device:
-        return next((t.device for t in self._tensors() if t is not None), torch.device("cpu"))
-
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
         self.site.check_length(left, self.joint_scale)
-        if not self.both_quantized:
-            x = _half_quantized(left, self.act_qparams(), self.settings.act)
-            product = torch.matmul(x, _half_quantized(right, self.right_qparams(), self.settings.weight))
-        elif self.relative:
+        if self.both_quantized and self.relative:
             product = self.of_map(left, lambda relative: self._product(relative, right))
         else:
             product = self._product(left, right)
         return self.form.finish(product, *operands, **options)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():
-            return ops.matmul(left, right, *self._tensors(), *self._bits(), self.backend)
-        return ops.quantized_matmul(left, right, *self.operands(), self.backend)
+        if not torch.compiler.is_compiling():
+            return self._run(left, right)
+        if not self.both_quantized:
+            return self._half_float(left, right)
+        return ops.matmul(left, right, *self._tensors(), *self._bits(), self.backend)
+
+    def _half_float(self, left: Tensor, right: Tensor) -> Tensor:
+        x = _half_quantized(left, self.act_qparams(), self.settings.act)
+        return torch.matmul(x, _half_quantized(right, self.right_qparams(), self.settings.weight))
 
     def of_map(self, attention_map: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
         """The product of an attention map with the values, normalised after it.

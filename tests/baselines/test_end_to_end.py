@@ -12,7 +12,8 @@ import harmoq_ao as h
 from harmoq_ao.baselines import BASELINES, Budget
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.conversion.serialization import load_quantized, save_quantized
+from harmoq_ao.conversion.load import load_quantized
+from harmoq_ao.conversion.save import save_quantized
 from tests.baselines.helpers import applied, crops
 from tests.models import build, images, prepare, run
 

@@ -12,7 +12,8 @@ from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare
 from harmoq_ao.baselines.mixed_precision import Mixture, mix_bits
 from harmoq_ao.baselines.sensitivity import Measured
 from harmoq_ao.common.errors import CalibrationError, ConfigError
-from harmoq_ao.conversion.serialization import folder_bytes, load_quantized, save_quantized
+from harmoq_ao.conversion.load import load_quantized
+from harmoq_ao.conversion.save import folder_bytes, save_quantized
 from harmoq_ao.images import luma
 from tests.models import build, images
 

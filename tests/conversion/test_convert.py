@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.kernels import onednn
+from harmoq_ao.kernels import float_matmul, onednn
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.sites.prepared import PreparedConv2d, PreparedLinear
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
+from tests.kernels.test_float_matmul import unit
+from tests.kernels.test_onednn import contract_exactly
 from tests.models import PER_TOKEN, build, calibrated, converted, images, run
 
 EXACT: dict[str, Any] = {"storage_dtype": "float32"}
@@ -158,8 +160,8 @@ def test_accumulators_of_both_paths_are_equal_bit_for_bit(bits: int, profile: An
             slow = slow.reshape(fast.shape)
             assert torch.equal(fast, slow)
             assert int(fast.max()) < 1 << bits
-            expected = integer_reference.linear_accumulate(slow, operands.weight)
-            assert torch.equal(onednn.linear_accumulate(fast, operands.weight), expected)
+            expected = integer_reference.linear_accumulate(slow, operands.weight).float()
+            assert torch.equal(contract_exactly(fast, operands.weight, 0.0)[0], expected)
             checked += 1
     assert checked > 0
 
@@ -289,7 +291,8 @@ def test_contractions_beyond_the_range_of_float32_stay_exact() -> None:
     for length in (257, 259, 4096, 40_000):
         qa = torch.randint(0, 256, (2, 3, length), generator=generator, dtype=torch.uint8)
         qb = torch.randint(0, 256, (2, length, 4), generator=generator, dtype=torch.uint8)
-        assert torch.equal(onednn.matmul_accumulate(qa, qb, 8, 8), integer_reference.matmul_accumulate(qa, qb))
+        found = float_matmul.quantized_matmul(qa.float(), qb.float(), unit(8), unit(8))
+        assert torch.equal(found, integer_reference.matmul_accumulate(qa, qb).float())
     image = images(1, (48, 48))[0]
     model = converted("long", PAPER)
     fast = run(model, image)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from harmoq_ao.conversion.serialization import _dump, _seal
+from harmoq_ao.conversion.format import canonical_json, seal
 from tests.fuzz.checkpoints import CHECKPOINTS
 from tests.fuzz.registry import Registry, cut, flipped, odd_value
 
@@ -30,7 +30,7 @@ class Folder:
         config = json.loads(self.config)
         config.pop("sha256")
         changed = change(config)
-        return Folder(_dump(_seal(config if changed is None else changed)), self.weights)
+        return Folder(canonical_json(seal(config if changed is None else changed)), self.weights)
 
     def with_weights(self, data: bytes) -> Folder:
         """Other weights that the config vouches for."""

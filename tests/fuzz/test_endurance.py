@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.images import image_size
-from harmoq_ao.runtime.image_files import FileUpscaler, Job
+from harmoq_ao.runtime.file_jobs import FileUpscaler, Job
 from harmoq_ao.runtime.tiling import upscale
 from harmoq_ao.runtime.upscaler import Upscaler
 from tests.models import converted

@@ -21,7 +21,6 @@ import harmoq_ao as h
 from harmoq_ao.cli.quantize import parse_rule
 from harmoq_ao.common.errors import HarmoqError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from harmoq_ao.conversion import serialization
 from harmoq_ao.images import image_size, load_image
 from harmoq_ao.runtime.upscaler import open_float
 from harmoq_ao.zoo.checkpoints import LoadedModel
@@ -120,7 +119,7 @@ def _prepare_once(monkeypatch: pytest.MonkeyPatch) -> None:
             traced[key] = h.prepare_harmoq(model, config, examples)
         return copy.deepcopy(traced[key])
 
-    monkeypatch.setattr(serialization, "prepare_harmoq", prepare)
+    monkeypatch.setattr("harmoq_ao.conversion.load.prepare_harmoq", prepare)
 
 
 def test_saved_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

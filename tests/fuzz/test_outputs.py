@@ -8,7 +8,7 @@ import pytest
 
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.images import image_size, load_image
-from harmoq_ao.runtime.image_files import FileUpscaler, Job, upscale_here
+from harmoq_ao.runtime.file_jobs import FileUpscaler, Job, upscale_here
 from harmoq_ao.runtime.upscaler import Upscaler
 from tests.fuzz.images import IMAGES
 from tests.models import converted

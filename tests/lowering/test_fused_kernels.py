@@ -19,6 +19,7 @@ from harmoq_ao.lowering.fusing import Misfit
 from harmoq_ao.lowering.mlp import FusedMlp, find_mlp
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 from harmoq_ao.recipes.architectures import forward as run_model
+from harmoq_ao.sites.quantized import Derived
 from tests.lowering.helpers import Network, assert_same_image, kernel_references, quantize
 from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted
@@ -125,7 +126,7 @@ def test_a_copy_has_operands_of_its_own() -> None:
         other = converted("SwinIR/light", HarmoqConfig(8, 8, seed=1))
         for name, site in twin.sites().items():
             site.codes.copy_(other.sites()[name].codes.flip(0))
-            site._derived.clear()
+            site._derived = Derived()
         changed = twin(image)
         assert not torch.equal(changed, before)
         assert torch.equal(model(image), before)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 
 import harmoq_ao as h
-from harmoq_ao.conversion.serialization import folder_bytes
+from harmoq_ao.conversion.save import folder_bytes
 from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
 from harmoq_ao.zoo.checkpoints import LoadedModel

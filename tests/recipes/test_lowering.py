@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from harmoq_ao.common.errors import InputError
-from harmoq_ao.lowering.survey import Lowering
 from harmoq_ao.recipes.lowering import general, lowerings, replaced, row
+from harmoq_ao.sites.report import Lowering
 from tests.models import BY_NAME
 
 

@@ -9,7 +9,7 @@ import torch
 
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.conversion.serialization import folder_bytes, save_quantized
+from harmoq_ao.conversion.save import folder_bytes, save_quantized
 from harmoq_ao.images import image_from_array
 from harmoq_ao.reporting import Scene, Source, write_report
 from harmoq_ao.runtime.upscaler import Upscaler, of_quantized

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from harmoq_ao.cli import app
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.serialization import float_bytes, folder_bytes, save_quantized
+from harmoq_ao.conversion.save import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.images.metrics import bicubic_upscale, psnr_y
 from harmoq_ao.reporting import Scene, pictures
 from harmoq_ao.reporting.charts import xy_chart

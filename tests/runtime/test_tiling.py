@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from harmoq_ao.common.errors import ConfigError, InputError
-from harmoq_ao.runtime.tiling import pad_to_multiple, tile_spans, upscale, upscale_rows, upscale_tiled
+from harmoq_ao.runtime.tiling import pad_to_multiple, tile_spans, upscale, upscale_rows
 
 RADIUS = 3
 """How far `conv_net` reaches to each side, in pixels."""
@@ -139,7 +139,7 @@ def test_spans_cover_the_axis_once_with_context_on_both_sides(size: int, tile: i
 
 def test_progress_counts_tiles() -> None:
     calls: list[tuple[int, int]] = []
-    upscale_tiled(conv_net(), torch.rand(1, 3, 40, 20), 2, 16, 8, progress=lambda *call: calls.append(call))
+    upscale(conv_net(), torch.rand(1, 3, 40, 20), 2, 16, 8, progress=lambda *call: calls.append(call))
     assert calls == [(done, 8) for done in range(1, 9)]
 
 
@@ -235,7 +235,7 @@ def test_rows_are_the_image_bit_for_bit(
     expected = at_once(model, image, scale, tile, overlap, multiple)
     bands = list(upscale_rows(model, image, scale, tile, overlap, multiple))
     assert torch.equal(torch.cat(bands, -2), expected)
-    assert torch.equal(upscale_tiled(model, image, scale, tile, overlap, multiple), expected)
+    assert torch.equal(upscale(model, image, scale, tile, overlap, multiple), expected)
     assert max(band.shape[-2] for band in bands) <= tile * scale
     assert all(band.shape[-1] == width * scale for band in bands)
 

@@ -87,32 +87,37 @@ def test_decoded_images_and_rows_give_what_tensors_give(channels: int, kinds: in
         assert len(bands) == (1 if tile is None else 3)
 
 
-def test_running_out_of_memory_says_to_use_tiles() -> None:
-    class Greedy(nn.Module):
+@pytest.mark.parametrize(
+    ("message", "error", "found"),
+    [
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes", InputError, "--tile"),
+        ("shapes cannot be multiplied", RuntimeError, "multiplied"),
+    ],
+)
+def test_running_out_of_memory_says_to_use_tiles_and_other_errors_stay(
+    message: str, error: type[Exception], found: str
+) -> None:
+    class Failing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+            raise RuntimeError(message)
 
-    with pytest.raises(InputError, match="--tile"):
-        Upscaler(Greedy(), "x", 2)(torch.rand(1, 3, 8, 8))
-
-
-def test_other_runtime_errors_are_not_hidden() -> None:
-    class Broken(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            raise RuntimeError("shapes cannot be multiplied")
-
-    with pytest.raises(RuntimeError, match="multiplied"):
-        Upscaler(Broken(), "x", 2)(torch.rand(1, 3, 8, 8))
+    with pytest.raises(error, match=found):
+        Upscaler(Failing(), "x", 2)(torch.rand(1, 3, 8, 8))
 
 
-def test_checkpoints_open_with_their_traits(tmp_path: Path) -> None:
-    entry = BY_NAME["SwinIR/light"]
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A float checkpoint of a small model."""
     path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(dict(entry.build().state_dict()), path)
-    upscaler = open_model(path)
+    safetensors.torch.save_file(dict(BY_NAME["SwinIR/light"].build().state_dict()), path)
+    return path
+
+
+def test_checkpoints_open_with_their_traits(checkpoint: Path) -> None:
+    upscaler = open_model(checkpoint)
     assert (upscaler.scale, upscaler.channels, upscaler.quantized) == (2, 3, False)
-    image = entry.example()
-    low = open_model(path, torch.bfloat16)(image)
+    image = BY_NAME["SwinIR/light"].example()
+    low = open_model(checkpoint, torch.bfloat16)(image)
     assert low.dtype == torch.float32
     assert 0 < float((low - upscaler(image)).abs().max()) < 0.1
 
@@ -126,16 +131,12 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_other_float_types_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(dict(BY_NAME["SwinIR/light"].build().state_dict()), path)
+def test_other_float_types_are_refused(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="bfloat16"):
-        open_model(path, torch.float64)
+        open_model(checkpoint, torch.float64)
 
 
-def test_models_of_other_value_ranges_are_out_of_scope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "model.safetensors"
-    safetensors.torch.save_file(dict(BY_NAME["SwinIR/light"].build().state_dict()), path)
+def test_models_of_other_value_ranges_are_out_of_scope(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harmoq_ao.runtime.upscaler._OTHER_RANGES", {"SwinIR": "values in -1..1"})
     with pytest.raises(CheckpointError, match="out of scope"):
-        open_model(path)
+        open_model(checkpoint)

@@ -15,7 +15,8 @@ from harmoq_ao.baselines.methods import prepare_with
 from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.convert import convert_harmoq
-from harmoq_ao.conversion.serialization import load_quantized, save_quantized
+from harmoq_ao.conversion.load import load_quantized
+from harmoq_ao.conversion.save import save_quantized
 from harmoq_ao.harmonization.harmonize import HarmonizeTrace, harmonize
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import HarmonizeSettings

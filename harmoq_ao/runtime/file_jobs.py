@@ -1,4 +1,4 @@
-"""Upscaling image files, one after the other; what every engine does with a single one."""
+"""Upscaling of image files one after the other, and the job of a single file that every engine runs."""
 
 from __future__ import annotations
 

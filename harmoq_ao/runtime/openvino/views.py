@@ -1,8 +1,8 @@
-"""Chains of transposes and reshapes of an OpenVINO model as one transpose, or none.
+"""Merges chains of transposes and reshapes of an OpenVINO model into one transpose, or none.
 
-Window models cut images into windows and put them together again; written out, that is several permutations with
-reshapes in between, each a pass over the memory that OpenVINO runs as it stands. With fixed sizes any such chain is one
-reshape, one permutation and one reshape; where the permutations cancel, nothing but a reshape is left.
+Window models split images into windows and join them again: several permutations with reshapes in between, each a pass
+over the memory, which OpenVINO does not merge. With fixed sizes any such chain is one reshape, one permutation and one
+reshape. Where the permutations cancel, only a reshape is left.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RESHAPES = ("Reshape", "Squeeze", "Unsqueeze")
 
 @dataclass(frozen=True)
 class Permutation:
-    """What a chain does to a tensor: reshape to ``sizes``, transpose by ``order``."""
+    """The effect of a chain on a tensor: reshape to ``sizes``, transpose by ``order``."""
 
     sizes: tuple[int, ...]
     order: tuple[int, ...]
@@ -103,7 +103,7 @@ def permutation_of(shape: tuple[int, ...], steps: list[tuple[str, tuple[int, ...
 
 
 def merge_views(model: Model) -> int:
-    """Replace every chain with two transposes or more, in place. Returns how many transposes are gone."""
+    """Replace, in place, every chain whose transposes can be fewer; returns how many transposes are gone."""
     gone = 0
     for node in model.get_ordered_ops():
         if not _is_view(node) or _continues(node):
@@ -167,6 +167,3 @@ def _emit(source: Any, found: Permutation, moves: bool, shape: list[int]) -> Any
         source = ops.reshape(source, np.array(found.sizes, np.int64), False)
         source = ops.transpose(source, np.array(found.order, np.int64))
     return ops.reshape(source, np.array(shape, np.int64), False).output(0)
-
-
-__all__ = ["Permutation", "merge_views", "permutation_of"]

@@ -7,10 +7,10 @@ and a constant of int8 with a scale on the right. A site is therefore emitted as
       -> MatMul with int8 effective codes, times the row's scale                              no zero point anywhere
       -> + folded bias
 
-The multiplication and the addition are those of `reference.quantize_codes`, so the codes are the same but for ties that
-the plugin's own fusion of neighbouring constants moves (it merges them with a LayerNorm before, say). With fewer than 8
-bits the clamp in front does what fewer levels would: rounding and a clamp at whole numbers commute. So every width runs
-the kernel of 8 bits, and bounds per token do too: they enter the multiplication and the addition, not the FakeQuantize.
+The multiplication and the addition are those of `reference.quantize_codes`, so the codes are the same except
+for ties, which the plugin may move when it fuses neighbouring constants (with a LayerNorm before, say). Below 8 bits
+the clamp in front replaces fewer levels, since rounding and a clamp at whole numbers commute. So every width runs the
+8-bit kernel. Ranges per token do too: they are part of the multiplication and the addition, not of the FakeQuantize.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def conv2d(x: Node, site: QuantizedConv2d) -> Node:
 def matmul(left: Node, right: Node, a: MatmulOperand, b: MatmulOperand, name: str) -> Node:
     """A product of two quantized activations, `[..., M, K]` and `[..., K, N]`.
 
-    Integer kernels want signed codes on the right; those of 8 bits are centred, which the row sums of the left make up
-    for. With codes ``p``, ``q`` and centre ``c``, steps ``s`` and lower bounds ``l``::
+    Integer kernels need signed codes on the right. Codes of 8 bits are centred, which the row sums of the left operand
+    compensate. With codes ``p``, ``q`` and centre ``c``, steps ``s`` and lower bounds ``l``::
 
         y = s_p s_q p (q - c) + rowsum(p) s_p (l_q + c s_q) + colsum(q - c) s_q l_p + K l_p (l_q + c s_q)
 
@@ -134,7 +134,7 @@ def _operand_codes(x: Node, operand: MatmulOperand, axis: int, centre: int) -> t
 
 
 def _codes_per_slice(x: Node, bits: int, axis: int, centre: int) -> tuple[Node, Node, Node]:
-    """Codes minus ``centre``, lower bound and step, one pair of bounds per slice along ``axis``."""
+    """Codes minus ``centre``, lower bound and step, one range per slice along ``axis``."""
     lower = ops.reduce_min(x, ops.constant([axis]), True)
     upper = ops.reduce_max(x, ops.constant([axis]), True)
     step = ops.maximum(ops.divide(ops.subtract(upper, lower), _constant(float(2**bits - 1))), _constant(MIN_STEP))
@@ -185,6 +185,3 @@ def _product(codes: Node, weight: Node, name: str) -> Node:
 def _constant(value: Tensor | float) -> Node:
     array = value.detach().float().numpy() if isinstance(value, Tensor) else np.float32(value)
     return ops.constant(np.ascontiguousarray(array, dtype=np.float32) if np.ndim(array) else array)
-
-
-__all__ = ["conv2d", "linear", "matmul"]

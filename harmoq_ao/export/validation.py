@@ -1,4 +1,4 @@
-"""What every export checks first: that there is a converted model, and an image size that it takes."""
+"""What every export needs first: a converted model, an image size that it takes, and the error for what fails."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from harmoq_ao.common.errors import ExportError
 from harmoq_ao.conversion.model import QuantizedModel
 
 DEFAULT_SIDE = 128
-"""Height and width of the images of a file for one size, unless others are asked for; in input pixels."""
+"""Height and width, in input pixels, of the images of a file for one size, unless another size is asked for."""
 
 
 def check_exportable(quantized: object) -> None:
@@ -26,7 +26,7 @@ def check_exportable(quantized: object) -> None:
 
 
 def example_for(quantized: QuantizedModel, size: tuple[int, int] | None) -> Tensor:
-    """A random image batch `[1, C, H, W]` of a size, by default the smallest the model takes from 128 x 128 on.
+    """A random image batch `[1, C, H, W]`; by default of the smallest size from 128 x 128 on that the model takes.
 
     Raises:
         ExportError: The model does not take images of this size.
@@ -46,4 +46,22 @@ def example_for(quantized: QuantizedModel, size: tuple[int, int] | None) -> Tens
     return torch.rand(1, quantized.example_shapes[0][1], *size, generator=torch.Generator().manual_seed(0))
 
 
-__all__ = ["DEFAULT_SIDE", "check_exportable", "example_for"]
+def failed(
+    what: str, error: Exception, *, place: str = "", expected: str | None = None, remedy: str | None = None
+) -> ExportError:
+    """The error for whatever an author's forward, a translator or an archive may raise.
+
+    Args:
+        what: What cannot be done.
+        error: Why.
+        place: Where it happened, such as at which size.
+        expected: What would have been accepted.
+        remedy: What to do instead.
+    """
+    reason = " ".join(str(error).split())[:200]
+    return ExportError(what, found=f"{place}{type(error).__name__}: {reason}", expected=expected, remedy=remedy)
+
+
+RUN_IT_HERE = "run the quantized model itself"
+"""Remedy where a format cannot express a model."""
+UNTRACEABLE = "torch.export cannot take this model at this size"

@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 
 from harmoq_ao.common.errors import ConfigError, ImageError, RayError
-from harmoq_ao.runtime import ray_engine
-from harmoq_ao.runtime.image_files import Job, UpscaleFile, upscale_here
-from harmoq_ao.runtime.ray_engine import upscale_on_ray
+from harmoq_ao.runtime import ray_jobs
+from harmoq_ao.runtime.file_jobs import Job, UpscaleFile, upscale_here
+from harmoq_ao.runtime.ray_jobs import upscale_on_ray
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def trouble(folder: Path) -> Callable[[], UpscaleFile]:
 
 @pytest.mark.usefixtures("_cluster")
 def test_every_image_ends_once_whatever_happens_to_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_engine, "ATTEMPTS", 2)  # a worker takes seconds to start
+    monkeypatch.setattr(ray_jobs, "ATTEMPTS", 2)  # a worker takes seconds to start
     jobs = jobs_in(tmp_path, "akxcbedfgh")
     ended: list[None] = []
     failures = upscale_on_ray(jobs, trouble(tmp_path), lambda: ended.append(None))

@@ -1,8 +1,8 @@
-"""Upscaling image files on a Ray cluster: workers that hold the model take one image after the other.
+"""Upscaling of image files on a Ray cluster: workers that hold the model take one image after the other.
 
-Actors and not Ray Data: its pools of actors by default repeat what a worker died on without a limit, while an image
-that kills its worker again and again (too large for the memory, say) must end as one line in the list of failures. A
-result appears under its name whole or not at all, so repeating an image is harmless.
+Actors rather than Ray Data: its actor pools by default retry without limit what a worker died on, while an image that
+kills its worker again and again (too large for the memory, say) must end as one line in the list of failures. A result
+appears under its name whole or not at all, so repeating an image is harmless.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 
 from harmoq_ao.common.errors import ConfigError, HarmoqError, RayError
 from harmoq_ao.common.optional import require
-from harmoq_ao.runtime.image_files import Failure, Job, UpscaleFile
+from harmoq_ao.runtime.file_jobs import Failure, Job, UpscaleFile
 
 ATTEMPTS = 3
 """Workers that an image may cost before it counts as failed."""
@@ -38,7 +38,7 @@ def upscale_on_ray(
         jobs: With absolute paths.
         open_upscale: Called once in every worker, which has one CPU: opens the model.
         advance: Called after each job.
-        workers: How many; by default one for each CPU of the cluster, no more than jobs.
+        workers: Number of workers; by default one per CPU of the cluster, at most one per job.
 
     Returns:
         Failures in the order of the jobs.
@@ -70,7 +70,7 @@ class _Worker:
 
 
 class _Pool:
-    """Workers, what each is at, and what is still to do."""
+    """The workers, the job of each, and the jobs that wait."""
 
     def __init__(self, ray: Any, open_upscale: Callable[[], UpscaleFile], size: int) -> None:
         self._ray, self._size = ray, size
@@ -139,7 +139,7 @@ class _Pool:
 
 @contextmanager
 def _cluster() -> Iterator[Any]:
-    """Ray, started if it was not, and then ended again."""
+    """Context manager that gives Ray, started and shut down again if it was not running."""
     ray = require("Ray", ("ray",), RayError, extra="ray", otherwise=", or use --engine local")
     started = not ray.is_initialized()
     if started:
