@@ -111,7 +111,7 @@ def methods_chart(path: Path, numbers: pd.DataFrame, ours: str | None) -> None:
         for line, row in zip(axis.plot(drops.to_numpy(), label=list(drops)), drops, strict=True):
             if row == ours:
                 line.set(color=OURS, linewidth=2.4, zorder=5)
-        for drop in bicubic["drop_psnr"]:
+        for drop in bicubic["drop_psnr"][bicubic["drop_psnr"] > 0]:
             axis.axhline(drop, color="#555555", linestyle="--", linewidth=1.0, label="bicubic")
         log_axis(axis)
         axis.set_xticks(range(len(drops)), drops.index)

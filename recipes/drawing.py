@@ -61,8 +61,9 @@ def figure2(path: Path, numbers: pd.DataFrame, attention: AttentionMaps | None) 
         drops = part.pivot(index="layers", columns="quantized", values="drop_psnr")
         drops = drops.loc[part["layers"].unique(), part["quantized"].unique()]
         drops.rename(lambda layers: layers.replace(" ", "\n", 1)).plot.bar(ax=axis, rot=0, width=0.8)
-        for bars in axis.containers:
-            axis.bar_label(bars, fmt="%.2f", fontsize=6.5, padding=1)
+        for bars, kind in zip(axis.containers, drops, strict=True):
+            texts = drops[kind].map("{:.2f}".format).where(drops[kind].notna(), "")
+            axis.bar_label(bars, texts.tolist(), fontsize=6.5, padding=1)
         axis.set(title=name, xlabel="", ylabel="PSNR-Y below float, dB")
         axis.grid(axis="x", visible=False)
         axis.margins(y=0.2)
