@@ -30,7 +30,7 @@ def contenders(bits: list[tuple[int, int]]) -> dict[str, Contender]:
     crops = CalibrationCrops(list(skimage_photographs("calibration").values()), size=64, count=8, downscale=2)
     for weight_bits, act_bits in bits:
         prepared = harmoq_ao.prepare_harmoq(model, harmoq_ao.HarmoqConfig(weight_bits, act_bits))
-        quantized = harmoq_ao.convert_harmoq(harmoq_ao.calibration.calibrate(prepared, crops, show_progress=False))
+        quantized = harmoq_ao.convert_harmoq(harmoq_ao.calibrate(prepared, crops, show_progress=False))
         name = f"W{weight_bits}A{act_bits}"
         found[name] = quantized
         found[f"{name}, bfloat16 rest"] = harmoq_ao.convert_harmoq(prepared, float_dtype=torch.bfloat16)

@@ -39,7 +39,7 @@ from harmoq_ao.images import (
 from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, to_uint8
 from harmoq_ao.runtime.evaluation import evaluate
 from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, of_quantized
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Method = Callable[[torch.Tensor], torch.Tensor]

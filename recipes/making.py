@@ -18,7 +18,7 @@ from harmoq_ao.harmonization.apply import harmonize
 from harmoq_ao.harmonization.presets import HarmonizeSettings, preset
 from harmoq_ao.images import CalibrationCrops, list_images, luma, split_photographs
 from harmoq_ao.recipes.cells import HARMOQ, Cell, harmonize_settings, to_plain
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 
 class Photographs:

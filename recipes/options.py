@@ -21,7 +21,7 @@ from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.quant.quantizer import check_bits
 from harmoq_ao.recipes.cells import Cell, Value
 from harmoq_ao.recipes.study import Study, StudySettings
-from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
+from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 
 _OPTION_HELP = "departure from the preset (repeatable), such as refine.steps=200 or config.joint_scale=search"
 _BITS = re.compile(r"[Ww](\d+)[Aa](\d+)")

@@ -36,7 +36,7 @@ from harmoq_ao.recipes.making import Photographs, files_digest, plain_settings, 
 from harmoq_ao.recipes.store import Result, Store, environment, restore_state, state_of
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Upscale = Callable[[Tensor], Tensor]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.calibration.calibrate import calibrate, enable_fake_quant
+from harmoq_ao.common.choices import METHODS as METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.apply import harmonize
@@ -20,10 +21,7 @@ from harmoq_ao.harmonization.refine import RefineSettings
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.zoo.checkpoints import LoadedModel
-
-METHODS: tuple[str, ...] = ("harmoq", *BASELINES)
-"""Words of the command line: HarmoQ, then the baselines in the order of the tables."""
+from harmoq_ao.zoo import LoadedModel
 
 
 def check_method(method: str) -> None:

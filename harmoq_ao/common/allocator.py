@@ -18,8 +18,7 @@ def keep_memory() -> bool:
 
     Commands of `harmoq` and the recipes call it; a library must not change its host, so your own program has to::
 
-        from harmoq_ao.common.allocator import keep_memory
-        keep_memory()
+        harmoq_ao.keep_memory()
 
     Where the process was started with ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, this wins. Blocks above
     1 GiB still go back at once.

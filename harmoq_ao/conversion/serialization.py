@@ -38,7 +38,7 @@ from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits, PreparedModel, wants_joint_scale, wants_joint_shift
 from harmoq_ao.sites.prepared import PreparedSite
 from harmoq_ao.sites.quantized import QuantizedSite, empty_site
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo import build_architecture
 
 logger = logging.getLogger(__name__)
 

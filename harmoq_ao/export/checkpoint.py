@@ -26,7 +26,7 @@ from harmoq_ao.export.common import check_exportable
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.prepared import PreparedLinear
 from harmoq_ao.sites.quantized import QuantizedLinear, WeightedSite
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo import build_architecture
 
 logger = logging.getLogger(__name__)
 

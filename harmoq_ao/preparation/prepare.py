@@ -38,7 +38,7 @@ from harmoq_ao.sites.prepared import (
     quiet,
 )
 from harmoq_ao.sites.site import FloatSite, Role, Site
-from harmoq_ao.zoo.checkpoints import LoadedModel, architecture_spec
+from harmoq_ao.zoo import LoadedModel, architecture_spec
 
 logger = logging.getLogger(__name__)
 

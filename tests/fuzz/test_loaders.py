@@ -24,7 +24,7 @@ from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion import serialization
 from harmoq_ao.images import image_size, load_image
 from harmoq_ao.runtime.upscaler import open_float
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 from tests.fuzz.checkpoints import CHECKPOINTS, MARK
 from tests.fuzz.configs import CONFIGS, RULES
 from tests.fuzz.images import IMAGES

@@ -17,7 +17,7 @@ from harmoq_ao.common.errors import ConfigError, InputError, TraceError
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedConv2d, PreparedLinear, PreparedMatmul
 from harmoq_ao.sites.model import ModelTraits, PreparedModel, attach_quantizers
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 SWINIR: Architecture = next(a for a in ARCHITECTURES if a.name == "SwinIR/light")
 DATLIGHT: Architecture = next(a for a in ARCHITECTURES if a.name == "DAT/light")

@@ -40,7 +40,7 @@ from harmoq_ao.recipes.documents import (
 from harmoq_ao.recipes.making import Made
 from harmoq_ao.recipes.store import Result
 from harmoq_ao.recipes.study import Outcome
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 from tests.recipes.studies import QUICK, load_transformer, write_benchmark, write_checkpoint, write_photographs
 
 NUMBER = r"-?\d+\.\d+"
