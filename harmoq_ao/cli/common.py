@@ -183,11 +183,9 @@ def join_ranks(ctx: typer.Context) -> None:
 
 
 def _print_error(error: HarmoqError) -> None:
-    from harmoq_ao.common.distributed import is_own
-
-    if is_own(error):  # no other rank will report it
+    if error.rank is not None:  # no other rank will report it
         err.quiet = False
-        err.print(f"[red]{escape(error.__notes__[0])}[/]:", highlight=False)
+        err.print(f"[red]rank {error.rank}[/]:", highlight=False)
     err.print(f"[bold red]Error:[/] [red]{escape(error.what.rstrip('.'))}.[/]", highlight=False, soft_wrap=True)
     for label, text in (("found", error.found), ("expected", error.expected), ("what to do", error.remedy)):
         if text is not None:

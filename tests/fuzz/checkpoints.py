@@ -130,7 +130,7 @@ BOMB_BESIDE_WEIGHTS = st.builds(lambda bomb, legacy: saved({**state(), "extra": 
 _NAMES = any_of(*sorted(_model()))
 _FOREIGN = tuple(f"layer{index}.{part}" for index in range(5) for part in "ab")
 _SIDES = st.lists(st.integers(1, 8), min_size=1, max_size=4)
-_CONTENTS = (None, 7, [], {}, {"params": {}}, {1: torch.zeros(1)}, {"a": "b"}, torch.zeros(3), "text")
+_CONTENTS: tuple[Any, ...] = (None, 7, [], {}, {"params": {}}, {1: torch.zeros(1)}, {"a": "b"}, torch.zeros(3), "text")
 _JUNK: tuple[Any, ...] = (None, "x", [torch.zeros(1)], {"a": {}}, 3.0, torch.zeros(2, 2).to_sparse(), set())
 _TYPES = (torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16, torch.uint8)
 _HEADERS = (b"{", b"{}", b"{" * 5000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"__metadata__":[]}', b"{\xff}")
