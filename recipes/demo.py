@@ -33,7 +33,7 @@ from harmoq_ao.images import (
 from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, score, to_uint8
 from harmoq_ao.recipes.store import environment, write_json
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Method = Callable[[torch.Tensor], torch.Tensor]

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 from torch import Tensor
 
-from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import DatasetError
 from harmoq_ao.recipes import drawing, inspection, options
 from harmoq_ao.recipes.cells import HARMOQ, Cell, bicubic_cell, float_cell

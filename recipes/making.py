@@ -13,7 +13,7 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.images import list_images, luma, split_photographs
 from harmoq_ao.recipes.cells import HARMOQ, Cell, digest
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 
 class Photographs:

@@ -15,14 +15,14 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
-from harmoq_ao.baselines.methods import METHODS
 from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import CheckpointError, ConfigError, HarmoqError
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.quant.quantizer import check_bits
 from harmoq_ao.recipes.cells import HARMOQ, Cell, Value
 from harmoq_ao.recipes.study import Study, StudySettings
-from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
+from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 
 _OPTION_HELP = "departure from the preset (repeatable), such as refine.steps=200 or config.joint_scale=none"
 _STAGES = ("algorithm", "refine")

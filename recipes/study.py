@@ -52,7 +52,7 @@ from harmoq_ao.recipes.store import (
 )
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
 Upscale = Callable[[Tensor], Tensor]

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from harmoq_ao.baselines import BASELINES
-from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.recipes import charts, options
 from harmoq_ao.recipes.cells import HARMOQ, Value

@@ -1,8 +1,10 @@
-"""What an installation contains."""
+"""What an installation contains, and what imports cost."""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
+import random
 import subprocess
 import sys
 import tomllib
@@ -10,9 +12,30 @@ from pathlib import Path
 
 import pytest
 
+import harmoq_ao
+
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MOVED = {"recipes": "harmoq_ao.recipes", "triton_kernels": "harmoq_ao.triton_kernels"}
+COMMANDS = ("demo", "quantize", "evaluate", "upscale", "inspect", "report", "export")
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(harmoq_ao.__path__, "harmoq_ao.")
+    if not module.name.endswith("__main__") and not module.name.startswith("harmoq_ao.recipes")
+]
+OPTIONAL = {"nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "ray"}
+HEAVY = OPTIONAL | {
+    *("PIL", "datasets", "fsspec", "jinja2", "matplotlib", "numpy", "pandas", "safetensors", "scipy", "skimage"),
+    *("spandrel", "tifffile", "torch", "torchao", "triton"),
+}
+
+
+def modules_after(code: str) -> set[str]:
+    """Top-level packages that a fresh interpreter has imported after some code, which must log and warn of nothing."""
+    report = r"import atexit, sys; atexit.register(lambda: print('\n@', *sys.modules))" + "\n"
+    done = subprocess.run([sys.executable, "-c", report + code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return {name.partition(".")[0] for name in done.stdout.rpartition("\n@")[2].split()}
 
 
 def test_every_package_of_the_repository_is_installed() -> None:
@@ -32,13 +55,39 @@ def test_folders_at_the_top_are_importable_below_the_package(folder: str) -> Non
 
 
 def test_the_published_versions_agree() -> None:
-    version = importlib.import_module("harmoq_ao").__version__
-    assert PROJECT["project"]["version"] == version
-    assert version in (ROOT / "CHANGELOG.md").read_text()
+    assert PROJECT["project"]["version"] == harmoq_ao.__version__
+    assert harmoq_ao.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_command_starts_without_what_only_some_of_it_needs() -> None:
-    heavy = ("datasets", "jinja2", "matplotlib", "nncf", "onnx", "onnxruntime", "openvino", "pandas", "ray", "scipy")
-    code = f"import sys, harmoq_ao.cli; print(*[name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == []
+@pytest.mark.parametrize("name", harmoq_ao.__all__)
+def test_public_names_resolve(name: str) -> None:
+    assert getattr(harmoq_ao, name) is not None
+    assert name in dir(harmoq_ao)
+
+
+def test_the_documents_import_public_names_only() -> None:
+    texts = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("guide.md", "faq.md", "tutorial.ipynb"))]
+    assert not [path.name for path in texts if "from harmoq_ao." in path.read_text()]
+
+
+@pytest.mark.parametrize("code", ["import harmoq_ao", "from harmoq_ao import HarmoqError, METHODS"])
+def test_importing_the_package_imports_nothing_else(code: str) -> None:
+    assert not modules_after(code) & (HEAVY | {"typer", "rich"})
+
+
+@pytest.mark.parametrize("arguments", [(), *((command,) for command in COMMANDS)], ids=" ".join)
+def test_help_waits_for_no_library(arguments: tuple[str, ...]) -> None:
+    code = f"import sys; sys.argv = {['harmoq', *arguments, '--help']}; from harmoq_ao.cli import app; app()"
+    assert not modules_after(code) & HEAVY
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_modules_import_in_any_order_and_silently(seed: int) -> None:
+    for extra in ("openvino", "onnxscript"):  # two modules of an extra import it
+        pytest.importorskip(extra)
+    modules_after("\n".join(f"import {name}" for name in random.Random(seed).sample(MODULES, len(MODULES))))
+
+
+def test_rooms_import_without_extras() -> None:
+    code = "import harmoq_ao; [getattr(harmoq_ao, name) for name in harmoq_ao.__all__]"
+    assert not modules_after(code) & OPTIONAL

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from harmoq_ao.baselines import BASELINES, Budget
 from harmoq_ao.calibration.calibrate import calibrate
 from harmoq_ao.calibration.solve import enable_fake_quant
+from harmoq_ao.common.choices import METHODS as METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.harmonization.harmonize import harmonize
@@ -21,10 +22,7 @@ from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import PreparedModel
-from harmoq_ao.zoo.checkpoints import LoadedModel
-
-METHODS: tuple[str, ...] = ("harmoq", *BASELINES)
-"""Words of the command line: HarmoQ, then the baselines in the order of the tables."""
+from harmoq_ao.zoo import LoadedModel
 
 
 def check_method(method: str) -> None:

@@ -1,6 +1,6 @@
-"""The command `harmoq`, a file for each of its commands.
+"""The command `harmoq`, one file per command. May import every room, but only when a command runs.
 
-The order of the imports is the order of the help.
+The order of the imports is the order of the commands in the help.
 """
 
 # isort: off

@@ -7,10 +7,7 @@ from typing import Annotated
 
 import typer
 
-from harmoq_ao.cli.common import (
-    app,
-    out,
-)
+from harmoq_ao.cli.common import app, out
 
 
 @app.command()
@@ -19,7 +16,7 @@ def demo(
         "demo_output"
     ),
 ) -> None:
-    """Quantize a pretrained DAT-light x2 to 8 and 4 bits, with MinMax and DOBI beside HarmoQ, and write a picture."""
-    from harmoq_ao.recipes.demo import run_demo  # matplotlib and the recipes are needed here only
+    """Quantize a pretrained DAT-light x2 to 8 and 4 bits, compare HarmoQ with MinMax and DOBI, and draw a picture."""
+    from harmoq_ao.recipes.demo import run_demo
 
     run_demo(output, console=out)

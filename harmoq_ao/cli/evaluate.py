@@ -7,12 +7,13 @@ import io
 import json
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+import harmoq_ao
 from harmoq_ao.cli.common import (
     CompileOption,
     DtypeOption,
@@ -26,46 +27,45 @@ from harmoq_ao.cli.common import (
     out,
 )
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.common.progress import progress_bar
-from harmoq_ao.images import (
-    ImagePair,
-    atomic_write,
-    load_pairs,
-)
-from harmoq_ao.images.metrics import bicubic_batch
-from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
-from harmoq_ao.runtime.tiling import Model
-from harmoq_ao.runtime.upscaler import Upscaler, open_model
+from harmoq_ao.common.output import atomic_write
+
+if TYPE_CHECKING:
+    from harmoq_ao import EvaluationTable, ImagePair, Upscaler
+    from harmoq_ao.runtime.tiling import Model
 
 
 @app.command("evaluate")
 def evaluate_command(
     model: ModelArgument,
     hr: Annotated[Path, typer.Argument(metavar="HR_FOLDER", help="References, or a root with HR and LR_bicubic/X2.")],
-    lr: Annotated[Path | None, typer.Argument(metavar="[LR_FOLDER]", help="Low-resolution images by name.")] = None,
-    scale: Annotated[int | None, typer.Option(min=1, help="To check against the model's own.")] = None,
+    lr: Annotated[
+        Path | None, typer.Argument(metavar="[LR_FOLDER]", help="Low-resolution images of the same names.")
+    ] = None,
+    scale: Annotated[int | None, typer.Option(min=1, help="Fail unless the model has this scale.")] = None,
     tile: TileOption = None,
     overlap: OverlapOption = 32,
-    reference: Annotated[str | None, typer.Option("--float", help="A second model to compare with.")] = None,
-    bicubic: Annotated[bool, typer.Option("--bicubic", help="Compare with bicubic, too.")] = False,
+    reference: Annotated[str | None, typer.Option("--float", help="A second model for comparison.")] = None,
+    bicubic: Annotated[bool, typer.Option("--bicubic", help="Also compare with bicubic interpolation.")] = False,
     float_dtype: DtypeOption = None,
     openvino: OpenVinoOption = False,
     compiled: CompileOption = False,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this JSON file.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the results to this CSV file.")] = None,
 ) -> None:
-    """PSNR and SSIM of luma on pairs of images, 8-bit, with a border of the scale left out."""
+    """Measure PSNR and SSIM of 8-bit luma on pairs of images, without a border of `scale` pixels."""
+    from harmoq_ao.images.metrics import bicubic_batch
+
     dtype = None if float_dtype is None else float_dtype.torch
     runtime = chosen_runtime(openvino, compiled)
     tile = fixed_tile(tile, runtime)
-    upscalers = [open_model(model, dtype, runtime=runtime)]
+    upscalers = [harmoq_ao.open_model(model, dtype, runtime=runtime)]
     if reference is not None:
-        upscalers.append(open_model(reference))
+        upscalers.append(harmoq_ao.open_model(reference))
     factor = _common_scale(upscalers, scale)
-    pairs = load_pairs(hr, lr, factor)
+    pairs = harmoq_ao.load_pairs(hr, lr, factor)
     names = [u.name for u in upscalers] + (["bicubic"] if bicubic else [])
     if len(set(names)) < len(names):
-        raise ConfigError("The model is compared with itself", found=names[0], expected="two different models")
+        raise ConfigError("A model is compared with itself", found=names[0], expected="two different models")
     callables: list[Model] = [partial(u, tile=tile, overlap=overlap) for u in upscalers]
     if bicubic:
         callables.append(partial(bicubic_batch, scale=factor))
@@ -82,14 +82,16 @@ def _common_scale(upscalers: list[Upscaler], given: int | None) -> int:
     scales = {u.scale for u in upscalers} | ({given} if given is not None else set())
     if len(scales) > 1:
         found = ", ".join(f"x{u.scale} ({u.name})" for u in upscalers) + (f", --scale {given}" if given else "")
-        raise ConfigError("Scales do not agree", found=found, expected="one scale", remedy="leave out --scale")
+        raise ConfigError("The scales differ", found=found, expected="one scale", remedy="leave out --scale")
     return scales.pop()
 
 
 def _evaluated(name: str, call: Model, pairs: list[ImagePair], scale: int) -> EvaluationTable:
+    from harmoq_ao.common.progress import progress_bar
+
     with progress_bar() as progress:
         task = progress.add_task(f"Evaluating {escape(name)}", total=len(pairs))
-        return evaluate(call, pairs, scale, on_image=lambda _: progress.advance(task))
+        return harmoq_ao.evaluate(call, pairs, scale, on_image=lambda _: progress.advance(task))
 
 
 def _score_table(tables: dict[str, EvaluationTable], scale: int, folder: Path) -> Table:

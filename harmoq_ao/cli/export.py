@@ -5,23 +5,22 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from harmoq_ao.cli.common import app, err, out
+import harmoq_ao
+from harmoq_ao.cli.common import app, check_output_file, err, out
 from harmoq_ao.common.errors import ConfigError, OutputError
-from harmoq_ao.common.progress import progress_bar
-from harmoq_ao.conversion.load import load_quantized
-from harmoq_ao.conversion.model import QuantizedModel
-from harmoq_ao.images import load_pairs
-from harmoq_ao.runtime.upscaler import of_quantized
+
+if TYPE_CHECKING:
+    from harmoq_ao import QuantizedModel
 
 
 class Format(StrEnum):
-    """What a model is exported to."""
+    """File format of an exported model."""
 
     onnx = "onnx"
     program = "program"
@@ -34,21 +33,26 @@ _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 
 @app.command("export")
 def export_command(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A saved model's folder.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="File: .onnx, .pt2 or .safetensors.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A .onnx, .pt2 or .safetensors file.")],
     kind: Annotated[
         Format | None,
-        typer.Option("--format", help="ONNX with integer weights, torch.export program, or float checkpoint."),
+        typer.Option(
+            "--format",
+            help="ONNX with integer weights, torch.export program, or float checkpoint; by default by suffix.",
+        ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="Input pixels, 128 or HEIGHTxWIDTH; ONNX: any where the graph allows, else 128."),
+        typer.Option(
+            help="Input pixels, 128 or HEIGHTxWIDTH; by default 128, for ONNX any size if the graph allows it."
+        ),
     ] = None,
     check: Annotated[
         Path | None,
-        typer.Option(metavar="HR_FOLDER", help="Compare PSNR of the model and of the file on these images."),
+        typer.Option(metavar="HR_FOLDER", help="Compare the PSNR of the model and of the file on these images."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
     """Export a quantized model: ONNX, a torch.export program, or a float checkpoint with the quantized weights."""
     kind = _format(output, kind)
@@ -57,8 +61,8 @@ def export_command(
     if not Path(model).is_dir():
         raise ConfigError("Only quantized models are exported", found=model, expected="a folder from harmoq quantize")
     with err.status("Reading the model"):
-        quantized = load_quantized(model)
-    pairs = None if check is None else load_pairs(check, None, quantized.traits.scale)
+        quantized = harmoq_ao.load_quantized(model)
+    pairs = None if check is None else harmoq_ao.load_pairs(check, None, quantized.traits.scale)
     with err.status(f"Exporting to {kind.value}"):
         found, multiple, remark = _exported(quantized, output, kind, wanted)
     place = "" if kind is Format.checkpoint else f", images {_text(found)}" if found else _free_text(multiple)
@@ -67,7 +71,9 @@ def export_command(
         out.print(escape(remark), highlight=False, soft_wrap=True)
     if pairs is None:
         return
+    from harmoq_ao.common.progress import progress_bar
     from harmoq_ao.export.check import compare
+    from harmoq_ao.runtime.upscaler import of_quantized
 
     with progress_bar() as progress:
         task = progress.add_task("Comparing", total=None)
@@ -80,21 +86,19 @@ def export_command(
 def _exported(
     quantized: QuantizedModel, output: Path, kind: Format, size: tuple[int, int] | None
 ) -> tuple[tuple[int, int] | None, int, str | None]:
-    """Write the file; the size of its images or what their sides are multiples of, and a remark."""
-    if kind is Format.onnx:
-        from harmoq_ao.export.onnx import export_onnx
+    """Write the file.
 
-        made = export_onnx(quantized, output, size)
+    Returns:
+        The fixed size of its images or None, the number that their sides are multiples of, and a remark.
+    """
+    if kind is Format.onnx:
+        made = harmoq_ao.export_onnx(quantized, output, size)
         remark = None if size is not None or made.note is None else f"One size only: {made.note}"
         return made.size, made.multiple, remark
     if kind is Format.program:
-        from harmoq_ao.export.program import export_program
-
-        return export_program(quantized, output, size), 1, None
-    from harmoq_ao.export.checkpoint import export_checkpoint
-
-    export_checkpoint(quantized, output)
-    return None, 1, "Weights are quantized, activations are not: they have no place in a float checkpoint."
+        return harmoq_ao.export_program(quantized, output, size), 1, None
+    harmoq_ao.export_checkpoint(quantized, output)
+    return None, 1, "Weights are quantized. Activations are not: a float checkpoint has no place for their ranges."
 
 
 def _free_text(multiple: int) -> str:
@@ -106,7 +110,7 @@ def _format(output: Path, given: Format | None) -> Format:
     kind = given or known.get(output.suffix.lower())
     if kind is None:
         raise ConfigError(
-            "The format is not clear from the name of the output",
+            "The suffix of the output names no format",
             found=output.name,
             expected=", ".join(known),
             remedy="pass --format onnx, program or checkpoint",
@@ -121,19 +125,14 @@ def _size(text: str | None, kind: Format) -> tuple[int, int] | None:
         return None
     match = _SIZE.fullmatch(text)
     if match is None or kind is Format.checkpoint:
-        expected = "no --size: a checkpoint has none" if kind is Format.checkpoint else "128, or HEIGHTxWIDTH"
-        raise ConfigError("The size does not fit", found=text, expected=expected)
+        expected = "no --size: a checkpoint takes every size" if kind is Format.checkpoint else "128, or HEIGHTxWIDTH"
+        raise ConfigError("The size is not usable", found=text, expected=expected)
     height = int(match[1])
     return height, int(match[2] or height)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:
-    if output.is_dir() or not output.parent.is_dir():
-        raise OutputError(
-            f"{output} cannot be written",
-            found="a folder" if output.is_dir() else f"no folder {output.parent}",
-            expected="a file in a folder that exists",
-        )
+    check_output_file(output)
     if output.exists() and not overwrite:
         raise OutputError(f"{output} exists already", remedy="pass --overwrite, or another name")
 

@@ -1,44 +1,36 @@
-"""`harmoq inspect`: what of a model is quantized, and how."""
+"""`harmoq inspect`: the sites of a model and their quantization."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from harmoq_ao.cli.common import (
-    ModelArgument,
-    app,
-    err,
-    out,
-    summary,
-)
-from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.load import load_quantized
-from harmoq_ao.conversion.save import folder_bytes
-from harmoq_ao.preparation.prepare import prepare_harmoq
-from harmoq_ao.runtime.upscaler import open_float
-from harmoq_ao.sites.report import Report, SiteRow
+import harmoq_ao
+from harmoq_ao.cli.common import KernelDeviceOption, ModelArgument, app, err, out, summary
+
+if TYPE_CHECKING:
+    from harmoq_ao import Report, SiteRow
 
 
 @app.command()
 def inspect(
     model: ModelArgument,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
-    every: Annotated[bool, typer.Option("--all", help="Also list what stays in float.")] = False,
-    device: Annotated[str, typer.Option(help="Whose kernels to name: cpu or cuda (which need not be there).")] = "cpu",
+    every: Annotated[bool, typer.Option("--all", help="Also list sites that stay in float.")] = False,
+    device: KernelDeviceOption = "cpu",
 ) -> None:
-    """What of a model is quantized and how; of a float checkpoint, which sites it has."""
+    """List the sites of a model and how they are quantized; of a float checkpoint, how they would be."""
     with err.status("Reading the model"):
         if Path(model).is_dir():
-            report = load_quantized(model).report(device)
-            size: int | None = folder_bytes(model)
+            report = harmoq_ao.load_quantized(model).report(device)
+            size: int | None = harmoq_ao.folder_bytes(model)
         else:
-            report = prepare_harmoq(open_float(model), HarmoqConfig()).report()
+            report = harmoq_ao.prepare_harmoq(harmoq_ao.open_float(model), harmoq_ao.HarmoqConfig()).report()
             size = None
     if as_json:
         typer.echo(json.dumps(report.to_dict(), indent=2))
@@ -48,12 +40,12 @@ def inspect(
     if size is not None:
         out.print(f"{size:,} bytes on disk", highlight=False)
     else:
-        out.print("A float model, shown as W8A8 of the deploy profile would quantize it.", highlight=False)
+        out.print("A float model, shown as W8A8 with the deploy profile would quantize it.", highlight=False)
 
 
 def _site_table(report: Report, every: bool) -> Table:
     table = Table(title=escape(report.title), title_justify="left")
-    for column in ("site", "kind", "shape", "bits", "bounds", "joint scale", "SQNR dB", "kernel or reason"):
+    for column in ("site", "kind", "shape", "bits", "range", "joint scale", "SQNR dB", "kernel or reason"):
         table.add_column(column, overflow="fold")
     for row in report.rows:
         if every or row.quantized:

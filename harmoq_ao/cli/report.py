@@ -1,55 +1,58 @@
-"""`harmoq report`: a page that shows what quantization did to a model."""
+"""`harmoq report`: an HTML page on the effects of quantization."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 
-from harmoq_ao.cli.common import OverlapOption, TileOption, app, err, out
-from harmoq_ao.common.errors import ConfigError, OutputError
-from harmoq_ao.conversion.save import folder_bytes
-from harmoq_ao.images import ImageRecord, list_images, load_image, load_pairs
-from harmoq_ao.runtime.upscaler import open_model
+import harmoq_ao
+from harmoq_ao.cli.common import KernelDeviceOption, OverlapOption, TileOption, app, check_output_file, err, out
+from harmoq_ao.common.errors import ConfigError
+
+if TYPE_CHECKING:
+    from harmoq_ao.reporting import Source
 
 _DEMO_SIDE = 256
-_Shown = tuple[str, ImageRecord, ImageRecord | None]  # name, input and original
 
 
 @app.command("report")
 def report_command(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A saved model's folder.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The page.")] = Path("report.html"),
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The HTML file.")] = Path("report.html"),
     images: Annotated[
         list[Path] | None,
-        typer.Option(help="Low-resolution images or a folder, repeatable; photographs of scikit-image by default."),
+        typer.Option(help="Low-resolution images or a folder, repeatable; by default photographs from scikit-image."),
     ] = None,
     hr: Annotated[
-        Path | None, typer.Option(help="Their originals by name, or without --images a root with HR and LR_bicubic/X2.")
+        Path | None,
+        typer.Option(help="Folder of their references by name, or without --images a root with HR and LR_bicubic/X2."),
     ] = None,
     reference: Annotated[
-        str | None, typer.Option("--float", help="The float model to compare with; bicubic without it.")
+        str | None, typer.Option("--float", help="The float model for comparison; by default bicubic interpolation.")
     ] = None,
-    pictures: Annotated[int, typer.Option(min=1, help="Most pictures that are shown.")] = 6,
-    worst: Annotated[int, typer.Option(min=0, help="Sites of the lowest SQNR whose distributions are shown.")] = 6,
-    device: Annotated[str, typer.Option(help="Whose kernels to name: cpu or cuda (which need not be there).")] = "cpu",
+    pictures: Annotated[int, typer.Option(min=1, help="Maximum number of pictures.")] = 6,
+    worst: Annotated[
+        int, typer.Option(min=0, help="Number of sites, from the lowest SQNR, whose distributions are shown.")
+    ] = 6,
+    device: KernelDeviceOption = "cpu",
     tile: TileOption = None,
     overlap: OverlapOption = 32,
 ) -> None:
-    """Write one HTML page: pictures beside the float model's, every site, distributions, convergence and size."""
-    from harmoq_ao.reporting import Scene, Source, write_report  # matplotlib and jinja2 are needed here only
+    """Write an HTML report: pictures beside those of the float model, sites, distributions, convergence and size."""
+    from harmoq_ao.reporting import Scene, write_report
 
     _check_paths(model, output)
     with err.status("Reading the model"):
-        quantized = open_model(model)
-        compared = None if reference is None else open_model(reference)
+        quantized = harmoq_ao.open_model(model)
+        compared = None if reference is None else harmoq_ao.open_model(reference)
     shown, given = _images(images or [], hr, quantized.scale, pictures)
     scene = Scene(
         quantized,
-        folder_bytes(model),
-        [Source(*image) for image in shown],
+        harmoq_ao.folder_bytes(model),
+        shown,
         compared,
         left_out=given - len(shown),
         device=device,
@@ -58,41 +61,45 @@ def report_command(
         overlap=overlap,
     )
     write_report(scene, output)
-    against = "bicubic (pass --float for the float model)" if reference is None else escape(reference)
-    told = f"[bold]{escape(str(output))}[/]: {len(shown)} of {given} pictures, against {against}"
+    against = (
+        "bicubic interpolation (--float compares with the float model)" if reference is None else escape(reference)
+    )
+    told = f"[bold]{escape(str(output))}[/]: {len(shown)} of {given} pictures, compared with {against}"
     out.print(told, highlight=False, soft_wrap=True)
-    out.print(f"{output.stat().st_size:,} bytes; opens in any browser, without a network", highlight=False)
+    out.print(f"{output.stat().st_size:,} bytes; opens in any browser, offline", highlight=False)
 
 
 def _check_paths(model: Path, output: Path) -> None:
-    """Before any work: a report takes a while."""
+    """Check before any work, because a report takes a while."""
     if not model.is_dir():
         found = "a file" if model.exists() else "no such folder"
         raise ConfigError(
-            f"{model} is no saved model", found=found, expected="a folder from harmoq quantize", remedy="quantize first"
+            "This is not a saved model",
+            found=f"{model}, {found}",
+            expected="a folder from harmoq quantize",
+            remedy="quantize first",
         )
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        found = "a folder" if output.is_dir() else f"no folder {output.parent}"
-        raise OutputError(
-            f"{output} cannot be written", found=found, expected="a file name in an existing folder", remedy="--output"
-        )
+    check_output_file(output)
 
 
-def _images(images: list[Path], hr: Path | None, scale: int, most: int) -> tuple[list[_Shown], int]:
-    """The first images that were asked for, decoded, and how many there were."""
+def _images(images: list[Path], hr: Path | None, scale: int, most: int) -> tuple[list[Source], int]:
+    """The first `most` of the given images, decoded, and the number of all."""
+    from harmoq_ao.images import list_images
+    from harmoq_ao.reporting import Source
+
     if hr is not None:
         if len(images) > 1 or any(not path.is_dir() for path in images):
             raise ConfigError(
-                "Originals are paired with one folder of images",
+                "References are paired with one folder of images",
                 found=", ".join(map(str, images)),
                 expected="--images FOLDER --hr FOLDER, or --hr ROOT alone",
             )
-        pairs = load_pairs(hr, images[0] if images else None, scale)
-        return [(pair.name, *pair.load()) for pair in pairs[:most]], len(pairs)
+        pairs = harmoq_ao.load_pairs(hr, images[0] if images else None, scale)
+        return [Source(pair.name, *pair.load()) for pair in pairs[:most]], len(pairs)
     if images:
         paths = list_images(images)
-        return [(path.name, load_image(path), None) for path in paths[:most]], len(paths)
-    from harmoq_ao.recipes.demo import evaluation_images  # the recipes are needed here only
+        return [Source(path.name, harmoq_ao.load_image(path), None) for path in paths[:most]], len(paths)
+    from harmoq_ao.recipes.demo import evaluation_images
 
     found = evaluation_images(scale, _DEMO_SIDE)
-    return [(name, low, high) for name, (low, high) in list(found.items())[:most]], len(found)
+    return [Source(name, low, high) for name, (low, high) in list(found.items())[:most]], len(found)

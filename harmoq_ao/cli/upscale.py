@@ -6,12 +6,12 @@ from dataclasses import replace
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress as Bar
 
+import harmoq_ao
 from harmoq_ao.cli.common import (
     EXIT_PARTIAL,
     CompileOption,
@@ -27,14 +27,15 @@ from harmoq_ao.cli.common import (
     fixed_tile,
     out,
 )
+from harmoq_ao.common.choices import Runtime
 from harmoq_ao.common.errors import ConfigError, DatasetError, OutputError
 from harmoq_ao.common.output import make_folder
-from harmoq_ao.common.progress import progress_bar
-from harmoq_ao.images import WRITABLE, image_files
-from harmoq_ao.runtime.file_jobs import FileUpscaler, Job, upscale_here
-from harmoq_ao.runtime.ray_jobs import upscale_on_ray
-from harmoq_ao.runtime.tiling import Progress
-from harmoq_ao.runtime.upscaler import Runtime, open_model
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
+
+    from harmoq_ao.runtime.file_jobs import FileUpscaler
+    from harmoq_ao.runtime.tiling import Progress
 
 
 class Engine(StrEnum):
@@ -49,7 +50,7 @@ def upscale_command(
     model: ModelArgument,
     inputs: Annotated[
         list[str],
-        typer.Argument(metavar="INPUT...", help="Image files, folders of them, patterns, or lists of paths (.txt)."),
+        typer.Argument(metavar="INPUT...", help="Image files, folders, glob patterns, or lists of paths (.txt)."),
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the upscaled images.")],
     tile: TileOption = None,
@@ -57,23 +58,27 @@ def upscale_command(
     float_dtype: DtypeOption = None,
     openvino: OpenVinoOption = False,
     compiled: CompileOption = False,
-    suffix: Annotated[str, typer.Option(help="Appended to each name.")] = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace images that are there already.")] = False,
-    engine: Annotated[Engine, typer.Option(help="Upscale in this process, or on a Ray cluster.")] = Engine.local,
+    suffix: Annotated[str, typer.Option(help="Text to append to each file name.")] = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images.")] = False,
+    engine: Annotated[Engine, typer.Option(help="Upscale in this process or on a Ray cluster.")] = Engine.local,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes of one CPU each that Ray starts; one per CPU by default.")
+        int | None,
+        typer.Option(min=1, help="Number of Ray's worker processes, of one CPU each; by default one per CPU."),
     ] = None,
 ) -> None:
     """Upscale images; transparency, gray and 16 bits are kept."""
-    images = image_files(inputs)
+    from harmoq_ao.common.progress import progress_bar
+    from harmoq_ao.runtime.file_jobs import Job, upscale_here
+    from harmoq_ao.runtime.ray_jobs import upscale_on_ray
+
+    images = harmoq_ao.image_files(inputs)
     jobs = list(map(Job, images, _targets(images, output, suffix, overwrite)))
     if workers is not None and engine is not Engine.ray:
-        raise ConfigError("Workers are Ray's", found=f"--workers with --engine {engine}", expected="--engine ray")
+        raise ConfigError("Only Ray has workers", found=f"--workers with --engine {engine}", expected="--engine ray")
     runtime = chosen_runtime(openvino, compiled)
-    tile = fixed_tile(tile, runtime)
-    name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may be in other folders
-    opened = partial(_open, name, float_dtype, runtime, tile, overlap)
-    upscale = opened()  # for Ray too: a model that cannot be opened is told before anything starts
+    name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may run in other folders
+    opened = partial(_open, name, float_dtype, runtime, fixed_tile(tile, runtime), overlap)
+    upscale = opened()  # for Ray too: report a model that cannot be opened before anything starts
     make_folder(output)
     with progress_bar() as progress:
         task = progress.add_task("Upscaling", total=len(jobs))
@@ -92,12 +97,14 @@ def upscale_command(
 
 
 def _open(model: str, float_dtype: FloatDtype | None, runtime: Runtime, tile: int | None, overlap: int) -> FileUpscaler:
-    upscaler = open_model(model, None if float_dtype is None else float_dtype.torch, runtime=runtime)
+    from harmoq_ao.runtime.file_jobs import FileUpscaler
+
+    upscaler = harmoq_ao.open_model(model, None if float_dtype is None else float_dtype.torch, runtime=runtime)
     return FileUpscaler(upscaler, tile, overlap)
 
 
 def _tiles_shown(bar: Bar) -> Progress:
-    """A second line for the tiles of the image that is at work, if it has several."""
+    """Add a second bar for the tiles of the current image, visible where it has several."""
     task = bar.add_task("  its tiles", total=1, visible=False)
 
     def show(done: int, total: int) -> None:
@@ -109,7 +116,14 @@ def _tiles_shown(bar: Bar) -> Progress:
 
 
 def _targets(images: list[Path], output: Path, suffix: str, overwrite: bool) -> list[Path]:
-    """Where each image goes; nothing is upscaled when two would collide, or one would replace something unasked."""
+    """The output of each image.
+
+    Raises:
+        OutputError: An output exists already, or is the source of another.
+        DatasetError: Two images have the same output.
+    """
+    from harmoq_ao.images import WRITABLE
+
     targets = [output / f"{p.stem}{suffix}{p.suffix if p.suffix.lower() in WRITABLE else '.png'}" for p in images]
     if "/" in suffix or "\\" in suffix:
         raise ConfigError("A suffix is part of a file name", found=suffix, expected="no slash")

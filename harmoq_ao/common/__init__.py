@@ -1,4 +1,4 @@
-"""What every room may use: typed errors, the version, progress bars, output files, devices, ranks of torchrun.
+"""What all rooms share: typed errors, named choices, the version, progress bars, output files, devices, ranks.
 
-Imports nothing of the package.
+May import no other room.
 """

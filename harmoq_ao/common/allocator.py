@@ -1,7 +1,7 @@
-"""How the C library hands memory back, which decides half of what a network costs on a CPU.
+"""Tuning of glibc's allocator, which accounts for half the run time of a network on a CPU.
 
-A layer's output is megabytes. By default glibc returns such a block to the system when it is freed and takes it anew
-for the next layer, and the system clears every page each time.
+The output of a layer takes megabytes. By default glibc returns such a block to the system when it is freed and requests
+it again for the next layer, and the system clears every page each time.
 """
 
 from __future__ import annotations
@@ -9,28 +9,28 @@ from __future__ import annotations
 import ctypes
 import sys
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # names of mallopt(3), as <malloc.h> numbers them
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), numbered as in <malloc.h>
 _KEPT = 1 << 30
 
 
 def keep_memory() -> bool:
     """Let this process keep up to 1 GiB of freed memory for its next layers, instead of returning it to the system.
 
-    Commands of `harmoq` and the recipes call it; a library must not change its host, so your own program has to::
+    The commands of `harmoq` and the recipes call it. A library must not change its host process, so programs call it
+    themselves::
 
-        from harmoq_ao.common.allocator import keep_memory
-        keep_memory()
+        harmoq_ao.keep_memory()
 
-    Where the process was started with ``MALLOC_TRIM_THRESHOLD_`` or ``MALLOC_MMAP_THRESHOLD_``, this wins. Blocks above
-    1 GiB still go back at once.
+    It overrides ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_MMAP_THRESHOLD_`` of the environment. Blocks above 1 GiB are
+    still returned at once.
 
     Returns:
-        Whether the C library took it: glibc does; others, which decide for themselves, are left alone.
+        Whether the C library supports it: glibc does; others are left unchanged.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has none
+    except (OSError, AttributeError):  # musl has no mallopt
         return False
     return all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))

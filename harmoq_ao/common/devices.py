@@ -1,4 +1,4 @@
-"""The device that a user names, if it is there."""
+"""Devices by name."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _NAME = re.compile(r"cpu|cuda(?::(?P<index>[0-9]{1,4}))?")
 
 
 def device_named(text: str) -> torch.device:
-    """``cpu``, ``cuda`` (the current GPU; of several ranks each has its own) or ``cuda:1``.
+    """Resolve ``cpu``, ``cuda`` (the current GPU; each rank has its own) or ``cuda:1``.
 
     Raises:
-        ConfigError: Another name, no such device here, or one GPU for several ranks.
+        ConfigError: The name is unknown, the device is missing, or several ranks would share a GPU.
     """
     match = _NAME.fullmatch(text)
     if match is None:
@@ -25,10 +25,10 @@ def device_named(text: str) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if match["index"] is not None and is_distributed():
-        raise ConfigError("Several ranks do not share a GPU", found=text, expected="cuda: each takes its own")
+        raise ConfigError("Several ranks cannot share a GPU", found=text, expected="cuda: each rank takes its own GPU")
     if int(match["index"] or 0) >= count:
         raise ConfigError(
-            "There is no such device",
+            "The device is not available",
             found=f"{text}, where torch {torch.__version__} sees {count} GPUs",
             expected="cpu" if count == 0 else f"cpu, or cuda:0 to cuda:{count - 1}",
             remedy="choose another device, or install a torch that supports this GPU",

@@ -1,11 +1,11 @@
-"""Several processes at one quantization: what calibration and refinement need of `torch.distributed`.
+"""Distributed calibration and refinement, on `torch.distributed`.
 
-Every rank runs the same program on the same images and takes its share of them where the work is large; what they found
-is put together, and everything else is repeated on every rank, which keeps their states equal. Without a process group
-there is one rank that owns all, and nothing here communicates.
+Every rank runs the same program on the same images. Expensive work is shared by images and its results are reduced;
+everything else is repeated on every rank, which keeps their states equal. Without a process group there is one rank,
+and nothing here communicates.
 
-Only tensors travel. A rank that fails or dies closes its connections: the others notice in their next exchange, or
-after the timeout, and raise :class:`RankLostError`.
+Only tensors are exchanged. When a rank fails or dies its connections close: the others notice at their next exchange,
+or after the timeout, and raise :class:`RankLostError`.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import ConfigError, HarmoqError, RankLostError
 
 TIMEOUT = 1800.0
-"""Seconds that a rank waits for the others: some work, such as conversion, is done by the first rank alone."""
+"""Seconds that a rank waits for the others: some work, such as conversion, only the first rank does."""
 TIMEOUT_VARIABLE = "HARMOQ_RANK_TIMEOUT"
-"""Environment variable with another number of seconds."""
+"""Environment variable that overrides `TIMEOUT`."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_distributed() -> bool:
-    """Whether this process shares the work with others."""
+    """Whether there are several ranks."""
     return world_size() > 1
 
 
@@ -44,18 +44,18 @@ def rank() -> int:
 
 
 def is_first() -> bool:
-    """Whether this is the rank that prints, shows progress and writes."""
+    """Whether this is the rank that prints, shows progress and writes files."""
     return rank() == 0
 
 
 def is_mine(index: int) -> bool:
-    """Whether an item belongs to the share of this rank: every rank takes each `world_size`-th."""
+    """Whether an item belongs to the share of this rank, every `world_size`-th item."""
     return index % world_size() == rank()
 
 
 @contextmanager
 def launched_by_torchrun(timeout: float | None = None) -> Iterator[None]:
-    """Within, this process is a rank of the group that torchrun's environment variables tell of; else nothing changes.
+    """Context manager that joins the process group of torchrun's environment variables; a no-op without them.
 
     The backend is gloo, with NCCL for tensors on CUDA devices.
 
@@ -63,7 +63,7 @@ def launched_by_torchrun(timeout: float | None = None) -> Iterator[None]:
         timeout: Seconds to wait for other ranks; by default :data:`TIMEOUT_VARIABLE`, or :data:`TIMEOUT`.
 
     Raises:
-        ConfigError: The variables contradict each other or are incomplete, or the timeout is no positive number.
+        ConfigError: The variables are inconsistent or incomplete, or the timeout is not a positive number.
         RankLostError: The other ranks cannot be reached.
     """
     if "WORLD_SIZE" not in os.environ or os.environ["WORLD_SIZE"] == "1" or dist.is_initialized():
@@ -84,31 +84,26 @@ def launched_by_torchrun(timeout: float | None = None) -> Iterator[None]:
 
 @contextmanager
 def own_share() -> Iterator[None]:
-    """Within, ranks do different work: an error is this rank's own (:func:`is_own`), no other will tell of it."""
+    """Context manager for work that differs between ranks: an error gets the :attr:`HarmoqError.rank` it arose on."""
     try:
         yield
     except HarmoqError as error:
         if is_distributed() and not isinstance(error, RankLostError):
-            error.add_note(f"rank {rank()}")
+            error.rank = rank()
         raise
 
 
-def is_own(error: HarmoqError) -> bool:
-    """Whether the error arose within :func:`own_share` and not on every rank alike."""
-    return bool(getattr(error, "__notes__", None))
-
-
 def wait_for_all() -> None:
-    """Return when every rank has come here.
+    """Wait until every rank has reached this call.
 
     Raises:
-        RankLostError: One did not.
+        RankLostError: A rank did not.
     """
     all_sum(torch.zeros(1))
 
 
 def all_gather(tensor: Tensor) -> list[Tensor]:
-    """The tensors of all ranks in their order; all of one shape and type.
+    """Gather the tensors of all ranks, in rank order; all have one shape and type.
 
     Raises:
         RankLostError: A rank did not take part.
@@ -122,7 +117,7 @@ def all_gather(tensor: Tensor) -> list[Tensor]:
 
 
 def all_sum(tensor: Tensor) -> Tensor:
-    """Sum over the ranks, the same bits on each.
+    """Sum over the ranks, bit-identical on each.
 
     Raises:
         RankLostError: A rank did not take part.
@@ -131,7 +126,7 @@ def all_sum(tensor: Tensor) -> Tensor:
 
 
 def all_min(tensor: Tensor) -> Tensor:
-    """Smallest over the ranks, entry by entry.
+    """Elementwise minimum over the ranks.
 
     Raises:
         RankLostError: A rank did not take part.
@@ -140,7 +135,7 @@ def all_min(tensor: Tensor) -> Tensor:
 
 
 def all_max(tensor: Tensor) -> Tensor:
-    """Largest over the ranks, entry by entry.
+    """Elementwise maximum over the ranks.
 
     Raises:
         RankLostError: A rank did not take part.
@@ -149,7 +144,7 @@ def all_max(tensor: Tensor) -> Tensor:
 
 
 def broadcast_state(module: nn.Module) -> None:
-    """Give every rank the parameters and buffers of the first one.
+    """Broadcast parameters and buffers of the first rank to all.
 
     Raises:
         RankLostError: A rank did not take part.
@@ -162,7 +157,7 @@ def broadcast_state(module: nn.Module) -> None:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all ranks; one that no rank has stays None.
+    """Sum the gradients over all ranks; one that is None everywhere stays None.
 
     Args:
         parameters: In the same order on every rank.
@@ -194,7 +189,7 @@ def _reduced(tensor: Tensor, operation: dist.ReduceOp.RedOpType) -> Tensor:
 
 @contextmanager
 def _lost_ranks(doing: str) -> Iterator[None]:
-    """Turns the errors of an exchange into one that says what happened and what to do."""
+    """Context manager that turns the errors of an exchange into a :class:`RankLostError`."""
     try:
         yield
     except (RuntimeError, ValueError) as error:  # DistError is a RuntimeError
@@ -213,7 +208,7 @@ def _check_environment() -> None:
     missing = [name for name in _VARIABLES if name not in os.environ]
     if missing:
         raise ConfigError(
-            "The environment tells of several ranks, but not all about them",
+            "The environment variables of torchrun are incomplete",
             found=f"WORLD_SIZE={os.environ['WORLD_SIZE']} without {', '.join(missing)}",
             expected=", ".join(_VARIABLES),
             remedy="start with torchrun, or unset WORLD_SIZE for a single process",
@@ -224,9 +219,9 @@ def _check_environment() -> None:
         number, size = -1, 0
     if not 0 <= number < size:
         raise ConfigError(
-            "The environment's ranks are not readable",
+            "The ranks in the environment are not valid",
             found=", ".join(f"{name}={os.environ[name]}" for name in _VARIABLES[:3]),
-            expected="numbers, the rank below WORLD_SIZE",
+            expected="numbers, with RANK below WORLD_SIZE",
             remedy="start with torchrun, or unset WORLD_SIZE for a single process",
         )
 

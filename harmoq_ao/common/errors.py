@@ -1,12 +1,12 @@
-"""Every error a user can cause, as a type that says what was found, what was expected and what to do."""
+"""Typed errors; each says what was found, what was expected and what to do."""
 
 from __future__ import annotations
 
 
 def shown(value: object, most: int = 120) -> str:
-    """A value from anywhere as a message shows it: cut, and never an error of its own.
+    """Representation of an untrusted value in a message: truncated, and never an error of its own.
 
-    Python refuses to write out integers of many digits and containers nested deeply.
+    Python refuses to write out integers of many digits and deeply nested containers.
     """
     try:
         text = repr(value)
@@ -19,11 +19,14 @@ class HarmoqError(Exception):
     """Base of all errors raised on purpose by harmoq_ao.
 
     Args:
-        what: One sentence naming the thing that went wrong.
-        found: What was actually there.
-        expected: What would have been accepted.
+        what: One sentence that names what went wrong.
+        found: What was found.
+        expected: What is accepted.
         remedy: What the user can do now.
     """
+
+    rank: int | None = None
+    """The rank on which it was raised, where ranks do different work; None where all ranks raise alike."""
 
     def __init__(self, what: str, *, found: object = None, expected: object = None, remedy: str | None = None) -> None:
         self.what = what
@@ -41,11 +44,11 @@ class HarmoqError(Exception):
 
 
 class ConfigError(HarmoqError, ValueError):
-    """A configuration value is out of range, or a rule names no site."""
+    """A configuration value is out of range, or a rule matches no site."""
 
 
 class TraceError(HarmoqError):
-    """A module's forward could not be turned into an FX graph (raised under ``strict=True``)."""
+    """A module's forward could not be traced as an FX graph (raised under ``strict=True``)."""
 
 
 class CalibrationError(HarmoqError):
@@ -73,15 +76,15 @@ class SavedModelError(HarmoqError, ValueError):
 
 
 class OutputError(HarmoqError, OSError):
-    """An output could not be written; whatever was there before is untouched."""
+    """An output could not be written; an existing file is untouched."""
 
 
 class OpenVinoError(HarmoqError, RuntimeError):
-    """OpenVINO is missing, or could not take a model."""
+    """OpenVINO is missing, or cannot run a model."""
 
 
 class ExportError(HarmoqError, RuntimeError):
-    """A model could not be exported, or the package that it takes is missing."""
+    """A model could not be exported, or the package for it is missing."""
 
 
 class RankLostError(HarmoqError, RuntimeError):
@@ -93,8 +96,8 @@ class RayError(HarmoqError, RuntimeError):
 
 
 class CompilerError(HarmoqError, RuntimeError):
-    """torch.compile was asked for where it has no compiler."""
+    """torch.compile was requested where no compiler is installed."""
 
 
 class KernelError(HarmoqError, RuntimeError):
-    """A low-bit kernel was called with operands it does not take."""
+    """A low-bit kernel was called with unsupported operands."""

@@ -1,4 +1,4 @@
-"""Packages of an extra: imported where they are needed, or an error that says what to install."""
+"""Optional packages: imported on use, with an error that names the extra to install."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ def require(
     expected: str | None = None,
     otherwise: str = "",
 ) -> ModuleType:
-    """Import packages that need not be installed, and return the first.
+    """Import optional packages and return the first.
 
     Args:
-        name: What the error says is missing.
+        name: Name of the missing thing in the error.
         packages: Names to import.
         error: Type of the error.
-        extra: Extra of harmoq-ao that brings them.
-        expected: The packages as the error names them.
-        otherwise: What else the user can do, to follow the command that installs them.
+        extra: The extra of harmoq-ao that installs them.
+        expected: Names of the packages in the error.
+        otherwise: An alternative for the user, appended to the install command.
 
     Raises:
-        HarmoqError: Of the given type: one of them cannot be imported.
+        HarmoqError: Of the given type, where one cannot be imported.
     """
     try:
         modules = [importlib.import_module(package) for package in packages]

@@ -1,4 +1,4 @@
-"""Putting results on a disk: folders, and files that appear whole or not at all."""
+"""Output files, which appear whole or not at all, and output folders."""
 
 from __future__ import annotations
 
@@ -11,19 +11,18 @@ from typing import BinaryIO
 
 from harmoq_ao.common.errors import OutputError
 
-_LONGEST = 50  # characters of the target's name in the temporary one; file systems take 255 bytes
+_LONGEST = 50  # characters of the target's name in the temporary name; file systems allow 255 bytes
 
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary file that takes the place of ``path`` when the block ends, and vanishes if the block raises.
+    """Context manager for a binary file that replaces ``path`` at the end of the block, unless the block raises.
 
-    It is written beside its target, as ``.NAME.RANDOM.tmp``, flushed to the disk and renamed: at any time, also after a
-    crash, there is either what was there before or all that was written. Only a killed process leaves the temporary
-    file behind.
+    It is written beside its target, as ``.NAME.RANDOM.tmp``, flushed to the disk and renamed: at any time, even after a
+    crash, ``path`` holds either its former content or all of the new. Only a killed process leaves the temporary file.
 
     Raises:
-        OutputError: For every ``OSError`` on the way; what was at ``path`` before is untouched.
+        OutputError: On any ``OSError``; the former content of ``path`` is untouched.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name[:_LONGEST]}.{uuid.uuid4().hex}.tmp")
@@ -40,16 +39,16 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             f"{path} could not be written",
             found=f"{type(error).__name__}: {error.strerror or error}",
             expected="an existing folder, permission to write there, and enough space",
-            remedy="free some space or choose another place; an older file of this name was left as it was",
+            remedy="free some space or choose another place; an existing file of this name is unchanged",
         ) from error
     finally:
-        # The rename has consumed it on success; on any exception, KeyboardInterrupt too, nothing half-written stays.
+        # After success the rename has consumed it; after any exception, KeyboardInterrupt too, nothing partial stays.
         with suppress(OSError):
             temporary.unlink()
 
 
 def make_folder(path: str | os.PathLike[str]) -> Path:
-    """Create a folder with all above it, unless it is there, and return it.
+    """Create a folder and its parents, unless it exists, and return it.
 
     Raises:
         OutputError: It cannot be created, or a file is in its place.
@@ -57,7 +56,7 @@ def make_folder(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as error:  # ValueError: a path that no system takes
+    except (OSError, ValueError) as error:  # ValueError: a path that no system accepts
         found = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise OutputError(f"{path} cannot be created", found=found, remedy="choose another folder") from error
     return path

@@ -1,4 +1,4 @@
-"""Progress bars for long work, shown on a terminal and silent elsewhere."""
+"""Progress bars, shown on a terminal only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, sho
     """Yield `items` under a progress bar on standard error.
 
     Args:
-        items: What to go through.
+        items: The items to iterate over.
         description: Text before the bar.
-        total: Number of items, where ``len`` does not tell.
-        show: Whether to show the bar; None shows it where standard error is a terminal.
+        total: Number of items, where they have no ``len``.
+        show: Whether to show the bar; by default where standard error is a terminal.
     """
     if not is_shown(show):
         yield from items
@@ -33,7 +33,7 @@ def track(items: Iterable[T], description: str, *, total: int | None = None, sho
 
 
 def is_shown(show: bool | None) -> bool:
-    """Whether there is a bar: as asked for, by default on a terminal, and of several ranks only on the first."""
+    """Whether a bar is shown: as requested, by default on a terminal; of several ranks on the first only."""
     return is_first() and (sys.stderr.isatty() if show is None else show)
 
 

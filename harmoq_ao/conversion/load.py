@@ -23,7 +23,7 @@ from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
 from harmoq_ao.sites.quantized import QuantizedSite
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo.architectures import build_architecture
 
 
 def load_quantized(path: str | Path, model: nn.Module | None = None) -> QuantizedModel:

@@ -34,7 +34,7 @@ from harmoq_ao.conversion.format import (
 )
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.sites.quantized import QuantizedSite
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo.architectures import build_architecture
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.validation import check_exportable, failed
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.quantized import WeightedSite
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo import build_architecture
 
 logger = logging.getLogger(__name__)
 

@@ -1,17 +1,18 @@
-"""Images in and out: files, folders, data sets, pairs of a benchmark, and crops for calibration."""
+"""Images in and out: files, folders, data sets, benchmark pairs, calibration crops, PSNR and SSIM.
+
+May import ``common``.
+"""
 
 from harmoq_ao.common.output import atomic_write
-from harmoq_ao.images.crops import (
+from harmoq_ao.images.columns import ImageColumn, as_record, from_hf_dataset
+from harmoq_ao.images.crops import CalibrationCrops
+from harmoq_ao.images.folders import IMAGE_SUFFIXES, ImagePair, list_images, load_pairs
+from harmoq_ao.images.photographs import (
     CALIBRATION_PHOTOGRAPHS,
     EVALUATION_PHOTOGRAPHS,
-    CalibrationCrops,
-    ImageColumn,
-    as_record,
-    from_hf_dataset,
     skimage_photographs,
     split_photographs,
 )
-from harmoq_ao.images.folders import IMAGE_SUFFIXES, ImagePair, list_images, load_pairs
 from harmoq_ao.images.reading import MAX_PIXELS, EncodedImage, image_from_pillow, image_size, load_image
 from harmoq_ao.images.records import ImageRecord, image_from_array
 from harmoq_ao.images.sources import find_images, image_files

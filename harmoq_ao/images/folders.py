@@ -1,4 +1,4 @@
-"""Folders of images: listing them in a human's order, and pairing references with their low-resolution versions."""
+"""Folders of images: listing in natural order, and pairing references with their low-resolution versions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from harmoq_ao.images.reading import image_size, load_image
 from harmoq_ao.images.records import ImageRecord, PathLike
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
-"""Suffixes by which images are found in folders, in any case."""
+"""Suffixes of the images that folders are searched for, case-insensitive."""
 
 _NAMED_IN_ERRORS = 5
 
@@ -30,7 +30,7 @@ class ImagePair:
         """Decode the low-resolution image and the reference, in this order.
 
         Raises:
-            ImageError: If a file cannot be decoded.
+            ImageError: A file cannot be decoded.
         """
         return load_image(self.lr), load_image(self.hr)
 
@@ -46,7 +46,7 @@ def list_images(source: PathLike | Iterable[PathLike], recursive: bool = False) 
         recursive: Whether to descend into subfolders.
 
     Raises:
-        DatasetError: If a path does not exist, or no image is found.
+        DatasetError: A path does not exist, or no image is found.
     """
     sources = [Path(source)] if isinstance(source, str) or not isinstance(source, Iterable) else list(map(Path, source))
     found: list[Path] = []
@@ -73,8 +73,8 @@ def list_images(source: PathLike | Iterable[PathLike], recursive: bool = False) 
 def load_pairs(hr: PathLike, lr: PathLike | None, scale: int) -> list[ImagePair]:
     """Pair references with low-resolution images by name, and check their sizes from the headers.
 
-    Accepted are a benchmark root (``root/HR`` and ``root/LR_bicubic/X2``), or two folders, where the second may hold
-    ``X2`` subfolders by scale. A low-resolution image is named like its reference, or with ``x2`` appended.
+    Takes a benchmark root (``root/HR`` and ``root/LR_bicubic/X2``), or two folders, of which the second may have
+    subfolders by scale, such as ``X2``. A low-resolution image is named like its reference, or with ``x2`` appended.
 
     Args:
         hr: Folder of references, or a benchmark root when ``lr`` is ``None``.
@@ -85,8 +85,8 @@ def load_pairs(hr: PathLike, lr: PathLike | None, scale: int) -> list[ImagePair]
         The pairs in natural order of their names.
 
     Raises:
-        DatasetError: If a folder is missing or empty, files are left without a partner, or sizes do not match.
-        ImageError: If a file's header cannot be read.
+        DatasetError: A folder is missing or empty, files have no partner, or sizes do not match.
+        ImageError: A file's header cannot be read.
     """
     hr_folder, lr_folder = _pair_folders(Path(hr), None if lr is None else Path(lr), scale)
     references, inputs = _by_stem(list_images(hr_folder)), _by_stem(list_images(lr_folder))
@@ -107,7 +107,7 @@ def load_pairs(hr: PathLike, lr: PathLike | None, scale: int) -> list[ImagePair]
 
 
 def natural_key(path: Path) -> list[list[tuple[int, int, str]]]:
-    """Sort key by which numbers in a path count as numbers, and letters without regard to case."""
+    """Sort key that compares numbers in a path as numbers, and letters case-insensitively."""
 
     def key(name: str) -> list[tuple[int, int, str]]:
         parts = re.split(r"(\d+)", name.lower())

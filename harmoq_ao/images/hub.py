@@ -1,4 +1,4 @@
-"""The first images of a Hugging Face data set, from the hub or from a folder, streamed: nothing else is fetched."""
+"""Hugging Face data sets, from the hub or a folder: their first images, streamed, so that nothing else is fetched."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from harmoq_ao.common.errors import DatasetError, HarmoqError
 from harmoq_ao.common.progress import track
-from harmoq_ao.images.crops import as_record, choose_column, from_hf_dataset, image_features
+from harmoq_ao.images.columns import ImageColumn, as_record, choose_column, from_hf_dataset, image_features
 from harmoq_ao.images.reading import EncodedImage
 
 _NAME = re.compile(r"(?P<name>[^#@:]+)(?:#(?P<config>[^@:]+))?(?:@(?P<revision>[^:]+))?(?::(?P<split>[\w.-]+))?")
@@ -26,7 +26,7 @@ _OTHER_WAYS = "save its images to a folder and pass that"
 
 @dataclass(frozen=True)
 class DatasetName:
-    """``NAME[#CONFIG][@REVISION][:SPLIT]``; a name that exists as a path is one as a whole."""
+    """The parts of ``NAME[#CONFIG][@REVISION][:SPLIT]``; text that exists as a path is a name as a whole."""
 
     text: str
     name: str
@@ -36,20 +36,20 @@ class DatasetName:
 
     @classmethod
     def parse(cls, text: str) -> DatasetName:
-        """Take a name apart.
+        """Parse a name.
 
         Raises:
-            DatasetError: It has another form.
+            DatasetError: The form is another.
         """
-        if _is_path(text):
+        if exists(text):
             return cls(text, text)
         path, _, split = text.rpartition(":")
-        if path and _is_path(path):
+        if path and exists(path):
             return cls(text, path, split=split)
         match = _NAME.fullmatch(text)
         if match is None:
             raise DatasetError(
-                "The name of a data set is not readable",
+                "The name of a data set cannot be parsed",
                 found=f"hf:{text}"[:200],
                 expected="hf:NAME, hf:NAME:SPLIT, or hf:NAME#CONFIG@REVISION:SPLIT",
             )
@@ -61,7 +61,7 @@ def dataset_images(text: str, most: int, column: str | None = None) -> list[Enco
 
     Args:
         text: See `DatasetName`; without a split it is ``train``, or the only one.
-        most: Of so many rows at most; no further one is fetched.
+        most: Maximum number of rows; no further one is fetched.
         column: The column of images; by default the only one.
 
     Raises:
@@ -69,11 +69,12 @@ def dataset_images(text: str, most: int, column: str | None = None) -> list[Enco
             script, or is empty.
     """
     name = DatasetName.parse(text)
-    with _told(name):
+    with _typed_errors(name):
         rows = _without_decoding(_split(_opened(name), name), column)
-        chosen = rows.column
+        if rows.column is None:
+            raise DatasetError("The data set's rows have no columns", expected="a column of images")
         images = [
-            _encoded(row.get(chosen), index, name)
+            _encoded(row.get(rows.column), index, name)
             for index, row in enumerate(track(islice(rows.rows, most), "Reading the data set", total=most))
         ]
     if not images:
@@ -110,30 +111,17 @@ def _split(opened: Any, name: DatasetName) -> Any:
     return opened[wanted]
 
 
-@dataclass(frozen=True)
-class _Rows:
-    rows: Any
-    column: str
-
-
-def _without_decoding(dataset: Any, column: str | None) -> _Rows:
-    """Rows whose images stay files, so that only one is decoded at a time, later, and 16 bits are kept."""
+def _without_decoding(dataset: Any, column: str | None) -> ImageColumn:
+    """The column of images as encoded files, so that one is decoded at a time, later, and 16 bits are kept."""
     import datasets
 
     features = getattr(dataset, "features", None)
     if not features:  # formats that name their columns row by row
-        column = from_hf_dataset(dataset, column).column
-        return _Rows(dataset, _named(column))
+        return from_hf_dataset(dataset, column)
     chosen = choose_column(column, list(features), image_features(features))
     if isinstance(features[chosen], datasets.Image):
         dataset = dataset.cast_column(chosen, datasets.Image(decode=False))
-    return _Rows(dataset.select_columns([chosen]), chosen)
-
-
-def _named(column: str | None) -> str:
-    if column is None:
-        raise DatasetError("The data set's rows have no columns", expected="a column of images")
-    return column
+    return ImageColumn(dataset.select_columns([chosen]), chosen)
 
 
 def _encoded(cell: Any, row: int, name: DatasetName) -> EncodedImage:
@@ -154,14 +142,14 @@ def _encoded(cell: Any, row: int, name: DatasetName) -> EncodedImage:
 
 
 def _reencoded(data: Any, row: int, where: str) -> EncodedImage:
-    """An image that the data set's format decoded already, as a file without loss."""
+    """Encode, without loss, an image that the data set's format has decoded already."""
     buffer = io.BytesIO()
     Image.fromarray(as_record(data).to_uint8()).save(buffer, "PNG", compress_level=1)
     return EncodedImage(row, where, buffer.getvalue())
 
 
 def _read(path: str) -> bytes:
-    """The bytes of a file, here or (``hf://``, ``zip://...``) where the data set is."""
+    """The bytes of a local file, or of one next to the data set (``hf://``, ``zip://...``)."""
     import fsspec
 
     with fsspec.open(path, "rb") as file:
@@ -170,8 +158,8 @@ def _read(path: str) -> bytes:
 
 
 @contextmanager
-def _told(name: DatasetName) -> Iterator[None]:
-    """Errors of the library, its formats and the network, as one that says what to do."""
+def _typed_errors(name: DatasetName) -> Iterator[None]:
+    """Context manager that turns errors of the library, its formats and the network into a `DatasetError`."""
     try:
         yield
     except HarmoqError:
@@ -220,8 +208,9 @@ def _of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
 
 
-def _is_path(text: str) -> bool:
+def exists(path: str | Path) -> bool:
+    """Whether a path exists; text that no system takes as a path does not."""
     try:
-        return Path(text).exists()
+        return Path(path).exists()
     except (OSError, ValueError):
         return False

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
-from skimage import metrics as skimage_metrics  # brings scipy on first use
+from skimage import metrics as skimage_metrics  # imports scipy on first use
 
 from harmoq_ao.common.errors import InputError
 
@@ -27,7 +27,7 @@ _BT601_OFFSET = 16.0
 _PEAK = 255.0
 _SSIM_SIGMA = 1.5
 SSIM_WINDOW = 11
-"""Side of the Gaussian window of SSIM in pixels; nothing smaller can be measured."""
+"""Side of the Gaussian window of SSIM in pixels, the minimum size of an image."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class ScoreTable:
         """Arithmetic mean over the images (of the decibels, as the literature does).
 
         Raises:
-            InputError: If nothing was measured.
+            InputError: Nothing was measured.
         """
         if not self.scores:
             raise InputError(
-                "There is no mean of no images", found="0 scores", remedy="measure at least one pair of images"
+                "There are no scores to average", found="0 scores", remedy="measure at least one pair of images"
             )
         values = list(self.scores.values())
         return Score(
@@ -72,7 +72,7 @@ def to_uint8(tensor: torch.Tensor) -> npt.NDArray[np.uint8]:
         `[H, W, C]`, or `[B, H, W, C]` for a batch.
 
     Raises:
-        InputError: If the tensor is not floating, is not of rank 3 or 4, or holds NaN.
+        InputError: The tensor is not floating, is not of rank 3 or 4, or holds NaN.
     """
     if not tensor.is_floating_point() or tensor.ndim not in (3, 4):
         raise InputError(
@@ -105,7 +105,7 @@ def rgb_to_y(image: ImageLike) -> npt.NDArray[np.float64]:
         `[H, W]`, 16..235.
 
     Raises:
-        InputError: If the shape is none of these, or an array of integers is not 8-bit.
+        InputError: The shape is none of these, or an integer array is not 8-bit.
     """
     pixels = _as_pixels(image)
     if pixels.dtype.kind != "f" and pixels.dtype != np.uint8:
@@ -138,7 +138,7 @@ def psnr_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
         border: Pixels left out on each side, by convention the scale.
 
     Raises:
-        InputError: If the sizes differ, the border leaves nothing, or an array is not 8-bit.
+        InputError: The sizes differ, the border leaves nothing, or an array is not 8-bit.
     """
     upscaled, reference = _luma_pair(sr, hr, border)
     error = float(skimage_metrics.mean_squared_error(reference, upscaled))
@@ -157,7 +157,7 @@ def ssim_y(sr: ImageLike, hr: ImageLike, border: int) -> float:
         border: Pixels left out on each side, by convention the scale.
 
     Raises:
-        InputError: As in `psnr_y`, or if fewer than 11 pixels are left in either direction.
+        InputError: As in `psnr_y`, or fewer than 11 pixels are left in either direction.
     """
     upscaled, reference = _luma_pair(sr, hr, border)
     if min(upscaled.shape) < SSIM_WINDOW:
@@ -191,19 +191,19 @@ def score(sr: ImageLike, hr: ImageLike, scale: int) -> Score:
 
 
 def score_all(items: Iterable[tuple[str, ImageLike, ImageLike]], scale: int) -> ScoreTable:
-    """Measure named images one after the other; given a generator, one image is in memory at a time.
+    """Score named images one by one; with a generator, one image is in memory at a time.
 
     Args:
         items: Triples of name, upscaled image and reference.
         scale: Upscaling factor, see `score`.
 
     Raises:
-        InputError: As in `score`, or if two images carry the same name.
+        InputError: As in `score`, or two images have the same name.
     """
     table = ScoreTable()
     for name, sr, hr in items:
         if name in table.scores:
-            raise InputError("Two images carry the same name", found=name, expected="one name per image")
+            raise InputError("Two images have the same name", found=name, expected="one name per image")
         table.scores[name] = score(sr, hr, scale)
     return table
 
@@ -211,7 +211,8 @@ def score_all(items: Iterable[tuple[str, ImageLike, ImageLike]], scale: int) -> 
 def bicubic_upscale(lr: npt.NDArray[np.uint8], scale: int) -> npt.NDArray[np.uint8]:
     """The bicubic baseline (Keys, a = -0.5), rounded to 8 bits, through Pillow.
 
-    Within rounding MATLAB's ``imresize`` away from the image border, where Pillow renormalizes and MATLAB mirrors.
+    Equal to MATLAB's ``imresize`` within rounding, except at the image border, where Pillow renormalizes and MATLAB
+    mirrors.
 
     Args:
         lr: `[H, W, 3]` or `[H, W]`.
@@ -221,7 +222,7 @@ def bicubic_upscale(lr: npt.NDArray[np.uint8], scale: int) -> npt.NDArray[np.uin
         `[H * scale, W * scale, 3]` or `[H * scale, W * scale]`.
 
     Raises:
-        InputError: If the array is not an 8-bit image or the scale is below 1.
+        InputError: The array is not an 8-bit image, or the scale is below 1.
     """
     if lr.dtype != np.uint8 or not (lr.ndim == 2 or (lr.ndim == 3 and lr.shape[2] == 3)) or 0 in lr.shape:
         raise InputError(
@@ -237,7 +238,7 @@ def bicubic_upscale(lr: npt.NDArray[np.uint8], scale: int) -> npt.NDArray[np.uin
 
 
 def bicubic_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
-    """`bicubic_upscale` of a batch, called as a model is.
+    """`bicubic_upscale` of a batch, with the signature of a model.
 
     Args:
         images: `[B, C, H, W]` in 0..1 with C of 1 or 3, rounded to 8 bits first.
@@ -247,7 +248,7 @@ def bicubic_batch(images: torch.Tensor, scale: int) -> torch.Tensor:
         `[B, C, H * scale, W * scale]` in 0..1, float32 on the CPU, in steps of 1/255.
 
     Raises:
-        InputError: If this is no such batch, or the scale is below 1.
+        InputError: The batch has another shape, or the scale is below 1.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
         raise InputError(

@@ -1,4 +1,4 @@
-"""PNG files written as their rows come (ISO/IEC 15948), at 8 and 16 bits: no library at hand does either."""
+"""A streaming PNG writer (ISO/IEC 15948) for 8 and 16 bits: Pillow writes neither row by row nor 16-bit colour."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def write_png(
 
     Args:
         file: Open for writing.
-        strips: `[h, W, C]` of uint8 or uint16, from top to bottom; each is read before the next is asked for.
-        shape: Height, width and channels of the whole: gray, gray with alpha, RGB or RGBA.
+        strips: `[h, W, C]` of uint8 or uint16, from top to bottom; each is consumed before the next is requested.
+        shape: Height, width and channels of the whole image: gray, gray with alpha, RGB or RGBA.
         depth: 8 or 16 bits.
         icc_profile: A colour profile to embed.
     """
@@ -48,15 +48,15 @@ def write_png(
 
 
 def filtered(rows: Bytes, above: Bytes, pixel: int) -> Bytes:
-    """Each row with the filter that leaves the least: smallest sum of absolute differences, as libpng chooses.
+    """Filter each row by the minimum-sum-of-absolute-differences heuristic, as libpng does.
 
     Args:
-        rows: `[h, n]`, the bytes of some rows.
-        above: `[n]`, the row before them, zero at the top of the image.
+        rows: `[h, n]`, the bytes of consecutive rows.
+        above: `[n]`, the preceding row; zeros at the top of the image.
         pixel: Bytes per pixel.
 
     Returns:
-        `[h, 1 + n]`, the number of its filter before each row.
+        `[h, 1 + n]`: each row after the number of its filter.
     """
     best = np.zeros((len(rows), 1 + rows.shape[1]), np.uint8)
     best[:, 1:] = rows
@@ -72,13 +72,13 @@ def filtered(rows: Bytes, above: Bytes, pixel: int) -> Bytes:
 
 
 def _magnitude(values: Bytes) -> npt.NDArray[np.int64]:
-    """Sum of each row's bytes as numbers with sign, without the signs."""
+    """Sum of the absolute values of each row's bytes, read as signed numbers."""
     magnitude: npt.NDArray[np.int64] = np.minimum(values, np.negative(values)).sum(axis=1, dtype=np.int64)
     return magnitude
 
 
 def _predictions(rows: Bytes, above: Bytes, pixel: int) -> Iterator[Bytes]:
-    """What filters 1 to 4 expect of each byte: the one to the left, the one above, their mean, Paeth's choice."""
+    """Predictions of filters 1 to 4 (Sub, Up, Average, Paeth) for each byte."""
     left = np.zeros_like(rows)
     left[:, pixel:] = rows[:, :-pixel]
     up = np.concatenate([above[None], rows[:-1]])
@@ -91,7 +91,7 @@ def _predictions(rows: Bytes, above: Bytes, pixel: int) -> Iterator[Bytes]:
 
 
 def _paeth(left: Bytes, up: Bytes, corner: Bytes) -> Bytes:
-    """Whichever of the three is nearest to left + up - corner."""
+    """The neighbour nearest to left + up - corner; ties go to left, then up."""
     to_left = up.astype(np.int16) - corner
     to_up = left.astype(np.int16) - corner
     to_corner = np.abs(to_left + to_up)

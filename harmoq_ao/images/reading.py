@@ -1,7 +1,7 @@
-"""Reading image files: grayscale, alpha, palette, 16 bits, and what can be wrong with a file.
+"""Reading image files: grayscale, alpha, palettes, 16 bits, and typed errors for damaged files.
 
-Pillow reads. It holds colour at 8 bits only, so it reads 16-bit colour in two passes (torchvision would read such a PNG
-in one, but was seen to crash the process on a truncated file).
+Files are decoded by Pillow. It holds colour at 8 bits only, so 16-bit colour is decoded in two passes (torchvision
+takes one for such a PNG, but crashed the process on a truncated file).
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ MAX_PIXELS = 178_956_970
 _BAND_PIXELS = 1 << 20
 _CONVERTIBLE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION_TAG = 0x0112
-# By which layout the low bytes of 16-bit samples are read as if they were the high ones; N is the machine's order.
+# The raw mode that makes Pillow read the low bytes of 16-bit samples in place of the high ones; N is native byte order.
 _LOW_BYTES = {
     "LA;16B": "RGBA",
     **{f"{colour};16{order}": f"{colour};16{other}" for colour in ("RGB", "RGBA") for order, other in ("BL", "LB")},
     **{f"{colour};16N": f"{colour};16{'B' if sys.byteorder == 'little' else 'L'}" for colour in ("RGB", "RGBA")},
 }
-# What Pillow and its decoders raise for bytes that are not what they claim to be.
+# Raised by Pillow and its decoders for corrupt data.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
 
@@ -55,7 +55,7 @@ def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
             raised too.
 
     Raises:
-        ImageError: If the file is missing, empty, truncated, corrupt, no image, without pixels, or too large.
+        ImageError: The file is missing, empty, truncated, corrupt, not an image, without pixels, or too large.
     """
     path = Path(path)
     _check_file(path)
@@ -64,11 +64,11 @@ def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
 
 @dataclass(frozen=True, order=True)
 class EncodedImage:
-    """An image file in memory, decoded when asked for.
+    """An image file in memory, decoded on request.
 
     Attributes:
-        row: Its place among the others; images are ordered by it.
-        name: What errors call it.
+        row: Its row in the data set, the order of images.
+        name: Its name in error messages.
         data: The bytes of the file.
     """
 
@@ -86,7 +86,7 @@ class EncodedImage:
 
 
 def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int) -> ImageRecord:
-    """The image of a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour."""
+    """Decode a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour."""
     try:
         with _without_bomb_warning(), Image.open(opened()) as image:
             _check_size(image.size, max_pixels)
@@ -116,10 +116,10 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
 
 
 def image_from_pillow(image: Image.Image) -> ImageRecord:
-    """A Pillow image as a record, as `load_image` does with a file (colour at 8 bits).
+    """Convert a Pillow image to a record, as `load_image` does with a file (colour at 8 bits).
 
     Raises:
-        ImageError: If it has no pixels, cannot be decoded, or its values have no known range.
+        ImageError: It has no pixels, cannot be decoded, or its values have no known range.
     """
     _check_size(image.size, MAX_PIXELS)
     try:
@@ -139,7 +139,7 @@ def image_size(path: PathLike) -> tuple[int, int]:
     """Height and width of an image file as displayed, from its header alone.
 
     Raises:
-        ImageError: If the file is missing or its header is not an image's.
+        ImageError: The file is missing or its header is not an image's.
     """
     path = Path(path)
     _check_file(path)
@@ -147,7 +147,7 @@ def image_size(path: PathLike) -> tuple[int, int]:
         with _without_bomb_warning(), Image.open(path) as image:
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
             if sideways and image.format == "TIFF":
-                # Whether the header's size is turned already depends on Pillow's version; the loaded one always is.
+                # Whether the header's size is already rotated depends on Pillow's version; the loaded one always is.
                 image.load()
                 sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
             width, height = image.size
@@ -169,7 +169,7 @@ def _check_file(path: Path) -> None:
 
 @contextmanager
 def _without_bomb_warning() -> Iterator[None]:
-    """Pillow warns at half the size that `load_image` refuses; one clear error is enough."""
+    """Context manager that silences Pillow's warning at half the size that `load_image` refuses with an error."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
@@ -205,15 +205,15 @@ def _record_from_pillow(image: Image.Image, name: str = "An image") -> ImageReco
 
 
 def _finished(image: Image.Image, array: Array, mode: str) -> ImageRecord:
-    """The record of a loaded image's samples, upright."""
-    # Asked after loading: Pillow applies the orientation of a TIFF itself while loading, and then forgets it.
+    """The record of a loaded image's samples, rotated upright."""
+    # Read after loading: Pillow applies the orientation of a TIFF while loading, and then drops the tag.
     orientation = image.getexif().get(_ORIENTATION_TAG, 1)
     profile = image.info.get("icc_profile") if mode != "CMYK" else None
     return record_of(_oriented(array, orientation), mode, profile)
 
 
 def _array_from_pillow(image: Image.Image) -> Array:
-    """`[H, W]` or `[H, W, C]` of a type that `image_from_array` takes, transparency expanded to a channel."""
+    """Samples `[H, W]` or `[H, W, C]` in a type that `image_from_array` takes, transparency expanded to a channel."""
     mode = image.mode
     if mode.startswith("I"):
         return _array_from_integers(_samples(image))
@@ -233,7 +233,7 @@ def _array_from_pillow(image: Image.Image) -> Array:
 
 
 def _samples(image: Image.Image, dtype: Any = None) -> Array:
-    """A loaded image as a new array, of its own type unless told otherwise."""
+    """Copy a loaded image to an array, by default of the image's own type."""
     array: Array | None = None
     for rows, band in _bands(image):
         if array is None:
@@ -244,7 +244,7 @@ def _samples(image: Image.Image, dtype: Any = None) -> Array:
 
 
 def _bands(image: Image.Image) -> Iterator[tuple[slice, Array]]:
-    """The rows of a loaded image, some at a time: of all at once Pillow makes two more copies on the way."""
+    """Bands of rows of a loaded image: converting it as a whole, Pillow makes two more copies."""
     height = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, height):
         bottom = min(top + height, image.height)
@@ -252,7 +252,7 @@ def _bands(image: Image.Image) -> Iterator[tuple[slice, Array]]:
 
 
 def _array_from_integers(values: Array) -> Array:
-    """Pillow's 32-bit mode holds 16-bit images; anything beyond has no agreed white."""
+    """Samples of Pillow's 32-bit mode, which holds 16-bit images; larger values have no defined white."""
     if values.min() < 0 or values.max() > 65535:
         raise ImageError(
             "the image holds integers of more than 16 bits",
@@ -275,7 +275,7 @@ def _oriented(array: Array, orientation: int) -> Array:
 
 
 def _colour_rawmode(image: Image.Image) -> str:
-    """How Pillow's decoder was told that samples are laid out in a colour file, ``RGB;16B`` for one; or nothing."""
+    """Pillow's raw mode (sample layout) of a colour file, such as ``RGB;16B``; empty for other files."""
     tile = getattr(image, "tile", None)
     if image.mode not in ("RGB", "RGBA") or image.format not in ("PNG", "TIFF") or not tile:
         return ""
@@ -285,17 +285,17 @@ def _colour_rawmode(image: Image.Image) -> str:
 
 
 def _read_deep_colour(opened: Callable[[], Path | BinaryIO], name: str, rawmode: str) -> ImageRecord | None:
-    """16-bit colour at full precision, or ``None`` for layouts of which only 8 bits can be read.
+    """Read 16-bit colour at full precision, or return ``None`` for layouts that can only be read at 8 bits.
 
-    Pillow keeps the high byte of each sample. Told that the byte order is the other one it keeps the low byte, so two
-    passes of its (hardened) decoder give both.
+    Pillow keeps the high byte of each sample. With the opposite byte order it keeps the low byte, so two passes of its
+    (hardened) decoder yield both.
     """
     swapped = _LOW_BYTES.get(rawmode)
     if swapped is None:
         logger.warning("%s has 16 bits per channel but is read at 8: layout %s is not handled", name, rawmode)
         return None
     low = _loaded(opened, swapped)
-    if rawmode == "LA;16B":  # four bytes a pixel, which the swapped mode read as they are
+    if rawmode == "LA;16B":  # the swapped mode reads the four bytes of a pixel unchanged
         return _finished(low, _samples(low).view(">u2").astype(np.uint16), "LA;16")
     array = _samples(low, np.uint16)
     del low
@@ -306,7 +306,7 @@ def _read_deep_colour(opened: Callable[[], Path | BinaryIO], name: str, rawmode:
 
 
 def _loaded(opened: Callable[[], Path | BinaryIO], rawmode: str | None = None) -> Image.Image:
-    """The image, decoded as if its samples were laid out in another way."""
+    """Decode the image, optionally with another raw mode than its own."""
     with Image.open(opened()) as image:
         if rawmode is not None:
             image.tile = [_with_rawmode(tile, rawmode) for tile in image.tile]

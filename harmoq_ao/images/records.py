@@ -1,4 +1,4 @@
-"""Decoded images: samples as their file has them, and floats made of these when asked for."""
+"""Decoded images: samples in the precision of their file, converted to floats on access."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Array = npt.NDArray[Any]
 class ImageRecord:
     """A decoded image, and what is needed to write its upscaled version in the same form.
 
-    It holds the samples in the file's own precision. A colour image of 8 bits takes 3 bytes a pixel so, where floats
-    would take 12; `pixels` and `alpha` make floats each time they are asked for.
+    It holds the samples in the file's own precision: 8-bit colour takes 3 bytes a pixel, where floats would take 12.
+    `pixels` and `alpha` are converted on each access.
 
     Attributes:
         codes: `[H, W, C]`, uint8, uint16, or float32 in 0..1; C of 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGB,
@@ -55,12 +55,12 @@ class ImageRecord:
 
     @property
     def pixels(self) -> torch.Tensor:
-        """`[3, H, W]`, float32, 0..1, RGB, in memory of its own."""
+        """`[3, H, W]`, float32, 0..1, RGB, in its own memory."""
         return _own_floats(self.colour_codes()[0])
 
     @property
     def alpha(self) -> torch.Tensor | None:
-        """`[1, H, W]`, float32, 0..1, in memory of its own, or ``None`` for an opaque image."""
+        """`[1, H, W]`, float32, 0..1, in its own memory, or ``None`` for an opaque image."""
         plane = self.alpha_codes()
         return None if plane is None else _own_floats(torch.from_numpy(plane))[None]
 
@@ -74,7 +74,7 @@ class ImageRecord:
         return self.codes[:, :, -1] if self.codes.shape[2] in (2, 4) else None
 
     def to_uint8(self) -> npt.NDArray[np.uint8]:
-        """The colour at 8 bits, `[H, W, 3]`, in memory of its own."""
+        """The colour at 8 bits, `[H, W, 3]`, in its own memory."""
         if self.codes.dtype == np.uint8:
             colours = self.codes[:, :, :1] if self.grayscale else self.codes[:, :, :3]
             return np.repeat(colours, 3, axis=2) if self.grayscale else colours.copy()
@@ -83,19 +83,19 @@ class ImageRecord:
 
 
 def image_from_array(array: Array) -> ImageRecord:
-    """An array as a record: `[H, W]` or `[H, W, C]` with C of 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
+    """Convert an array to a record: `[H, W]` or `[H, W, C]` with C of 1 (gray), 2 (gray, alpha), 3 (RGB) or 4 (RGBA).
 
     Args:
         array: uint8, uint16, bool, or float in 0..1; it is copied.
 
     Raises:
-        ImageError: If shape, dtype or values are none of these.
+        ImageError: Shape, dtype or values are none of these.
     """
     return record_of(np.array(array, order="C"))
 
 
 def record_of(array: Array, mode: str | None = None, icc_profile: bytes | None = None) -> ImageRecord:
-    """As `image_from_array`, but the record may keep the very array, which nobody must change from then on."""
+    """As `image_from_array`, without a copy where possible: the caller must not change the array afterwards."""
     channels = array[:, :, None] if array.ndim == 2 else array
     if channels.ndim != 3 or channels.shape[2] not in (1, 2, 3, 4) or 0 in channels.shape:
         raise ImageError(
@@ -112,7 +112,7 @@ def _own_floats(codes: torch.Tensor) -> torch.Tensor:
 
 
 def _codes(array: Array) -> Array:
-    """The array as a record holds it."""
+    """The array in the type that a record holds."""
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype in (np.uint8, np.uint16):

@@ -1,4 +1,4 @@
-"""Images from anywhere by one name: a folder, a file, a pattern, a list of paths, or a data set."""
+"""Images named on a command line: a folder, a file, a glob pattern, a list of paths, or a data set."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from harmoq_ao.common.errors import DatasetError
-from harmoq_ao.images.crops import HELD_OUT_SHARE
 from harmoq_ao.images.folders import IMAGE_SUFFIXES, list_images, natural_key
-from harmoq_ao.images.hub import dataset_images
+from harmoq_ao.images.hub import dataset_images, exists
+from harmoq_ao.images.photographs import HELD_OUT_SHARE
 from harmoq_ao.images.reading import EncodedImage
 from harmoq_ao.images.records import PathLike
 
 LIST_SUFFIXES = (".txt", ".lst")
-"""Suffixes of text files that list images, one path a line."""
+"""Suffixes of text files that list images, one path per line."""
 DATASET_PREFIX = "hf:"
-"""What the names of data sets begin with."""
+"""Prefix of the names of data sets."""
 _MAX_LIST_BYTES = 16 << 20
-_FORMS = "a folder, an image, a pattern such as 'frames/*.png', or a .txt with one path a line"
+_FORMS = "a folder, an image, a pattern such as 'frames/*.png', or a .txt with one path per line"
 
 
 def find_images(source: PathLike, *, learned: int, column: str | None = None) -> Sequence[Path] | list[EncodedImage]:
@@ -27,18 +27,18 @@ def find_images(source: PathLike, *, learned: int, column: str | None = None) ->
     Args:
         source: What `image_files` takes (folders with their subfolders); a `.parquet` file, or a folder of them; or
             ``hf:NAME[#CONFIG][@REVISION][:SPLIT]``, a Hugging Face data set by its name on the hub or by its folder.
-        learned: How many pictures are needed beside those that are kept aside (see `split_photographs`). Of files all
-            are listed; of a data set so many rows are read from its beginning and no more.
+        learned: Number of pictures needed beside the held-out ones (see `split_photographs`). All files are listed; a
+            data set is read from its beginning, no further than needed.
         column: The data set's column of images; by default the only one.
 
     Returns:
-        Paths, or images in memory as they are encoded.
+        Paths, or encoded images in memory.
 
     Raises:
-        DatasetError: Nothing is there, a listed file is missing, or the data set cannot be read; says why.
+        DatasetError: Nothing was found, a listed file is missing, or the data set cannot be read.
     """
     text = str(source)
-    # One more than a share of them, so that enough remain after the split.
+    # One more than the held-out share, so that enough remain after the split.
     most = learned + learned // (HELD_OUT_SHARE - 1) + 1
     if text.startswith(DATASET_PREFIX):
         return dataset_images(text.removeprefix(DATASET_PREFIX), most, column)
@@ -51,15 +51,15 @@ def image_files(sources: PathLike | Iterable[PathLike], recursive: bool = False)
     """The image files of folders, files, patterns and lists.
 
     Folders and patterns (``*``, ``?``, ``[...]``, and ``**`` for any subfolders) are in natural order, lists in their
-    own. A pattern takes files with a known suffix, unless it ends in a suffix itself. In a list, empty lines and lines
-    that begin with ``#`` are left out, and relative paths start at the list's folder.
+    own. A pattern matches files with a known suffix, unless it ends in a suffix itself. In a list, empty lines and
+    comments (``#``) are skipped, and relative paths start at the list's folder.
 
     Args:
-        sources: One or several of them.
+        sources: One of these, or several.
         recursive: Whether to descend into the subfolders of folders.
 
     Raises:
-        DatasetError: A path does not exist, a list is not readable or names what is no file, or no image is found.
+        DatasetError: A path does not exist, a list cannot be read or names a missing file, or no image is found.
     """
     several = not isinstance(sources, str) and isinstance(sources, Iterable)
     found: list[Path] = []
@@ -70,25 +70,18 @@ def image_files(sources: PathLike | Iterable[PathLike], recursive: bool = False)
 
 def _files_of(source: str, recursive: bool) -> list[Path]:
     path = Path(source)
-    if source.startswith(DATASET_PREFIX) and not _exists(path):
+    if source.startswith(DATASET_PREFIX) and not exists(path):
         raise DatasetError(
             f"{source} is a data set, where files are needed",
             expected=_FORMS,
             remedy="save its images as files first, with names of their own",
         )
-    if _exists(path):
+    if exists(path):
         is_list = path.suffix.lower() in LIST_SUFFIXES and path.is_file()
         return _listed(path) if is_list else list_images(path, recursive)
     if glob.has_magic(source):
         return _matching(source)
     raise DatasetError(f"{source} does not exist", expected=_FORMS, remedy="check the path")
-
-
-def _exists(path: Path) -> bool:
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # a text that no system takes as a path
-        return False
 
 
 def _matching(pattern: str) -> list[Path]:
@@ -115,26 +108,26 @@ def _listed(path: Path) -> list[Path]:
         raise DatasetError(
             f"{path} cannot be read as a list of images",
             found=f"{type(error).__name__}: {error}"[:200],
-            expected="text in UTF-8 with one path a line",
-            remedy="pass images by their own names",
+            expected="text in UTF-8 with one path per line",
+            remedy="pass the images themselves",
         ) from error
     named = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
     files = [(number, path.parent / line) for number, line in named if line and not line.startswith("#")]
-    lost = next(((number, file) for number, file in files if not (_exists(file) and file.is_file())), None)
+    lost = next(((number, file) for number, file in files if not (exists(file) and file.is_file())), None)
     if lost is not None or not files:
         raise DatasetError(
             f"{path} names no image" if lost is None else f"Line {lost[0]} of {path} names no file",
-            found="only empty lines and remarks" if lost is None else str(lost[1])[:200],
-            expected="one path of an image a line, absolute or relative to the list's folder",
+            found="only empty lines and comments" if lost is None else str(lost[1])[:200],
+            expected="one path of an image per line, absolute or relative to the list's folder",
             remedy="correct the list",
         )
     return [file for _, file in files]
 
 
 def _is_parquet(path: Path) -> bool:
-    """Whether a path is a Parquet file, or a folder that has some and no image."""
-    if not _exists(path) or not path.is_dir():
-        return path.suffix.lower() == ".parquet" and _exists(path)
+    """Whether a path is a Parquet file, or a folder with Parquet files and no image."""
+    if not exists(path) or not path.is_dir():
+        return path.suffix.lower() == ".parquet" and exists(path)
     inside = (p.suffix.lower() for p in path.rglob("*") if p.is_file())
     suffixes = set(inside)
     return ".parquet" in suffixes and not suffixes & set(IMAGE_SUFFIXES)

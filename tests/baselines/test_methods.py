@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import harmoq_ao as h
-from harmoq_ao.baselines.methods import METHODS, prepare_with
+from harmoq_ao.baselines.methods import prepare_with
+from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.harmonize import harmonize
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings

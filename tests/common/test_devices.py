@@ -39,7 +39,7 @@ def test_what_is_there_is_found() -> None:
 def test_ranks_take_the_gpu_that_is_theirs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "is_distributed", lambda: True)
     assert device_named("cuda") == torch.device("cuda", 1)
-    with pytest.raises(ConfigError, match="do not share a GPU"):
+    with pytest.raises(ConfigError, match="cannot share a GPU"):
         device_named("cuda:0")
 
 

@@ -118,8 +118,8 @@ def test_a_single_process_owns_everything(monkeypatch: pytest.MonkeyPatch) -> No
     ("variables", "message"),
     [
         ({"WORLD_SIZE": "2"}, "RANK"),
-        ({"WORLD_SIZE": "2", "RANK": "2"}, "not readable"),
-        ({"WORLD_SIZE": "two", "RANK": "0"}, "not readable"),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, "not valid"),
+        ({"WORLD_SIZE": "two", "RANK": "0"}, "not valid"),
         ({"WORLD_SIZE": "2", "RANK": "0", "HARMOQ_RANK_TIMEOUT": "soon"}, "timeout"),
     ],
 )

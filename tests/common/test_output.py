@@ -59,7 +59,7 @@ def test_an_interrupted_write_leaves_what_was_there(
             attempt()
     if isinstance(failure, OSError):
         assert "No space left" in str(caught.value)
-        assert "was left as it was" in str(caught.value)
+        assert "is unchanged" in str(caught.value)
     assert contents(tmp_path) == ({"a.bin": b"old"} if there else {})
 
 

@@ -1,4 +1,4 @@
-"""Mutations of checkpoint files. The bombs among them set an environment variable when they go off."""
+"""Checkpoint files, damaged or forged. The bombs among them set an environment variable when they go off."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import struct
 import zipfile
 from collections.abc import Callable
 from functools import cache
-from random import Random
 from typing import Any
 
 import safetensors.torch
 import torch
+from hypothesis import strategies as st
 from spandrel.architectures.Compact.__arch.SRVGG import SRVGGNetCompact
 from torch import Tensor
 
-from tests.fuzz.registry import FileCase, Registry, add_damage
+from tests.fuzz.damage import FileCase, any_of, damaged, noise
 
-CHECKPOINTS: Registry[FileCase] = Registry()
 MARK = "HARMOQ_FUZZ_EXECUTED"
 """Environment variable that a payload sets."""
+State = dict[str, Any]
 
 
 @cache
@@ -33,27 +33,23 @@ def _model() -> dict[str, Tensor]:
         return SRVGGNetCompact(num_feat=4, num_conv=1, upscale=2).state_dict()
 
 
-def state() -> dict[str, Any]:
+def state() -> State:
     """A small model's state dict, to change."""
     return {name: tensor.clone() for name, tensor in _model().items()}
 
 
-def saved(content: Any, *, legacy: bool = False) -> bytes:
+def saved(content: Any, legacy: bool = False) -> FileCase:
     """What torch.save writes."""
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=not legacy)
-    return buffer.getvalue()
+    return FileCase(buffer.getvalue(), ".pth")
 
 
 @cache
-def _intact(kind: int) -> tuple[bytes, str]:
-    if kind == 0:
-        return safetensors.torch.save(state()), ".safetensors"
-    return saved({"params": state()} if kind == 1 else state(), legacy=kind == 2), ".pth"
-
-
-def _any(rng: Random) -> tuple[bytes, str]:
-    return _intact(rng.randrange(3))
+def _intact(kind: str) -> FileCase:
+    if kind == "safetensors":
+        return FileCase(safetensors.torch.save(state()), ".safetensors")
+    return saved({"params": state()} if kind == "wrapped" else state(), legacy=kind == "legacy")
 
 
 class Bomb:
@@ -66,10 +62,18 @@ class Bomb:
         return self.call, self.arguments
 
 
-def bomb(rng: Random) -> Bomb:
-    """One of several ways to run code."""
-    code = f"import os; os.environ[{MARK!r}] = '1'"
-    return rng.choice((Bomb(builtins.exec, code), Bomb(builtins.eval, f"exec({code!r})"), Bomb(os.putenv, MARK, "1")))
+_CODE = f"import os; os.environ[{MARK!r}] = '1'"
+BOMBS = any_of(Bomb(builtins.exec, _CODE), Bomb(builtins.eval, f"exec({_CODE!r})"), Bomb(os.putenv, MARK, "1"))
+"""Several ways to run code."""
+
+
+def _in_an_archive(bomb: Bomb) -> FileCase:
+    source, buffer = zipfile.ZipFile(io.BytesIO(_intact("wrapped").data)), io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as target:
+        for name in source.namelist():
+            bad = name.endswith("data.pkl")
+            target.writestr(name, pickle.dumps(bomb, protocol=2) if bad else source.read(name))
+    return FileCase(buffer.getvalue(), ".pth")
 
 
 def _safetensors(header: Any, body: bytes = b"") -> FileCase:
@@ -77,142 +81,97 @@ def _safetensors(header: Any, body: bytes = b"") -> FileCase:
     return FileCase(struct.pack("<Q", len(text)) + text + body, ".safetensors")
 
 
-add_damage(CHECKPOINTS, _any, header=300, most=8)
+def _forged_entry(dtype: Any, shape: Any, offsets: Any) -> FileCase:
+    return _safetensors({"body.0.weight": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}, bytes(12))
 
 
-@CHECKPOINTS.add
-def empty_or_noise(rng: Random) -> FileCase:
-    return FileCase(rng.randbytes(rng.choice((0, 1, 8, 9, 200))), rng.choice((".pth", ".safetensors", "")))
+def _ones(shapes: dict[str, list[int]]) -> FileCase:
+    return FileCase(safetensors.torch.save({n: torch.ones(s) for n, s in shapes.items()}), ".safetensors")
 
 
-@CHECKPOINTS.add
-def wrong_suffix(rng: Random) -> FileCase:
-    return FileCase(_any(rng)[0], rng.choice((".png", ".bin", "", ".ckpt")))
+def _without(names: set[str]) -> FileCase:
+    return saved({name: tensor for name, tensor in state().items() if name not in names})
 
 
-@CHECKPOINTS.add
-def bomb_beside_weights(rng: Random) -> FileCase:
-    return FileCase(saved({**state(), "extra": bomb(rng)}, legacy=rng.random() < 0.5), ".pth")
-
-
-@CHECKPOINTS.add
-def bomb_alone(rng: Random) -> FileCase:
-    return FileCase(pickle.dumps(bomb(rng), protocol=rng.randrange(6)), rng.choice((".pth", ".pkl", ".safetensors")))
-
-
-@CHECKPOINTS.add
-def bomb_in_an_archive(rng: Random) -> FileCase:
-    source, buffer = zipfile.ZipFile(io.BytesIO(_intact(1)[0])), io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as target:
-        for name in source.namelist():
-            bad = name.endswith("data.pkl")
-            target.writestr(name, pickle.dumps(bomb(rng), protocol=2) if bad else source.read(name))
-    return FileCase(buffer.getvalue(), ".pth")
-
-
-@CHECKPOINTS.add
-def another_architecture(rng: Random) -> FileCase:
-    weights = {f"layer{index}.{rng.choice('ab')}": torch.zeros(rng.randint(1, 4)) for index in range(5)}
-    return FileCase(safetensors.torch.save(weights), ".safetensors")
-
-
-@CHECKPOINTS.add
-def missing_tensors(rng: Random) -> FileCase:
+def _with(name: str, change: Callable[[Tensor], Tensor]) -> FileCase:
     weights = state()
-    for name in rng.sample(sorted(weights), rng.randint(1, len(weights))):
-        del weights[name]
-    return FileCase(saved(weights), ".pth")
+    weights[name] = change(weights[name])
+    return saved(weights)
 
 
-@CHECKPOINTS.add
-def other_shapes(rng: Random) -> FileCase:
+def _renumbered(name: str, digits: int) -> FileCase:
     weights = state()
-    name = rng.choice(sorted(weights))
-    shape = [rng.choice((0, 1, 2, 5)) for _ in range(rng.randint(0, 5))]
-    weights[name] = torch.zeros(shape)
-    return FileCase(saved(weights), ".pth")
+    weights[f"body.{10**digits}.weight"] = weights.pop(name)
+    return saved(weights)
 
 
-@CHECKPOINTS.add
-def other_types(rng: Random) -> FileCase:
-    weights = state()
-    dtype = rng.choice((torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16, torch.uint8))
-    name = rng.choice(sorted(weights))
-    weights[name] = weights[name].to(dtype)
-    return FileCase(saved(weights), ".pth")
+def _starting_with(value: float) -> Callable[[Tensor], Tensor]:
+    def change(tensor: Tensor) -> Tensor:
+        tensor.view(-1)[0] = value
+        return tensor
+
+    return change
 
 
-@CHECKPOINTS.add
-def not_finite(rng: Random) -> FileCase:
-    weights = state()
-    weights[rng.choice(sorted(weights))].view(-1)[0] = rng.choice((float("nan"), float("inf"), -float("inf")))
-    return FileCase(saved(weights), ".pth")
+def _of_type(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(dtype)
 
 
-@CHECKPOINTS.add
-def lying_strides(rng: Random) -> FileCase:
-    weights = state()
-    weights[rng.choice(sorted(weights))] = torch.zeros(1).expand(10 ** rng.randint(3, 9), 1, 3, 3)
-    return FileCase(saved(weights), ".pth")
+def _zeros(shape: list[int]) -> Callable[[Tensor], Tensor]:
+    return lambda _: torch.zeros(shape)
 
 
-@CHECKPOINTS.add
-def lying_layer_numbers(rng: Random) -> FileCase:
-    weights = state()
-    name = rng.choice(sorted(weights))
-    weights[f"body.{10 ** rng.randint(2, 30)}.weight"] = weights.pop(name)
-    return FileCase(saved(weights), ".pth")
+def _lying_strides(digits: int) -> Callable[[Tensor], Tensor]:
+    return lambda _: torch.zeros(1).expand(10**digits, 1, 3, 3)
 
 
-@CHECKPOINTS.add
-def no_state_dict(rng: Random) -> FileCase:
-    contents: tuple[Any, ...] = (
-        None,
-        7,
-        [],
-        {},
-        {"params": {}},
-        {1: torch.zeros(1)},
-        {"a": "b"},
-        torch.zeros(3),
-        "text",
-    )
-    return FileCase(saved(rng.choice(contents)), ".pth")
+INTACT = any_of("safetensors", "wrapped", "legacy", "bare").map(_intact)
+BOMB_BESIDE_WEIGHTS = st.builds(lambda bomb, legacy: saved({**state(), "extra": bomb}, legacy), BOMBS, st.booleans())
+_NAMES = any_of(*sorted(_model()))
+_FOREIGN = tuple(f"layer{index}.{part}" for index in range(5) for part in "ab")
+_SIDES = st.lists(st.integers(1, 8), min_size=1, max_size=4)
+_CONTENTS: tuple[Any, ...] = (None, 7, [], {}, {"params": {}}, {1: torch.zeros(1)}, {"a": "b"}, torch.zeros(3), "text")
+_JUNK: tuple[Any, ...] = (None, "x", [torch.zeros(1)], {"a": {}}, 3.0, torch.zeros(2, 2).to_sparse(), set())
+_TYPES = (torch.int64, torch.bool, torch.complex64, torch.float64, torch.float16, torch.uint8)
+_HEADERS = (b"{", b"{}", b"{" * 5000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"__metadata__":[]}', b"{\xff}")
 
-
-@CHECKPOINTS.add
-def junk_in_the_state_dict(rng: Random) -> FileCase:
-    junk: Any = rng.choice((None, "x", [torch.zeros(1)], {"a": {}}, 3.0, torch.zeros(2, 2).to_sparse(), set()))
-    return FileCase(saved({**state(), "junk": junk}), ".pth")
-
-
-@CHECKPOINTS.add
-def lying_safetensors_header(rng: Random) -> FileCase:
-    sizes = ((10**9, 10**9), (-1,), (2**63,), (0,), (3,), "x", None)
-    entry = {
-        "dtype": rng.choice(("F32", "F64", "I4", "X", 3)),
-        "shape": rng.choice(sizes),
-        "data_offsets": rng.choice(([0, 12], [12, 0], [0, 10**12], [-4, 8], [0], None)),
-    }
-    return _safetensors({"body.0.weight": entry}, bytes(12))
-
-
-@CHECKPOINTS.add
-def broken_safetensors_header(rng: Random) -> FileCase:
-    headers = (b"{", b"{}", b"{" * 5000, b'{"a":NaN}', b'{"a":' + b"9" * 5000 + b"}", b'{"__metadata__":[]}', b"{\xff}")
-    return _safetensors(rng.choice(headers), rng.randbytes(8))
-
-
-@CHECKPOINTS.add
-def lying_header_length(rng: Random) -> FileCase:
-    length = rng.choice((0, 1, 2**20, 2**40, 2**63, 2**64 - 1))
-    return FileCase(struct.pack("<Q", length) + b'{"a":{}}', ".safetensors")
-
-
-@CHECKPOINTS.add
-def foreign_safetensors(rng: Random) -> FileCase:
-    names = ("lora_A.weight", "model.embed_tokens.weight", "conv_first.weight", "layers.0.attn.qkv.weight")
-    shapes = [[rng.randint(1, 8) for _ in range(rng.randint(1, 4))] for _ in names]
-    return FileCase(
-        safetensors.torch.save({n: torch.ones(s) for n, s in zip(names, shapes, strict=True)}), ".safetensors"
-    )
+CHECKPOINTS: st.SearchStrategy[FileCase] = st.one_of(
+    damaged(INTACT, header=300, most=8),
+    st.builds(FileCase, any_of(0, 1, 8, 9, 200).flatmap(lambda n: noise(n, n)), any_of(".pth", ".safetensors", "")),
+    st.builds(lambda file, suffix: FileCase(file.data, suffix), INTACT, any_of(".png", ".bin", "", ".ckpt")),
+    BOMB_BESIDE_WEIGHTS,
+    st.builds(
+        lambda bomb, protocol, suffix: FileCase(pickle.dumps(bomb, protocol), suffix),
+        BOMBS,
+        st.integers(0, 5),
+        any_of(".pth", ".pkl", ".safetensors"),
+    ),
+    BOMBS.map(_in_an_archive),
+    # Tensors that belong to no model, or do not make up one.
+    st.dictionaries(any_of(*_FOREIGN), st.lists(st.integers(1, 4), min_size=1, max_size=1), min_size=1).map(_ones),
+    st.sets(_NAMES, min_size=1).map(_without),
+    st.builds(_with, _NAMES, st.lists(any_of(0, 1, 2, 5), max_size=5).map(_zeros)),
+    st.builds(_with, _NAMES, any_of(*_TYPES).map(_of_type)),
+    st.builds(_with, _NAMES, any_of(float("nan"), float("inf"), -float("inf")).map(_starting_with)),
+    st.builds(_with, _NAMES, st.integers(3, 9).map(_lying_strides)),
+    st.builds(_renumbered, _NAMES, st.integers(2, 30)),
+    st.builds(lambda content: saved(content), any_of(*_CONTENTS)),
+    st.builds(lambda junk: saved({**state(), "junk": junk}), any_of(*_JUNK)),
+    st.fixed_dictionaries(
+        dict.fromkeys(
+            ("lora_A.weight", "model.embed_tokens.weight", "conv_first.weight", "layers.0.attn.qkv.weight"), _SIDES
+        )
+    ).map(_ones),
+    # Headers of safetensors.
+    st.builds(
+        _forged_entry,
+        any_of("F32", "F64", "I4", "X", 3),
+        any_of((10**9, 10**9), (-1,), (2**63,), (0,), (3,), "x", None),
+        any_of([0, 12], [12, 0], [0, 10**12], [-4, 8], [0], None),
+    ),
+    st.builds(_safetensors, any_of(*_HEADERS), noise(8, 8)),
+    st.builds(
+        lambda length: FileCase(struct.pack("<Q", length) + b'{"a":{}}', ".safetensors"),
+        any_of(0, 1, 2**20, 2**40, 2**63, 2**64 - 1),
+    ),
+)

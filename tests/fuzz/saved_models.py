@@ -1,4 +1,4 @@
-"""Mutations of a saved model's two files; where they are resealed, the check sums are right and the content is not."""
+"""A saved model's two files, changed; where they are resealed, the check sums are right and the content is not."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from random import Random
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
 from harmoq_ao.conversion.format import canonical_json, seal
 from tests.fuzz.checkpoints import CHECKPOINTS
-from tests.fuzz.registry import Registry, cut, flipped, odd_value
+from tests.fuzz.damage import ODD, any_of, cut, flipped
 
 
 @dataclass(frozen=True)
@@ -25,149 +25,97 @@ class Folder:
     config: bytes
     weights: bytes
 
-    def with_config(self, change: Callable[[dict[str, Any]], Any]) -> Folder:
-        """Another config with a right check sum."""
-        config = json.loads(self.config)
+    def fields(self) -> dict[str, Any]:
+        """The config without its check sum."""
+        config: dict[str, Any] = json.loads(self.config)
         config.pop("sha256")
-        changed = change(config)
-        return Folder(canonical_json(seal(config if changed is None else changed)), self.weights)
+        return config
+
+    def reordered(self, names: list[str]) -> Folder:
+        """The same config, its fields in another order."""
+        config = json.loads(self.config)
+        return Folder(json.dumps({name: config[name] for name in names}).encode(), self.weights)
+
+    def with_config(self, config: dict[str, Any]) -> Folder:
+        """Another config with a right check sum."""
+        return Folder(canonical_json(seal(config)), self.weights)
+
+    def with_field(self, value: Any, *path: str) -> Folder:
+        """Another value in the config."""
+        config = part = self.fields()
+        for name in path[:-1]:
+            part = part[name]
+        part[path[-1]] = value
+        return self.with_config(config)
+
+    def without_field(self, name: str) -> Folder:
+        """A config that lacks a field."""
+        return self.with_config({key: value for key, value in self.fields().items() if key != name})
 
     def with_weights(self, data: bytes) -> Folder:
         """Other weights that the config vouches for."""
-        digest = hashlib.sha256(data).hexdigest()
-        return Folder(self.config, data).with_config(lambda config: config["weights"].update(sha256=digest))
+        return Folder(self.config, data).with_field(hashlib.sha256(data).hexdigest(), "weights", "sha256")
 
-    def with_tensors(self, change: Callable[[dict[str, Tensor]], Any]) -> Folder:
-        """Other tensors that the config vouches for."""
-        tensors = load(self.weights)
-        change(tensors)
-        return self.with_weights(save(tensors))
+    def with_tensors(self, changed: dict[str, Tensor | None]) -> Folder:
+        """Other tensors (None: none) that the config vouches for."""
+        tensors = {**load(self.weights), **changed}
+        return self.with_weights(save({name: tensor for name, tensor in tensors.items() if tensor is not None}))
 
 
-SAVED_MODELS: Registry[Callable[[Folder], Folder]] = Registry()
+def _is_json(value: Any) -> bool:
+    """Whether JSON's writer takes a value."""
+    try:
+        json.dumps(value).encode()
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
-@SAVED_MODELS.add
-def intact(rng: Random) -> Callable[[Folder], Folder]:
-    return lambda folder: folder
+_NO_JSON = (
+    *b"{ null [] \xff\xfe".split(),
+    b"",
+    b"[" * 100_000,
+    b'{"format":' + b"9" * 5000 + b"}",
+    b'{"format":NaN}',
+)
+_ELSEWHERE = ("../model-000000000000.safetensors", "/etc/passwd", "", "a\0b", "model-0.safetensors", "config.json")
+_PARTS = ("quantization_config", "traits", "weights", "sqnr_db")
+_RESHAPED: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda tensor: tensor.flatten()[:-1].clone(),
+    lambda tensor: tensor[None].clone(),
+    lambda tensor: tensor.double(),
+    lambda tensor: tensor.to(torch.int64),
+)
+_FLOATS, _CODES = (float("nan"), float("inf"), -1.0, 0.0, 6e4), (0, 127, 255)
 
 
-@SAVED_MODELS.add
-def broken_bytes(rng: Random) -> Callable[[Folder], Folder]:
-    damage = rng.choice((cut, flipped))
-    if rng.random() < 0.5:
-        return lambda folder: Folder(damage(folder.config, rng), folder.weights)
-    return lambda folder: Folder(folder.config, damage(folder.weights, rng))
-
-
-@SAVED_MODELS.add
-def no_json(rng: Random) -> Callable[[Folder], Folder]:
-    texts = (
-        b"",
-        b"{",
-        b"[" * 100_000,
-        b"null",
-        b"[]",
-        b'{"format":' + b"9" * 5000 + b"}",
-        b"\xff\xfe",
-        b'{"format":NaN}',
+def saved_models(folder: Folder) -> st.SearchStrategy[Folder]:
+    """What may have become of a saved model."""
+    config, tensors = folder.fields(), load(folder.weights)
+    names, odd = any_of(*sorted(tensors)), ODD.filter(_is_json)
+    within = [(part, name) for part in _PARTS for name in sorted(config[part])]
+    filled = [
+        {name: torch.full_like(tensor, value)}
+        for name, tensor in tensors.items()
+        for value in (_FLOATS if tensor.is_floating_point() else _CODES)
+    ]
+    return st.one_of(
+        st.permutations(sorted(json.loads(folder.config))).map(folder.reordered),  # intact
+        st.builds(Folder, cut(folder.config) | flipped(folder.config), st.just(folder.weights)),
+        st.builds(Folder, st.just(folder.config), cut(folder.weights) | flipped(folder.weights)),
+        st.builds(Folder, any_of(*_NO_JSON), st.just(folder.weights)),
+        any_of(0, 1, 2, 4, 99, -1, "3", None, [3], 3.5, 10**30).map(lambda v: folder.with_field(v, "schema_version")),
+        any_of(*sorted(config)).map(folder.without_field),
+        st.builds(folder.with_field, odd, any_of(*sorted(config))),
+        st.builds(lambda value, path: folder.with_field(value, *path), odd, any_of(*within)),
+        st.lists(any_of(0, 1, 3, 8, 10**6, 10**12, -1), min_size=3, max_size=5).map(
+            lambda shape: folder.with_field([shape], "example_shapes")
+        ),
+        st.text("hbf-x", max_size=11).map(lambda letters: folder.with_field(letters, "weights", "layout")),
+        any_of(*_ELSEWHERE).map(lambda name: folder.with_field(name, "weights", "file")),
+        names.map(lambda name: folder.with_tensors({name: None})),
+        any_of("surplus", "one.weight", "floats.float64").map(lambda n: folder.with_tensors({n: torch.zeros(3)})),
+        st.builds(lambda name, reshape: folder.with_tensors({name: reshape(tensors[name])}), names, any_of(*_RESHAPED)),
+        any_of(*filled).map(folder.with_tensors),
+        CHECKPOINTS.map(lambda file: folder.with_weights(file.data)),
     )
-    text = rng.choice(texts)
-    return lambda folder: Folder(text, folder.weights)
-
-
-@SAVED_MODELS.add
-def wrong_version(rng: Random) -> Callable[[Folder], Folder]:
-    version = rng.choice((0, 1, 2, 4, 99, -1, "3", None, [3], 3.5, 10**30))
-    return lambda folder: folder.with_config(lambda config: config.update(schema_version=version))
-
-
-@SAVED_MODELS.add
-def missing_field(rng: Random) -> Callable[[Folder], Folder]:
-    return lambda folder: folder.with_config(lambda config: config.pop(rng.choice(sorted(config))) and None)
-
-
-def _json_value(rng: Random) -> Any:
-    """An odd value that JSON's writer takes."""
-    while True:
-        value = odd_value(rng)
-        try:
-            json.dumps(value).encode()
-        except (ValueError, RecursionError):
-            continue
-        return value
-
-
-@SAVED_MODELS.add
-def odd_field(rng: Random) -> Callable[[Folder], Folder]:
-    value = _json_value(rng)
-    return lambda folder: folder.with_config(lambda config: config.update({rng.choice(sorted(config)): value}))
-
-
-@SAVED_MODELS.add
-def odd_field_within(rng: Random) -> Callable[[Folder], Folder]:
-    part, value = rng.choice(("quantization_config", "traits", "weights", "sqnr_db")), _json_value(rng)
-
-    def change(config: dict[str, Any]) -> None:
-        config[part][rng.choice(sorted(config[part]))] = value
-
-    return lambda folder: folder.with_config(change)
-
-
-@SAVED_MODELS.add
-def odd_shapes(rng: Random) -> Callable[[Folder], Folder]:
-    shape = [rng.choice((0, 1, 3, 8, 10**6, 10**12, -1)) for _ in range(rng.randint(3, 5))]
-    return lambda folder: folder.with_config(lambda config: config.update(example_shapes=[shape]))
-
-
-@SAVED_MODELS.add
-def other_layout(rng: Random) -> Callable[[Folder], Folder]:
-    letters = "".join(rng.choice("hbf-x") for _ in range(rng.randrange(12)))
-    return lambda folder: folder.with_config(lambda config: config["weights"].update(layout=letters))
-
-
-@SAVED_MODELS.add
-def weights_elsewhere(rng: Random) -> Callable[[Folder], Folder]:
-    name = rng.choice(
-        ("../model-000000000000.safetensors", "/etc/passwd", "", "a\0b", "model-0.safetensors", "config.json")
-    )
-    return lambda folder: folder.with_config(lambda config: config["weights"].update(file=name))
-
-
-@SAVED_MODELS.add
-def missing_or_surplus_tensor(rng: Random) -> Callable[[Folder], Folder]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        if rng.random() < 0.5:
-            tensors.pop(rng.choice(sorted(tensors)))
-        else:
-            tensors[rng.choice(("surplus", "one.weight", "floats.float64"))] = torch.zeros(3)
-
-    return lambda folder: folder.with_tensors(change)
-
-
-@SAVED_MODELS.add
-def other_shape_or_type(rng: Random) -> Callable[[Folder], Folder]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        name = rng.choice(sorted(tensors))
-        other = (lambda t: t.flatten()[:-1], lambda t: t[None], lambda t: t.double(), lambda t: t.to(torch.int64))
-        tensors[name] = rng.choice(other)(tensors[name]).clone()
-
-    return lambda folder: folder.with_tensors(change)
-
-
-@SAVED_MODELS.add
-def other_values(rng: Random) -> Callable[[Folder], Folder]:
-    def change(tensors: dict[str, Tensor]) -> None:
-        tensor = tensors[rng.choice(sorted(tensors))]
-        if tensor.is_floating_point():
-            tensor.fill_(rng.choice((float("nan"), float("inf"), -1.0, 0.0, 6e4)))
-        else:
-            tensor.fill_(rng.choice((0, 127, 255)))
-
-    return lambda folder: folder.with_tensors(change)
-
-
-@SAVED_MODELS.add
-def weights_of_any_file(rng: Random) -> Callable[[Folder], Folder]:
-    make = CHECKPOINTS.mutations[rng.choice(sorted(CHECKPOINTS.mutations))]
-    return lambda folder: folder.with_weights(make(rng).data)

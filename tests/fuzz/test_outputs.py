@@ -10,6 +10,7 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.images import image_size, load_image
 from harmoq_ao.runtime.file_jobs import FileUpscaler, Job, upscale_here
 from harmoq_ao.runtime.upscaler import Upscaler
+from tests.fuzz.damage import FileCase, run_cases
 from tests.fuzz.images import IMAGES
 from tests.models import converted
 
@@ -22,10 +23,13 @@ def test_no_output_is_partial(tmp_path: Path) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     output.mkdir()
-    jobs = []
-    for name, case in IMAGES.cases(COUNT, seed=7):
-        path = case.write(source, name)
+    jobs: list[Job] = []
+
+    def add(case: FileCase) -> None:
+        path = case.write(source, str(len(jobs)))
         jobs.append(Job(path, output / f"{path.name}.png"))
+
+    run_cases(IMAGES, COUNT, add, offset=7)
     old = bytes(TAIL)
     for job in jobs[::2]:
         job.target.write_bytes(old)  # half of the outputs are there from before
@@ -33,7 +37,7 @@ def test_no_output_is_partial(tmp_path: Path) -> None:
     failures = upscale_here(jobs, upscale, lambda: None)
     failed = {image for image, _ in failures}
     assert len(failed) == len(failures)
-    assert 25 < len(failed) < COUNT - 25
+    assert 25 < len(failed) < len(jobs) - 25
     assert all(reason for _, reason in failures)
     for index, job in enumerate(jobs):
         if job.image not in failed:

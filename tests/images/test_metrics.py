@@ -192,8 +192,8 @@ def test_bicubic_of_a_batch_is_that_of_each_image(channels: int) -> None:
         (lambda a: bicubic_batch(torch.zeros(3, 4, 4), 2), "needs a batch of images. Found: shape [3, 4, 4]"),
         (lambda a: bicubic_batch(torch.zeros(1, 2, 4, 4), 2), "Found: shape [1, 2, 4, 4]"),
         (lambda a: bicubic_batch(torch.zeros(1, 3, 4, 4), 0), "not an upscaling factor. Found: 0"),
-        (lambda a: score_all([("x", a, a), ("x", a, a)], 2), "Two images carry the same name. Found: x"),
-        (lambda a: ScoreTable().mean, "no mean of no images"),
+        (lambda a: score_all([("x", a, a), ("x", a, a)], 2), "Two images have the same name. Found: x"),
+        (lambda a: ScoreTable().mean, "no scores to average"),
     ],
 )
 def test_bad_input_is_named(call: object, message: str) -> None:

@@ -17,7 +17,7 @@ from harmoq_ao.common.errors import ConfigError, InputError
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedLinear
 from harmoq_ao.sites.model import ModelTraits
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 from tests.preparation.helpers import SWINIR, Small, prepare
 
 DATLIGHT: Architecture = next(a for a in ARCHITECTURES if a.name == "DAT/light")

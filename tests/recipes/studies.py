@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from harmoq_ao.images import load_image, skimage_photographs
 from harmoq_ao.recipes.cells import Cell, Value
 from harmoq_ao.recipes.study import Study, StudySettings
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 from tests.models import build
 
 SCALE = 2

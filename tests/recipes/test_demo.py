@@ -17,7 +17,7 @@ import harmoq_ao as h
 from harmoq_ao.conversion.save import folder_bytes
 from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
-from harmoq_ao.zoo.checkpoints import LoadedModel
+from harmoq_ao.zoo import LoadedModel
 
 BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
 

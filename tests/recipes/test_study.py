@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import harmoq_ao as h
-from harmoq_ao.baselines.methods import METHODS
+from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError, DatasetError, SavedModelError
 from harmoq_ao.config import SiteRule
 from harmoq_ao.harmonization.presets import PRESETS

@@ -1,4 +1,4 @@
-"""Pictures, distributions, sizes and charts of a report, and its command."""
+"""Pictures, distributions, sizes and charts of a report."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 import torch
-from click.testing import Result
-from PIL import Image
-from typer.testing import CliRunner
 
-from harmoq_ao.cli import app
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.save import float_bytes, folder_bytes, save_quantized
 from harmoq_ao.images.metrics import bicubic_upscale, psnr_y
@@ -25,7 +21,7 @@ from harmoq_ao.reporting.distributions import recorded, worst_sites
 from harmoq_ao.reporting.pictures import compare, heat_ceiling
 from harmoq_ao.reporting.sizes import float32_bytes, size_rows
 from tests.models import PER_TOKEN, build, converted, images
-from tests.reporting.conftest import HOSTILE, PAPER, quantized_model, source
+from tests.reporting.conftest import HOSTILE, PAPER, source
 
 
 def test_without_a_float_model_the_other_picture_is_bicubic(scene: Scene) -> None:
@@ -137,58 +133,6 @@ def test_charts_place_every_point_inside(values: list[float], log: str) -> None:
     dots = [dot for dot in root.iter("use") if dot.find("title") is not None]
     assert [dot.find("title").text for dot in dots] == names
     assert all(0 < float(dot.attrib["x"]) < width and 0 < float(dot.attrib["y"]) < height for dot in dots)
-
-
-# --- command ----------------------------------------------------------------------------------------------------------
-
-
-def harmoq(*arguments: object) -> Result:
-    result: Any = CliRunner().invoke(app, ["report", *map(str, arguments)], env={"COLUMNS": "300"})
-    return result
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("command")
-    save_quantized(quantized_model(), root / "m")
-    for index in range(3):
-        image = np.round(255 * source(seed=index).low.pixels.movedim(0, -1).numpy()).astype(np.uint8)
-        (root / "low").mkdir(exist_ok=True)
-        Image.fromarray(image).save(root / "low" / f"{index}x2.png")
-        (root / "high").mkdir(exist_ok=True)
-        Image.fromarray(image).resize((64, 48)).save(root / "high" / f"{index}.png")
-    return root
-
-
-def test_the_command_writes_a_page_of_the_images_it_is_given(saved: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    given = (saved / "m", "-o", page, "--images", saved / "low", "--pictures", 2, "--worst", 1)
-    result = harmoq(*given, "--hr", saved / "high")
-    assert result.exit_code == 0, result.output
-    assert "2 of 3 pictures" in result.stdout
-    assert "bicubic" in result.stdout
-    text = page.read_text()
-    assert text.count('<article class="picture"') == 2
-    assert "1 more image was given" in text
-    assert "PSNR-Y in dB" in text
-
-
-def test_the_command_tells_what_it_cannot_use(saved: Path, tmp_path: Path) -> None:
-    page = tmp_path / "page.html"
-    (saved / "float.pth").touch()
-    wrong = [
-        ((saved / "float.pth", "-o", page), "no saved model"),
-        ((saved / "missing", "-o", page), "no such folder"),
-        ((saved / "m", "-o", tmp_path), "cannot be written"),
-        ((saved / "m", "-o", tmp_path / "a" / "b.html"), "cannot be written"),
-        ((saved / "m", "-o", page, "--images", saved / "low" / "0x2.png", "--hr", saved / "high"), "one folder"),
-        ((saved / "m", "-o", page, "--images", saved / "nothing"), "does not exist"),
-    ]
-    for arguments, message in wrong:
-        result = harmoq(*arguments)
-        assert result.exit_code == 2, result.output
-        assert message in " ".join(result.output.split())
-    assert not page.exists()
 
 
 def test_infinite_agreement_is_written_as_such(scene: Scene) -> None:

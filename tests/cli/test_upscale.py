@@ -1,0 +1,150 @@
+"""`harmoq upscale`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from harmoq_ao.cli import common
+from harmoq_ao.cli.upscale import _tiles_shown
+from harmoq_ao.common.progress import progress_bar
+from harmoq_ao.runtime import upscaler
+from tests.cli.command import fails, photograph, succeeds
+
+
+def test_upscale_keeps_the_form_and_goes_on_after_a_bad_file(folder: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "in"
+    for mode in ("RGB", "RGBA", "L"):
+        photograph(inputs / f"{mode}.png", 18, 21, mode)
+    (inputs / "broken.png").write_bytes((inputs / "RGB.png").read_bytes()[:60])
+    (inputs / "empty.png").touch()
+    message = fails("upscale", folder / "w4", inputs, "--output", tmp_path / "out", "--suffix", "_x2", code=1)
+    assert "3 of 5 images" in message
+    assert "broken.png" in message
+    assert "empty.png" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["L_x2.png", "RGBA_x2.png", "RGB_x2.png"]
+    for mode in ("RGB", "RGBA", "L"):
+        with Image.open(tmp_path / "out" / f"{mode}_x2.png") as image:
+            assert (image.mode, image.size) == (mode, (42, 36))
+
+
+def test_upscale_by_pattern_and_list(folder: Path, tmp_path: Path) -> None:
+    source = folder / "photographs"
+    succeeds("upscale", folder / "w4", source / "[0].png", "-o", tmp_path / "pattern")
+    assert [path.name for path in (tmp_path / "pattern").iterdir()] == ["0.png"]
+    (tmp_path / "list.txt").write_text(f"{source / '1.png'}\n{source / '0.png'}\n")
+    succeeds("upscale", folder / "w4", tmp_path / "list.txt", "-o", tmp_path / "list")
+    assert sorted(path.name for path in (tmp_path / "list").iterdir()) == ["0.png", "1.png"]
+    assert (tmp_path / "list" / "0.png").read_bytes() == (tmp_path / "pattern" / "0.png").read_bytes()
+    assert "files are needed" in fails("upscale", folder / "w4", "hf:some/set", "-o", tmp_path / "out")
+
+
+def test_upscale_in_tiles(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 24, 40)
+    options: dict[str, tuple[object, ...]] = {"whole": (), "tiles": ("--tile", 24, "--overlap", 16)}
+    results = {}
+    for name, given in options.items():
+        succeeds("upscale", folder / "w4", source, "-o", tmp_path / name, *given)
+        with Image.open(tmp_path / name / "a.png") as image:
+            results[name] = np.asarray(image).astype(int)
+    assert results["whole"].shape == (48, 80, 3)
+    assert np.abs(results["tiles"] - results["whole"]).mean() < 4
+
+
+def test_upscale_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 16, 16)
+    given = ("upscale", folder / "model.safetensors", source, "-o")
+    succeeds(*given, tmp_path / "float32")
+    succeeds(*given, tmp_path / "bfloat16", "--float-dtype", "bfloat16")
+    images = [np.asarray(Image.open(tmp_path / dtype / "a.png")).astype(int) for dtype in ("float32", "bfloat16")]
+    assert 0 < np.abs(images[0] - images[1]).mean() < 4
+
+
+def test_upscale_by_compiled_code_of_one_size(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiler's own work is left out: it takes a minute, and `tests/lowering/test_compiled.py` has it."""
+    real, sizes = torch.compile, []
+
+    def traced(graph: torch.fx.GraphModule, **options: object) -> object:
+        sizes.append(graph)
+        return real(graph, backend="aot_eager", fullgraph=True, dynamic=False)
+
+    monkeypatch.setattr(torch, "compile", traced)
+    monkeypatch.setattr(upscaler, "FIXED_TILE", 24)
+    monkeypatch.setattr(common, "FIXED_TILE", 24)
+    for name, (height, width) in {"small": (9, 16), "large": (30, 50), "exact": (24, 24)}.items():
+        photograph(tmp_path / "in" / f"{name}.png", height, width)
+    given = ("upscale", folder / "w4", tmp_path / "in", "--overlap", 16, "-o")
+    succeeds(*given, tmp_path / "eager", "--tile", 24)
+    succeeds(*given, tmp_path / "compiled", "--compile")
+    assert len(sizes) == 1
+    for name in ("large", "exact"):
+        results = [np.asarray(Image.open(tmp_path / how / f"{name}.png")) for how in ("eager", "compiled")]
+        assert np.array_equal(*results)
+    with Image.open(tmp_path / "compiled" / "small.png") as image:
+        assert image.size == (32, 18)
+
+
+def test_runtimes_are_of_quantized_models_and_one_at_a_time(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 16, 16)
+    for option, name in (("--compile", "torch.compile"), ("--openvino", "OpenVINO")):
+        message = fails("upscale", folder / "model.safetensors", source, "-o", tmp_path / "out", option)
+        assert f"{name} runs quantized models" in message
+    message = fails("evaluate", folder / "w4", folder / "set", "--compile", "--openvino")
+    assert "at most one" in message
+
+
+def test_upscale_replaces_nothing_unasked(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "in" / "a.png", 16, 16)
+    given = ("upscale", folder / "w4", source, "-o")
+    assert "its own source" in fails(*given, tmp_path / "in", "--overwrite")
+    succeeds(*given, tmp_path / "out")
+    assert "--overwrite" in fails(*given, tmp_path / "out")
+    succeeds(*given, tmp_path / "out", "--overwrite")
+    twin = photograph(tmp_path / "other" / "a.png", 16, 16)
+    assert "one file" in fails("upscale", folder / "w4", source, twin, "-o", tmp_path / "both")
+    assert "overlap" in fails(*given, tmp_path / "tiles", "--tile", 8, "--overlap", 8)
+    assert "cannot be created" in fails(*given, source)
+
+
+def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("harmoq_ao.runtime.image_files.save_rows", interrupted)
+    message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
+    assert "Interrupted" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_in_the_middle_of_an_image_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, rows = photograph(tmp_path / "in" / "a.png", 24, 40), upscaler.upscale_rows
+
+    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield next(rows(*arguments, **options))
+        assert list((tmp_path / "out").iterdir()), "the file is begun"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upscaler, "upscale_rows", interrupted)
+    tiles = ("--tile", 16, "--overlap", 8)
+    fails("upscale", folder / "w4", source, "-o", tmp_path / "out", *tiles, code=130)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_the_tiles_of_a_large_image_have_a_bar_of_their_own() -> None:
+    bar = progress_bar()
+    show = _tiles_shown(bar)
+    shown = []
+    for total in (1, 3, 1):
+        for done in range(1, total + 1):
+            show(done, total)
+            (task,) = bar.tasks
+            shown.append((task.visible, task.completed, task.total))
+    assert shown == [(False, 1, 1), (True, 1, 3), (True, 2, 3), (True, 3, 3), (False, 1, 1)]
