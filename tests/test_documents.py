@@ -14,7 +14,8 @@ import harmoq_ao
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Folders that a document may name a file relative to.
-_BASES = (ROOT, ROOT / "harmoq_ao", ROOT / "triton_kernels", ROOT / "docs")
+_BASES = (ROOT, ROOT / "harmoq_ao", ROOT / "triton_kernels", ROOT / "recipes", ROOT / "tests")
+_MADE = {"demo_output/", "build/"}  # by a command that the sentence is about
 _UPPERCASE = re.compile(r"[A-Z]{4,}")  # placeholders such as NAME
 
 
@@ -25,13 +26,13 @@ def _code(page: Path) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_files_and_folders_exist(page: Path) -> None:
     named = {c for c in _code(page) if re.fullmatch(r"[\w./]+(\.py|/)", c) and not _UPPERCASE.search(c)}
-    missing = {c for c in named if not any((base / c).exists() for base in _BASES) and not _made(c)}
-    assert not missing
+    assert not {c for c in named - _MADE if not _exists(c)}
 
 
-def _made(name: str) -> bool:
-    """What a command makes, in a sentence about it."""
-    return name in {"demo_output/", "build/"}
+def _exists(name: str) -> bool:
+    if "/" not in name:  # beside a file that is named in full
+        return any(next(base.rglob(name), None) for base in _BASES[1:])
+    return any((base / name).exists() for base in _BASES)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
