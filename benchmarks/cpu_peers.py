@@ -40,7 +40,7 @@ from benchmarks.measuring import (
     read_results,
     write_results,
 )
-from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
+from benchmarks.peers import Run, bfloat16_run, for_size, swinir_light, torchao_int8
 from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
@@ -53,16 +53,6 @@ CROPS = 32
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
 _RATIOS = tuple(f"vs {name}" for name in YARDSTICKS)
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao", "spandrel")
-_SWINIR_LIGHT = {
-    "upscale": SCALE,
-    "img_size": 64,
-    "window_size": 8,
-    "depths": [6] * 4,
-    "embed_dim": 60,
-    "num_heads": [6] * 4,
-    "mlp_ratio": 2,
-    "upsampler": "pixelshuffledirect",
-}
 
 
 @dataclass(frozen=True)
@@ -83,10 +73,8 @@ class Job:
         """The float model."""
         if self.model == "dat-light":
             return h.load_demo_model(SCALE).model
-        from spandrel.architectures.SwinIR import SwinIR
-
         torch.manual_seed(0)
-        return SwinIR(**_SWINIR_LIGHT).eval()
+        return swinir_light(SCALE).eval()
 
     def fixed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The float model with its masks ready for the size."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, read_results, write_results
-from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
+from benchmarks.peers import Run, bfloat16_run, for_size, swinir_light, torchao_int8
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
@@ -64,16 +64,6 @@ class Shape:
     def name(self) -> str:
         """Such as ``swinir-light x2 256x256 b1``."""
         return f"{self.model} x{self.scale} {self.height}x{self.width} b{self.batch}"
-
-
-def swinir_light(scale: int) -> nn.Module:
-    """SwinIR-light with random weights."""
-    from spandrel.architectures.SwinIR import SwinIR
-
-    return SwinIR(
-        upscale=scale, img_size=64, window_size=8, depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, mlp_ratio=2,
-        upsampler="pixelshuffledirect",
-    )  # fmt: skip
 
 
 def hat_s(scale: int) -> nn.Module:

@@ -15,7 +15,7 @@ import griffe
 from griffe2md import ConfigDict, render_object_docs  # type: ignore[import-untyped]
 
 import harmoq_ao
-from harmoq_ao.common.output import atomic_write, make_folder
+from harmoq_ao.recipes.store import write_text
 
 _ROOM = re.compile(r"^``(\w+)`` +(?:\d\. )?(.*)$", re.MULTILINE)
 """A row of the table in the docstring of :mod:`harmoq_ao`, whose rooms follow the pipeline."""
@@ -59,10 +59,7 @@ def _plain(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Write the page to the file named."""
-    path = Path(arguments[0])
-    make_folder(path.parent)
-    with atomic_write(path) as file:
-        file.write(reference_text().encode())
+    write_text(Path(arguments[0]), reference_text())
 
 
 if __name__ == "__main__":
