@@ -5,7 +5,7 @@ weights, qparams per token) against ``F.linear`` in float32 and bfloat16, at the
 on fresh random inputs in every round; then products of two quantized activations. Reports p20/p50/p80 in ms and
 the ratio of medians to float32 (above 1: faster than float32).
 
-    python -m benchmarks.cpu_linear --threads 2 --output benchmarks/results/cpu_linear
+    python -m benchmarks.cpu_linear --threads 2 --output benchmarks/results/cpu_linear.jsonl
 
 Page faults of large outputs have nothing to do with the kernels, so freed memory is kept, for every contender alike.
 """
@@ -23,11 +23,10 @@ import pandas as pd
 import torch
 from torch.nn import functional as F
 
-from benchmarks.measuring import environment, write_json
+from benchmarks.measuring import environment, write_results
 from harmoq_ao.kernels import float_matmul, onednn
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
-from harmoq_ao.recipes.store import write_text
 
 SHAPES = [(m, k, n) for m in (65536, 16384) for k, n in ((60, 180), (60, 120), (120, 60), (60, 60))]
 MATMULS = {
@@ -126,7 +125,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--output", type=Path, help="path without suffix for the .csv and, with the machine, .json")
+    parser.add_argument("--output", type=Path, help="file of JSON lines: the machine, then a line per contender")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
@@ -144,8 +143,7 @@ def main() -> None:
     rows = pd.concat(parts, ignore_index=True)
     print(rows.to_string(index=False, float_format="{:.3f}".format))
     if arguments.output:
-        write_text(arguments.output.with_suffix(".csv"), rows.to_csv(index=False, float_format="%.4f"))
-        write_json(arguments.output.with_suffix(".json"), {"machine": machine, "rows": rows.to_dict("records")})
+        write_results(arguments.output, machine, rows.round(4).to_dict("records"))
 
 
 if __name__ == "__main__":

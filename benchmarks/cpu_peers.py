@@ -15,7 +15,6 @@ Needs ``pip install "harmoq-ao[bench,demo]"``; a contender that does not work is
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
 import time
 import warnings
@@ -32,8 +31,16 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
-from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
+from benchmarks.measuring import (
+    environment,
+    one_line,
+    paired_ratio,
+    percentiles,
+    random_image,
+    read_results,
+    write_results,
+)
+from benchmarks.peers import Run, bfloat16_run, for_size, swinir_light, torchao_int8
 from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
@@ -46,16 +53,6 @@ CROPS = 32
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
 _RATIOS = tuple(f"vs {name}" for name in YARDSTICKS)
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao", "spandrel")
-_SWINIR_LIGHT = {
-    "upscale": SCALE,
-    "img_size": 64,
-    "window_size": 8,
-    "depths": [6] * 4,
-    "embed_dim": 60,
-    "num_heads": [6] * 4,
-    "mlp_ratio": 2,
-    "upsampler": "pixelshuffledirect",
-}
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,8 @@ class Job:
         """The float model."""
         if self.model == "dat-light":
             return h.load_demo_model(SCALE).model
-        from spandrel.architectures.SwinIR import SwinIR
-
         torch.manual_seed(0)
-        return SwinIR(**_SWINIR_LIGHT).eval()
+        return swinir_light(SCALE).eval()
 
     def fixed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The float model with its masks ready for the size."""
@@ -331,16 +326,17 @@ def measure(worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def run(job: Job, options: Any) -> dict[str, Any]:
+def run(job: Job, options: Any) -> None:
     """Measure what is not measured yet, storing after each contender."""
-    path = options.output / f"cpu_peers_{job.model}.json"
+    path = options.output / f"cpu_peers_{job.model}.jsonl"
     set5 = options.set5 if job.model == "dat-light" else None
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"results": {}}
-    missing = [name for name in options.contenders if "p50_ms" not in found["results"].get(name, {})]
+    about, known = read_results(path)
+    rows = {row["contender"]: row for row in known}
+    missing = [name for name in options.contenders if "p50_ms" not in rows.get(name, {})]
     if not missing:
-        return found
-    found |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, job.size, job.size], "rounds": options.rounds}
-    found |= {"calibration_crops": CROPS, **environment(PACKAGES)}
+        return
+    about |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, job.size, job.size], "rounds": options.rounds}
+    about |= {"calibration_crops": CROPS, **environment(PACKAGES)}
     with ExitStack() as stack:
         start = partial(Worker, job=job, set5=set5, threads=options.threads)
         yardsticks = {name: stack.enter_context(closing(start(name))) for name in YARDSTICKS}
@@ -351,61 +347,61 @@ def run(job: Job, options: Any) -> dict[str, Any]:
                     row = measure(worker, list(yardsticks.values()), options.rounds, set5)
                 except (RuntimeError, OSError) as error:
                     row = {"error": str(error)}
-            found["results"][name] = row
-            write_json(path, found)
-            print(name, {k: v for k, v in row.items() if k != "seconds"}, flush=True)
-    return found
+            rows[name] = {"contender": name, **row}
+            write_results(path, about, rows.values())
+            print({k: v for k, v in rows[name].items() if k != "seconds"}, flush=True)
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     """The results as a table with what they were measured on."""
-    machine = ", ".join(f"{key} {found.get(key)}" for key in ("cpu", "threads", "torch", *PACKAGES))
-    rows = []
-    for name in [n for n in CONTENDERS if n in found["results"]]:
-        row = found["results"][name]
-        cells = {"contender": name, "p20 ms": row.get("error", "")}
+    machine = ", ".join(f"{key} {about.get(key)}" for key in ("cpu", "threads", "torch", *PACKAGES))
+    lines = []
+    for row in rows:
+        cells = {"contender": row["contender"], "p20 ms": row.get("error", "")}
         if "error" not in row:
             cells |= {f"{p} ms": f"{row[f'{p}_ms']:.1f}" for p in ("p20", "p50", "p80")}
             cells |= {f"vs {y}": f"{row[f'speed_vs_{y}'.replace(' ', '_')]:.2f}" for y in YARDSTICKS}
             cells["PSNR dB"] = "" if row["psnr_y"] is None else f"{row['psnr_y']:.3f}"
-        rows.append(cells)
-    table = pd.DataFrame(rows, columns=["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "PSNR dB"]).fillna("")
-    head = f"## {found['model']}, {found['image'][2]}x{found['image'][3]} input"
-    return f"{head}\n\n{machine}; {found['rounds']} rounds.\n\n{markdown_table(table)}"
+        lines.append(cells)
+    table = pd.DataFrame(lines, columns=["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "PSNR dB"]).fillna("")
+    head = f"## {about['model']}, {about['image'][2]}x{about['image'][3]} input"
+    return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}"
 
 
 @styled
-def chart(found: dict[str, Any], path: Path) -> None:
+def chart(about: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Bars of the speed against float32 eager, the PSNR beside them."""
-    rows = {n: found["results"][n] for n in reversed(CONTENDERS) if "p50_ms" in found["results"].get(n, {})}
+    rows = [row for row in reversed(rows) if "p50_ms" in row]
     figure = new_figure(7.0, 0.32 * len(rows) + 0.9)
     axis = figure.subplots()
-    colours = ["#c2410c" if name.startswith("harmoq") else "#94a3b8" for name in rows]
-    bars = axis.barh(list(rows), [row["speed_vs_float32_eager"] for row in rows.values()], color=colours)
-    quality = ("" if row["psnr_y"] is None else f", {row['psnr_y']:.2f} dB" for row in rows.values())
-    labels = [f" {row['speed_vs_float32_eager']:.2f}x{q}" for row, q in zip(rows.values(), quality, strict=True)]
+    names, speeds = ([row[key] for row in rows] for key in ("contender", "speed_vs_float32_eager"))
+    colours = ["#c2410c" if name.startswith("harmoq") else "#94a3b8" for name in names]
+    bars = axis.barh(names, speeds, color=colours)
+    quality = ("" if row["psnr_y"] is None else f", {row['psnr_y']:.2f} dB" for row in rows)
+    labels = [f" {speed:.2f}x{decibels}" for speed, decibels in zip(speeds, quality, strict=True)]
     axis.bar_label(bars, labels, fontsize=8)
     axis.margins(x=0.3, y=0.02)
     axis.grid(axis="y", visible=False)
-    axis.set_xlabel(f"speed against float32 eager, {found['model']}, {found['threads']} threads")
+    axis.set_xlabel(f"speed against float32 eager, {about['model']}, {about['threads']} threads")
     save_figure(figure, path)
 
 
 def write_pages(folder: Path) -> str:
     """Markdown and charts of all results in a folder; returns the Markdown."""
     pages = ["# Whole models on a CPU"]
-    for path in sorted(folder.glob("cpu_peers_*.json")):
-        found = json.loads(path.read_text())
-        pages.append(markdown(found))
-        if any("p50_ms" in row for row in found["results"].values()):
-            chart(found, path.with_suffix(".png"))
+    for path in sorted(folder.glob("cpu_peers_*.jsonl")):
+        about, known = read_results(path)
+        rows = [row for name in CONTENDERS for row in known if row["contender"] == name]
+        pages.append(markdown(about, rows))
+        if any("p50_ms" in row for row in rows):
+            chart(about, rows, path.with_suffix(".png"))
     text = "\n\n".join(pages) + "\n"
     write_text(folder / "cpu_peers.md", text)
     return text
 
 
 def main() -> None:
-    """Measure, and write JSON, Markdown and a chart."""
+    """Measure, and write JSON lines, Markdown and a chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("dat-light", "swinir-light"), action="append")
     parser.add_argument("--size", type=int, default=128)

@@ -1,6 +1,6 @@
 """Everything that a GPU has to show, in one command: are the kernels right, and how fast are whole models with them?
 
-    python -m benchmarks.gpu --output benchmarks/results/gpu.json
+    python -m benchmarks.gpu --output benchmarks/results/gpu.jsonl
 
 First every Triton kernel is compared with its reference on fresh random inputs at odd sizes; integers must be equal.
 Then whole models with random weights, in the shapes of SwinIR-light, HAT-S and DAT-light, take turns on the same fresh
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +26,8 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, write_json
-from benchmarks.peers import Run, bfloat16_run, for_size, torchao_int8
+from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, read_results, write_results
+from benchmarks.peers import Run, bfloat16_run, for_size, swinir_light, torchao_int8
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
@@ -65,16 +64,6 @@ class Shape:
     def name(self) -> str:
         """Such as ``swinir-light x2 256x256 b1``."""
         return f"{self.model} x{self.scale} {self.height}x{self.width} b{self.batch}"
-
-
-def swinir_light(scale: int) -> nn.Module:
-    """SwinIR-light with random weights."""
-    from spandrel.architectures.SwinIR import SwinIR
-
-    return SwinIR(
-        upscale=scale, img_size=64, window_size=8, depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, mlp_ratio=2,
-        upsampler="pixelshuffledirect",
-    )  # fmt: skip
 
 
 def hat_s(scale: int) -> nn.Module:
@@ -277,7 +266,7 @@ def _peak(run: Run, example: Tensor) -> float | None:
 def main(arguments: list[str] | None = None) -> int:
     """Check, measure, write; returns the number of kernels that are wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.json"))
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu.jsonl"))
     parser.add_argument("--only", choices=("kernels", "models"))
     parser.add_argument("--shapes", nargs="*", help="names of shapes; all by default")
     parser.add_argument("--rounds", type=int, default=30)
@@ -285,20 +274,21 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         parser.error("there is no GPU here; without one, the kernels run in tests/triton_kernels and the compile gate")
     device = torch.device("cuda")
-    known = json.loads(options.output.read_text()) if options.output.exists() else {}
-    result: dict[str, Any] = {"gpu": torch.cuda.get_device_name(), **environment(("triton", "torchao", "spandrel"))}
-    result["models"] = known.get("models", {}) if known.get("gpu") == result["gpu"] else {}
-    if options.only != "models":
-        result["kernels"] = check_kernels(device)
-        print(json.dumps(result["kernels"], indent=1))
-    for shape in [s for s in SHAPES if options.only != "kernels" and s.name not in result["models"]]:
+    about = {"gpu": torch.cuda.get_device_name(), **environment(("triton", "torchao", "spandrel"))}
+    known, rows = read_results(options.output)
+    rows = [row for row in rows if "shape" in row] if known.get("gpu") == about["gpu"] else []
+    done = {row["shape"] for row in rows}
+    checks = [] if options.only == "models" else check_kernels(device)
+    print(*checks, sep="\n")
+    write_results(options.output, about, [*checks, *rows])
+    for shape in [s for s in SHAPES if options.only != "kernels" and s.name not in done]:
         if options.shapes and shape.name not in options.shapes:
             continue
-        result["models"][shape.name] = measure(shape, device, options.rounds)
-        print(shape.name, json.dumps(result["models"][shape.name], indent=1))
-        write_json(options.output, result)
-    write_json(options.output, result)
-    return sum(row.get("wrong", 0) > 0 for row in result.get("kernels", []))
+        found = measure(shape, device, options.rounds)
+        rows += [{"shape": shape.name, "contender": name, **row} for name, row in found.items()]
+        print(*rows[-len(found) :], sep="\n")
+        write_results(options.output, about, [*checks, *rows])
+    return sum(row.get("wrong", 0) > 0 for row in checks)
 
 
 if __name__ == "__main__":

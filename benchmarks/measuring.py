@@ -1,20 +1,21 @@
-"""What the benchmarks of whole models share: inputs, statistics, and a description of the machine."""
+"""What the benchmarks share: inputs, statistics, a description of the machine, and files of results."""
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Iterable, Sequence
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.recipes import store
-from harmoq_ao.recipes.store import write_json
-
-__all__ = ["environment", "one_line", "paired_ratio", "percentiles", "random_image", "version_of", "write_json"]
 
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
@@ -41,9 +42,22 @@ def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:
 
 
 def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
-    """Machine, versions, and whether freed memory is kept: asking keeps it, for every contender alike."""
+    """Machine, versions, command, and whether freed memory is kept: asking keeps it, for every contender alike."""
     versions = {name: version_of(name) for name in packages}
-    return {**store.environment("cpu"), **versions, "keeps_memory": keep_memory()}
+    command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return {**store.environment("cpu"), **versions, "keeps_memory": keep_memory(), "command": _FOLDERS.sub("", command)}
+
+
+def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Environment and rows of a file of results; both are empty where there is no such file yet."""
+    lines = path.read_text().splitlines() if path.exists() else ["{}"]
+    environment, *rows = map(json.loads, lines)
+    return environment, rows
+
+
+def write_results(path: Path, environment: dict[str, Any], rows: Iterable[dict[str, Any]]) -> None:
+    """Write JSON lines, whole or not at all: the environment, then a line for each measurement."""
+    store.write_text(path, "".join(json.dumps(line) + "\n" for line in (environment, *rows)))
 
 
 def version_of(package: str) -> str | None:

@@ -13,11 +13,20 @@ from typing import Any
 
 from spandrel.architectures.DAT.__arch.DAT import Adaptive_Spatial_Attention
 from spandrel.architectures.HAT import HAT
+from spandrel.architectures.SwinIR import SwinIR
 from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
 from torch import Tensor, nn
 
 Run = Callable[[Tensor], Tensor]
 _KIND = ("window_size", "split_size", "shift_size")
+
+
+def swinir_light(scale: int) -> nn.Module:
+    """SwinIR-light with random weights."""
+    return SwinIR(
+        upscale=scale, img_size=64, window_size=8, depths=[6] * 4, embed_dim=60, num_heads=[6] * 4, mlp_ratio=2,
+        upsampler="pixelshuffledirect",
+    )  # fmt: skip
 
 
 def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:

@@ -15,21 +15,10 @@ import griffe
 from griffe2md import ConfigDict, render_object_docs  # type: ignore[import-untyped]
 
 import harmoq_ao
-from harmoq_ao.common.output import atomic_write, make_folder
+from harmoq_ao.recipes.store import write_text
 
-SECTIONS = {
-    "Images": "CalibrationCrops find_images from_hf_dataset load_image load_pairs save_image",
-    "Configuration": "HarmoqConfig SiteRule",
-    "Float models": "load_model load_demo_model",
-    "1. Preparation": "prepare_harmoq PreparedModel Report SiteRow",
-    "2. Calibration": "calibrate compute_qparams enable_fake_quant disable_fake_quant",
-    "3. Harmonization": "harmonize HarmonizeSettings PRESETS AlgorithmSettings RefineSettings HarmonizeTrace",
-    "4. Conversion": "convert_harmoq QuantizedModel save_quantized load_quantized",
-    "Running and measuring": "Upscaler compile_model lower_openvino evaluate psnr_y ssim_y",
-    "Other methods": "prepare_with METHODS BASELINES mix_bits",
-    "Export and report": "export_onnx export_program export_checkpoint write_report",
-}
-"""Public names in the order of the pipeline; errors and whatever is not named here come last."""
+_ROOM = re.compile(r"^``(\w+)`` +(?:\d\. )?(.*)$", re.MULTILINE)
+"""A row of the table in the docstring of :mod:`harmoq_ao`, whose rooms follow the pipeline."""
 
 _HEADER = """# API reference
 
@@ -48,14 +37,13 @@ def reference_text() -> str:
     """The whole page as Markdown."""
     package = griffe.load("harmoq_ao", docstring_parser="google")
     config = ConfigDict(docstring_style="google", heading_level=3, show_root_full_path=False, show_submodules=False)
-    sections = {title: names.split() for title, names in SECTIONS.items()}
-    named = {name for names in sections.values() for name in names}
-    sections["Errors and the rest"] = [name for name in harmoq_ao.__all__ if name not in named and name[0] != "_"]
+    public = [package[name] for name in harmoq_ao.__all__ if name != "__version__"]
+    common, *rooms = _ROOM.findall(harmoq_ao.__doc__ or "")
     parts = []
-    for title, names in sections.items():
-        found = [package[name] for name in names]
-        targets = [item.final_target if isinstance(item, griffe.Alias) else item for item in found]
-        parts += [f"## {title}\n", *(render_object_docs(target, config) for target in targets)]
+    for room, subject in (*rooms, common):
+        targets = [item.final_target for item in public if item.target_path.split(".")[1] == room]
+        if targets:
+            parts += [f"## {room.capitalize()}: {subject}\n", *(render_object_docs(t, config) for t in targets)]
     return _HEADER + _plain("\n".join(parts))
 
 
@@ -71,10 +59,7 @@ def _plain(text: str) -> str:
 
 def main(arguments: list[str]) -> None:
     """Write the page to the file named."""
-    path = Path(arguments[0])
-    make_folder(path.parent)
-    with atomic_write(path) as file:
-        file.write(reference_text().encode())
+    write_text(Path(arguments[0]), reference_text())
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ and the tests go through this list, so a new architecture is covered by adding o
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import import_module
 
 import torch
@@ -23,7 +23,6 @@ class Architecture:
 
     Attributes:
         name: Architecture id of spandrel, with a variant after a slash where there are several.
-        cls: `package:class` below `spandrel.architectures`.
         arguments: Keyword arguments of the constructor.
         sizes: Image sizes `(height, width)` the float model takes: three, of which the last is no multiple of the
             attention window, unless `multiple` or `notes` say that the original refuses such sizes.
@@ -31,21 +30,22 @@ class Architecture:
         batches: Batch sizes the float model takes.
         multiple: Every side must be a multiple of this; 1 where the original pads by itself.
         notes: What a reader should know about this entry.
+        cls: Name of the class where it is not that of the architecture.
     """
 
     name: str
-    cls: str
-    arguments: Mapping[str, object] = field(default_factory=dict)
+    arguments: Mapping[str, object]
     sizes: tuple[Size, ...] = ((16, 16), (16, 24), (19, 13))
     channels: int = 3
     batches: tuple[int, ...] = (1, 3)
     multiple: int = 1
     notes: str = ""
+    cls: str = ""
 
     def build(self, seed: int = 0) -> nn.Module:
         """Build the model in evaluation mode; the same seed always gives the same weights."""
-        package, _, name = self.cls.partition(":")
-        constructor = getattr(import_module(f"spandrel.architectures.{package}"), name)
+        package = self.name.partition("/")[0]
+        constructor = getattr(import_module(f"spandrel.architectures.{package}"), self.cls or package)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = constructor(**self.arguments)
@@ -90,59 +90,38 @@ def _perturb_constants(model: nn.Module) -> None:
 
 
 _SWIN = {"img_size": 16, "embed_dim": 12, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8, "mlp_ratio": 2.0}
+_DAT = {"img_size": 16, "embed_dim": 16, "expansion_factor": 2.0, "upscale": 2}
 
 ARCHITECTURES: tuple[Architecture, ...] = (
-    Architecture(
-        "SwinIR/light",
-        "SwinIR:SwinIR",
-        {**_SWIN, "upscale": 2, "upsampler": "pixelshuffledirect"},
-    ),
+    Architecture("SwinIR/light", {**_SWIN, "upscale": 2, "upsampler": "pixelshuffledirect"}),
     Architecture(
         "SwinIR/classical",
-        "SwinIR:SwinIR",
         {**_SWIN, "upscale": 2, "upsampler": "pixelshuffle", "resi_connection": "3conv", "ape": True},
         sizes=((16, 16), (13, 16), (11, 13)),
         notes="absolute position embedding: only images that pad to img_size",
     ),
-    Architecture("SwinIR/real", "SwinIR:SwinIR", {**_SWIN, "upscale": 4, "upsampler": "nearest+conv"}),
-    Architecture("Swin2SR", "Swin2SR:Swin2SR", {**_SWIN, "upscale": 2, "upsampler": "pixelshuffledirect"}),
+    Architecture("SwinIR/real", {**_SWIN, "upscale": 4, "upsampler": "nearest+conv"}),
+    Architecture("Swin2SR", {**_SWIN, "upscale": 2, "upsampler": "pixelshuffledirect"}),
     Architecture(
         "HAT",
-        "HAT:HAT",
         {**_SWIN, "upscale": 2, "upsampler": "pixelshuffle", "compress_ratio": 3, "squeeze_factor": 6, "num_feat": 16},
     ),
     Architecture(
-        "DAT",
-        "DAT:DAT",
-        {
-            "img_size": 16,
-            "embed_dim": 16,
-            "split_size": [4, 8],
-            "depth": [4, 2],
-            "num_heads": [2, 2],
-            "expansion_factor": 2.0,
-            "upscale": 2,
-            "upsampler": "pixelshuffle",
-        },
+        "DAT", {**_DAT, "split_size": [4, 8], "depth": [4, 2], "num_heads": [2, 2], "upsampler": "pixelshuffle"}
     ),
     Architecture(
         "DAT/light",
-        "DAT:DAT",
         {
-            "img_size": 16,
-            "embed_dim": 16,
+            **_DAT,
             "split_size": [8, 16],
             "depth": [3],
             "num_heads": [2],
-            "expansion_factor": 2.0,
-            "upscale": 2,
             "resi_connection": "3conv",
             "upsampler": "pixelshuffledirect",
         },
     ),
     Architecture(
         "ATD",
-        "ATD:ATD",
         {
             **_SWIN,
             "upscale": 2,
@@ -154,14 +133,12 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "DRCT",
-        "DRCT:DRCT",
         {**_SWIN, "upscale": 2, "upsampler": "pixelshuffle", "gc": 6},
         sizes=((16, 16), (16, 24), (40, 32)),
         multiple=8,
     ),
     Architecture(
         "RGT",
-        "RGT:RGT",
         {
             "img_size": 16,
             "embed_dim": 12,
@@ -176,7 +153,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "CRAFT",
-        "CRAFT:CRAFT",
         {
             "embed_dim": 12,
             "depths": [2, 2],
@@ -189,7 +165,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "GRL",
-        "GRL:GRL",
         {
             "img_size": 16,
             "embed_dim": 32,
@@ -206,17 +181,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "mlp_ratio": 2.0,
         },
     ),
-    Architecture(
-        "OmniSR",
-        "OmniSR:OmniSR",
-        {"num_feat": 16, "block_num": 1, "res_num": 2, "up_scale": 2, "window_size": 8},
-    ),
-    Architecture(
-        "SCUNet", "SCUNet:SCUNet", {"dim": 64, "config": [2, 1, 1, 2, 1, 1, 1]}, sizes=((64, 64), (64, 128), (70, 50))
-    ),
+    Architecture("OmniSR", {"num_feat": 16, "block_num": 1, "res_num": 2, "up_scale": 2, "window_size": 8}),
+    Architecture("SCUNet", {"dim": 64, "config": [2, 1, 1, 2, 1, 1, 1]}, sizes=((64, 64), (64, 128), (70, 50))),
     Architecture(
         "Uformer",
-        "Uformer:Uformer",
         {
             "img_size": 64,
             "embed_dim": 8,
@@ -230,18 +198,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         notes="square images only",
     ),
     Architecture(
-        "FDAT",
-        "FDAT:FDAT",
-        {"scale": 2, "embed_dim": 16, "num_groups": 1, "depth_per_group": 1, "num_heads": 2, "mid_dim": 16},
+        "FDAT", {"scale": 2, "embed_dim": 16, "num_groups": 1, "depth_per_group": 1, "num_heads": 2, "mid_dim": 16}
     ),
-    Architecture(
-        "DITN",
-        "DITN:DITN",
-        {"dim": 12, "ITL_blocks": 1, "SAL_blocks": 2, "UFONE_blocks": 1, "upscale": 2},
-    ),
+    Architecture("DITN", {"dim": 12, "ITL_blocks": 1, "SAL_blocks": 2, "UFONE_blocks": 1, "upscale": 2}),
     Architecture(
         "IPT",
-        "IPT:IPT",
         {"patch_size": 12, "patch_dim": 3, "n_feats": 4, "rgb_range": 1, "scale": [2], "num_heads": 4, "num_layers": 1},
         sizes=((12, 12),),
         multiple=12,
@@ -249,7 +210,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "RestoreFormer",
-        "RestoreFormer:RestoreFormer",
         {
             "n_embed": 16,
             "embed_dim": 32,
@@ -264,34 +224,29 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "KBNet/l",
-        "KBNet:KBNet_l",
         {"dim": 24, "num_blocks": [1, 1, 1, 1], "num_refinement_blocks": 1, "heads": [1, 2, 2, 4]},
+        cls="KBNet_l",
         sizes=((16, 16), (16, 24), (40, 32)),
         multiple=8,
     ),
     Architecture(
-        "KBNet/s",
-        "KBNet:KBNet_s",
-        {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]},
+        "KBNet/s", {"width": 8, "middle_blk_num": 1, "enc_blk_nums": [1, 1], "dec_blk_nums": [1, 1]}, cls="KBNet_s"
     ),
-    Architecture("DCTLSA", "DCTLSA:DCTLSA", {"nf": 20, "num_modules": 6, "upscale": 2, "num_head": 5}),
+    Architecture("DCTLSA", {"nf": 20, "num_modules": 6, "upscale": 2, "num_head": 5}),
     Architecture(
         "RetinexFormer",
-        "RetinexFormer:RetinexFormer",
         {"n_feat": 8, "stage": 2, "num_blocks": [1, 1, 1]},
         sizes=((16, 16), (16, 24), (40, 32)),
         multiple=8,
     ),
     Architecture(
         "HVICIDNet",
-        "HVICIDNet:HVICIDNet",
         {"channels": [8, 8, 16, 32], "heads": [1, 2, 4, 8]},
         sizes=((16, 16), (16, 24), (40, 32)),
         multiple=8,
     ),
     Architecture(
         "AuraSR",
-        "AuraSR:AuraSR",
         {
             "dim": 8,
             "image_size": None,
@@ -313,7 +268,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "SeemoRe",
-        "SeemoRe:SeemoRe",
         {"scale": 2, "embedding_dim": 16, "num_layers": 2, "num_experts": 3},
         sizes=((16, 16), (16, 24), (19, 21)),
         batches=(1,),
@@ -321,7 +275,6 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
     Architecture(
         "MMRealSR",
-        "MMRealSR:MMRealSR",
         {
             "num_in_ch": 3,
             "num_out_ch": 3,
@@ -332,10 +285,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "num_blocks": [1, 1, 1, 1],
         },
     ),
-    Architecture("FBCNN", "FBCNN:FBCNN", {"nc": [8, 8, 8, 512], "nb": 1}),
+    Architecture("FBCNN", {"nc": [8, 8, 8, 512], "nb": 1}),
     Architecture(
         "GFPGAN",
-        "GFPGAN:GFPGAN",
         {"out_size": 32, "num_style_feat": 16, "narrow": 0.0625, "channel_multiplier": 1},
         sizes=((32, 32),),
         multiple=32,
@@ -343,23 +295,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
     ),
 )
 
-CONVOLUTIONAL: tuple[str, ...] = (
-    "Compact",
-    "DRUNet",
-    "DnCNN",
-    "ESRGAN",
-    "FFTformer",
-    "LaMa",
-    "MixDehazeNet",
-    "MoESR",
-    "MoSR",
-    "NAFNet",
-    "PLKSR",
-    "RCAN",
-    "RealCUGAN",
-    "SAFMN",
-    "SAFMNBCIE",
-    "SPAN",
-    "SwiftSRGAN",
+CONVOLUTIONAL = (
+    *("Compact", "DRUNet", "DnCNN", "ESRGAN", "FFTformer", "LaMa", "MixDehazeNet", "MoESR", "MoSR"),
+    *("NAFNet", "PLKSR", "RCAN", "RealCUGAN", "SAFMN", "SAFMNBCIE", "SPAN", "SwiftSRGAN"),
 )
 """Ids of spandrel's other architectures: everything they multiply goes through convolutions (FFTformer: and FFTs)."""

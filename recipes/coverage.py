@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 import harmoq_ao as h
-from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.common.progress import track
 from harmoq_ao.recipes.architectures import ARCHITECTURES, CONVOLUTIONAL, Architecture, forward
+from harmoq_ao.recipes.store import write_text
 from harmoq_ao.sites.report import Report
 
 _HEAD = """# Coverage of spandrel's architectures
@@ -137,9 +137,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/coverage.md"))
     output = parser.parse_args().output
     found = [cover(architecture) for architecture in track(ARCHITECTURES, "Covering")]
-    make_folder(output.parent)
-    with atomic_write(output) as file:
-        file.write(markdown(found).encode())
+    write_text(output, markdown(found))
 
 
 if __name__ == "__main__":

@@ -24,12 +24,7 @@ from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.config import Profile
 from harmoq_ao.conversion.save import float_bytes, folder_bytes
-from harmoq_ao.images import (
-    ImageRecord,
-    image_from_array,
-    skimage_photographs,
-    split_photographs,
-)
+from harmoq_ao.images import ImageRecord, image_from_array, skimage_photographs, split_photographs
 from harmoq_ao.images.metrics import bicubic_batch, rgb_to_y, score, to_uint8
 from harmoq_ao.recipes.store import environment, write_json
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized

@@ -235,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
         else:
             add("--width", type=int, default=4 if name == "figure2" else 3, help="bits")
         if name in ("figure1", "figure2"):
-            add("--method", type=options.methods, default="dobi")
+            add("--method", choices=METHODS, default="dobi")
         if name == "figure2":
             add("--site", help="attention-value product whose map is shown")
         if name == "figure3":
@@ -243,7 +243,7 @@ def parser() -> argparse.ArgumentParser:
             add("--projections", nargs="+", choices=PROJECTIONS, default=list(PROJECTIONS))
             add("--layers", nargs="+", help="linear layers of the heatmaps; the first one's response")
         if name == "figure5":
-            add("--methods", type=options.methods, nargs="+", default=list(METHODS))
+            add("--methods", choices=METHODS, nargs="+", default=list(METHODS))
             add("--images", nargs="+", help="names; by default those that the float model improves most")
             add("--count", type=int, default=2, help="how many, without --images")
             add("--zoom", type=int, default=64, help="side of the magnified part in pixels")

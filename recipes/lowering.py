@@ -16,8 +16,8 @@ from pathlib import Path
 import harmoq_ao as h
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.common.progress import track
-from harmoq_ao.images import atomic_write
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
+from harmoq_ao.recipes.store import write_text
 from harmoq_ao.sites.report import Lowering
 
 _BEGIN, _END = "<!-- python -m harmoq_ao.recipes.lowering -->\n", "<!-- end -->\n"
@@ -73,8 +73,7 @@ def main() -> None:
     output = parser.parse_args().output
     rows = [row(entry, lowerings(entry).values()) for entry in track(ARCHITECTURES, "Surveying")]
     text = replaced(output.read_text(), _HEAD + "".join(rows))
-    with atomic_write(output) as file:
-        file.write(text.encode())
+    write_text(output, text)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from harmoq_ao.common.allocator import keep_memory
-from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import CheckpointError, ConfigError, HarmoqError
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.quant.quantizer import check_bits
@@ -76,13 +75,6 @@ def bits(text: str) -> tuple[int, int]:
     except (ValueError, ConfigError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} is neither a number of bits nor like W4A32: {error}") from error
     return widths
-
-
-def methods(text: str) -> str:
-    """A known method."""
-    if text not in METHODS:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(METHODS)}")
-    return text
 
 
 def template(arguments: argparse.Namespace, method: str, scale: int, widths: tuple[int, int], label: str = "") -> Cell:

@@ -41,15 +41,7 @@ from harmoq_ao.images import ImagePair, atomic_write, load_pairs
 from harmoq_ao.images.metrics import bicubic_batch, to_uint8
 from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell, digest
 from harmoq_ao.recipes.making import Photographs, files_digest, quantize
-from harmoq_ao.recipes.store import (
-    environment,
-    read_json,
-    read_state,
-    restore_state,
-    state_of,
-    write_json,
-    write_state,
-)
+from harmoq_ao.recipes.store import environment, read_json, read_state, restore_state, state_of, write_json, write_state
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
 from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
 from harmoq_ao.zoo import LoadedModel

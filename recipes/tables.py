@@ -161,7 +161,7 @@ def parser() -> argparse.ArgumentParser:
         widths = ["2", "3", "4", "8"] if name == "table1" else ["2"]
         command.add_argument("--bits", type=options.bits, nargs="+", default=list(map(options.bits, widths)))
         if name == "table1":
-            command.add_argument("--methods", type=options.methods, nargs="+", default=list(METHODS))
+            command.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS))
         if name in ("table2", "table3"):
             command.add_argument("--refined", action="store_true", help="a second column with refinement after it")
         if name == "table3":

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.measuring import environment, one_line, paired_ratio, percentiles, random_image, write_json
+from benchmarks.measuring import (
+    environment,
+    one_line,
+    paired_ratio,
+    percentiles,
+    random_image,
+    read_results,
+    write_results,
+)
 
 
 def test_percentiles_are_in_milliseconds() -> None:
@@ -33,9 +40,14 @@ def test_images_repeat_by_seed() -> None:
     assert not torch.equal(random_image(4, 1), random_image(4, 2))
 
 
-def test_the_environment_is_json(tmp_path: Path) -> None:
+def test_results_are_the_environment_and_a_line_for_each_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/opt/some-where/cpu_peers.py", "--set5", "/opt/sets/Set5"])
     found = environment(["torchao", "no-such-package"])
+    assert found["command"] == "python -m benchmarks.cpu_peers --set5 Set5"
     assert found["no-such-package"] is None
     assert found["torchao"]
-    write_json(tmp_path / "below" / "a.json", found)
-    assert json.loads((tmp_path / "below" / "a.json").read_text()) == found
+    path, rows = tmp_path / "below" / "a.jsonl", [{"contender": "one", "seconds": [0.1, 2.0]}, {"error": "none"}]
+    assert read_results(path) == ({}, [])
+    write_results(path, found, rows)
+    assert read_results(path) == (found, rows)
+    assert len(path.read_text().splitlines()) == 3

@@ -100,9 +100,9 @@ def test_what_a_contender_failed_with_reaches_the_results(monkeypatch: pytest.Mo
     theirs.close()
     with pytest.raises(RuntimeError, match=r"^torchao int8 dynamic ended with status -9$"):
         worker.answer()
-    row = {name: {"error": "RuntimeError: no kernel | for this"}}
-    found = {"model": "dat-light x2", "image": [1, 3, 24, 24], "rounds": 2, "results": row}
-    assert "| torchao int8 dynamic | RuntimeError: no kernel \\| for this |" in cpu_peers.markdown(found)
+    row = {"contender": name, "error": "RuntimeError: no kernel | for this"}
+    about = {"model": "dat-light x2", "image": [1, 3, 24, 24], "rounds": 2}
+    assert "| torchao int8 dynamic | RuntimeError: no kernel \\| for this |" in cpu_peers.markdown(about, [row])
 
 
 def test_a_contender_answers_from_a_process_of_its_own() -> None:

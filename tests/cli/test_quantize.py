@@ -10,8 +10,9 @@ import pytest
 import safetensors.torch
 import torch
 
-from harmoq_ao import PRESETS, load_quantized
+from harmoq_ao import BASELINES, METHODS, PRESETS, load_quantized
 from harmoq_ao.cli.quantize import parse_rule
+from harmoq_ao.common.choices import PRESET_NAMES
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.harmonization.settings import RefineSettings
@@ -31,6 +32,11 @@ def given(folder: Path, tmp_path: Path) -> Given:
 def two_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """The preset `fast` at two steps of refinement."""
     monkeypatch.setitem(PRESETS, "fast", HarmonizeSettings(None, RefineSettings(steps=2, checks=1, crop_size=16)))
+
+
+def test_the_help_offers_every_method_and_preset() -> None:
+    assert ("harmoq", *BASELINES) == METHODS
+    assert tuple(PRESETS) == PRESET_NAMES
 
 
 def test_quantize_writes_a_model_and_a_summary(given: Given, tmp_path: Path) -> None:

@@ -61,7 +61,7 @@ def test_models_that_cannot_be_described() -> None:
         pass
 
     arguments = {**SWINIR.arguments, "norm_layer": OwnNorm}
-    own_norm = Architecture("SwinIR/own", SWINIR.cls, arguments).build()
+    own_norm = Architecture("SwinIR/own", arguments).build()
     with pytest.raises(SavedModelError, match="norm_layer"):
         architectures.architecture_spec(own_norm)
     with pytest.raises(SavedModelError, match=r"torch\.nn\.modules\.linear:Linear"):
