@@ -13,13 +13,7 @@ import torch
 from PIL import Image
 
 from harmoq_ao.common.errors import DatasetError, ImageError, InputError
-from harmoq_ao.images import (
-    CalibrationCrops,
-    ImageRecord,
-    as_record,
-    from_hf_dataset,
-    load_image,
-)
+from harmoq_ao.images import CalibrationCrops, ImageRecord, as_record, from_hf_dataset, load_image
 from tests.pictures import codes
 
 

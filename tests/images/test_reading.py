@@ -19,13 +19,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from harmoq_ao.common.errors import ImageError
-from harmoq_ao.images import (
-    image_from_array,
-    image_from_pillow,
-    image_size,
-    load_image,
-    save_image,
-)
+from harmoq_ao.images import image_from_array, image_from_pillow, image_size, load_image, save_image
 from tests.pictures import HEIGHT, RNG, WIDTH, codes, doubled, unit
 
 

@@ -40,10 +40,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     entry = BY_NAME["SwinIR/light"]
     text = io.StringIO()
     rows = run_demo(
-        tmp_path / "out",
-        quick(),
-        lambda: LoadedModel(entry.build(), "SwinIR", 2, 3, 3),
-        Console(file=text, width=160),
+        tmp_path / "out", quick(), lambda: LoadedModel(entry.build(), "SwinIR", 2, 3, 3), Console(file=text, width=160)
     )
     assert [row.name for row in rows] == ["float", "bicubic", *(v.name for v in VARIANTS)]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

@@ -311,14 +311,7 @@ def test_a_trace_is_written_as_json(settings: AlgorithmSettings) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        {"rows": 0},
-        {"images": 0},
-        {"projection": "x"},
-        {"updates": -1},
-        {"ridge": -1.0},
-        {"inherited": 1.5},
-    ],
+    [{"rows": 0}, {"images": 0}, {"projection": "x"}, {"updates": -1}, {"ridge": -1.0}, {"inherited": 1.5}],
     ids=str,
 )
 def test_settings_are_checked(bad: dict[str, Any]) -> None:
