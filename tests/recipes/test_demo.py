@@ -15,11 +15,9 @@ from rich.console import Console
 
 import harmoq_ao as h
 from harmoq_ao.conversion.save import folder_bytes
-from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
 from harmoq_ao.zoo import LoadedModel
-
-BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+from tests.models import BY_NAME
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 3))
