@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from harmoq_ao.images import ImageRecord
 
@@ -22,6 +24,13 @@ def codes(channels: int, depth: int = 8, size: tuple[int, int] = (HEIGHT, WIDTH)
 def unit(array: np.ndarray[Any, Any]) -> torch.Tensor:
     """`[H, W, C]` codes as the `[C, H, W]` tensor they stand for."""
     return torch.from_numpy(array.astype(np.float32) / np.iinfo(array.dtype).max).movedim(-1, 0)
+
+
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def doubled(record: ImageRecord) -> torch.Tensor:

@@ -72,6 +72,15 @@ def changed(before: h.PreparedModel, after: h.PreparedModel) -> set[str]:
     return {name for name in first if not torch.equal(first[name], second[name])}
 
 
+def learned_tensors(method: str, name: str, config: HarmoqConfig) -> tuple[set[str], h.PreparedModel]:
+    """What 24 steps of a baseline change, at least something and to a lower distillation loss, and the model after."""
+    initial, learned = (applied(method, name, config, steps=steps) for steps in (0, 24))
+    assert distillation_loss(learned, images(6)) < 0.95 * distillation_loss(initial, images(6))
+    names = changed(initial, learned)
+    assert names
+    return names, learned
+
+
 @torch.no_grad()
 def distillation_loss(prepared: h.PreparedModel, batches: Sequence[Tensor]) -> float:
     """Mean absolute error to the float network's output, plus the error of the blocks' features.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,11 +44,9 @@ def test_configurations_lose_what_is_harmoqs_own_and_keep_the_rest(method: str) 
     configured = BASELINES[method].configure(config)
     for name in ("a.qkv", "a.proj"):
         settings = configured.settings(name, "linear")
+        given = config.settings(name, "linear")
         assert settings.joint_scale == "none"
-        assert (settings.weight, settings.act) == (
-            config.settings(name, "linear").weight,
-            config.settings(name, "linear").act,
-        )
+        assert (settings.weight, settings.act) == (given.weight, given.act)
     assert (configured.conv_bits, configured.seed, configured.profile) == (8, 5, "paper")
 
 
@@ -99,13 +98,9 @@ def test_a_step_sees_images_of_the_size_asked_for(method: str, monkeypatch: pyte
     baseline = BASELINES[method]
     prepared = prepare("linears", baseline.configure(PAPER))
     shapes: list[tuple[int, ...]] = []
-    monkeypatch.setattr(
-        baseline,
-        "adjust_qparams",
-        lambda _: prepared.model.register_forward_pre_hook(
-            lambda module, inputs: shapes.append(tuple(inputs[0].shape))
-        ),
-    )
+    hook = prepared.model.register_forward_pre_hook
+    watch = partial(hook, lambda module, inputs: shapes.append(tuple(inputs[0].shape)))
+    monkeypatch.setattr(baseline, "adjust_qparams", lambda _: watch())
     baseline.apply(prepared, crops(3), Budget(4, batch_size=2, crop_size=8))
     assert set(shapes) == {(2, 3, 8, 8)}
     shapes.clear()

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.baselines.methods import prepare_with
@@ -17,15 +16,12 @@ from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import PRESETS, HarmonizeSettings, preset
 from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.images import luma, split_photographs
+from tests.harmonization.helpers import crops
 from tests.models import build, calibrated, images
 
 SHORT = HarmonizeSettings(
     AlgorithmSettings(images=2, updates=2), RefineSettings(steps=2, batch_size=2, crop_size=16, checks=1)
 )
-
-
-def crops(count: int, seed: int = 5) -> list[Tensor]:
-    return [image[0] for image in images(count, (16, 16), seed)]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,8 @@ import torch
 from PIL import Image
 
 from harmoq_ao.common.errors import DatasetError, ImageError, InputError
-from harmoq_ao.images import (
-    CalibrationCrops,
-    ImageRecord,
-    as_record,
-    from_hf_dataset,
-    load_image,
-)
-from tests.pictures import codes
+from harmoq_ao.images import CalibrationCrops, ImageRecord, as_record, from_hf_dataset, load_image
+from tests.pictures import codes, png_bytes
 
 
 def test_every_kind_of_source_gives_the_same_record(tmp_path: Path) -> None:
@@ -79,11 +72,7 @@ def test_stream_can_be_iterated_again() -> None:
 def test_hugging_face_data_set() -> None:
     datasets = pytest.importorskip("datasets", exc_type=ImportError)
     arrays = [codes(3, size=(6, 5)) for index in range(3)]
-    buffers = []
-    for array in arrays:
-        buffer = io.BytesIO()
-        Image.fromarray(array).save(buffer, "PNG")
-        buffers.append({"bytes": buffer.getvalue(), "path": None})
+    buffers = [{"bytes": png_bytes(Image.fromarray(array)), "path": None} for array in arrays]
     for decode in (True, False):
         features = datasets.Features({"name": datasets.Value("string"), "hr": datasets.Image(decode=decode)})
         data = datasets.Dataset.from_dict({"name": ["a", "b", "c"], "hr": buffers}, features=features)
@@ -99,11 +88,11 @@ def test_hugging_face_data_set() -> None:
 
 
 def test_bad_rows_are_named() -> None:
-    two = {"a": codes(3, size=(4, 4)), "b": codes(3, size=(4, 4))}
+    image = codes(3, size=(4, 4))
     with pytest.raises(DatasetError, match=r"Found: image columns: a, b; all columns: a, b. Expected: exactly one"):
-        from_hf_dataset([two])
+        from_hf_dataset([{"a": image, "b": image}])
     with pytest.raises(DatasetError, match=r"The data set is empty. Found: 0 rows"):
         from_hf_dataset([])
-    images = from_hf_dataset([{"a": codes(3, size=(4, 4))}, {"b": 1}])
+    images = from_hf_dataset([{"a": image}, {"b": 1}])
     with pytest.raises(DatasetError, match=r"A row has no image column. Found: columns b. Expected: a column 'a'"):
         list(images)

@@ -15,9 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from harmoq_ao.common.errors import CalibrationError, ConfigError, ImageError
-from harmoq_ao.images import (
-    CalibrationCrops,
-)
+from harmoq_ao.images import CalibrationCrops
 
 Array = np.ndarray[Any, Any]
 

@@ -60,13 +60,7 @@ def reference_ssim(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64]) -> fl
 
 @pytest.mark.parametrize(
     ("rgb", "luma"),
-    [
-        ((0, 0, 0), 16.0),
-        ((255, 255, 255), 235.0),
-        ((255, 0, 0), 81.481),
-        ((0, 255, 0), 144.553),
-        ((0, 0, 255), 40.966),
-    ],
+    [((0, 0, 0), 16.0), ((255, 255, 255), 235.0), ((255, 0, 0), 81.481), ((0, 255, 0), 144.553), ((0, 0, 255), 40.966)],
 )
 def test_luma_of_primaries(rgb: tuple[int, int, int], luma: float) -> None:
     image = np.array(rgb, dtype=np.uint8).reshape(1, 1, 3)

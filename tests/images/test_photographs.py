@@ -7,12 +7,7 @@ from pathlib import Path
 import pytest
 
 from harmoq_ao.common.errors import DatasetError
-from harmoq_ao.images import (
-    CALIBRATION_PHOTOGRAPHS,
-    EVALUATION_PHOTOGRAPHS,
-    load_image,
-    skimage_photographs,
-)
+from harmoq_ao.images import CALIBRATION_PHOTOGRAPHS, EVALUATION_PHOTOGRAPHS, load_image, skimage_photographs
 
 
 def test_photographs_are_in_the_package_and_kept_apart() -> None:

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from harmoq_ao.common.errors import DatasetError, ImageError
 from harmoq_ao.images import CalibrationCrops, EncodedImage, find_images, image_files, list_images, split_photographs
 from harmoq_ao.images.sources import LIST_SUFFIXES
+from tests.pictures import png_bytes
 
 
-def encoded(index: int, mode: str = "RGB", suffix: str = "PNG") -> bytes:
-    buffer = io.BytesIO()
+def encoded(index: int, mode: str = "RGB") -> bytes:
     pixels = np.random.default_rng(index).integers(0, 256, (20, 24, 4), np.uint8)
-    Image.fromarray(pixels).convert(mode).save(buffer, suffix)
-    return buffer.getvalue()
+    return png_bytes(Image.fromarray(pixels).convert(mode))
 
 
 def photographs(folder: Path, count: int = 3) -> list[Path]:
@@ -33,11 +32,11 @@ def photographs(folder: Path, count: int = 3) -> list[Path]:
     return paths
 
 
-def parquet(path: Path, count: int = 3, **columns: Any) -> Path:
+def parquet(path: Path, contents: Sequence[bytes | None]) -> Path:
     """Images inside the file, as the hub has them."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    cells = [{"bytes": encoded(index), "path": f"{index}.png"} for index in range(count)]
-    rows = datasets.Dataset.from_dict({"picture": cells, "label": list(range(count)), **columns})
+    cells = [data if data is None else {"bytes": data, "path": f"{i}.png"} for i, data in enumerate(contents)]
+    rows = datasets.Dataset.from_dict({"picture": cells, "label": list(range(len(cells)))})
     rows.cast_column("picture", datasets.Image()).to_parquet(path)
     return path
 
@@ -134,7 +133,7 @@ def test_files_are_needed_where_results_need_names() -> None:
 
 @pytest.mark.parametrize("form", ["file", "folder", "hf:file", "hf:folder", "split", "saved"])
 def test_parquet_gives_the_pictures_that_files_give(tmp_path: Path, form: str) -> None:
-    path = parquet(tmp_path / "set" / "data.parquet")
+    path = parquet(tmp_path / "set" / "data.parquet", [encoded(index) for index in range(3)])
     names = {"file": str(path), "folder": str(path.parent), "split": f"hf:{path.parent}:train"}
     names |= {f"hf:{key}": f"hf:{names[key]}" for key in ("file", "folder")}
     if form == "saved":
@@ -186,74 +185,65 @@ def test_folders_of_images_as_a_data_set_with_splits(tmp_path: Path) -> None:
 
 
 def test_gray_alpha_and_sixteen_bits_are_read_as_from_files(tmp_path: Path) -> None:
-    deep = io.BytesIO()
-    Image.fromarray(np.arange(0, 60000, 100, np.uint16).reshape(20, 30)).save(deep, "PNG")
-    cells = [{"bytes": data, "path": None} for data in (encoded(0, "L"), encoded(1, "RGBA"), deep.getvalue())]
-    rows = datasets.Dataset.from_dict({"image": cells}).cast_column("image", datasets.Image())
-    rows.to_parquet(tmp_path / "a.parquet")
-    gray, alpha, sixteen = (image.load() for image in find_images(tmp_path / "a.parquet", learned=3))
+    deep = png_bytes(Image.fromarray(np.arange(0, 60000, 100, np.uint16).reshape(20, 30)))
+    path = parquet(tmp_path / "a.parquet", [encoded(0, "L"), encoded(1, "RGBA"), deep])
+    gray, alpha, sixteen = (image.load() for image in find_images(path, learned=3))
     assert gray.grayscale
     assert alpha.alpha is not None
     assert sixteen.bit_depth == 16
 
 
-def test_parquet_of_another_writer(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
-
-    cells = [{"bytes": encoded(0), "path": None}]
-    pyarrow.parquet.write_table(pyarrow.table({"img": cells, "raw": [encoded(1)]}), tmp_path / "a.parquet")
-    assert find_images(tmp_path / "a.parquet", learned=1)[0].data == encoded(0)
-    assert find_images(tmp_path / "a.parquet", learned=1, column="raw")[0].data == encoded(1)
+CELLS = [[{"bytes": encoded(index), "path": None}] for index in range(2)]
 
 
-def test_columns(tmp_path: Path) -> None:
-    import pyarrow
-    import pyarrow.parquet
+@pytest.mark.parametrize(
+    ("columns", "column", "expected"),
+    [
+        ({"img": CELLS[0], "raw": [encoded(1)]}, None, 0),
+        ({"img": CELLS[0], "raw": [encoded(1)]}, "raw", 1),
+        ({"a": CELLS[0], "b": CELLS[1]}, "b", 1),
+        ({"a": CELLS[0], "b": CELLS[1]}, "c", r"no such column. Found: columns a, b. Expected: 'c'"),
+        ({"a": CELLS[0], "b": CELLS[1]}, None, "image columns: a, b"),
+        ({"text": ["a"], "label": [1]}, None, "image columns: none; all columns: text, label"),
+        ({"text": ["a"], "label": [1]}, "text", r"There is no image in row 0 of .* a value of type str"),
+    ],
+)
+def test_columns_of_parquet_of_another_writer(
+    tmp_path: Path, columns: dict[str, list[Any]], column: str | None, expected: int | str
+) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    if isinstance(expected, int):
+        assert find_images(path, learned=1, column=column)[0].data == encoded(expected)
+        return
+    with pytest.raises(DatasetError, match=expected):
+        find_images(path, learned=1, column=column)
 
-    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "label": [1]}), tmp_path / "none.parquet")
-    with pytest.raises(DatasetError, match="image columns: none; all columns: text, label"):
-        find_images(tmp_path / "none.parquet", learned=1)
-    with pytest.raises(DatasetError, match=r"There is no image in row 0 of .* a value of type str"):
-        find_images(tmp_path / "none.parquet", learned=1, column="text")
-    second = datasets.Dataset.from_dict({"a": [{"bytes": encoded(0), "path": None}]})
-    second = second.add_column("b", [{"bytes": encoded(1), "path": None}])
-    second.to_parquet(tmp_path / "two.parquet")
-    with pytest.raises(DatasetError, match="image columns: a, b"):
-        find_images(tmp_path / "two.parquet", learned=1)
-    assert find_images(tmp_path / "two.parquet", learned=1, column="b")[0].data == encoded(1)
-    with pytest.raises(DatasetError, match=r"no such column. Found: columns a, b. Expected: 'c'"):
-        find_images(tmp_path / "two.parquet", learned=1, column="c")
 
-
-def test_a_broken_picture_is_named_by_its_row(tmp_path: Path) -> None:
-    cells = [{"bytes": encoded(0), "path": None}, {"bytes": b"no image", "path": None}]
-    rows = datasets.Dataset.from_dict({"image": cells}).cast_column("image", datasets.Image())
-    rows.to_parquet(tmp_path / "a.parquet")
+def test_broken_and_missing_pictures_are_named_by_their_row(tmp_path: Path) -> None:
+    path = parquet(tmp_path / "a.parquet", [encoded(0), b"no image"])
     with pytest.raises(ImageError, match=r"row 1 of hf:.*a.parquet is not an image"):
-        list(CalibrationCrops(find_images(tmp_path / "a.parquet", learned=2), size=8, count=2))
-
-
-def test_a_missing_picture_is_named_by_its_row(tmp_path: Path) -> None:
-    rows = datasets.Dataset.from_dict({"image": [None]}).cast_column("image", datasets.Image())
-    rows.to_parquet(tmp_path / "a.parquet")
+        list(CalibrationCrops(find_images(path, learned=2), size=8, count=2))
+    path = parquet(tmp_path / "b.parquet", [None])
     with pytest.raises(DatasetError, match=r"There is no image in row 0 of .* Found: nothing"):
-        find_images(tmp_path / "a.parquet", learned=2)
+        find_images(path, learned=2)
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1" + b"junk" * 50 + b"PAR1"])
-def test_broken_parquet(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "a.parquet").write_bytes(content)
-    with pytest.raises(DatasetError, match=r"cannot be read|no data set"):
-        find_images(tmp_path / "a.parquet", learned=2)
-
-
-def test_no_data_files(tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match="There is no data set"):
-        find_images(f"hf:{tmp_path}", learned=2)
-    (tmp_path / "a.bin").write_bytes(b"x")
-    with pytest.raises(DatasetError, match="is no data set"):
-        find_images(f"hf:{tmp_path / 'a.bin'}", learned=2)
+@pytest.mark.parametrize(
+    ("source", "content", "message"),
+    [
+        ("a.parquet", b"", r"cannot be read|no data set"),
+        ("a.parquet", b"PAR1" + b"junk" * 50 + b"PAR1", r"cannot be read|no data set"),
+        ("hf:a.bin", b"x", "is no data set"),
+        ("hf:", None, "There is no data set"),
+    ],
+)
+def test_what_is_no_data_set(tmp_path: Path, source: str, content: bytes | None, message: str) -> None:
+    prefix, path = source[: source.find(":") + 1], tmp_path / source.rpartition(":")[2]
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DatasetError, match=message):
+        find_images(f"{prefix}{path}", learned=2)
 
 
 def test_a_data_set_made_by_a_script(tmp_path: Path) -> None:
@@ -288,7 +278,7 @@ def test_parts_of_a_name(
     given: str, expected: tuple[str | None, ...], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[Any] = []
-    rows = datasets.Dataset.from_parquet(str(parquet(tmp_path / "a.parquet", 1)))
+    rows = datasets.Dataset.from_parquet(str(parquet(tmp_path / "a.parquet", [encoded(0)])))
 
     def load(name: str, config: str | None, *, streaming: bool, revision: str | None) -> Any:
         assert streaming

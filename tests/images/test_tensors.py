@@ -9,9 +9,7 @@ import pytest
 import torch
 
 from harmoq_ao.common.errors import InputError
-from harmoq_ao.images import (
-    check_image_tensor,
-)
+from harmoq_ao.images import check_image_tensor
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,19 +15,15 @@ from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.quant import fused_rounding as fusing
 from harmoq_ao.quant.fused_rounding import FUSED_FROM, fused_rounding, is_fused
 from harmoq_ao.quant.quantizer import fake_quantize
+from tests.compilers import needs_compiler, run_without_compiler, trace_only
 from tests.harmonization.helpers import crops
 from tests.models import calibrated
-
-needs_compiler = pytest.mark.skipif(
-    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
-)
 
 
 @pytest.fixture
 def without_code(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What torch.compile traces is run as it is: no C++, which takes seconds for every shape."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **{**options, "backend": "aot_eager"}))
+    """No C++, which takes seconds for every shape; nor what was compiled before."""
+    trace_only(monkeypatch)
     for cached in (fusing.compiled, fusing.can_compile):
         cached.cache_clear()
     yield
@@ -72,12 +63,8 @@ def results(given: list[Tensor | None], upstream: Tensor, needed: int = 31) -> t
     return value.detach(), [leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None]
 
 
-@pytest.mark.parametrize("kind", ["input", "weight", "transposed", "map"])
-@pytest.mark.parametrize("needed", [31, 1, 30, 6])
-def test_values_are_the_same_bits_and_gradients_the_same_sums(
-    kind: str, needed: int, without_code: None, however_small: None
-) -> None:
-    given = operands()[kind]
+def check_fused(given: list[Tensor | None], needed: int = 31, atol: float = 1e-6) -> None:
+    """Fused and one by one, values are the same bits and gradients the same sums."""
     assert given[0] is not None
     upstream = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
     value, gradients = results(given, upstream, needed)
@@ -86,23 +73,18 @@ def test_values_are_the_same_bits_and_gradients_the_same_sums(
         fused_value, fused_gradients = results(given, upstream, needed)
     assert not is_fused(given[0])
     assert torch.equal(fused_value, value)
-    assert len(fused_gradients) == len(gradients)
-    for found, expected in zip(fused_gradients, gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(fused_gradients, gradients, rtol=1e-5, atol=atol)
+
+
+@pytest.mark.parametrize("kind", ["input", "weight", "transposed", "map"])
+@pytest.mark.parametrize("needed", [31, 1, 30, 6])
+def test_values_and_gradients_are_the_same(kind: str, needed: int, without_code: None, however_small: None) -> None:
+    check_fused(operands()[kind], needed)
 
 
 @needs_compiler
 def test_with_the_compilers_code(however_small: None) -> None:
-    given = operands()["input"]
-    assert given[0] is not None
-    upstream = torch.ones_like(given[0])
-    value, gradients = results(given, upstream)
-    with fused_rounding():
-        assert is_fused(given[0])
-        fused_value, fused_gradients = results(given, upstream)
-    assert torch.equal(fused_value, value)
-    for found, expected in zip(fused_gradients, gradients, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    check_fused(operands()["input"], atol=1e-5)
 
 
 def test_half_precision_keeps_its_type(without_code: None, however_small: None) -> None:
@@ -143,12 +125,10 @@ def test_without_a_compiler_a_warning_says_so_once_and_nothing_else_changes(tmp_
                 print(*(is_fused(torch.zeros(FUSED_FROM)) for _ in range(2)))
         print(*(str(w.message) for w in caught if "Fake-quantizers" in str(w.message)))
     """
-    missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    run = subprocess.run(command, env={**os.environ, **missing}, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("False False\nFake-quantizers are not fused")
-    assert "no-compiler" in run.stdout
-    assert run.stdout.count("Fake-quantizers") == 1
+    printed = run_without_compiler(program, tmp_path)
+    assert printed.startswith("False False\nFake-quantizers are not fused")
+    assert "no-compiler" in printed
+    assert printed.count("Fake-quantizers") == 1
 
 
 def test_switched_off_it_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

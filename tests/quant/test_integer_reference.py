@@ -126,33 +126,20 @@ def test_linear_accumulators_are_exact(seed: int, m: int, k: int, n: int) -> Non
 
 
 @pytest.mark.parametrize(
-    ("k", "dtype"),
+    ("longest", "more", "right"),
     [
-        (integer_reference.INT32_LINEAR_LENGTH, torch.int32),
-        (integer_reference.INT32_LINEAR_LENGTH + 1, torch.int64),
-        (70001, torch.int64),
+        *((integer_reference.INT32_LINEAR_LENGTH, more, -128) for more in (0, 1, 4208)),
+        *((integer_reference.INT32_MATMUL_LENGTH, more, 255) for more in (0, 1, 266975)),
     ],
 )
-def test_long_linears_do_not_overflow(k: int, dtype: torch.dtype) -> None:
-    qx, qw = torch.full((1, k), 255, dtype=torch.uint8), torch.full((1, k), -128, dtype=torch.int8)
-    acc = integer_reference.linear_accumulate(qx, qw)
-    assert acc.dtype == dtype
-    assert acc.item() == -255 * 128 * k
-
-
-@pytest.mark.parametrize(
-    ("k", "dtype"),
-    [
-        (integer_reference.INT32_MATMUL_LENGTH, torch.int32),
-        (integer_reference.INT32_MATMUL_LENGTH + 1, torch.int64),
-        (300000, torch.int64),
-    ],
-)
-def test_long_matmuls_do_not_overflow(k: int, dtype: torch.dtype) -> None:
-    qa = torch.full((1, k), 255, dtype=torch.uint8)
-    acc = integer_reference.matmul_accumulate(qa, qa.t())
-    assert acc.dtype == dtype
-    assert acc.item() == 255 * 255 * k
+def test_long_contractions_do_not_overflow(longest: int, more: int, right: int) -> None:
+    qa = torch.full((1, longest + more), 255, dtype=torch.uint8)
+    if right < 0:
+        acc = integer_reference.linear_accumulate(qa, torch.full_like(qa, right, dtype=torch.int8))
+    else:
+        acc = integer_reference.matmul_accumulate(qa, qa.t())
+    assert acc.dtype == (torch.int64 if more else torch.int32)
+    assert acc.item() == 255 * right * qa.numel()
 
 
 @given(seed=SEEDS, m=st.integers(1, 6), k=st.integers(0, 30), n=st.integers(1, 6))

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.recipes.coverage import cover, markdown
-
-BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+from tests.models import BY_NAME
 
 
 def test_one_architecture() -> None:

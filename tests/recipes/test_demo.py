@@ -15,11 +15,9 @@ from rich.console import Console
 
 import harmoq_ao as h
 from harmoq_ao.conversion.save import folder_bytes
-from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.recipes.demo import VARIANTS, busiest_square, evaluation_images, quick, run_demo
 from harmoq_ao.zoo import LoadedModel
-
-BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+from tests.models import BY_NAME
 
 
 @given(st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 3))
@@ -40,10 +38,7 @@ def test_a_small_run(tmp_path: Path) -> None:
     entry = BY_NAME["SwinIR/light"]
     text = io.StringIO()
     rows = run_demo(
-        tmp_path / "out",
-        quick(),
-        lambda: LoadedModel(entry.build(), "SwinIR", 2, 3, 3),
-        Console(file=text, width=160),
+        tmp_path / "out", quick(), lambda: LoadedModel(entry.build(), "SwinIR", 2, 3, 3), Console(file=text, width=160)
     )
     assert [row.name for row in rows] == ["float", "bicubic", *(v.name for v in VARIANTS)]
     results = json.loads((tmp_path / "out" / "results.json").read_text())

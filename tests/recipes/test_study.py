@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -169,13 +170,9 @@ def test_a_state_cut_short_is_made_again(
 ) -> None:
     """Killed while the state is being written: before or after its first file."""
     cell, engine = quick_cell("dobi"), tiny_study(tmp_path)
-
-    def killed(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     name = "store.to_safetensors" if written == "safetensors" else "study.write_json"
     with monkeypatch.context() as patch:
-        patch.setattr(f"harmoq_ao.recipes.{name}", killed)
+        patch.setattr(f"harmoq_ao.recipes.{name}", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             engine.run([cell], ["Mini"])
     assert not list((tmp_path / "out").rglob("*.tmp"))
@@ -208,14 +205,10 @@ def test_an_unexpected_error_is_shown_with_its_traceback(
 def test_what_is_wrong_for_all_cells_ends_the_run(tmp_path: Path, calls: list[Cell]) -> None:
     with pytest.raises(DatasetError, match="Nowhere"):
         tiny_study(tmp_path).run([quick_cell("dobi")], ["Nowhere"])
-    engine = Study(tiny_study(tmp_path).settings, _no_model)
+    engine = Study(tiny_study(tmp_path).settings, Mock(side_effect=CheckpointError("none")))
     with pytest.raises(CheckpointError):
         engine.run([quick_cell("dobi")], ["Mini"])
     assert calls == []
-
-
-def _no_model(scale: int) -> Any:
-    raise CheckpointError("none")
 
 
 def test_a_damaged_file_is_named(tmp_path: Path, calls: list[Cell]) -> None:

@@ -11,6 +11,7 @@ import math
 import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -229,12 +230,9 @@ def test_an_error_ends_the_command_with_one_message(capsys: pytest.CaptureFixtur
 def test_an_interrupted_command_says_how_to_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(*_: Any) -> None:
-        raise KeyboardInterrupt
-
     (tmp_path / "out").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(study.Study, "run", interrupted)
+        patch.setattr(study.Study, "run", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(FileNotFoundError):  # no table is written
             run("table1", tmp_path, expected=options.EXIT_INTERRUPTED)
     assert "same command" in capsys.readouterr().err

@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -144,11 +145,8 @@ def test_an_error_leaves_the_former_page(scene: Scene, tmp_path: Path, monkeypat
     path.write_text("former")
     monkeypatch.setattr(document_module, "build_report", lambda scene: "new \udcff")  # a name that is not UTF-8
 
-    def refuse(*paths: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as full:
-        full.setattr("os.replace", refuse)
+        full.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
         with pytest.raises(OutputError, match="No space left"):
             write_report(scene, path)
     assert path.read_text() == "former"

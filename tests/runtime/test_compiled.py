@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -22,18 +17,14 @@ from harmoq_ao.lowering.attention import blocked_attention, fused_attention
 from harmoq_ao.runtime.compiled import compile_model
 from harmoq_ao.runtime.fixed_size import fixed_size
 from harmoq_ao.sites.quantized import QuantizedLinear
+from tests.compilers import needs_compiler, run_without_compiler, trace_only
 from tests.models import converted, images
-
-needs_compiler = pytest.mark.skipif(
-    not (os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")), reason="needs a C++ compiler"
-)
 
 
 @pytest.fixture
 def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch.compile traces is run as it is: no C++, which takes a minute."""
-    real = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: real(f, **{**options, "backend": "aot_eager"}))
+    """No C++, which takes a minute."""
+    trace_only(monkeypatch)
 
 
 def _calls(graph: torch.fx.GraphModule) -> Counter[str]:
@@ -154,7 +145,6 @@ def test_compiled_code_computes_the_same() -> None:
 
 
 def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path) -> None:
-    """In a process of its own, since torch looks for a compiler once, and without what it has compiled before."""
     program = """
         from harmoq_ao.config import HarmoqConfig
         from harmoq_ao.common.errors import CompilerError
@@ -166,12 +156,8 @@ def test_without_a_compiler_the_error_says_what_to_install(tmp_path: Path) -> No
         except CompilerError as error:
             print(error)
     """
-    missing = {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    command = [sys.executable, "-c", textwrap.dedent(program)]
-    run = subprocess.run(command, env={**os.environ, **missing}, capture_output=True, text=True, check=True)
-    assert "C++ compiler" in run.stdout
-    assert "no-compiler" in run.stdout
-    assert "install one" in run.stdout
+    printed = run_without_compiler(program, tmp_path)
+    assert all(part in printed for part in ("C++ compiler", "no-compiler", "install one"))
 
 
 def test_images_that_do_not_fit_are_refused(without_code: None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -137,9 +138,7 @@ def test_a_missing_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_what_openvino_cannot_take_is_a_typed_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*args: Any) -> None:
-        raise RuntimeError("no such operation")
-
+    fails = Mock(side_effect=RuntimeError("no such operation"))
     monkeypatch.setattr("harmoq_ao.runtime.openvino.model.convert_at", fails)
     with pytest.raises(OpenVinoError, match="no such operation"):
         lower_openvino(models.converted("linears", HarmoqConfig(8, 8)))(torch.rand(SIZE))

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq, save_quantized
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError, SavedModelError
 from harmoq_ao.images import image_from_array
-from harmoq_ao.recipes.architectures import ARCHITECTURES
 from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, open_float, open_model
 from harmoq_ao.zoo.checkpoints import LoadedModel
-
-BY_NAME = {entry.name: entry for entry in ARCHITECTURES}
+from tests.models import BY_NAME
 
 
 class Doubling(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import sys
@@ -35,9 +36,13 @@ def state_of(entry: Architecture) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def swinir_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
-    path = tmp_path_factory.mktemp("swinir") / "model.pth"
-    torch.save(state_of(SWINIR), path)
-    return path.read_bytes()
+    return saved(tmp_path_factory.mktemp("swinir") / "model.pth", state_of(SWINIR)).read_bytes()
+
+
+def saved(path: Path, content: object) -> Path:
+    """A file as torch writes it."""
+    torch.save(content, path)
+    return path
 
 
 def refused(path: Path) -> CheckpointError:
@@ -62,9 +67,7 @@ def refused(path: Path) -> CheckpointError:
     ids=["bare", "params_ema", "state_dict", "data_parallel"],
 )
 def test_loads_the_usual_layouts_of_torch_files(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
-    path = tmp_path / "model.pth"
-    torch.save(wrap(state_of(SWINIR)), path)
-    loaded = checkpoints.load_model(path)
+    loaded = checkpoints.load_model(saved(tmp_path / "model.pth", wrap(state_of(SWINIR))))
     assert (loaded.architecture, loaded.scale, loaded.input_channels, loaded.output_channels) == ("SwinIR", 2, 3, 3)
     assert not loaded.model.training
     image = SWINIR.example()
@@ -82,9 +85,8 @@ def test_loads_safetensors_whatever_the_name(tmp_path: Path) -> None:
 
 
 def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
-    path = tmp_path / "half.pth"
-    torch.save({n: t.half() if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}, path)
-    model = checkpoints.load_model(path).model
+    half = {n: t.half() if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}
+    model = checkpoints.load_model(saved(tmp_path / "half.pth", half)).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
@@ -109,9 +111,8 @@ def test_demo_model_is_the_pretrained_network() -> None:
 
 @needs_demo
 def test_demo_scales() -> None:
-    assert {checkpoints.demo_checkpoint(scale).name for scale in (2, 3, 4)} == {
-        f"DAT_light_x{s}.pth" for s in (2, 3, 4)
-    }
+    names = [checkpoints.demo_checkpoint(scale).name for scale in (2, 3, 4)]
+    assert names == [f"DAT_light_x{scale}.pth" for scale in (2, 3, 4)]
     with pytest.raises(CheckpointError, match=r"\[2, 3, 4\]"):
         checkpoints.demo_checkpoint(5)
 
@@ -152,15 +153,12 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, writer: 
     assert "weights_only" not in str(error)
 
 
-def test_missing_file_and_folder(tmp_path: Path) -> None:
+def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "no such file" in str(refused(tmp_path / "absent.pth"))
     assert "a folder" in str(refused(tmp_path))
-
-
-def test_empty_file(tmp_path: Path) -> None:
-    path = tmp_path / "empty.pth"
-    path.touch()
-    assert "empty" in refused(path).what
+    for content, what in ((b"", "empty"), (b"\x89PNG\r\n\x1a\n" + bytes(1000), "damaged, or no checkpoint")):
+        (tmp_path / "odd.pth").write_bytes(content)
+        assert what in refused(tmp_path / "odd.pth").what
 
 
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
@@ -169,7 +167,7 @@ def test_truncated_file(tmp_path: Path, suffix: str, kept: float) -> None:
     path = tmp_path / f"model.{suffix}"
     state = state_of(SWINIR)
     if suffix == "pth":
-        torch.save(state, path)
+        saved(path, state)
     else:
         safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     whole = path.read_bytes()
@@ -194,12 +192,6 @@ def test_flipped_bytes_are_refused_or_harmless(
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-def test_no_checkpoint_at_all(tmp_path: Path) -> None:
-    path = tmp_path / "photo.pth"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(1000))
-    assert "damaged, or no checkpoint" in refused(path).what
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_program(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
@@ -219,68 +211,49 @@ def test_torchscript_program(tmp_path: Path) -> None:
     ],
 )
 def test_no_state_dict(tmp_path: Path, content: object, found: str) -> None:
-    path = tmp_path / "odd.pth"
-    torch.save(content, path)
-    assert found in str(refused(path).found)
+    assert found in str(refused(saved(tmp_path / "odd.pth", content)).found)
 
 
 def test_unknown_architecture_lists_the_known_ones(tmp_path: Path) -> None:
-    path = tmp_path / "foreign.pth"
-    torch.save(nn.TransformerEncoderLayer(8, 2).state_dict(), path)
-    error = refused(path)
+    error = refused(saved(tmp_path / "foreign.pth", nn.TransformerEncoderLayer(8, 2).state_dict()))
     assert "SwinIR" in str(error.expected)
     assert "self_attn.in_proj_weight" in str(error.found)
 
 
-def _transposed(state: dict[str, torch.Tensor]) -> None:
-    state["layers.0.residual_group.blocks.0.mlp.fc1.weight"] = torch.zeros(12, 24)
-
-
-def _without_norm(state: dict[str, torch.Tensor]) -> None:
-    del state["norm.weight"]
-
-
-def _extra(state: dict[str, torch.Tensor]) -> None:
-    state["layers.0.residual_group.blocks.0.attn.lora"] = torch.zeros(3)
-
-
-@pytest.mark.parametrize("damage", [_transposed, _without_norm, _extra])
+@pytest.mark.parametrize(
+    ("name", "tensor", "what"),
+    [
+        ("layers.0.residual_group.blocks.0.mlp.fc1.weight", torch.zeros(12, 24), "resembles SwinIR"),  # transposed
+        ("norm.weight", None, "resembles SwinIR"),
+        ("layers.0.residual_group.blocks.0.attn.lora", torch.zeros(3), "resembles SwinIR"),
+        ("norm.weight", torch.zeros(1).expand(1 << 40), "contradicts itself"),
+        ("layers.999999999.residual_group.blocks.0.norm1.weight", torch.zeros(12), "contradicts itself"),
+    ],
+)
 def test_state_dict_that_does_not_fit_its_architecture(
-    tmp_path: Path, damage: Callable[[dict[str, torch.Tensor]], None]
+    tmp_path: Path, name: str, tensor: torch.Tensor | None, what: str
 ) -> None:
-    state = state_of(SWINIR)
-    damage(state)
-    path = tmp_path / "misfit.pth"
-    torch.save(state, path)
-    assert "resembles SwinIR" in refused(path).what
+    """An entry that is changed, left out or added."""
+    state = {**state_of(SWINIR), name: tensor}
+    if tensor is None:
+        del state[name]
+    assert what in refused(saved(tmp_path / "misfit.pth", state)).what
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(tmp_path: Path, value: float) -> None:
-    state = state_of(SWINIR)
-    name = "layers.1.residual_group.blocks.1.mlp.fc2.weight"
-    state[name][3, 4] = value
-    path = tmp_path / "nan.pth"
-    torch.save(state, path)
-    assert str(refused(path).found).startswith("1 of 288 values of " + name)
-
-
-def test_statistics_that_are_not_a_number(tmp_path: Path) -> None:
-    state = state_of(BY_NAME["DAT"])
-    name = next(key for key in state if key.endswith("running_var"))
-    state[name][0] = float("nan")
-    path = tmp_path / "nan.pth"
-    torch.save(state, path)
-    assert name in str(refused(path).found)
-
-
-def test_forged_shapes_and_layer_numbers(tmp_path: Path) -> None:
-    path = tmp_path / "forged.pth"
-    state = state_of(SWINIR)
-    torch.save({**state, "norm.weight": torch.zeros(1).expand(1 << 40)}, path)
-    assert "contradicts itself" in refused(path).what
-    torch.save({**state, "layers.999999999.residual_group.blocks.0.norm1.weight": torch.zeros(12)}, path)
-    assert "contradicts itself" in refused(path).what
+@pytest.mark.parametrize(
+    ("model", "ending", "value"),
+    [
+        ("SwinIR/light", "fc2.weight", math.nan),
+        ("SwinIR/light", "fc2.weight", math.inf),
+        ("DAT", "running_var", math.nan),
+    ],
+)
+def test_weights_and_statistics_that_are_not_finite(tmp_path: Path, model: str, ending: str, value: float) -> None:
+    state = state_of(BY_NAME[model])
+    name = [key for key in state if key.endswith(ending)][-1]
+    state[name].view(-1)[-1] = value
+    found = str(refused(saved(tmp_path / "nan.pth", state)).found)
+    assert found.startswith(f"1 of {state[name].numel()} values of {name}")
 
 
 def test_models_that_need_a_mask(tmp_path: Path) -> None:

@@ -188,13 +188,7 @@ def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [
-        {"projection": "prewitt"},
-        {"ridge": -1.0},
-        {"ridge": math.inf},
-        {"edge_weight": 0.0},
-        {"subspace": 0},
-    ],
+    [{"projection": "prewitt"}, {"ridge": -1.0}, {"ridge": math.inf}, {"edge_weight": 0.0}, {"subspace": 0}],
     ids=str,
 )
 def test_settings_are_checked(bad: dict[str, object]) -> None:

@@ -7,10 +7,7 @@ from typing import Any
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.quant.observers import (
-    OBSERVERS,
-    OperandObserver,
-)
+from harmoq_ao.quant.observers import OBSERVERS, OperandObserver
 from harmoq_ao.quant.quantizer import QuantizerSpec
 from tests.strategies import float_tensors
 

@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError, ConfigError
-from harmoq_ao.quant.observers import (
-    OBSERVERS,
-    HistogramObserver,
-    MinMaxObserver,
-    MSEObserver,
-    OperandObserver,
-)
+from harmoq_ao.quant.observers import OBSERVERS, HistogramObserver, MinMaxObserver, MSEObserver, OperandObserver
 from harmoq_ao.quant.quantizer import QuantizerSpec
 from tests.quant.observers.helpers import NAMES, batches, observed
 from tests.strategies import float_tensors, joint_scales, static_specs

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError
-from harmoq_ao.quant.observers import (
-    HistogramObserver,
-)
+from harmoq_ao.quant.observers import HistogramObserver
 from harmoq_ao.quant.quantizer import QuantizerSpec, fake_quantize
 from tests.quant.observers.helpers import observed
 from tests.strategies import float_tensors, static_specs

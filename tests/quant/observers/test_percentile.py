@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.quant.observers import (
-    PercentileObserver,
-)
+from harmoq_ao.quant.observers import PercentileObserver
 from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme
 
 
