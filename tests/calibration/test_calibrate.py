@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 import harmoq_ao as h
 from harmoq_ao.calibration.calibrate import image_of
@@ -21,7 +20,7 @@ from harmoq_ao.calibration.solve import has_qparams
 from harmoq_ao.common.errors import CalibrationError, ConfigError, InputError
 from harmoq_ao.config import HarmoqConfig
 from tests.calibration.helpers import DEPLOY, NAMES, PAPER, assert_same
-from tests.models import build, calibrated, images, prepare, run
+from tests.models import calibrated, images, prepare, run
 
 # --- what calibration is ----------------------------------------------------------------------------------------------
 
@@ -82,16 +81,9 @@ def test_batches_come_as_loaders_yield_them(wrap: Any) -> None:
     assert_same(prepared, calibrated("linears", PAPER))
 
 
-def test_one_tensor_of_images_is_an_iterable_of_images() -> None:
-    assert_same(h.calibrate(prepare("linears", PAPER), torch.cat(images(3))), calibrated("linears", PAPER))
-
-
-def test_max_batches_stops_an_endless_iterable() -> None:
-    def endless() -> Iterator[Tensor]:
-        while True:
-            yield from images(3)
-
-    assert_same(h.calibrate(prepare("linears", PAPER), endless(), max_batches=3), calibrated("linears", PAPER))
+@pytest.mark.parametrize(("data", "limit"), [(torch.cat(images(3)), None), (itertools.cycle(images(3)), 3)])
+def test_any_iterable_of_images_is_taken_up_to_max_batches(data: Any, limit: int | None) -> None:
+    assert_same(h.calibrate(prepare("linears", PAPER), data, max_batches=limit), calibrated("linears", PAPER))
 
 
 def test_the_progress_bar_is_shown_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,8 +109,8 @@ def test_the_progress_bar_is_shown_on_demand(capsys: pytest.CaptureFixture[str])
         ([None], CalibrationError, "no tensor"),
         ([torch.rand(16, 16)], InputError, "rank"),
         ([torch.rand(1, 1, 3, 16, 16)], InputError, "rank"),
-        ([torch.full((1, 3, 16, 16), float("nan"))], InputError, "no numbers"),
-        ([torch.full((1, 3, 16, 16), float("inf"))], InputError, "no numbers"),
+        ([torch.full((1, 3, 16, 16), float("nan"))], InputError, "not finite"),
+        ([torch.full((1, 3, 16, 16), float("inf"))], InputError, "not finite"),
         ([torch.zeros(1, 3, 16, 16, dtype=torch.uint8)], InputError, "type"),
         ([torch.rand(1, 1, 16, 16)], InputError, "channels"),
         ([torch.rand(1, 4, 16, 16)], InputError, "channels"),
@@ -150,17 +142,15 @@ def test_a_bad_batch_in_the_middle_is_refused_and_calibration_can_start_over() -
     assert has_qparams(h.calibrate(prepared, images(2)))
 
 
+ENDLESS: list[Any] = []
+ENDLESS.append(ENDLESS)
+
+
+@example(ENDLESS)
 @given(st.recursive(st.none() | st.text(max_size=2) | st.integers(), lambda x: st.lists(x, max_size=2) | st.tuples(x)))
 def test_whatever_holds_no_tensor_is_a_typed_error(batch: Any) -> None:
     with pytest.raises(CalibrationError, match="no tensor"):
         image_of(batch)
-
-
-def test_a_list_within_itself_is_refused() -> None:
-    endless: list[Any] = []
-    endless.append(endless)
-    with pytest.raises(CalibrationError, match="no tensor"):
-        image_of(endless)
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -202,11 +192,3 @@ def test_peak_memory_of_200_crops_is_at_most_a_fifth_above_that_of_20() -> None:
         return int(subprocess.run(command, capture_output=True, check=True, cwd=root, text=True).stdout)
 
     assert peak(200) <= 1.2 * peak(20)
-
-
-def test_calibration_does_not_touch_the_original() -> None:
-    original = build("SwinIR/light")
-    before = copy.deepcopy(original.state_dict())
-    prepared = h.prepare_harmoq(original, PAPER, images(1))
-    h.calibrate(prepared, images(2))
-    assert all(torch.equal(value, before[name]) for name, value in original.state_dict().items())

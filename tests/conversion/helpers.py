@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest import mock
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -20,6 +23,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 def tensors_of(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = load_file(weights_of(folder))
     return tensors
+
+
+def denied(method: str) -> AbstractContextManager[object]:
+    """Context manager under which the system refuses a method of every path."""
+    return mock.patch.object(Path, method, side_effect=PermissionError(errno.EACCES, "Permission denied"))
 
 
 def weights_of(folder: Path) -> Path:

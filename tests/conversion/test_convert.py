@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,10 +25,6 @@ from tests.models import PER_TOKEN, build, calibrated, converted, images, run
 EXACT: dict[str, Any] = {"storage_dtype": "float32"}
 PAPER = HarmoqConfig(8, 8, "paper", **EXACT)
 NAMES = ("forms", "long", "SwinIR/light", "DAT", "FDAT")
-
-
-def _prepared_sites(prepared: h.PreparedModel) -> dict[str, Any]:
-    return {m.site.name: m for m in prepared.sites()}
 
 
 # --- the same function as fake quantization ---------------------------------------------------------------------------
@@ -67,7 +64,7 @@ def test_outputs_are_those_of_fake_quantization(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_weight_codes_dequantize_to_the_fake_quantized_weights(name: str) -> None:
-    prepared = _prepared_sites(calibrated(name, PAPER))
+    prepared = {m.site.name: m for m in calibrated(name, PAPER).sites()}
     for site_name, site in converted(name, PAPER).sites().items():
         if isinstance(site, QuantizedLinear):
             twin = prepared[site_name]
@@ -95,49 +92,26 @@ def test_codes_are_in_range_and_use_the_range() -> None:
 # --- integers ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def contractions(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, torch.dtype, torch.dtype]]:
-    """Types that reach the integer contractions, as they are called."""
-    seen: list[tuple[str, torch.dtype, torch.dtype]] = []
-    for name in ("linear_accumulate", "matmul_accumulate"):
-        original = getattr(integer_reference, name)
-
-        def spy(a: Tensor, b: Tensor, name: str = name, original: Any = original) -> Tensor:
-            seen.append((name, a.dtype, b.dtype))
-            return original(a, b)
-
-        monkeypatch.setattr(integer_reference, name, spy)
-    return seen
-
-
+@pytest.mark.parametrize(("kind", "right"), [("linear", torch.int8), ("matmul", torch.uint8)])
 @pytest.mark.parametrize("name", ["forms", "SwinIR/light"])
-def test_integers_reach_every_contraction(name: str, contractions: list[Any]) -> None:
-    model = converted(name, PAPER)
+def test_integers_reach_every_contraction(name: str, kind: str, right: torch.dtype) -> None:
+    model, function = converted(name, PAPER), f"{kind}_accumulate"
     model.use_reference(True)
-    run(model)
-    kinds = [s.site.kind for s in model.sites().values()]
-    linears = [c for c in contractions if c[0] == "linear_accumulate"]
-    products = [c for c in contractions if c[0] == "matmul_accumulate"]
-    assert len(linears) == kinds.count("linear") > 0
-    assert len(products) == kinds.count("matmul") > 0
-    assert set(linears) == {("linear_accumulate", torch.uint8, torch.int8)}
-    assert set(products) == {("matmul_accumulate", torch.uint8, torch.uint8)}
+    with mock.patch.object(integer_reference, function, wraps=getattr(integer_reference, function)) as spy:
+        run(model)
+    assert spy.call_count == [s.site.kind for s in model.sites().values()].count(kind) > 0
+    assert {(a.dtype, b.dtype) for (a, b), _ in spy.call_args_list} == {(torch.uint8, right)}
 
 
 @pytest.mark.skipif(not onednn.is_available(), reason="this processor has no exact int8 kernels")
 @pytest.mark.parametrize("config", [PAPER, HarmoqConfig(4, 4, rules=PER_TOKEN, **EXACT)], ids=["static", "per token"])
-def test_unsigned_bytes_reach_the_kernel_of_every_linear(config: HarmoqConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, seen, original = converted("SwinIR/light", config), [], onednn._qlinear
-
-    def spy(qx: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        seen.append(qx.dtype)
-        return original(qx, *args, **kwargs)
-
-    monkeypatch.setattr(onednn, "_qlinear", spy)
-    run(model)
+def test_unsigned_bytes_reach_the_kernel_of_every_linear(config: HarmoqConfig) -> None:
+    model = converted("SwinIR/light", config)
+    with mock.patch.object(onednn, "_qlinear", wraps=onednn._qlinear) as spy:
+        run(model)
     linears = [s for s in model.sites().values() if s.site.kind == "linear"]
-    assert len(seen) >= len(linears) > 0
-    assert set(seen) == {torch.uint8}
+    assert spy.call_count >= len(linears) > 0
+    assert {call.args[0].dtype for call in spy.call_args_list} == {torch.uint8}
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -166,7 +140,7 @@ def test_accumulators_of_both_paths_are_equal_bit_for_bit(bits: int, profile: An
     assert checked > 0
 
 
-def _inputs_of(model: h.QuantizedModel) -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
+def _inputs_of(model: h.QuantizedModel) -> list[tuple[nn.Module, tuple[Tensor, ...]]]:
     """Every site with the activations that a real image gives it."""
     seen: list[tuple[nn.Module, tuple[Tensor, ...]]] = []
     handles = [
@@ -176,7 +150,7 @@ def _inputs_of(model: h.QuantizedModel) -> Iterator[tuple[nn.Module, tuple[Tenso
     run(model)
     for handle in handles:
         handle.remove()
-    yield from seen
+    return seen
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.config import HarmoqConfig, SiteRule
-from tests.conversion.helpers import CONFIG, SMALL, contents
+from tests.conversion.helpers import CONFIG, SMALL, contents, denied
 from tests.models import PER_TOKEN, build, converted, images, run
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +73,8 @@ def test_everything_about_a_model_survives(name: str, config: HarmoqConfig, dtyp
     assert loaded.traits == model.traits
     assert loaded.float_dtype == dtype
     assert loaded.kernels() == model.kernels()
+    assert loaded.report() == model.report()
+    assert str(loaded.report()) == str(model.report())
     assert loaded.report().to_dict() == model.report().to_dict()
     again = h.save_quantized(loaded, tmp_path / "again")
     assert contents(again) == contents(tmp_path / "m")
@@ -186,11 +187,6 @@ def test_a_config_that_is_none_is_refused(text: bytes, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["read_bytes", "is_file", "stat"])
-def test_unreadable_files_are_a_typed_error(method: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, method, refuse)
-        with pytest.raises(SavedModelError, match="Permission denied"):
-            h.load_quantized(folder)
+def test_unreadable_files_are_a_typed_error(method: str, folder: Path) -> None:
+    with denied(method), pytest.raises(SavedModelError, match="Permission denied"):
+        h.load_quantized(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.sites.quantized import QuantizedLinear
-from tests.models import converted, run
+from tests.models import converted, prepare, run
 
 PAPER = HarmoqConfig(8, 8, "paper", storage_dtype="float32")
 
@@ -50,16 +51,17 @@ def test_deep_copies_are_independent() -> None:
     assert torch.equal(run(model), expected)
 
 
-@pytest.mark.parametrize(
-    "image",
-    [
-        None,
-        torch.rand(3, 16, 16),
-        torch.rand(1, 1, 16, 16),
-        torch.zeros(1, 3, 16, 16, dtype=torch.uint8),
-        torch.full((1, 3, 16, 16), float("nan")),
-    ],
+NO_IMAGES = (
+    *(None, "image", torch.rand(3, 16)),
+    *(torch.zeros(1, 3, 16, 16, dtype=dtype) for dtype in (torch.uint8, torch.int32)),
+    *(torch.full((1, 3, 16, 16), float(value)) for value in ("nan", "inf")),
 )
-def test_what_is_no_image_is_refused(image: Any) -> None:
+ONLY_CONVERTED_REFUSE = (torch.rand(3, 16, 16), torch.rand(1, 1, 16, 16))
+
+
+@pytest.mark.parametrize(
+    ("model", "image"), [*product((prepare, converted), NO_IMAGES), *product((converted,), ONLY_CONVERTED_REFUSE)]
+)
+def test_what_is_no_image_is_refused(model: Any, image: Any) -> None:
     with pytest.raises(InputError):
-        converted("linears", PAPER)(image)
+        model("linears", PAPER)(image)

@@ -7,30 +7,20 @@ import copy
 import pytest
 import torch
 
-from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
-from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.graph.exchange import Replacement, original_class, replacement_of
 from harmoq_ao.graph.last_result import LastResult
-from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
+from harmoq_ao.recipes.architectures import forward
 from tests.graph.test_folding import count_calls
+from tests.models import converted, entry
 
-
-def _entry(name: str) -> Architecture:
-    return next(a for a in ARCHITECTURES if a.name == name)
-
-
-def _converted(architecture: Architecture) -> QuantizedModel:
-    config = HarmoqConfig(weight_bits=8, act_bits=8, profile="paper")  # no float attention that is fused by graph
-    prepared = prepare_harmoq(architecture.build(), config, [architecture.example(s) for s in architecture.sizes[:2]])
-    calibrate(prepared, [architecture.example(seed=5)], show_progress=False)
-    return convert_harmoq(prepared)
+CONFIG = HarmoqConfig(8, 8, "paper")  # no float attention that is fused by graph
 
 
 @pytest.mark.parametrize("name", ["DAT", "SwinIR/light", "GRL", "Swin2SR", "HAT"])
 def test_folding_does_not_change_a_converted_model(name: str) -> None:
-    architecture = _entry(name)
-    quantized = _converted(architecture)
+    architecture, quantized = entry(name), converted(name, CONFIG)
     plain = copy.deepcopy(quantized)
     for module in plain.modules():
         if is_island(module):
@@ -47,8 +37,7 @@ def test_folding_does_not_change_a_converted_model(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "network"), [("DAT", "pos_proj"), ("Swin2SR", "cpb_mlp.0")])
 def test_position_networks_of_architectures_are_folded(name: str, network: str) -> None:
-    architecture = _entry(name)
-    quantized = _converted(architecture)
+    architecture, quantized = entry(name), converted(name, CONFIG)
     forward(quantized, architecture.example())
     calls = [count_calls(m) for n, m in quantized.named_modules() if n.endswith(network)]
     assert calls
@@ -57,8 +46,7 @@ def test_position_networks_of_architectures_are_folded(name: str, network: str) 
 
 
 def test_position_networks_outside_of_islands_are_remembered() -> None:
-    architecture = _entry("GRL")
-    quantized = _converted(architecture)
+    architecture, quantized = entry("GRL"), converted("GRL", CONFIG)
     forward(quantized, architecture.example())
     memories = [replacement_of(m, LastResult) for n, m in quantized.named_modules() if n.endswith("cpb_mlp.2")]
     kept = [memory.last[1] for memory in memories if memory is not None and memory.last is not None]

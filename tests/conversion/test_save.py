@@ -17,7 +17,7 @@ from harmoq_ao.common import output
 from harmoq_ao.common.errors import OutputError, SavedModelError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.save import float_bytes, folder_bytes, stored_tensors
-from tests.conversion.helpers import CONFIG, SMALL, contents, tensors_of
+from tests.conversion.helpers import CONFIG, SMALL, contents, denied, tensors_of
 from tests.models import build, converted, images, prepare, run
 
 
@@ -134,14 +134,9 @@ def test_what_a_killed_save_left_is_cleared_away(tmp_path: Path) -> None:
     assert len(contents(folder)) == 2
 
 
-def test_failing_to_remove_the_old_weights_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_to_remove_the_old_weights_is_no_failure(folder: Path) -> None:
     new = converted(SMALL, HarmoqConfig(2, 2))
-
-    def refuse(self: Path, missing_ok: bool = False) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", refuse)
+    with denied("unlink"):
         h.save_quantized(new, folder)
     assert torch.equal(run(h.load_quantized(folder)), run(new))
 
@@ -184,16 +179,10 @@ def test_a_path_that_no_system_takes_is_a_typed_error(name: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("method", ["mkdir", "iterdir", "is_dir"])
-def test_permission_denied_is_a_typed_error(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_permission_denied_is_a_typed_error(method: str, tmp_path: Path) -> None:
     model = converted("linears", CONFIG)
-
-    def refuse(self: Path, *args: Any, **kwargs: Any) -> Any:
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, method, refuse)
-        with pytest.raises(OutputError, match="Permission denied"):
-            h.save_quantized(model, tmp_path)
+    with denied(method), pytest.raises(OutputError, match="Permission denied"):
+        h.save_quantized(model, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write everywhere")

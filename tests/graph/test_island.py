@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 
@@ -13,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harmoq_ao.graph import Contraction, IslandState, island_state, make_island, same_values
+from harmoq_ao.graph import island_state, same_values
+from tests.graph.test_tracer import island
 
 CHANNELS = 4
 
@@ -140,22 +140,6 @@ class Composed(nn.Module):
         return x
 
 
-class _Product(nn.Module):
-    def __init__(self, contraction: Contraction) -> None:
-        super().__init__()
-        self.equation = contraction.args[0] if contraction.op == "einsum" else None
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.matmul(a, b) if self.equation is None else torch.einsum(self.equation, a, b)
-
-
-def _factory(root: nn.Module, contraction: Contraction) -> str:
-    name = f"harmoq_{contraction.op}_{contraction.key.function}_{contraction.key.line}_{contraction.key.occurrence}"
-    if name not in root._modules:
-        root.add_module(name, _Product(contraction))
-    return name
-
-
 @settings(max_examples=60)
 @given(
     steps=st.lists(st.sampled_from(STEPS), min_size=1, max_size=5),
@@ -167,8 +151,7 @@ def test_traced_equals_original(
 ) -> None:
     torch.manual_seed(seed)
     module = Composed(tuple(steps)).eval()
-    twin = copy.deepcopy(module)
-    make_island(twin, IslandState("island", _factory, strict=True))
+    twin, _ = island(module)
     with torch.no_grad():
         for b, h, w in sizes + sizes:
             x = torch.randn(b, h, w, CHANNELS)

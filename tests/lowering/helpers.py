@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import harmoq_ao as h
 from harmoq_ao.triton_kernels import attention, lowbit_linear, mlp, window_attention
+from tests.triton_kernels.interpreter import interpreted
 
 
 @contextmanager
@@ -40,13 +42,22 @@ def quantize(model: nn.Module, config: h.HarmoqConfig, example: Tensor | None = 
     return h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
 
 
-def both_ways(quantized: h.QuantizedModel, image: Tensor, kernel: str) -> tuple[Tensor, Tensor, int]:
-    """The image by the author's graph on plain integers, by the lowered one, and how often its kernel ran."""
+def both_ways(model: h.QuantizedModel, image: Tensor, kernel: str, on: Any = "reference") -> tuple[Tensor, Tensor, int]:
+    """The image by the author's graph on a backend without Triton, by the lowered one, and how often its kernel ran."""
+    model.use_backend(on)
+    expected = model(image)
+    model.use_backend("triton")
+    with kernel_references() as kernels:
+        return expected, model(image), kernels[kernel].call_count
+
+
+def check_interpreted(quantized: h.QuantizedModel, image: Tensor) -> None:
+    """The interpreted kernels and plain integers give the same small image, but for a few of its values."""
     quantized.use_backend("reference")
     expected = quantized(image)
     quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        return expected, quantized(image), kernels[kernel].call_count
+    with interpreted():
+        assert_same_image(quantized(image), expected, 0.97)  # 192 values, and 16-bit floats
 
 
 class Network(nn.Module):

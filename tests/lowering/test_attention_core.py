@@ -15,9 +15,8 @@ from torch import Tensor, nn
 import harmoq_ao as h
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.triton_kernels import attention
-from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
+from tests.lowering.helpers import Network, assert_same_image, both_ways, check_interpreted, kernel_references, quantize
 from tests.models import converted, images
-from tests.triton_kernels.interpreter import interpreted
 
 #: Each is what the kernel computes.
 USUAL = ("scaled queries", "scaled scores", "cosine", "fewer keys")
@@ -31,6 +30,7 @@ UNUSUAL = {
     "mask on heads": "Its mask has the shape",
     "wide values": "its operands",
     "channels": "this head",
+    "per row": "static bounds",
 }
 
 
@@ -127,15 +127,17 @@ def test_random_cores(heads: int, bias: bool, twist: str, masked: bool, bits: in
 
 @pytest.mark.parametrize("twist", UNUSUAL)
 def test_what_the_kernel_does_not_compute_keeps_its_graph(twist: str) -> None:
-    quantized = quantized_core(Core(2, True, twist), masked=True)
+    rules = (SiteRule("attention.core*", dynamic=True),) if twist == "per row" else ()
+    quantized = quantized_core(Core(2, True, twist), masked=True, rules=rules)
     expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8), "core")
     assert calls == 0
     assert_same_image(found, expected)
-    lowered = [low for name, low in quantized.lowerings("cuda").items() if name.startswith("attention.core")]
-    assert len(lowered) == 2
-    for low in lowered:
-        assert low.kernel == "reference integer"
-        assert UNUSUAL[twist] in str(low.reason)
+    for device in (None, "cuda"):
+        lowered = [low for n, low in quantized.lowerings(device).items() if n.startswith("attention.core")]
+        assert len(lowered) == 2
+        for low in lowered:
+            assert low.kernel == "reference integer"
+            assert UNUSUAL[twist] in str(low.reason)
 
 
 @pytest.mark.parametrize("twist", USUAL)
@@ -143,22 +145,7 @@ def test_what_the_kernel_does_not_compute_keeps_its_graph(twist: str) -> None:
 @pytest.mark.parametrize("relative", [True, False])
 def test_in_the_interpreter(twist: str, masked: bool, relative: bool) -> None:
     quantized = quantized_core(Core(2, True, twist), 8, masked, relative=relative)
-    image = torch.rand(1, 3, 8, 8)
-    quantized.use_backend("reference")
-    expected = quantized(image)
-    quantized.use_backend("triton")
-    with interpreted():
-        assert_same_image(quantized(image), expected, 0.97)  # 192 values
-
-
-def test_bounds_per_row_keep_their_graph() -> None:
-    quantized = quantized_core(Core(2, True, "scaled queries"), rules=(SiteRule("attention.core*", dynamic=True),))
-    expected, found, calls = both_ways(quantized, torch.rand(3, 3, 12, 8), "core")
-    assert calls == 0
-    assert_same_image(found, expected)
-    assert "static bounds" in str(
-        next(low.reason for n, low in quantized.lowerings().items() if n.startswith("attention.core"))
-    )
+    check_interpreted(quantized, torch.rand(1, 3, 8, 8))
 
 
 def test_copies_and_loaded_tensors_have_operands_of_their_own() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import island_state
 from harmoq_ao.lowering.window_attention import LoweredAttention
-from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
+from tests.lowering.helpers import Network, assert_same_image, both_ways, check_interpreted, kernel_references, quantize
 from tests.models import converted, images
 from tests.triton_kernels.interpreter import interpreted
 
@@ -143,8 +143,8 @@ def test_random_islands(
 def test_every_miss_has_its_reason(twist: str, place: str, reason: str) -> None:
     attention = CosineAttention(2, "mlp", "none" if twist == "measured qkv bias" else "parts", place, twist)
     quantized = quantize(Network(attention), HarmoqConfig(8, 8, "paper"))
-    linears = [low for name, low in quantized.lowerings("cuda").items() if name in ("attention.qkv", "attention.proj")]
-    linears += [low for name, low in quantized.lowerings("cuda").items() if "::linear" in name]
+    names = ("attention.qkv", "attention.proj")
+    linears = [low for name, low in quantized.lowerings("cuda").items() if name in names or "::linear" in name]
     assert linears
     assert all(low.kernel == "triton lowbit_linear" and reason in str(low.reason) for low in linears)
 
@@ -168,12 +168,7 @@ def test_the_lowered_island_equals_its_graph_up_to_flipped_codes(config: HarmoqC
 @pytest.mark.parametrize("masked", [True, False])
 def test_in_the_interpreter(config: HarmoqConfig, masked: bool) -> None:
     quantized = quantize(Network(CosineAttention(2, "mlp", "parts"), masked), config)
-    image = torch.rand(1, 3, 8, 8)
-    quantized.use_backend("reference")
-    expected = quantized(image)
-    quantized.use_backend("triton")
-    with interpreted():
-        assert_same_image(quantized(image), expected, 0.97)  # 192 values, and 16-bit floats
+    check_interpreted(quantized, torch.rand(1, 3, 8, 8))
     assert quantized.lowerings()["attention.proj"].kernel == "triton window_attention"
 
 

@@ -20,7 +20,7 @@ from harmoq_ao.lowering.mlp import FusedMlp, find_mlp
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 from harmoq_ao.recipes.architectures import forward as run_model
 from harmoq_ao.sites.quantized import Derived
-from tests.lowering.helpers import Network, assert_same_image, kernel_references, quantize
+from tests.lowering.helpers import Network, assert_same_image, both_ways, kernel_references, quantize
 from tests.models import PER_TOKEN, converted, images
 from tests.triton_kernels.interpreter import interpreted
 
@@ -87,12 +87,9 @@ def test_random_islands(
     torch.manual_seed(0)
     example = torch.rand(2, 3, 8, 12)
     quantized = quantize(Network(Attention(heads, places, scale, bias, twist), masked), config, example)
-    expected = quantized(example)
-    quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        found = quantized(example)
+    expected, found, calls = both_ways(quantized, example, "attention", "auto")
     usual = places == (0, 1, 2) and (twist == "none" or (twist == "scrambled" and heads == 1))
-    assert kernels["attention"].call_count == usual
+    assert calls == usual
     assert_same_image(found, expected)
     lowering = quantized.lowerings()["attention.qkv"]
     assert (lowering.kernel == "triton window_attention") == (lowering.reason is None) == usual
@@ -183,11 +180,9 @@ def test_perceptrons(act: nn.Module, extra: str, expected: str | None) -> None:
     if expected is None:
         with pytest.raises(Misfit):
             find_mlp(module)
-    plain = quantized(example)
-    quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        assert_same_image(quantized(example), plain)
-    assert kernels["mlp"].call_count == (expected is not None)
+    plain, lowered, calls = both_ways(quantized, example, "mlp", "auto")
+    assert_same_image(lowered, plain)
+    assert calls == (expected is not None)
     assert {name.partition(".")[0] for name in module.state_dict()} == {"fc1", "fc2"}
 
 
@@ -197,30 +192,18 @@ def test_a_sequence_is_a_perceptron_and_its_slices_are_none() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 8), nn.Flatten(), layers, nn.Unflatten(1, (2, 2, 2)))
     example = torch.rand(4, 3, 8, 8)
     quantized = quantize(model, HarmoqConfig(8, 8), example)
-    expected = quantized(example)
-    assert torch.equal(
-        quantized.model[2][:2](torch.ones(1, 8)), quantized.model[2][1](quantized.model[2][0](torch.ones(1, 8)))
-    )
-    quantized.use_backend("triton")
-    with kernel_references() as kernels:
-        torch.testing.assert_close(quantized(example), expected, atol=1e-5, rtol=1e-5)
-    assert kernels["mlp"].call_count == 1
+    lowered, ones = quantized.model[2], torch.ones(1, 8)
+    assert torch.equal(lowered[:2](ones), lowered[1](lowered[0](ones)))
+    expected, found, calls = both_ways(quantized, example, "mlp", "auto")
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert calls == 1
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------
 
-FUSED = {
-    "SwinIR/light": {"window_attention", "mlp"},
-    "SwinIR/classical": {"window_attention", "mlp"},
-    "SwinIR/real": {"window_attention", "mlp"},
-    "HAT": {"window_attention", "mlp"},
-    "DRCT": {"window_attention", "mlp"},
-    "Swin2SR": {"window_attention", "mlp"},
-    "CRAFT": {"mlp"},
-    "GRL": {"mlp"},
-    "SCUNet": {"mlp"},
-    "DCTLSA": {"mlp"},
-}
+WITH_WINDOWS = ("SwinIR/light", "SwinIR/classical", "SwinIR/real", "HAT", "DRCT", "Swin2SR")
+FUSED = dict.fromkeys(WITH_WINDOWS, frozenset({"window_attention", "mlp"}))
+FUSED |= dict.fromkeys(("CRAFT", "GRL", "SCUNet", "DCTLSA"), frozenset({"mlp"}))
 #: GFPGAN draws other noise in every call.
 REPEATABLE = [a for a in ARCHITECTURES if a.name != "GFPGAN"]
 

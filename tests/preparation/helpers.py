@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from harmoq_ao import HarmoqConfig, prepare_harmoq
-from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture
 from harmoq_ao.sites.model import PreparedModel
+from tests.models import entry
 
-SWINIR: Architecture = next(a for a in ARCHITECTURES if a.name == "SwinIR/light")
+SWINIR = entry("SwinIR/light")
 
 
 def prepare(config: HarmoqConfig | None = None, **options: Any) -> PreparedModel:

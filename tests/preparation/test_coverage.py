@@ -16,6 +16,7 @@ from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.sites import PreparedLinear, PreparedMatmul
 from harmoq_ao.sites.model import PreparedModel
+from tests.models import entry
 
 #: Written independently of the tracer: everything torch offers to multiply two matrices with, by name.
 PRODUCTS = {"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "addbmm", "addmm", "einsum", "mv", "dot"}
@@ -109,7 +110,7 @@ def _check_everything_is_accounted_for(architecture: Architecture, prepared: Pre
 
 @pytest.mark.parametrize("name", ["SwinIR/light", "DAT", "HAT", "OmniSR", "GRL", "RGT", "ATD", "CRAFT"])
 def test_site_names_are_stable(name: str) -> None:
-    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    architecture = entry(name)
     first = [m.site.name for m in _prepare(architecture).sites()]
     assert first == [m.site.name for m in _prepare(architecture).sites()]
     reversed_sizes = [architecture.example(size) for size in architecture.sizes[:0:-1]]
@@ -118,7 +119,7 @@ def test_site_names_are_stable(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light"])
 def test_graphs_do_not_multiply_over_many_sizes(name: str) -> None:
-    architecture = next(a for a in ARCHITECTURES if a.name == name)
+    architecture = entry(name)
     original, prepared = architecture.build(), _prepare(architecture)
     generator = torch.Generator().manual_seed(0)
     for index in range(30):
@@ -134,15 +135,13 @@ def test_graphs_do_not_multiply_over_many_sizes(name: str) -> None:
 
 
 def test_attention_products_have_roles() -> None:
-    architecture = next(a for a in ARCHITECTURES if a.name == "SwinIR/light")
-    products = [m.site for m in _prepare(architecture).sites() if isinstance(m, PreparedMatmul)]
+    products = [m.site for m in _prepare(entry("SwinIR/light")).sites() if isinstance(m, PreparedMatmul)]
     assert [s.role for s in products] == ["query-key", "attention-value"] * (len(products) // 2)
     assert {s.shape for s in products} == {(6,), (64,)}
 
 
 def test_functional_linears_share_the_authors_weight() -> None:
-    architecture = next(a for a in ARCHITECTURES if a.name == "Swin2SR")
-    prepared = _prepare(architecture)
+    prepared = _prepare(entry("Swin2SR"))
     shared = [m for m in prepared.sites() if isinstance(m, PreparedLinear) and "::linear" in m.site.name]
     assert len(shared) == 4
     for module in shared:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,15 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from harmoq_ao import HarmoqConfig, SiteRule, calibrate, convert_harmoq, prepare_harmoq
+from harmoq_ao import HarmoqConfig, SiteRule, calibrate, prepare_harmoq
 from harmoq_ao.common.errors import ConfigError, InputError
-from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
+from harmoq_ao.recipes.architectures import forward
 from harmoq_ao.sites import PreparedLinear
-from harmoq_ao.sites.model import ModelTraits
 from harmoq_ao.zoo import LoadedModel
+from tests.models import converted, entry
 from tests.preparation.helpers import SWINIR, Small, prepare
-
-DATLIGHT: Architecture = next(a for a in ARCHITECTURES if a.name == "DAT/light")
 
 
 def test_rules_reach_their_sites_and_the_last_match_wins() -> None:
@@ -46,22 +45,19 @@ def test_a_rule_without_sites_lists_near_misses() -> None:
         prepare(HarmoqConfig(rules=(SiteRule("*.qkv", kind="matmul", act_bits=8),)))
 
 
-@pytest.mark.parametrize("given", ["none", "tensor", "list", "tuple"])
-def test_examples(given: str) -> None:
-    examples = {
-        "none": None,
-        "tensor": SWINIR.example(),
-        "list": [SWINIR.example((16, 16)), SWINIR.example((19, 13), 3)],
-        "tuple": (SWINIR.example((16, 24)),),
-    }[given]
+@pytest.mark.parametrize(
+    ("examples", "shapes"),
+    [
+        (None, [(1, 3, 64, 64), (1, 3, 48, 72)]),
+        (SWINIR.example(), [(1, 3, 16, 16)]),
+        ([SWINIR.example((16, 16)), SWINIR.example((19, 13), 3)], [(1, 3, 16, 16), (3, 3, 19, 13)]),
+        ((SWINIR.example((16, 24)),), [(1, 3, 16, 24)]),
+    ],
+    ids=["none", "tensor", "list", "tuple"],
+)
+def test_examples(examples: Any, shapes: list[tuple[int, ...]]) -> None:
     prepared = prepare_harmoq(SWINIR.build(), example_inputs=examples)
-    expected = {
-        "none": [(1, 3, 64, 64), (1, 3, 48, 72)],
-        "tensor": [(1, 3, 16, 16)],
-        "list": [(1, 3, 16, 16), (3, 3, 19, 13)],
-        "tuple": [(1, 3, 16, 24)],
-    }[given]
-    assert prepared.example_shapes == expected
+    assert prepared.example_shapes == shapes
     assert len(prepared.sites()) == 24
 
 
@@ -100,19 +96,12 @@ def test_a_prepared_model_is_not_prepared_again() -> None:
             prepare_harmoq(again)
 
 
-@pytest.mark.parametrize(
-    "image", [torch.rand(3, 16), torch.full((1, 3, 16, 16), float("inf")), torch.zeros(1, 3, 8, 8).int(), "image"]
-)
-def test_a_prepared_model_refuses_what_is_no_image(image: Any) -> None:
-    with pytest.raises(InputError):
-        prepare()(image)
-
-
-def test_the_given_model_stays_as_it_was() -> None:
+@pytest.mark.parametrize("profile", ["deploy", "paper"])
+def test_the_given_model_stays_as_it_was(profile: Any) -> None:
     model = SWINIR.build().train()
     classes = [type(m) for m in model.modules()]
     before = copy.deepcopy(model.state_dict())
-    prepared = prepare_harmoq(model, HarmoqConfig(weight_bits=4, act_bits=4), SWINIR.example())
+    prepared = prepare_harmoq(model, HarmoqConfig(4, 4, profile), SWINIR.example())
     calibrate(prepared, [SWINIR.example()], show_progress=False)
     assert [type(m) for m in model.modules()] == classes
     assert all(torch.equal(before[n], v) for n, v in model.state_dict().items())
@@ -165,13 +154,8 @@ def test_a_model_in_bfloat16() -> None:
     assert torch.isfinite(prepared(image)).all()
 
 
-def test_traits() -> None:
-    prepared = prepare()
-    assert prepared.traits.scale == 2
-    assert ModelTraits.from_dict(prepared.traits.to_dict()) == prepared.traits
-
-
-def test_spandrel_descriptors_and_loaded_models() -> None:
+def test_traits_of_models_spandrel_descriptors_and_loaded_models() -> None:
+    assert prepare().traits.scale == 2
     model = SWINIR.build()
     descriptor = SimpleNamespace(model=model, scale=2)
     assert prepare_harmoq(descriptor, None, SWINIR.example()).traits.scale == 2  # type: ignore[arg-type]
@@ -181,32 +165,18 @@ def test_spandrel_descriptors_and_loaded_models() -> None:
 
 
 def test_a_converted_model_may_be_shared_by_threads() -> None:
-    prepared = prepare_harmoq(
-        DATLIGHT.build(), HarmoqConfig(weight_bits=8, act_bits=8), [DATLIGHT.example(s) for s in DATLIGHT.sizes[:2]]
-    )
-    calibrate(prepared, [DATLIGHT.example()], show_progress=False)
-    quantized = convert_harmoq(prepared)
-    images = [DATLIGHT.example((11 + 3 * i, 23 - 2 * i), seed=i) for i in range(8)]
+    quantized = converted("DAT/light", HarmoqConfig(8, 8))
+    images = [entry("DAT/light").example((11 + 3 * i, 23 - 2 * i), seed=i) for i in range(8)]
     expected = [copy.deepcopy(quantized)(image) for image in images]
-    actual: list[Any] = [None] * len(images)
     start = threading.Barrier(4)
 
-    def work(first: int) -> None:
+    def work(first: int) -> list[Tensor]:
         start.wait()
-        for i in range(first, len(images), 4):
-            try:
-                actual[i] = quantized(images[i])
-            except Exception as error:
-                actual[i] = error
+        return [quantized(image) for image in images[first::4]]
 
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for one, other in zip(expected, actual, strict=True):
-        assert isinstance(other, Tensor), other
-        assert torch.equal(one, other)
+    with ThreadPoolExecutor(4) as pool:
+        for first, actual in enumerate(pool.map(work, range(4))):
+            assert all(torch.equal(a, b) for a, b in zip(actual, expected[first::4], strict=True))
 
 
 def test_quantizers_lie_where_the_model_is() -> None:
