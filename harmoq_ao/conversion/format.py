@@ -16,16 +16,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import re
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.common.errors import SavedModelError, shown
+from harmoq_ao.common.errors import SavedModelError
 
 FORMAT = "harmoq-ao"
 SCHEMA_VERSION = 3
@@ -33,17 +30,9 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 LEFTOVER_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")
 """Files that an interrupted save may leave: weights without a config, and temporary files."""
-MAX_EXAMPLE_VALUES = 1 << 22
-"""Of one example batch: a load runs the model on it."""
 REMEDY = "copy the folder again, or quantize the float model anew"
 FLOAT_TYPES = {"h": torch.float16, "b": torch.bfloat16, "f": torch.float32}
 """Types of stored floats by their letter in ``layout``, the smallest first."""
-_MAX_CONFIG_BYTES = 16 << 20
-_MAX_DB = 1e4
-_WEIGHTS_FIELDS = ("file", "sha256", "layout")
-
-
-# --- config.json ------------------------------------------------------------------------------------------------------
 
 
 def seal(config: dict[str, Any]) -> dict[str, Any]:
@@ -54,71 +43,6 @@ def seal(config: dict[str, Any]) -> dict[str, Any]:
 def canonical_json(config: dict[str, Any]) -> bytes:
     """The one way to write a config as bytes, so that equal configs have equal check sums."""
     return json.dumps(config, separators=(",", ":"), sort_keys=True).encode()
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a saved model, without its check sum; the form of every entry is right, its meaning is not checked.
-
-    Raises:
-        SavedModelError: No saved model, another format or version, a changed byte, or an entry of the wrong form.
-    """
-    path = folder / CONFIG_NAME
-    try:
-        if not path.is_file():
-            found = "a folder without config.json" if folder.is_dir() else "no such folder"
-            raise SavedModelError(
-                f"{folder} is not a saved model", found=found, expected="a folder written by save_quantized"
-            )
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise SavedModelError(f"{path} is too large", found=f"{path.stat().st_size} bytes", remedy=REMEDY)
-        config = json.loads(path.read_bytes())
-        # Written out here, since Python may refuse to (integers of many digits, deep nesting) what it has just read.
-        body = canonical_json({k: v for k, v in config.items() if k != "sha256"}) if isinstance(config, dict) else b""
-    except SavedModelError:
-        raise
-    except (OSError, ValueError, RecursionError) as error:
-        raise SavedModelError(f"{path} cannot be read", found=str(error)[:200], remedy=REMEDY) from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        raise SavedModelError(f"{path} is of another format", expected=f'"format": "{FORMAT}"')
-    if config.get("schema_version") != SCHEMA_VERSION:
-        raise SavedModelError(
-            f"{path} is of another version of the format",
-            found=shown(config.get("schema_version")),
-            expected=SCHEMA_VERSION,
-            remedy="use the version of harmoq-ao that wrote it",
-        )
-    if config.pop("sha256", None) != hashlib.sha256(body).hexdigest():
-        raise SavedModelError(f"{path} was changed after it was saved", found="another SHA-256", remedy=REMEDY)
-    _check_fields(path, config)
-    return config
-
-
-def _is_db(value: Any) -> bool:
-    return type(value) in (int, float) and -_MAX_DB <= value <= _MAX_DB
-
-
-def _check_fields(path: Path, config: dict[str, Any]) -> None:
-    kinds: dict[str, Callable[[Any], bool]] = {
-        "quantization_config": lambda v: isinstance(v, dict),
-        "float_dtype": lambda v: v in ("float32", "bfloat16"),
-        "traits": lambda v: isinstance(v, dict),
-        "example_shapes": are_example_shapes,
-        "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or _is_db(x) for x in v.values()),
-        "weights": lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in _WEIGHTS_FIELDS),
-    }
-    for name, valid in kinds.items():
-        if name not in config or not valid(config[name]):
-            raise SavedModelError(f"{path} has no valid {name!r}", found=shown(config.get(name)), remedy=REMEDY)
-
-
-def are_example_shapes(value: Any) -> bool:
-    """Whether these are one to four shapes `[B, C, H, W]` of batches that a load can run."""
-
-    def fits(shape: Any) -> bool:
-        whole = isinstance(shape, list) and len(shape) == 4 and all(type(n) is int for n in shape)
-        return whole and min(shape) > 0 and math.prod(shape) <= MAX_EXAMPLE_VALUES
-
-    return isinstance(value, list) and 1 <= len(value) <= 4 and all(fits(shape) for shape in value)
 
 
 # --- the weights file -------------------------------------------------------------------------------------------------

@@ -6,18 +6,17 @@ with the stored tensors, each of which is checked for its shape, type and values
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
-from harmoq_ao.common.errors import ConfigError, SavedModelError, shown
+from harmoq_ao.common.errors import ConfigError, SavedModelError
 from harmoq_ao.config import HarmoqConfig
+from harmoq_ao.conversion.check_saved_model import check_tensor, read_config, read_tensors
 from harmoq_ao.conversion.convert import replace_sites
-from harmoq_ao.conversion.format import CONFIG_NAME, REMEDY, WEIGHTS_NAME, read_config, storable_state, unflatten_floats
+from harmoq_ao.conversion.format import CONFIG_NAME, REMEDY, storable_state, unflatten_floats
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.sites.history import History
@@ -39,7 +38,7 @@ def load_quantized(path: str | Path, model: nn.Module | None = None) -> Quantize
     """
     folder = Path(path)
     config = read_config(folder)
-    tensors = _read_tensors(folder, config["weights"])
+    tensors = read_tensors(folder, config["weights"])
     try:
         return _assembled(config, tensors, model)
     except SavedModelError:
@@ -69,30 +68,6 @@ def _assembled(config: dict[str, Any], tensors: dict[str, Tensor], model: nn.Mod
         return quantized.set_float_dtype(torch.bfloat16)
     quantized.finalize()
     return quantized
-
-
-def _read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
-    """The tensors of the weights file, once its name and its SHA-256 are those of the config."""
-    name = weights["file"]
-    path = folder / name
-    if not WEIGHTS_NAME.fullmatch(name):
-        raise SavedModelError(
-            f"{folder} names no weights file",
-            found=shown(name),
-            expected="model-<12 digits>.safetensors",
-        )
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise SavedModelError(
-            f"{folder} lacks its weights", found=error.strerror, expected=name, remedy=REMEDY
-        ) from error
-    if hashlib.sha256(data).hexdigest() != weights["sha256"]:
-        raise SavedModelError(f"{path} is damaged", found=f"{len(data)} bytes of another SHA-256", remedy=REMEDY)
-    try:
-        return from_safetensors(data)
-    except Exception as error:  # types that this torch does not know, too
-        raise SavedModelError(f"{path} is not a safetensors file", found=str(error)[:200], remedy=REMEDY) from error
 
 
 def _skeleton(traits: ModelTraits) -> nn.Module:
@@ -153,34 +128,10 @@ def _fill(quantized: QuantizedModel, tensors: dict[str, Tensor]) -> None:
         raise SavedModelError("The stored tensors do not fit the architecture", found=found, remedy=REMEDY)
     for name, tensor in tensors.items():
         target = expected[name]
-        _check_tensor(name, tensor, target, _of_site(quantized, name))
+        check_tensor(name, tensor, target, _of_site(quantized, name))
         with torch.no_grad():
             target.copy_(tensor)
 
 
 def _of_site(quantized: QuantizedModel, name: str) -> bool:
     return isinstance(quantized.model.get_submodule(name.rpartition(".")[0]), QuantizedSite)
-
-
-def _check_tensor(name: str, tensor: Tensor, target: Tensor, of_site: bool) -> None:
-    if tensor.shape != target.shape:
-        raise SavedModelError(
-            f"{name} has the wrong shape", found=tuple(tensor.shape), expected=tuple(target.shape), remedy=REMEDY
-        )
-    if tensor.is_floating_point() != target.is_floating_point() or (
-        not tensor.is_floating_point() and tensor.dtype != target.dtype
-    ):
-        raise SavedModelError(f"{name} has the wrong type", found=tensor.dtype, expected=target.dtype, remedy=REMEDY)
-    if isinstance(target, nn.Parameter) or of_site:
-        _check_values(name, tensor)
-
-
-def _check_values(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    if not bool(torch.isfinite(tensor).all()):
-        raise SavedModelError(f"{name} is not finite", found="NaN or infinity", remedy=REMEDY)
-    kind = name.rpartition(".")[2]
-    positive = tensor if kind in ("weight_scale", "joint_scale") else tensor[:1] if kind.endswith("_bounds") else None
-    if positive is not None and not bool((positive > 0).all()):
-        raise SavedModelError(f"{name} must be positive", found=float(positive.min()), remedy=REMEDY)

@@ -18,14 +18,13 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import OutputError, SavedModelError
 from harmoq_ao.common.output import atomic_write, make_folder
 from harmoq_ao.common.version import __version__
+from harmoq_ao.conversion.check_saved_model import MAX_EXAMPLE_VALUES, are_example_shapes
 from harmoq_ao.conversion.format import (
     CONFIG_NAME,
     FLOAT_TYPES,
     FORMAT,
     LEFTOVER_NAME,
-    MAX_EXAMPLE_VALUES,
     SCHEMA_VERSION,
-    are_example_shapes,
     canonical_json,
     flatten_floats,
     seal,

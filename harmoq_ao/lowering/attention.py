@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.graph import Variant
 from harmoq_ao.kernels.compiler_view import is_compiled
-from harmoq_ao.lowering.attention_pattern import (
+from harmoq_ao.lowering.attention_matching import (
     Match,
     ask_instead,
     drop_unused,

@@ -15,7 +15,7 @@ from harmoq_ao.graph.exchange import Finding, original_class
 from harmoq_ao.graph.nodes import SELF, called_module, target_name, writes_arguments
 from harmoq_ao.graph.variant import DECLINED
 from harmoq_ao.lowering.attention_core import attention_core
-from harmoq_ao.lowering.attention_pattern import (
+from harmoq_ao.lowering.attention_matching import (
     ADDITIONS,
     MULTIPLICATIONS,
     VIEWS,

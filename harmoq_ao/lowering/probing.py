@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.graph.nodes import called_module, run_node
 from harmoq_ao.lowering.attention import fused_attention, sum_of
-from harmoq_ao.lowering.attention_pattern import is_softmax
+from harmoq_ao.lowering.attention_matching import is_softmax
 from harmoq_ao.sites.prepared import PreparedMatmul
 from harmoq_ao.sites.quantized import QuantizedLinear, QuantizedMatmul
 

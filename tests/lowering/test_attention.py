@@ -10,7 +10,7 @@ import harmoq_ao as h
 from harmoq_ao.graph import is_island, island_state
 from harmoq_ao.lowering import attention
 from harmoq_ao.lowering.attention import fused_attention
-from harmoq_ao.lowering.attention_pattern import score_stand_in, widened
+from harmoq_ao.lowering.attention_matching import score_stand_in, widened
 from tests.lowering.helpers import Network
 
 
