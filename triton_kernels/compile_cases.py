@@ -42,18 +42,12 @@ def row_bytes(columns: int, bits: int) -> int:
 
 
 def _quantize_cases() -> Iterator[Case]:
-    for name, norm, packed, bits in (("static 8 bit", False, False, 8), ("layernorm 4 bit packed", True, True, 4)):
+    for name, norm, bits in (("static 8 bit", False, 8), ("layernorm 4 bit", True, 4)):
         arguments = {
             "x_ptr": "*fp16", "reciprocal_ptr": "*fp32", "offset_ptr": "*fp32", "codes_ptr": "*u8", "M": "i32",
-            "x_stride": "i32", "reciprocal_stride": 1, "offset_stride": 1, "eps": "fp32", "K": 60,
-            "ROW_BYTES": 60 * bits // 8, "BITS": bits, "PACKED": packed, "NORM": norm, "BLOCK_M": 64, "BLOCK_K": 64,
+            "x_stride": "i32", "eps": "fp32", "K": 60, "BITS": bits, "NORM": norm, "BLOCK_M": 64, "BLOCK_K": 64,
         }  # fmt: skip
         yield Case(f"quantize / {name}", quantize.quantize_kernel, arguments, integer_mma=False, unfused=not norm)
-    arguments = {
-        "x_ptr": "*fp16", "reciprocal_ptr": "*fp32", "codes_ptr": "*u8", "lower_ptr": "*fp32", "step_ptr": "*fp32",
-        "M": "i32", "x_stride": "i32", "K": 60, "BITS": 8, "BLOCK_M": 64, "BLOCK_K": 64,
-    }  # fmt: skip
-    yield Case("quantize / per token 8 bit", quantize.quantize_tokens_kernel, arguments, integer_mma=False)
 
 
 def _linear_cases() -> Iterator[Case]:
@@ -70,15 +64,12 @@ def _linear_cases() -> Iterator[Case]:
 
 
 def _linear_case(name: str, columns: int, rows: int, mode: str, x_type: str, bits: int) -> Case:
-    token = mode == "token"
     arguments = {
         "x_ptr": x_type, "weight_ptr": "*u8", "start_ptr": "*i32", "scale_ptr": "*fp32", "constant_ptr": "*fp32",
-        "total_ptr": "*fp32" if token else None, "reciprocal_ptr": None if mode == "codes" else "*fp32",
-        "offset_ptr": "*fp32" if mode == "static" else None, "lower_ptr": None, "step_ptr": None,
-        "residual_ptr": "*fp16" if mode == "codes" else None, "out_reciprocal_ptr": None, "out_offset_ptr": None,
+        "total_ptr": "*fp32" if mode == "token" else None, "reciprocal_ptr": None if mode == "codes" else "*fp32",
+        "offset_ptr": "*fp32" if mode == "static" else None, "residual_ptr": "*fp16" if mode == "codes" else None,
         "out_ptr": "*fp16", "M": "i32", "x_stride": "i32", "residual_stride": "i32", "K": columns, "N": rows,
-        "INPUT": mode, "GELU": "erf" if token else "none", "OUT_BITS": 0, **lowbit_linear.tile(rows, columns),
-        **_linear_constants(columns, bits),
+        "INPUT": mode, **lowbit_linear.tile(rows, columns), **_linear_constants(columns, bits),
     }  # fmt: skip
     return Case(name, lowbit_linear.lowbit_linear_kernel, arguments)
 

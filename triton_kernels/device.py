@@ -66,13 +66,6 @@ def quantize_columns(
 
 
 @triton.jit
-def token_bounds(x: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tuple[tl.tensor, tl.tensor]:
-    """``(lower, step)`` of each row of `[R, C]`, `[R]` float32, over where ``mask`` holds."""
-    lower, upper = row_extremes(x, mask)
-    return bounds_of(lower, upper, BITS)
-
-
-@triton.jit
 def row_extremes(x: tl.tensor, mask: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
     """Least and largest value of each row where ``mask`` holds; infinities where it never does."""
     lower = tl.min(tl.where(mask, x, float("inf")), 1)
@@ -235,7 +228,6 @@ __all__ = [
     "signed_codes",
     "standardize",
     "start_accumulator",
-    "token_bounds",
     "token_position",
     "unsigned_codes",
 ]

@@ -3,11 +3,10 @@
 With the names of `operands`::
 
     A_mi = sum_j q_mj E_ij                                  exact
-    y_mi = f(scale_i A_mi + constant_i) + residual_mi       static (per token: step_m and lower_m total_i come in)
-    out  = y, or clamp(round_half_even(y r_i + c_i), 0, 2**out_bits - 1)
+    y_mi = scale_i A_mi + constant_i + residual_mi          static (per token: step_m and lower_m total_i come in)
 
-The activation comes as uint8 codes, or as floats that are quantized in registers (static bounds or bounds per token);
-``f`` is the identity or GELU.
+The activation comes as uint8 codes of a static range, or as floats, quantized in registers by static qparams or qparams
+per token.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from harmoq_ao.triton_kernels.device import (
     add_residual,
     bounds_of,
     contract,
-    gelu,
     load_rows,
     load_weight,
     quantize_columns,
@@ -32,20 +30,8 @@ from harmoq_ao.triton_kernels.device import (
     signed_codes,
     start_accumulator,
     token_position,
-    unsigned_codes,
 )
-from harmoq_ao.triton_kernels.launch import (
-    FLOATS,
-    GELU_KINDS,
-    OPTIONS,
-    blocks,
-    check_bits,
-    check_choice,
-    check_matrix,
-    check_residual,
-    check_vector,
-    power_of_two,
-)
+from harmoq_ao.triton_kernels.launch import FLOATS, OPTIONS, blocks, check_matrix, check_residual, power_of_two
 from harmoq_ao.triton_kernels.operands import PackedLinear
 
 
@@ -59,11 +45,7 @@ def lowbit_linear_kernel(
     reciprocal_ptr: tl.tensor,
     offset_ptr: tl.tensor,
     total_ptr: tl.tensor,
-    lower_ptr: tl.tensor,
-    step_ptr: tl.tensor,
     residual_ptr: tl.tensor,
-    out_reciprocal_ptr: tl.tensor,
-    out_offset_ptr: tl.tensor,
     out_ptr: tl.tensor,
     M: int,
     x_stride: int,
@@ -75,16 +57,13 @@ def lowbit_linear_kernel(
     MID_RISE: tl.constexpr,
     ACT_BITS: tl.constexpr,
     INPUT: tl.constexpr,
-    GELU: tl.constexpr,
-    OUT_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ) -> None:
     """One `[BLOCK_M, BLOCK_N]` tile.
 
-    ``INPUT``: "codes" (uint8; with ``total_ptr`` also the bounds of each token), "static" or "token" (floats).
-    ``OUT_BITS``: 0 for the float type of ``out_ptr``, -1 for the accumulators, else the width of output codes.
+    ``INPUT``: "codes" (uint8), "static" or "token" (floats). An int32 ``out_ptr`` takes the accumulators themselves.
     """
     rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -95,9 +74,6 @@ def lowbit_linear_kernel(
     if INPUT == "token":
         # A row's range takes all of its channels: one more pass, before the contraction.
         lower, step = _row_bounds(x_ptr, reciprocal_ptr, rows, row_mask, x_stride, K, ACT_BITS, BLOCK_M, BLOCK_K)
-    elif total_ptr is not None:
-        lower = tl.load(lower_ptr + rows, mask=row_mask, other=0.0)
-        step = tl.load(step_ptr + rows, mask=row_mask, other=1.0)
     acc = start_accumulator(start_ptr, columns, column_mask, BLOCK_M)
     # The activation is rounded anew in each tile of columns: no codes travel through memory.
     for first in range(0, K, BLOCK_K):
@@ -110,23 +86,17 @@ def lowbit_linear_kernel(
     out_at = out_ptr + rows[:, None] * N + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     # Accumulators are for tests: they must equal the reference bit for bit.
-    if OUT_BITS == -1:
+    if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_at, acc, mask=mask)
     else:
         y = acc.to(tl.float32) * tl.load(scale_ptr + columns, mask=column_mask, other=0.0)[None, :]
-        if total_ptr is not None:
+        if INPUT == "token":
             # x = step q + lower: the lower bound contributes the sum of the weights, which `total` holds.
             total = tl.load(total_ptr + columns, mask=column_mask, other=0.0)
             y = y * step[:, None] + lower[:, None] * total[None, :]
-        y = gelu(y + tl.load(constant_ptr + columns, mask=column_mask, other=0.0)[None, :], GELU)
+        y += tl.load(constant_ptr + columns, mask=column_mask, other=0.0)[None, :]
         y = add_residual(y, residual_ptr, rows, residual_stride, columns, mask)
-        # Codes leave at once where the next kernel takes them: a quarter of the bytes, no second pass.
-        if OUT_BITS == 0:
-            tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
-        else:
-            factor = tl.load(out_reciprocal_ptr + columns, mask=column_mask, other=0.0)
-            offset = tl.load(out_offset_ptr + columns, mask=column_mask, other=0.0)
-            tl.store(out_at, unsigned_codes(y * factor[None, :] + offset[None, :], OUT_BITS), mask=mask)
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -192,23 +162,16 @@ def launch_lowbit_linear(
     x: Tensor,
     weight: PackedLinear,
     *,
-    gelu: str = "none",
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
-    requantize: tuple[Tensor, Tensor, int] | None = None,
-    token_bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Run `lowbit_linear_kernel`; arguments as in `reference`.
 
     Raises:
         KernelError: Operands that the kernel does not take.
     """
-    check_operands(x, weight, gelu, residual, out_dtype, requantize, token_bounds)
-    reciprocal, offset, bits = (None, None, 0) if requantize is None else requantize
-    lower, step = (None, None) if token_bounds is None else token_bounds
-    out = torch.empty(len(x), weight.rows, dtype=torch.uint8 if bits else out_dtype, device=x.device)
-    _run(x, weight, (weight.total, lower, step, residual, reciprocal, offset), out, gelu, bits)
-    return out
+    _check_operands(x, weight, residual, out_dtype)
+    return _run(x, weight, residual, out_dtype)
 
 
 def launch_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
@@ -218,9 +181,7 @@ def launch_accumulate(codes: Tensor, weight: PackedLinear) -> Tensor:
         KernelError: Operands that the kernel does not take.
     """
     check_matrix(codes, weight.columns, "The activation", (torch.uint8,))
-    out = torch.empty(len(codes), weight.rows, dtype=torch.int32, device=codes.device)
-    _run(codes, weight, (None,) * 6, out, "none", -1)
-    return out
+    return _run(codes, weight, None, torch.int32)
 
 
 def canonical(acc: Tensor, codes: Tensor, weight: PackedLinear) -> Tensor:
@@ -228,22 +189,22 @@ def canonical(acc: Tensor, codes: Tensor, weight: PackedLinear) -> Tensor:
     return (acc - codes.sum(1, keepdim=True, dtype=torch.int32)) // 2 if weight.mid_rise else acc
 
 
-def _run(
-    x: Tensor, weight: PackedLinear, extras: tuple[Tensor | None, ...], out: Tensor, gelu: str, out_bits: int
-) -> None:
+def _run(x: Tensor, weight: PackedLinear, residual: Tensor | None, dtype: torch.dtype) -> Tensor:
     if x.dtype == torch.uint8:
         mode = "codes"
     else:
         mode = "static" if weight.static else "token"
-    sizes, residual = tile(weight.rows, weight.columns), extras[3]
+    sizes = tile(weight.rows, weight.columns)
+    out = torch.empty(len(x), weight.rows, dtype=dtype, device=x.device)
     if out.numel() == 0:
-        return
+        return out
     lowbit_linear_kernel[(blocks(len(x), sizes["BLOCK_M"]), blocks(weight.rows, sizes["BLOCK_N"]))](
-        x, *weight.tensors, *extras, out,
+        x, *weight.tensors, weight.total, residual, out,
         len(x), x.stride(0), 0 if residual is None else residual.stride(0),
-        K=weight.columns, N=weight.rows, **weight.constants(), INPUT=mode, GELU=gelu, OUT_BITS=out_bits,
-        **sizes, num_warps=4, num_stages=2, **OPTIONS,
+        K=weight.columns, N=weight.rows, **weight.constants(), INPUT=mode, **sizes,
+        num_warps=4, num_stages=2, **OPTIONS,
     )  # fmt: skip
+    return out
 
 
 def tile(rows: int, columns: int) -> dict[str, int]:
@@ -255,34 +216,13 @@ def tile(rows: int, columns: int) -> dict[str, int]:
     }
 
 
-def check_operands(
-    x: Tensor,
-    weight: PackedLinear,
-    gelu: str,
-    residual: Tensor | None,
-    out_dtype: torch.dtype,
-    requantize: tuple[Tensor, Tensor, int] | None,
-    token_bounds: tuple[Tensor, Tensor] | None,
-) -> None:
-    """Raise KernelError where an argument of `launch_lowbit_linear` does not fit."""
+def _check_operands(x: Tensor, weight: PackedLinear, residual: Tensor | None, out_dtype: torch.dtype) -> None:
     check_matrix(x, weight.columns, "The activation", (torch.uint8, *FLOATS))
-    check_choice(gelu, GELU_KINDS, "activation function")
     check_residual(residual, len(x), weight.rows)
     if out_dtype not in FLOATS:
         raise KernelError("The kernel does not write this type", found=out_dtype, expected=FLOATS)
-    if requantize is not None:
-        check_bits(requantize[2], "output code")
-        check_vector(requantize[0], weight.rows, "the output's reciprocal")
-        check_vector(requantize[1], weight.rows, "the output's offset")
-    needed = x.dtype == torch.uint8 and not weight.static
-    if needed != (token_bounds is not None):
-        raise KernelError(
-            "Bounds of tokens go with codes of tokens",
-            found=f"{x.dtype}, {'static' if weight.static else 'per token'}, bounds given: {token_bounds is not None}",
-            expected="(lower, step) if and only if codes come from bounds per token",
-        )
-    for name, value in zip(("lower", "step"), token_bounds or (), strict=False):
-        check_vector(value.reshape(-1), len(x), name)
+    if x.dtype == torch.uint8 and not weight.static:
+        raise KernelError("Codes need a static range", found="a range per token", expected="static, or floats as input")
 
 
 # --- reference --------------------------------------------------------------------------------------------------------
@@ -301,56 +241,37 @@ def reference(
     x: Tensor,
     weight: PackedLinear,
     *,
-    gelu: str = "none",
     residual: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
-    requantize: tuple[Tensor, Tensor, int] | None = None,
-    token_bounds: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Quantized linear, GELU and residual.
+    """Quantized linear and residual.
 
     Args:
-        x: `[M, K]` uint8 codes, or float32, float16 or bfloat16.
+        x: `[M, K]` uint8 codes of a static range, or float32, float16 or bfloat16.
         weight: From `operands.from_operands`.
-        gelu: "none", "erf" or "tanh".
         residual: `[M, N]` floats added last, or None.
         out_dtype: float32, float16 or bfloat16.
-        requantize: Reciprocal `[N]`, offset `[N]` and bits of output codes, instead of floats.
-        token_bounds: Lower bounds and steps `[M, 1]` of codes from bounds per token.
 
     Returns:
-        `[M, N]` of ``out_dtype``, or uint8 codes.
+        `[M, N]` of ``out_dtype``.
     """
     # Step by step as in the kernel, so that integers can be compared and floats differ by rounding alone.
-    codes, token_bounds = _codes(x, weight, token_bounds)
-    y = epilogue(reference_accumulate(codes, weight), weight, token_bounds)
-    y = gelu_reference(y, gelu)
-    if residual is not None:
-        y = y + residual.float()
-    if requantize is None:
-        return y.to(out_dtype)
-    return integers.quantize_codes(y, *requantize)
+    codes, act = _codes(x, weight)
+    y = reference_accumulate(codes, weight).float() * weight.scale
+    if act is not None and weight.total is not None:
+        y = y * act.step + act.lower * weight.total
+    y = y + weight.constant
+    return (y if residual is None else y + residual.float()).to(out_dtype)
 
 
-def _codes(
-    x: Tensor, weight: PackedLinear, token_bounds: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+def _codes(x: Tensor, weight: PackedLinear) -> tuple[Tensor, integers.Affine | None]:
+    """Codes of ``x``, and their qparams where each token has its own."""
     if x.dtype == torch.uint8:
-        return x, token_bounds
+        return x, None
     if weight.reciprocal is not None and weight.offset is not None:
         return integers.quantize_codes(x, weight.reciprocal, weight.offset, weight.act_bits), None
     scaled = x.float() if weight.reciprocal is None else x.float() * weight.reciprocal
-    codes, act = integers.quantize_dynamic(scaled, -1, weight.act_bits)
-    return codes, (act.lower, act.step)
-
-
-def epilogue(acc: Tensor, weight: PackedLinear, token_bounds: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """Floats from accumulators ``A``, `[M, N]` float32."""
-    y = acc.float() * weight.scale
-    if token_bounds is not None and weight.total is not None:
-        lower, step = (value.reshape(-1, 1) for value in token_bounds)
-        y = y * step + lower * weight.total
-    return y + weight.constant
+    return integers.quantize_dynamic(scaled, -1, weight.act_bits)
 
 
 def reference_behind_norm(x: Tensor, linear: PackedLinear, eps: float | None) -> Tensor:
@@ -361,15 +282,8 @@ def reference_behind_norm(x: Tensor, linear: PackedLinear, eps: float | None) ->
     return reference(values, linear)
 
 
-def gelu_reference(x: Tensor, kind: str) -> Tensor:
-    """GELU by ``kind``: "none", "erf" or "tanh"."""
-    return x if kind == "none" else F.gelu(x, approximate="tanh" if kind == "tanh" else "none")
-
-
 __all__ = [
     "canonical",
-    "epilogue",
-    "gelu_reference",
     "launch_accumulate",
     "launch_lowbit_linear",
     "lowbit_linear_kernel",

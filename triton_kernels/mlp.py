@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.triton_kernels import lowbit_linear
@@ -118,7 +119,6 @@ def launch_mlp(
     gelu: str = "erf",
     eps: float | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Run `mlp_kernel`; arguments as in `reference`.
 
@@ -126,7 +126,7 @@ def launch_mlp(
         KernelError: Operands that the kernel does not take.
     """
     check_operands(x, fc1, fc2, gelu, residual)
-    out = torch.empty(len(x), fc2.rows, dtype=out_dtype or x.dtype, device=x.device)
+    out = torch.empty(len(x), fc2.rows, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
     sizes, warps = tile(fc1.columns, fc1.rows, fc2.rows)
@@ -177,7 +177,6 @@ def reference(
     gelu: str = "erf",
     eps: float | None = None,
     residual: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Quantized MLP.
 
@@ -188,13 +187,14 @@ def reference(
         gelu: "none", "erf" or "tanh".
         eps: The LayerNorm's, or None for no LayerNorm.
         residual: `[M, O]` floats added last (the block's input, as a rule), or None.
-        out_dtype: Of the result; the type of ``x`` by default.
 
     Returns:
-        `[M, O]`.
+        `[M, O]` in the type of ``x``.
     """
-    h = lowbit_linear.gelu_reference(lowbit_linear.reference_behind_norm(x, fc1, eps), gelu)
-    return lowbit_linear.reference(h, fc2, residual=residual, out_dtype=out_dtype or x.dtype)
+    h = lowbit_linear.reference_behind_norm(x, fc1, eps)
+    if gelu != "none":
+        h = F.gelu(h, approximate="tanh" if gelu == "tanh" else "none")
+    return lowbit_linear.reference(h, fc2, residual=residual, out_dtype=x.dtype)
 
 
 __all__ = ["check_operands", "launch_mlp", "mlp_kernel", "reference", "tile"]

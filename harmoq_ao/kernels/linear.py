@@ -41,7 +41,8 @@ class LinearContraction:
         What it runs raises KernelError for another number of channels and, but for Triton, InputError for a NaN.
         """
         if family == "cpu":
-            name = "onednn u8s8" if onednn.is_available() else "float32 on integer codes"
+            exact = onednn.is_exact(self.operands.weight.shape[1])
+            name = "onednn u8s8" if exact else "float32 on integer codes"
             return Kernel(name, lambda x: onednn.linear(x, self.packed_onednn()))
         refusal = None
         if family == "triton":

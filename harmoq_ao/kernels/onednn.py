@@ -15,7 +15,8 @@ canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on
 ``z * row_sum`` is added as an outer product.
 
 CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once. Where it
-fails, or torch was built without oneDNN, the same codes go through float32 kernels instead.
+fails, or torch was built without oneDNN, the same codes go through float32 kernels instead. Sums over more than 65,793
+channels, which int32 may not hold, go through float64.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ def is_available() -> bool:
     except (RuntimeError, NotImplementedError):
         return False
     return torch.equal(found, integer_reference.linear_accumulate(codes, weight).float())
+
+
+def is_exact(columns: int) -> bool:
+    """Whether the integer kernels run here, and int32 holds every sum of ``columns`` products of codes."""
+    return columns <= integer_reference.INT32_LINEAR_LENGTH and is_available()
 
 
 def prepack(qw: Tensor) -> Tensor:
@@ -135,7 +141,8 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
     outer = None if factor else scale * operands.weight_shift  # times the sum of a token's codes, known only then
     if operands.act is None:
         codes = F.pad(codes, (0, _padded(codes.shape[1]) - codes.shape[1]))
-    return PackedLinear(operands, _contraction(codes, scale / max(factor, 1), bias), outer, total, reciprocal, offset)
+    contract = _contraction(codes, scale / max(factor, 1), bias, operands.weight.shape[1])
+    return PackedLinear(operands, contract, outer, total, reciprocal, offset)
 
 
 def effective_codes(qw: Tensor, shift: Tensor) -> tuple[Tensor, int]:
@@ -152,20 +159,24 @@ def effective_codes(qw: Tensor, shift: Tensor) -> tuple[Tensor, int]:
     return qw, 0
 
 
-def _contraction(codes: Tensor, scale: Tensor, bias: Tensor | None) -> Callable[[Tensor, torch.dtype], Tensor]:
-    if is_available() and codes.numel():
+def _contraction(
+    codes: Tensor, scale: Tensor, bias: Tensor | None, columns: int
+) -> Callable[[Tensor, torch.dtype], Tensor]:
+    if is_exact(columns) and codes.numel():
         packed, zeros = prepack(codes), torch.zeros(len(codes), dtype=torch.int32)
 
         def integer(qx: Tensor, dtype: torch.dtype) -> Tensor:
             return _qlinear(qx, packed, scale, bias, dtype, zeros)
 
         return integer
+    # Sums that overflow int32 lose too many bits in float32.
+    kind = torch.float32 if columns <= integer_reference.INT32_LINEAR_LENGTH else torch.float64
     # Without integer kernels the scale goes into the weight, which saves the pass over the output.
-    weight = codes.float() * scale[:, None]
+    weight, bias = codes.to(kind) * scale[:, None], None if bias is None else bias.to(kind)
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
         with integer_reference.exact_floats(qx):
-            return F.linear(qx.float(), weight, bias).to(dtype)
+            return F.linear(qx.to(kind), weight, bias).to(dtype)
 
     return floating
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from harmoq_ao.common.errors import InputError, KernelError
 from harmoq_ao.kernels import float_matmul
+from harmoq_ao.kernels.select import select_kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
 
@@ -49,16 +50,19 @@ def test_sums_of_codes_equal_the_reference(
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
-@pytest.mark.parametrize("k", [258, 259, 5000, 300000])
+@pytest.mark.parametrize("k", [258, 259, 515, 1500, 5000, 66000, 300000])
 def test_long_matmuls_are_exact(bits: int, k: int) -> None:
     top = 2**bits - 1
     generator = torch.Generator().manual_seed(k)
     qa = codes_of(generator, bits, 3, k)
     qa[0], qa[1] = top, 0
     qb = qa.flip(0).t()
-    sums = float_matmul.quantized_matmul(qa.float(), qb.float(), unit(bits), unit(bits))
+    contraction = float_matmul.MatmulContraction(unit(bits), unit(bits))
+    run = select_kernel(contraction, torch.device("cpu"), "auto").run
+    sums = run(qa.float(), qb.float())
     assert torch.equal(sums, integer_reference.matmul_accumulate(qa, qb).float())
     assert sums[0, 2] == torch.tensor(top * top * k).float()
+    assert torch.equal(run(qa.float().expand(2, -1, -1), qb.float().expand(2, -1, -1)), sums.expand(2, -1, -1))
 
 
 @pytest.mark.parametrize(

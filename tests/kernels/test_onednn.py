@@ -10,6 +10,8 @@ from torch import Tensor
 
 from harmoq_ao.common.errors import InputError, KernelError
 from harmoq_ao.kernels import onednn
+from harmoq_ao.kernels.linear import LinearContraction
+from harmoq_ao.kernels.select import select_kernel
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands
 
@@ -110,10 +112,26 @@ def test_sums_of_codes_equal_the_reference(seed: int, m: int, k: int, n: int, bi
 
 
 @pytest.mark.parametrize("weight", [127, -127, -128])
-@pytest.mark.parametrize("k", [1, 3, 60, 120, 513])
-def test_worst_case_sums_are_exact(weight: int, k: int) -> None:
+@pytest.mark.parametrize("k", [1, 3, 60, 120, 513, 515, 1500, 65793, 66000])
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("available", [True, False])
+def test_worst_case_sums_are_exact(
+    weight: int, k: int, dynamic: bool, available: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the kernel that a call runs: with unit steps and scales its outputs are the sums, rounded to float32 once."""
+    if not available:
+        monkeypatch.setattr(onednn, "is_available", lambda: False)
     qx, qw = torch.full((5, k), 255, dtype=torch.uint8), torch.full((3, k), weight, dtype=torch.int8)
-    assert (contract_exactly(qx, qw, 0.0)[0] == 255 * weight * k).all()
+    if dynamic:
+        qx[:, 0] = 0  # the range of each token is 0 to 255, its step one
+    act = None if dynamic else Affine(torch.tensor(1.0), torch.tensor(0.0), 8)
+    operands = LinearOperands(qw, torch.ones(3), torch.zeros(3), None, 8, act)
+    run = select_kernel(LinearContraction(operands, torch.empty(0), 8), torch.device("cpu"), "auto").run
+    expected = integer_reference.linear_accumulate(qx, qw).float()
+    assert (expected == torch.tensor(255 * weight * (k - dynamic)).float()).all()
+    # float32 kernels round sums from 2**24 on; int32 and float64 ones never do.
+    rounded = not onednn.is_available() and 514 < k <= integer_reference.INT32_LINEAR_LENGTH
+    assert torch.allclose(run(qx.float()), expected, rtol=k * 2.0**-24 if rounded else 0.0, atol=0.0)
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------
