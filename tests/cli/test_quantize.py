@@ -84,7 +84,7 @@ def test_quantize_in_mixed_precision(given: Given, tmp_path: Path) -> None:
     assert {rule.weight_bits for rule in rules} <= {2, 3, 4}
     assert "--method harmoq" in fails(*given, "--max-drop", 0.5, "--method", "minmax")
     assert "leave out --lr" in fails(*given, "--max-drop", 0.5, "--lr")
-    assert "One aim" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
+    assert "Exactly one" in fails(*given, "--max-drop", 0.5, "--target-size", 10000)
 
 
 def test_quantize_on_a_device(given: Given, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

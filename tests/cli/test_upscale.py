@@ -116,7 +116,7 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("harmoq_ao.runtime.image_files.save_rows", interrupted)
+    monkeypatch.setattr("harmoq_ao.runtime.file_jobs.save_rows", interrupted)
     message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
     assert "Interrupted" in message
     assert list(tmp_path.iterdir()) == []

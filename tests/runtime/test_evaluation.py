@@ -77,7 +77,7 @@ def test_bad_input() -> None:
         evaluate(lambda x: x, twice, 1)
     with pytest.raises(InputError, match="differ in size"):
         evaluate(repeat, [("a", image, image)], 2)
-    with pytest.raises(InputError, match="no mean"):
+    with pytest.raises(InputError, match="no scores to average"):
         EvaluationTable().to_dict()
     assert math.isnan(EvaluationTable().mean_seconds)
     assert torch.is_tensor(image.pixels)
