@@ -1,1 +1,1 @@
-"""Runnable studies: the demonstration, the architecture coverage table, tables and figures."""
+"""Runnable studies: the demonstration, the architecture coverage table, tables and figures. Imports any room but ``cli``."""
