@@ -1,1 +1,4 @@
-"""Runnable studies: the demonstration, the architecture coverage table, tables and figures. Imports any room but ``cli``."""
+"""Runnable studies: the demonstration, the architecture coverage table, tables and figures.
+
+Imports any room but ``cli``.
+"""
