@@ -10,7 +10,7 @@ from torch import Tensor
 
 from harmoq_ao.harmonization.paper.contraction import Contraction, Operand
 from harmoq_ao.harmonization.paper.projections import SPATIAL_FILTERS, Projection, TokenGrid, find_grid
-from harmoq_ao.harmonization.paper.src import SRCSettings, calibrate_residual
+from harmoq_ao.harmonization.paper.src import ResidualStatistics, SRCSettings
 from harmoq_ao.harmonization.weights import owns_bias, set_weight
 from harmoq_ao.quant.bounds import search_tensor_bounds, weight_bounds
 from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
@@ -153,10 +153,10 @@ class LinearProblem(SiteProblem):
         return "identity" if projection in SPATIAL_FILTERS and self.grid is None else projection
 
     def calibrated(self, state: Contraction, settings: SRCSettings) -> Contraction:
+        statistics = ResidualStatistics(settings)
         whole = replace(state.left, values=self.given)
-        z = whole.unscaled(whole.rounded())
-        weight = self._reference.weight
-        weight = weight + calibrate_residual(settings, weight, z, self.wanted, self.grid).delta
+        statistics.update(whole.unscaled(whole.rounded()), self.wanted, self.grid)
+        weight = self._reference.weight + statistics.solve(self._reference.weight).delta
         right = self._with_bounds(replace(state.right, values=weight.T[None]), state.left.scaled())
         return replace(state, right=right, target=self._target(weight, state.left.shift))
 

@@ -5,7 +5,7 @@ Equation (5) of HarmoQ, ``dW = -W E[d x^T] H^T (H E[x x^T] H^T + l I)^-1``, does
 It has two readings, both implemented here:
 
 * H filters in space and commutes with W: ``min E||H(W d + dW z)||^2 + l ||dW||^2`` is a ridge regression on filtered
-  features, ``dW = -W E[(Hd)(Hz)^T] (E[(Hz)(Hz)^T] + l I)^-1`` (a spatial filter in :func:`calibrate_residual`);
+  features, ``dW = -W E[(Hd)(Hz)^T] (E[(Hz)(Hz)^T] + l I)^-1`` (:meth:`ResidualStatistics.solve` with a spatial filter);
 * H projects the channels and ``dW = A H``: ``min E||W d + A H z||^2 + l ||A||^2`` gives
   ``A = -W E[d z^T] H^T (H E[z z^T] H^T + l I)^-1``, equation (5) with H put back on the right.
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError, ConfigError
-from harmoq_ao.harmonization.paper.moments import PairedMoments
+from harmoq_ao.harmonization.paper.moments import MOMENTUM, WARM_UP, PairedMoments
 from harmoq_ao.harmonization.paper.projections import (
     SPATIAL_FILTERS,
     Projection,
@@ -53,6 +53,8 @@ class SRCSettings:
         subspace: Size k of a channel projection; ``adaptive`` takes what holds 99 % of the variance.
         on_float: Regress on the float input x instead of the quantized input z.
         centred: Regress about the means and correct the bias; about zero otherwise.
+        momentum: Of the running moments.
+        warm_up: Samples that are averaged plainly.
         seed: Of a random projection.
 
     Raises:
@@ -65,6 +67,8 @@ class SRCSettings:
     subspace: Subspace = "adaptive"
     on_float: bool = False
     centred: bool = True
+    momentum: float = MOMENTUM
+    warm_up: int = WARM_UP
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,6 +77,7 @@ class SRCSettings:
             raise ConfigError("The weight of edges is out of range", found=self.edge_weight, expected="above 0")
         if not 0 <= self.ridge < math.inf:
             raise ConfigError("The ridge is out of range", found=self.ridge, expected="0 or more")
+        PairedMoments(self.momentum, self.warm_up)
 
     @classmethod
     def printed(cls, projection: Projection = "laplacian", ridge: float = 1e-2) -> SRCSettings:
@@ -92,54 +97,69 @@ class Calibration(NamedTuple):
     bias_shift: Tensor
 
 
-def calibrate_residual(
-    settings: SRCSettings, weight: Tensor, z: Tensor, x: Tensor, grid: TokenGrid | None = None
-) -> Calibration:
-    """Structural residual calibration of one layer.
+class ResidualStatistics:
+    """The moments SRC needs of one layer's quantized input z and its deviation d from the float input.
 
     Args:
         settings: How the residual is calibrated.
-        weight: Float weight `[m, K]`.
-        z: What the layer is given, `[..., K]`, quantized, any joint scale multiplied back.
-        x: What the float layer is given, same shape.
-        grid: Where the tokens lie; without it a spatial filter is left out.
 
-    Raises:
-        InputError: The rows do not pair up.
-        CalibrationError: No data, or data that is not finite.
+    Attributes:
+        filtered: Whether a spatial filter was applied; False where the grid of the tokens was not known.
     """
-    regressor, d = (x if settings.on_float else z), z - x
-    plain = PairedMoments(regressor, d)
-    gram, cross = _structural_moments(settings, plain, regressor, d, grid)
-    W = weight.detach().to(gram)
-    H = channel_basis(settings.projection, gram, settings.subspace, settings.seed)
-    if H is None:
-        delta = -ridge_regression(W @ cross, gram, settings.ridge)
-    else:
-        delta = -ridge_regression(W @ cross @ H.T, H @ gram @ H.T, settings.ridge) @ H
-    shift = torch.zeros_like(W[:, 0])
-    if settings.centred:
-        shift = -(W @ plain.mean_d + delta @ plain.mean_z)
-    return Calibration(delta.to(weight), shift.to(weight))
 
+    def __init__(self, settings: SRCSettings) -> None:
+        self.settings = settings
+        self.filtered = False
+        self._plain = PairedMoments(settings.momentum, settings.warm_up)
+        self._edges = PairedMoments(settings.momentum, settings.warm_up)
 
-def _structural_moments(
-    settings: SRCSettings, plain: PairedMoments, z: Tensor, d: Tensor, grid: TokenGrid | None
-) -> tuple[Tensor, Tensor]:
-    """``E[(Hz)(Hz)^T]`` and ``E[(Hd)(Hz)^T]``, both `[K, K]`, for H as the spatial filter stacks it.
+    def update(self, z: Tensor, x: Tensor, grid: TokenGrid | None = None) -> None:
+        """Add one sample.
 
-    A filter takes constants to zero, so its moments are not centred.
-    """
-    moments = plain.zz(centred=settings.centred), plain.dz(centred=settings.centred)
-    name = settings.projection
-    if name not in SPATIAL_FILTERS or grid is None:
-        return moments
-    filtered_moments = PairedMoments(filtered(name, z, grid), filtered(name, d, grid))
-    edges = filtered_moments.zz(centred=False), filtered_moments.dz(centred=False)
-    if math.isinf(settings.edge_weight):
-        return edges
-    weight = settings.edge_weight**2
-    return moments[0] + weight * edges[0], moments[1] + weight * edges[1]
+        Args:
+            z: What the layer is given, `[..., K]`, quantized, any joint scale multiplied back.
+            x: What the float layer is given, same shape.
+            grid: Where the tokens lie; without it a spatial filter is left out.
+
+        Raises:
+            InputError: The rows do not pair up.
+        """
+        d = z - x
+        regressor = x if self.settings.on_float else z
+        self._plain.update(regressor, d)
+        name = self.settings.projection
+        if name in SPATIAL_FILTERS and grid is not None:
+            self.filtered = True
+            self._edges.update(filtered(name, regressor, grid), filtered(name, d, grid))
+
+    def solve(self, weight: Tensor) -> Calibration:
+        """The calibration of a layer with this float weight `[m, K]`.
+
+        Raises:
+            CalibrationError: No data, or data that is not finite.
+        """
+        gram, cross = self._moments()
+        W = weight.detach().to(gram)
+        H = channel_basis(self.settings.projection, gram, self.settings.subspace, self.settings.seed)
+        if H is None:
+            delta = -ridge_regression(W @ cross, gram, self.settings.ridge)
+        else:
+            delta = -ridge_regression(W @ cross @ H.T, H @ gram @ H.T, self.settings.ridge) @ H
+        shift = torch.zeros_like(W[:, 0])
+        if self.settings.centred:
+            shift = -(W @ self._plain.mean_d + delta @ self._plain.mean_z)
+        return Calibration(delta.to(weight), shift.to(weight))
+
+    def _moments(self) -> tuple[Tensor, Tensor]:
+        """``E[(Hz)(Hz)^T]`` and ``E[(Hd)(Hz)^T]``, both `[K, K]`. Filters take constants to zero: no centring there."""
+        plain = self._plain.zz(centred=self.settings.centred), self._plain.dz(centred=self.settings.centred)
+        if not self.filtered:
+            return plain
+        edges = self._edges.zz(centred=False), self._edges.dz(centred=False)
+        if math.isinf(self.settings.edge_weight):
+            return edges
+        weight = self.settings.edge_weight**2
+        return plain[0] + weight * edges[0], plain[1] + weight * edges[1]
 
 
 def ridge_regression(cross: Tensor, gram: Tensor, ridge: float) -> Tensor:

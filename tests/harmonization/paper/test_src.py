@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError, ConfigError
 from harmoq_ao.harmonization.paper.projections import SPATIAL_FILTERS, TokenGrid, filtered, learned_basis, random_basis
-from harmoq_ao.harmonization.paper.src import STABILISER, SRCSettings, calibrate_residual, ridge_regression
+from harmoq_ao.harmonization.paper.src import STABILISER, ResidualStatistics, SRCSettings, ridge_regression
 from tests.strategies import SEEDS
 
 GRID = TokenGrid(2, 9, 8)
@@ -30,8 +30,10 @@ def layer(seed: int, channels: int = 6, outputs: int = 4) -> tuple[Tensor, Tenso
 
 
 def solved(config: SRCSettings, weight: Tensor, z: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Change of weight and bias."""
-    return calibrate_residual(config, weight, z, x, GRID)
+    """Change of weight and bias after one sample."""
+    statistics = ResidualStatistics(config)
+    statistics.update(z, x, GRID)
+    return statistics.solve(weight)
 
 
 def least_squares(rows: list[Tensor], targets: list[Tensor], penalty: float, free: int) -> Tensor:
@@ -149,8 +151,10 @@ def test_the_bias_keeps_the_mean_of_the_output(name: str, seed: int) -> None:
 
 def test_without_a_grid_a_filter_is_left_out() -> None:
     weight, x, z = layer(0)
-    without = calibrate_residual(SRCSettings("laplacian"), weight, z, x, None)
-    assert torch.equal(without.delta, solved(SRCSettings("identity"), weight, z, x)[0])
+    statistics = ResidualStatistics(SRCSettings("laplacian"))
+    statistics.update(z, x, None)
+    assert not statistics.filtered
+    torch.testing.assert_close(statistics.solve(weight).delta, solved(SRCSettings("identity"), weight, z, x)[0])
 
 
 def test_a_layer_without_error_is_left_alone() -> None:
@@ -188,7 +192,14 @@ def test_moments_that_are_not_finite_are_refused(bad: float) -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"projection": "prewitt"}, {"ridge": -1.0}, {"ridge": math.inf}, {"edge_weight": 0.0}, {"subspace": 0}],
+    [
+        {"projection": "prewitt"},
+        {"ridge": -1.0},
+        {"ridge": math.inf},
+        {"edge_weight": 0.0},
+        {"subspace": 0},
+        {"warm_up": 0},
+    ],
     ids=str,
 )
 def test_settings_are_checked(bad: dict[str, object]) -> None:
