@@ -54,6 +54,6 @@ def test_what_is_imported_is_public(page: Path) -> None:
     text = page.read_text()
     if page.suffix == ".ipynb":
         text = "\n".join("".join(c["source"]) for c in json.loads(text)["cells"])
-    for module, names in re.findall(r"^from (harmoq_ao[\w.]*) import ([\w, ]+)", text, flags=re.MULTILINE):
+    for module, names in re.findall(r"^\s*from (harmoq_ao[\w.]*) import ([\w, ]+)", text, flags=re.MULTILINE):
         assert module == "harmoq_ao", f"{page.name} imports from {module}"
         assert {n.strip() for n in names.split(",")} <= set(harmoq_ao.__all__)

@@ -31,7 +31,25 @@ _Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
 _Rounding = Callable[[Tensor], Tensor]
 
 
-class PreparedLinear(nn.Linear, PreparedSite):
+class _WeightedSite(PreparedSite):
+    """What a linear layer and a convolution share: a weight and a bias of their own."""
+
+    @property
+    def own_weight(self) -> nn.Parameter:
+        """`[N, K]`, of a convolution `[N, C, H, W]`."""
+        return cast(nn.Parameter, self.weight)
+
+    @property
+    def own_bias(self) -> nn.Parameter | None:
+        """`[N]`, or None."""
+        return cast(nn.Parameter | None, self.bias)
+
+    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
+        """Multiply-accumulates of one call."""
+        return contraction_macs(self.site.kind, (operands[0], self.weight), output)
+
+
+class PreparedLinear(nn.Linear, _WeightedSite):
     """``F.linear`` with quantized input and weight.
 
     Also stands for functional calls, where it shares the author's parameter and takes the bias as an argument.
@@ -64,20 +82,6 @@ class PreparedLinear(nn.Linear, PreparedSite):
             return bias
         constant = self.weight @ self.joint_shift.to(self.weight)
         return constant if bias is None else bias + constant
-
-    @property
-    def own_weight(self) -> nn.Parameter:
-        """`[N, K]`."""
-        return cast(nn.Parameter, self.weight)
-
-    @property
-    def own_bias(self) -> nn.Parameter | None:
-        """`[N]`, or None."""
-        return cast(nn.Parameter | None, self.bias)
-
-    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
-        """Multiply-accumulates of one call."""
-        return contraction_macs("linear", (operands[0], self.weight), output)
 
     def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
         act = self._new_activation_quantizer(settings.act, config, axis=-1, channels=True)
@@ -121,7 +125,7 @@ class PreparedLinear(nn.Linear, PreparedSite):
         return QuantizedLinear(self.site, settings, self.bias is not None, *joint)
 
 
-class PreparedConv2d(nn.Conv2d, PreparedSite):
+class PreparedConv2d(nn.Conv2d, _WeightedSite):
     """``nn.Conv2d`` with quantized input and weight; zero has a code of its own because padding adds zeros.
 
     Args:
@@ -143,20 +147,6 @@ class PreparedConv2d(nn.Conv2d, PreparedSite):
             return self._conv_forward(input, self.weight, self.bias)
         x = self._rounded(self.act_quantizer, input, None)
         return self._conv_forward(x, self._rounded(self.weight_quantizer, self.weight, None), self.bias)
-
-    @property
-    def own_weight(self) -> nn.Parameter:
-        """`[N, C, H, W]`."""
-        return cast(nn.Parameter, self.weight)
-
-    @property
-    def own_bias(self) -> nn.Parameter | None:
-        """`[N]`, or None."""
-        return cast(nn.Parameter | None, self.bias)
-
-    def macs(self, operands: tuple[Any, ...], output: Tensor) -> int:
-        """Multiply-accumulates of one call."""
-        return contraction_macs("conv2d", (operands[0], self.weight), output)
 
     def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
         act = self._new_activation_quantizer(settings.act, config, axis=1, channels=False)
