@@ -1,0 +1,254 @@
+"""Chains of token-wise operations in one pass: norms, integer linears, activations, gates and residuals.
+
+A :class:`RowProgram` is a list of instructions on matrices whose rows are tokens. No instruction looks at another row,
+so a block of rows is taken through the whole program while it stays in the cache; tokens enter and leave memory once.
+Rounding to codes, accumulators and epilogues are those of `quant/integer_reference.py`.
+
+Matrices ("slots") are numbered: first the inputs, then the outputs, then temporaries, which exist for one block of rows
+only. Inputs and outputs are float32 or bfloat16 `[T, columns]`; temporaries are float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmoq_ao.quant import integer_reference
+from harmoq_ao.quant.integer_reference import LinearOperands
+
+
+class Op(IntEnum):
+    """Instructions; their operands follow in the order given, each `Columns` as two numbers (slot, first column)."""
+
+    COPY = 0  # to, from, width
+    LINEAR = 1  # to, from, K, N, bits, then constants: reciprocal, offset, packed weight, scale, constant, shift (or -1)
+    LAYER_NORM = 2  # to, from, width, constants weight and bias (or -1), number eps
+    UNARY = 3  # Unary, to, from, width, number (the slope of a leaky ReLU)
+    BINARY = 4  # Binary, to, left, right, width, Broadcast of the right operand
+    SCALAR = 5  # Binary, to, from, width, number: from (op) number
+    AFFINE = 6  # to, from, width, constants scale and shift (or -1): from * scale + shift
+    FLOAT_LINEAR = 7  # to, from, K, N, constants weight [K, N] float32 and bias (or -1)
+    PRODUCT = 8  # to, from, K, N, input slot of a matrix [images * K, N] float32: each image's rows times its own matrix
+
+
+class Unary(IntEnum):
+    """Functions of one value."""
+
+    GELU = 0  # x * (1 + erf(x / sqrt(2))) / 2
+    GELU_TANH = 1
+    SIGMOID = 2
+    RELU = 3
+    LEAKY_RELU = 4
+    SILU = 5
+    TANH = 6
+
+
+class Binary(IntEnum):
+    """Functions of two values."""
+
+    ADD = 0
+    SUB = 1
+    MUL = 2
+
+
+class Broadcast(IntEnum):
+    """Which value of the right operand meets a row's column."""
+
+    NONE = 0  # its own
+    COLUMN = 1  # the row's only value: the right operand is one column
+    IMAGE = 2  # its column's value for the whole image: the right operand has a row per image
+
+
+class Columns(NamedTuple):
+    """Columns of a slot from `first` on; how many is the instruction's own number."""
+
+    slot: int
+    first: int = 0
+
+
+@dataclass
+class RowProgram:
+    """Instructions with what they refer to.
+
+    Args:
+        inputs: Number of input matrices.
+        outputs: Columns and type of each output.
+        temporaries: Columns of each temporary.
+        code: The instructions as numbers: opcode, number of operands, operands.
+        constants: Tensors that instructions name by their place.
+        numbers: Likewise, floats.
+    """
+
+    inputs: int
+    outputs: list[tuple[int, torch.dtype]] = field(default_factory=list)
+    temporaries: list[int] = field(default_factory=list)
+    code: list[int] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+
+    def emit(self, op: Op, *operands: int | Columns) -> None:
+        """Append an instruction."""
+        flat = [n for o in operands for n in (o if isinstance(o, Columns) else (int(o),))]
+        self.code += [int(op), len(flat), *flat]
+
+    def constant(self, value: Tensor | None) -> int:
+        """The place of a constant, -1 for None."""
+        if value is None:
+            return -1
+        self.constants.append(value)
+        return len(self.constants) - 1
+
+    def number(self, value: float) -> int:
+        """The place of a number."""
+        self.numbers.append(float(value))
+        return len(self.numbers) - 1
+
+
+def linear_constants(operands: LinearOperands) -> tuple[Tensor, ...]:
+    """Constants of :attr:`Op.LINEAR` for a linear with static bounds.
+
+    Returns:
+        reciprocal `[K]`, offset `[K]`, weight codes `[K4 / 4, N', 4]` int8 (see :func:`pack_groups`), scale `[N]`,
+        constant `[N]` and, where weight codes do not have their zero at a whole number, shift `[N]`:
+        ``y = (acc + shift * row_sum) * scale + constant``. With a shift the packed weight has a column of ones after
+        the others, whose accumulator is the sum of the row's codes.
+    """
+    assert operands.act is not None
+    codes, scale, shift = operands.weight, operands.weight_scale, operands.weight_shift
+    columns = codes.shape[1]
+    factor, offset = integer_reference.static_qparams(operands.act, operands.joint_scale, operands.joint_shift)
+    total = integer_reference.weight_total(codes, scale, shift)
+    constant = integer_reference.fold_bias(total, operands.act.lower, operands.bias)
+    rows = [codes]
+    if bool((shift != 0).any()):
+        rows.append(torch.ones(1, columns, dtype=torch.int8))
+    packed = pack_groups(torch.cat(rows).t().contiguous(), 4)
+    vectors = factor.expand(columns).contiguous(), offset.expand(columns).contiguous()
+    return (*vectors, packed, scale * operands.act.step, constant, *([shift] if len(rows) == 2 else []))
+
+
+def pack_groups(matrix: Tensor, group: int) -> Tensor:
+    """`[K, N]` to `[ceil(K / group), N, group]`: what one instruction of the CPU multiplies, side by side."""
+    rows, columns = matrix.shape
+    padded = F.pad(matrix, (0, 0, 0, -rows % group))
+    return padded.reshape(-1, group, columns).transpose(1, 2).contiguous()
+
+
+def unpack_groups(packed: Tensor, rows: int) -> Tensor:
+    """Inverse of :func:`pack_groups`."""
+    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def rowwise_reference(inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> list[Tensor]:
+    """What the kernel computes, in plain torch, one instruction after the other on whole matrices.
+
+    Args:
+        inputs: `[T, columns]` float32 or bfloat16 each (fewer rows where an instruction takes a row per image).
+        program: The instructions.
+        rows_per_image: Rows of each image of the batch.
+
+    Returns:
+        The outputs, `[T, columns]`.
+    """
+    return _Run(inputs, program, rows_per_image).outputs()
+
+
+class _Run:
+    def __init__(self, inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> None:
+        self.program, self.rows_per_image = program, rows_per_image
+        rows = max(len(x) for x in inputs)
+        self.slots = [*inputs]
+        self.slots += [torch.empty(rows, columns, dtype=dtype) for columns, dtype in program.outputs]
+        self.slots += [torch.empty(rows, columns) for columns in program.temporaries]
+        self.rows = rows
+
+    def outputs(self) -> list[Tensor]:
+        code, at = self.program.code, 0
+        while at < len(code):
+            operands = code[at + 2 : at + 2 + code[at + 1]]
+            getattr(self, Op(code[at]).name.lower())(*operands)
+            at += 2 + len(operands)
+        return self.slots[self.program.inputs : self.program.inputs + len(self.program.outputs)]
+
+    def read(self, slot: int, first: int, width: int) -> Tensor:
+        return self.slots[slot][:, first : first + width].float()
+
+    def write(self, slot: int, first: int, value: Tensor) -> None:
+        self.slots[slot][:, first : first + value.shape[1]] = value
+
+    def vector(self, place: int) -> Tensor | None:
+        return None if place < 0 else self.program.constants[place]
+
+    def copy(self, to: int, at: int, source: int, first: int, width: int) -> None:
+        self.write(to, at, self.read(source, first, width))
+
+    def linear(self, to: int, at: int, source: int, first: int, k: int, n: int, bits: int, *places: int) -> None:
+        reciprocal, offset, packed, scale, constant, shift = (self.vector(p) for p in places)
+        assert reciprocal is not None
+        assert offset is not None
+        assert packed is not None
+        assert scale is not None
+        assert constant is not None
+        codes = integer_reference.quantize_codes(self.read(source, first, k), reciprocal, offset, bits)
+        acc = integer_reference.linear_accumulate(codes, unpack_groups(packed, k).t().contiguous())
+        contraction = acc[:, :n].float()
+        if shift is not None:
+            contraction = contraction + shift * acc[:, n:].float()
+        self.write(to, at, contraction * scale + constant)
+
+    def layer_norm(self, to: int, at: int, source: int, first: int, width: int, w: int, b: int, eps: int) -> None:
+        x = self.read(source, first, width)
+        self.write(to, at, F.layer_norm(x, (width,), self.vector(w), self.vector(b), self.program.numbers[eps]))
+
+    def unary(self, kind: int, to: int, at: int, source: int, first: int, width: int, number: int) -> None:
+        x = self.read(source, first, width)
+        if kind == Unary.LEAKY_RELU:
+            y = F.leaky_relu(x, self.program.numbers[number])
+        else:
+            y = {
+                Unary.GELU: F.gelu,
+                Unary.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
+                Unary.SIGMOID: torch.sigmoid,
+                Unary.RELU: torch.relu,
+                Unary.SILU: F.silu,
+                Unary.TANH: torch.tanh,
+            }[Unary(kind)](x)
+        self.write(to, at, y)
+
+    def binary(self, kind: int, to: int, at: int, a: int, a0: int, b: int, b0: int, width: int, mode: int) -> None:
+        right = self.read(b, b0, 1 if mode == Broadcast.COLUMN else width)
+        if mode == Broadcast.IMAGE:
+            right = right.repeat_interleave(self.rows_per_image, 0)
+        self.write(to, at, _combine(kind, self.read(a, a0, width), right))
+
+    def scalar(self, kind: int, to: int, at: int, source: int, first: int, width: int, number: int) -> None:
+        self.write(to, at, _combine(kind, self.read(source, first, width), self.program.numbers[number]))
+
+    def affine(self, to: int, at: int, source: int, first: int, width: int, scale: int, shift: int) -> None:
+        x, factor, added = self.read(source, first, width), self.vector(scale), self.vector(shift)
+        x = x if factor is None else x * factor
+        self.write(to, at, x if added is None else x + added)
+
+    def float_linear(self, to: int, at: int, source: int, first: int, k: int, n: int, weight: int, bias: int) -> None:
+        matrix, added = self.vector(weight), self.vector(bias)
+        assert matrix is not None
+        y = self.read(source, first, k) @ matrix
+        self.write(to, at, y if added is None else y + added)
+
+    def product(self, to: int, at: int, source: int, first: int, k: int, n: int, matrix: int) -> None:
+        x = self.read(source, first, k).reshape(-1, self.rows_per_image, k)
+        self.write(to, at, (x @ self.slots[matrix].reshape(-1, k, n)).flatten(0, 1))
+
+
+def _combine(kind: int, left: Tensor, right: Tensor | float) -> Tensor:
+    if kind == Binary.ADD:
+        return left + right
+    return left - right if kind == Binary.SUB else left * right
