@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from harmoq_ao.common.errors import TraceError
+from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.graph.recorder import Recorder
 
 #: What a proxy itself keeps; an author's assignment to anything else would be lost.
@@ -27,8 +28,8 @@ class GuardFailed(Exception):  # noqa: N818 - caught and answered, never an erro
     """A traced graph met a value on which its author's Python would have gone another way."""
 
 
-def _type_name(value: Any) -> str:
-    if torch.compiler.is_compiling() and type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
+def type_name(value: Any) -> str:
+    if is_traced() and type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
         return "Tensor"  # what stands for one while `torch.export` looks on
     return type(value).__name__
 
@@ -40,7 +41,7 @@ QUESTIONS: dict[str, Callable[[Any], Any]] = {
     "float": float,
     "index": operator.index,
     "len": len,
-    "type": _type_name,
+    "type": type_name,
 }
 
 

@@ -25,7 +25,7 @@ from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.handles import ModuleHandle
 from harmoq_ao.graph.namespaces import FACTORIES, activate, inlined, plain_type
 from harmoq_ao.graph.nodes import SELF, ancestors, calls_site, comes_from_softmax, depends_on_input, writes_by_name
-from harmoq_ao.graph.proxies import QUESTIONS, ValueProxy, check_guard, find_tracer
+from harmoq_ao.graph.proxies import QUESTIONS, ValueProxy, check_guard, find_tracer, type_name
 from harmoq_ao.graph.variant import unchanged
 
 _INLINED = {F.multi_head_attention_forward: inlined(F.multi_head_attention_forward)}
@@ -178,7 +178,7 @@ class IslandTracer(fx.Tracer):
         """Guard what ``is None`` and ``isinstance`` saw, where it may differ in another call: after unknown code."""
         unknown = (node.op == "call_module" and not calls_site(node)) or node.target in self.opaque
         if unknown or (value is None and node.target not in (operator.setitem, setattr)):
-            arguments = (node, "type", type(value).__name__)
+            arguments = (node, "type", type_name(value))
             self.graph.create_node("call_function", check_guard, arguments, {})
 
     def _refuse_state(self, node: fx.Node, args: tuple[Any, ...]) -> None:

@@ -6,6 +6,7 @@ program runs wherever ``harmoq_ao`` is imported. The kernel is chosen when the g
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,8 +16,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from harmoq_ao.kernels.float_matmul import MatmulContraction
 from harmoq_ao.kernels.linear import LinearContraction
 from harmoq_ao.kernels.select import check_backend, select_kernel
+from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import unpack_signed
+from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
 
 LinearTensors = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 """Of a linear: packed weight codes, their scale, bias, range of the activations, joint scale and joint shift."""
@@ -164,6 +167,46 @@ def matmul(
 def _(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
     batch = torch.broadcast_shapes(left.shape[:-2], right.shape[:-2])
     return left.new_empty(*batch, left.shape[-2], right.shape[-1])
+
+
+@torch.library.custom_op("harmoq::map_product", mutates_args=())
+def map_product(
+    left: Tensor,
+    right: Tensor,
+    left_bounds: Tensor | None,
+    right_bounds: Tensor | None,
+    joint_scale: Tensor | None,
+    left_bits: int,
+    right_bits: int,
+    backend: str,
+) -> Tensor:
+    """Product of an attention map, quantized relative to its rows (`quant/relative_maps.py`), with the values.
+
+    Args:
+        left: The map, `[..., M, K]`; all arguments are those of :func:`matmul`.
+    """
+    contraction = matmul_contraction(left_bounds, right_bounds, joint_scale, left_bits, right_bits)
+    kernel = select_kernel(contraction, left.device, check_backend(backend))
+    assert contraction.left.act is not None
+    return of_map(left, contraction.left.act, lambda relative: kernel.run(relative, right)).clone()
+
+
+@map_product.register_fake
+def _(left: Tensor, right: Tensor, *rest: Any) -> Tensor:
+    return left.new_empty(*left.shape[:-1], right.shape[-1])
+
+
+def of_map(attention_map: Tensor, act: Affine, product: Callable[[Tensor], Tensor]) -> Tensor:
+    """The product of an attention map with the values, normalised after it.
+
+    Args:
+        attention_map: `[..., M, K]`.
+        act: Its quantizer.
+        product: Takes the map relative to its rows' largest entries, quantizes and multiplies it.
+    """
+    relative = relative_rows(attention_map)
+    codes = integer_reference.quantize_codes(relative, *integer_reference.static_qparams(act), act.bits)
+    return renormalized(product(relative), attention_map, row_sums(codes, act.step, act.lower))
 
 
 def matmul_contraction(

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from harmoq_ao.common.tracing import is_recording
 from harmoq_ao.graph import Variant
 from harmoq_ao.kernels.compiler_view import is_compiled
 from harmoq_ao.lowering.attention_matching import (
@@ -44,6 +45,8 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -
         value: `[..., N, V]`.
         terms: Each broadcastable to `[..., M, N]`.
     """
+    if is_recording():
+        return float_attention(query, key, value, list(terms))
     if query.dim() == 4 and key.shape[:2] == value.shape[:2] == query.shape[:2]:
         if query.dtype == torch.bfloat16 and query.device.type == "cpu":
             if is_compiled(query):
@@ -91,6 +94,24 @@ def blocked_attention(query: Tensor, key: Tensor, value: Tensor, terms: list[Ten
 
 
 @blocked_attention.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor]) -> Tensor:
+    return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+@torch.library.custom_op("harmoq::float_attention", mutates_args=())
+def float_attention(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor]) -> Tensor:
+    """:func:`fused_attention` as one operator, for whoever records what a model computes.
+
+    Args:
+        query: `[..., M, E]`.
+        key: `[..., E, N]`.
+        value: `[..., N, V]`.
+        terms: Each broadcastable to `[..., M, N]`.
+    """
+    return fused_attention(query, key, value, *terms).clone()
+
+
+@float_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, terms: list[Tensor]) -> Tensor:
     return query.new_empty(*query.shape[:-1], value.shape[-1])
 

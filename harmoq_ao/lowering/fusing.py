@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common import tracing
 from harmoq_ao.kernels.select import preferred_family
 from harmoq_ao.sites.quantized import QuantizedSite
 
@@ -38,7 +39,7 @@ def is_recognising() -> bool:
 
 def is_traced() -> bool:
     """Whether torch records what runs instead of running it for its result: then every module is to be seen."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]
+    return tracing.is_traced() or torch.jit.is_tracing()  # type: ignore[attr-defined]
 
 
 def runs_triton(site: nn.Module, operands: Sequence[Any]) -> bool:

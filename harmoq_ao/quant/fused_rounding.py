@@ -17,6 +17,8 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
+from harmoq_ao.common.tracing import is_traced
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ def fused_rounding(enabled: bool = True) -> Iterator[None]:
 
 def is_fused(x: torch.Tensor) -> bool:
     """Whether `x` is large, the calling thread is inside :func:`fused_rounding`, and compilation works."""
-    wanted = _on.get() and x.numel() >= FUSED_FROM and not torch.compiler.is_compiling()
+    wanted = _on.get() and x.numel() >= FUSED_FROM and not is_traced()
     return wanted and can_compile(x.device.type)
 
 

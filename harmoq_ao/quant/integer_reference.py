@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import InputError, KernelError
+from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.quant.quantizer import step_size
 
 INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 and s8 codes that int32 always holds
@@ -144,7 +145,7 @@ def quantize_codes(x: Tensor, reciprocal: Tensor | float, offset: Tensor | float
 
 
 def _can_look(x: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_traced() and not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def nan_error() -> InputError:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
+from harmoq_ao.common.tracing import is_traced
 
 MIN_BITS = 2
 MAX_BITS = 8
@@ -113,7 +114,7 @@ def _last_axis(tensor: Tensor, name: str) -> int:
 
 def _check_padding(packed: Tensor, bits: int, length: int) -> None:
     used = length * bits % 8
-    if used and not torch.compiler.is_compiling() and bool((packed[..., -1] >> used).any()):
+    if used and not is_traced() and bool((packed[..., -1] >> used).any()):
         raise KernelError(
             "Unused bits at the end of a packed row are not zero",
             found="set bits after the last code",

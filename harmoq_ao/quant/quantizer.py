@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError, shown
+from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.quant.fused_rounding import compiled, is_fused
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
@@ -344,6 +345,6 @@ def _sum_to(values: Tensor, bound: Tensor) -> Tensor:
 
 def _dot_to(left: Tensor, right: Tensor, bound: Tensor) -> Tensor:
     """``(left * right)`` summed to the shape of `bound`; changes `left`."""
-    if bound.dim() == 0 and not torch.compiler.is_compiling():  # a compiler makes one pass of a product and its sum
+    if bound.dim() == 0 and not is_traced():  # a compiler makes one pass of a product and its sum
         return torch.dot(left.reshape(-1), right.reshape(-1))
     return _sum_to(left.mul_(right), bound)

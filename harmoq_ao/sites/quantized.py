@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmoq_ao.common.tracing import is_recording, is_traced
 from harmoq_ao.config import SiteSettings
 from harmoq_ao.kernels import compiler_view, ops
 from harmoq_ao.kernels.float_matmul import MatmulContraction
@@ -25,7 +26,7 @@ from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.quant.packing import pack, packed_length, unpack_signed
 from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, quantize, step_size
-from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
+from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.site import Site
 
@@ -224,7 +225,7 @@ class WeightedSite(QuantizedSite):
         weight = self._derived.float_weight
         if weight is None:
             weight = self.float_weight()
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self._derived.float_weight = weight
         return weight
 
@@ -271,12 +272,12 @@ class QuantizedLinear(WeightedSite):
         if linear is None:
             operands = ops.linear_operands(*self._tensors(), self.columns, *self._numbers())
             linear = LinearContraction(operands, self.codes, self.settings.weight.bits)
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self._derived.linear = linear
         return linear
 
     def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = self._traced(input) if torch.compiler.is_compiling() else self._run(input)
+        y = self._traced(input) if is_traced() else self._run(input)
         return y if bias is None else y + bias
 
     def _traced(self, x: Tensor) -> Tensor:
@@ -353,7 +354,7 @@ class QuantizedConv2d(WeightedSite):
         return UniformContraction(_HALF_FLOAT, self._half_float)
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling():  # plain torch: the graph gets to see all of it
+        if is_traced():  # plain torch: the graph gets to see all of it
             return self._integer(input) if self.both_quantized else self._half_float(input)
         return self._run(input)
 
@@ -432,7 +433,7 @@ class QuantizedMatmul(QuantizedSite):
         matmul = self._derived.matmul
         if matmul is None:
             matmul = ops.matmul_contraction(*self._tensors(), *self._bits())
-            if not torch.compiler.is_compiling():
+            if not is_traced():
                 self._derived.matmul = matmul
         return matmul
 
@@ -464,14 +465,16 @@ class QuantizedMatmul(QuantizedSite):
     def forward(self, *operands: Tensor, **options: Any) -> Tensor:
         left, right = self.form.canonical(*operands)
         self.site.check_length(left, self.joint_scale)
-        if self.both_quantized and self.relative:
+        if self.both_quantized and self.relative and is_recording():
+            product = ops.map_product(left, right, *self._tensors(), *self._bits(), self.backend)
+        elif self.both_quantized and self.relative:
             product = self.of_map(left, lambda relative: self._product(relative, right))
         else:
             product = self._product(left, right)
         return self.form.finish(product, *operands, **options)
 
     def _product(self, left: Tensor, right: Tensor) -> Tensor:
-        if not torch.compiler.is_compiling():
+        if not is_traced():
             return self._run(left, right)
         if not self.both_quantized:
             return self._half_float(left, right)
@@ -488,10 +491,9 @@ class QuantizedMatmul(QuantizedSite):
             attention_map: `[..., M, K]`.
             product: Takes the map relative to its rows' largest entries, quantizes and multiplies it.
         """
-        relative, act = relative_rows(attention_map), self.act_qparams()
+        act = self.act_qparams()
         assert act is not None
-        codes = integer_reference.quantize_codes(relative, *integer_reference.static_qparams(act), act.bits)
-        return renormalized(product(relative), attention_map, row_sums(codes, act.step, act.lower))
+        return ops.of_map(attention_map, act, product)
 
 
 def _conv(x: Tensor, weight: Tensor, geometry: dict[str, Any]) -> Tensor:

@@ -1,0 +1,186 @@
+"""Attention as one kernel: windows and heads as indices, bias and mask as tables that windows share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.programs import channel_attention
+from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
+from harmoq_ao.programs.attention_matching import Match, constant_of
+from harmoq_ao.programs.indices import Index
+from harmoq_ao.programs.steps import Read, Value
+
+if TYPE_CHECKING:
+    from harmoq_ao.programs.lower import Lowering
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An operand of attention.
+
+    Attributes:
+        rows: `[windows, tokens]` int32, the row of each token.
+        first: Column of the first head's first channel.
+        heads: Number of heads.
+        width: Channels of a head; heads follow each other.
+    """
+
+    rows: Tensor
+    first: int
+    heads: int
+    width: int
+
+
+def find_heads(index: Index) -> Heads | None:
+    """An operand `[..., heads, tokens, channels]` or `[windows * heads, tokens, channels]` as heads of windows."""
+    if "heads" not in index.derived:
+        index.derived["heads"] = _find_heads(index)
+    found: Heads | None = index.derived["heads"]
+    return found
+
+
+def _find_heads(index: Index) -> Heads | None:
+    rows, columns = index.rows, index.columns
+    if rows.dim() < 3 or not rows.numel():
+        return None
+    if rows.dim() == 3:
+        starts = columns[:, 0, 0]
+        heads = next((i for i in range(1, len(starts)) if starts[i] <= starts[i - 1]), len(starts))
+        if len(rows) % heads:
+            return None
+        rows, columns = (part.unflatten(0, (-1, heads)) for part in (rows, columns))
+    rows, columns = (part.reshape(-1, *part.shape[-3:]) for part in (rows, columns))
+    heads, width = rows.shape[1], rows.shape[3]
+    first = int(columns.max()) + 1 - heads * width
+    expected = first + torch.arange(heads * width, dtype=torch.int32).reshape(1, heads, 1, width)
+    of_token = rows[:, :1, :, :1]
+    if not bool((rows == of_token).all()) or not bool(((columns == expected) | (rows < 0)).all()):
+        return None
+    return Heads(of_token[:, 0, :, 0].contiguous(), first, heads, width)
+
+
+def lower_attention(lowering: Lowering, match: Match) -> Value | None:
+    """The kernel for an attention; None where it does not take it."""
+    found = channel_attention.lower(lowering, match)
+    if found is not None:
+        return found
+    operands = [lowering.known.get(node) for node in (match.query, match.key, match.value)]
+    if not all(isinstance(value, Value) for value in operands):
+        return None
+    query, key, value = operands
+    turned = key.index.moved(torch.ops.aten.transpose.int, (-2, -1), {})
+    parts = find_heads(query.index), find_heads(turned), find_heads(value.index)
+    if any(part is None for part in parts):
+        return None
+    q, k, v = parts
+    if k.rows.shape != v.rows.shape or not torch.equal(k.rows, v.rows) or (q.heads, q.width) != (k.heads, k.width):
+        return None
+    if len(q.rows) != len(k.rows) or v.heads != q.heads or v.width != q.width or not _once(q.rows):
+        return None
+    shape = (len(q.rows), q.heads, q.rows.shape[1], k.rows.shape[1])
+    scores = _scores(lowering, match, shape)
+    if scores is None:
+        return None
+    kernel = AttentionKernel(q, k, v, *scores, match.scores, match.products, match.relative, lowering.half, query.matrix.rows)
+    exact = match.scores is not None or not lowering.half
+    reads = [
+        Read(operand.matrix, part.first, part.heads * part.width, exact)
+        for operand, part in zip((query, key, value), parts, strict=True)
+    ]
+    shape_out = (*query.shape[:-1], value.shape[-1])
+    index = _result_index(query.index, q, shape_out)
+    dtype = torch.float32 if exact else torch.bfloat16
+    results = [((q.heads * v.width,), index)]
+    return lowering.module_step(kernel, reads, results, dtype)[0]
+
+
+def _once(rows: Tensor) -> bool:
+    """Whether no token is in two windows."""
+    real = rows[rows >= 0]
+    return len(torch.unique(real)) == len(real)
+
+
+def _result_index(query: Index, heads: Heads, shape: tuple[int, ...]) -> Index:
+    """The result's entries in a matrix `[tokens, heads * width]` whose rows are those of the queries."""
+    key = ("attended", shape)
+    if key not in query.derived:
+        width = shape[-1]
+        rows = query.rows[..., :1].expand(shape)
+        lead = torch.arange(heads.heads, dtype=torch.int32) * width
+        if len(shape) == 3:
+            lead = lead.repeat(shape[0] // heads.heads).reshape(-1, 1, 1)
+        else:
+            lead = lead.reshape(-1, 1, 1)
+        columns = (lead + torch.arange(width, dtype=torch.int32)).expand(shape)
+        query.derived[key] = Index(rows, columns, query.length)
+    found: Index = query.derived[key]
+    return found
+
+
+# --- scores -----------------------------------------------------------------------------------------------------------
+
+
+def _scores(lowering: Lowering, match: Match, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Mask | None] | None:
+    """Factor `[heads]`, bias `[heads, N, M]` and mask of scores `[windows, heads, N, M]`; None where they are others."""
+    windows, heads, queries, keys = shape
+    view: tuple[int, ...] = tuple(match.query.meta["shape"][:-1]) + (keys,)
+    factor, bias, mask = torch.ones(heads), None, None
+    for kind, operand in match.terms:
+        if kind == "view":
+            view = operand
+            continue
+        constant = constant_of(lowering.known, operand)
+        parts = None if constant is None else _parts(constant, view, shape)
+        if parts is None:
+            return None
+        of_heads, of_windows = parts
+        if kind in ("mul", "div"):
+            number = None if of_heads is None or of_windows is not None else of_heads.flatten(1)
+            if number is None or not bool((number == number[:, :1]).all()) or bias is not None or mask is not None:
+                return None
+            factor = factor * number[:, 0] if kind == "mul" else factor / number[:, 0]
+        elif of_windows is not None:
+            if mask is not None:
+                return None
+            mask = lowering_mask(lowering, of_windows, windows)
+        elif of_heads is not None:
+            bias = of_heads if bias is None else bias + of_heads
+    whole = None if bias is None else bias.expand(heads, queries, keys).float().contiguous()
+    return factor, whole, mask
+
+
+def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None] | None:
+    """A term as a table of the heads `[heads or 1, N or 1, M or 1]`, or of the windows `[windows, N, M]`."""
+    windows, heads, queries, keys = shape
+    if not isinstance(constant, Tensor):
+        constant = torch.tensor(float(constant))
+    if len(view) == 3 and view != shape[1:]:  # windows and heads in one axis
+        if constant.dim() == 3 and constant.shape[0] == windows * heads:
+            constant, view = constant.unflatten(0, (windows, heads)), shape
+        elif constant.dim() == 3 and constant.shape[0] > 1:
+            return None
+    if len(view) > 3 and view[-3] != heads:
+        return None
+    term = constant.reshape((1,) * (max(len(view), 4) - constant.dim()) + tuple(constant.shape)).float()
+    lead = [n if term.stride(i) else 1 for i, n in enumerate(term.shape[:-3])]
+    if all(n == 1 for n in lead):
+        return term[(0,) * len(lead)], None
+    if term.shape[-3] > 1 and term.stride(-3):
+        if not bool((term == term[..., :1, :, :]).all()):
+            flat = term.expand(*view[:-3], *term.shape[-3:]).reshape(-1, *term.shape[-3:])
+            return (flat[0], None) if bool((flat == flat[:1]).all()) else None
+    table = term[..., 0, :, :].expand(*view[:-3], queries, keys)
+    return None, table.reshape(-1, queries, keys)
+
+
+def lowering_mask(lowering: Lowering, table: Tensor, windows: int) -> Mask | None:
+    """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
+    key = ("mask", tuple(table.shape), table.double().sum().item(), table.data_ptr())
+    known = lowering.masks.get(key)
+    if known is None:
+        known = lowering.masks[key] = (Mask.of(table, windows), table)
+    return known[0]

@@ -1,0 +1,147 @@
+"""The attention kernel with its constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from harmoq_ao.kernels.ops import matmul_contraction, of_map
+from harmoq_ao.quant import integer_reference
+
+if TYPE_CHECKING:
+    from harmoq_ao.programs.attention import Heads
+
+
+@dataclass(frozen=True)
+class Mask:
+    """What is added to the scores of each window.
+
+    Attributes:
+        regions: `[windows, N]` int32: scores between tokens of different regions get `value`; or None.
+        value: See there.
+        tables: `[kinds, N, M]` float32 where it is no matter of regions; or None.
+        kinds: `[windows]` int32, which table; -1 for none.
+    """
+
+    regions: Tensor | None
+    value: float
+    tables: Tensor | None
+    kinds: Tensor | None
+
+    @staticmethod
+    def of(table: Tensor, windows: int) -> Mask | None:
+        """A mask `[windows, N, M]`; None where it is all zeros."""
+        value = float(table.min())
+        if value == 0 and float(table.max()) == 0:
+            return None
+        if table.shape[1] == table.shape[2]:
+            regions = (table == 0).to(torch.uint8).argmax(2).to(torch.int32)
+            apart = regions[:, :, None] != regions[:, None, :]
+            if torch.equal(table, torch.where(apart, value, 0.0)):
+                return Mask(regions.contiguous(), value, None, None)
+        kinds: dict[bytes, int] = {}
+        numbers, kept = [], []
+        for own in table:
+            key = own.contiguous().numpy().tobytes()
+            if not own.any():
+                numbers.append(-1)
+                continue
+            if key not in kinds:
+                kinds[key] = len(kept)
+                kept.append(own)
+            numbers.append(kinds[key])
+        return Mask(None, value, torch.stack(kept).contiguous(), torch.tensor(numbers, dtype=torch.int32))
+
+    def scores(self, keys: int) -> Tensor:
+        """What is added, `[windows, 1, N, M]`."""
+        if self.regions is not None:
+            apart = self.regions[:, :, None] != self.regions[:, None, :]
+            return torch.where(apart, self.value, 0.0)[:, None]
+        assert self.tables is not None
+        assert self.kinds is not None
+        padded = torch.cat([self.tables, torch.zeros_like(self.tables[:1])])
+        return padded[self.kinds.long()][:, None]
+
+
+class AttentionKernel(nn.Module):
+    """Attention of windows; see `cpu_kernels/window_attention.py`.
+
+    Args:
+        query: Where queries are.
+        key: Where keys are.
+        value: Where values are.
+        factor: `[heads]`, of the scores.
+        bias: `[heads, N, M]` float32, or None.
+        mask: Or None.
+        scores: Quantizers of the score product; None in float.
+        products: Quantizers of the product with the values; None in float.
+        relative: Whether the map is quantized relative to its rows.
+        half: Whether float products run on bfloat16 operands.
+        length: Rows of the result.
+    """
+
+    def __init__(
+        self,
+        query: Heads,
+        key: Heads,
+        value: Heads,
+        factor: Tensor,
+        bias: Tensor | None,
+        mask: Mask | None,
+        scores: tuple[Any, ...] | None,
+        products: tuple[Any, ...] | None,
+        relative: bool,
+        half: bool,
+        length: int,
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.value = query, key, value
+        self.factor, self.bias, self.mask = factor, bias, mask
+        self.scores, self.products, self.relative, self.half, self.length = scores, products, relative, half, length
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.reference(query, key, value)
+
+    def reference(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same in plain torch."""
+        q, k, v = (_heads(m, h) for m, h in ((query, self.query), (key, self.key), (value, self.value)))
+        kt = k.transpose(-2, -1)
+        if self.half and self.scores is None:
+            q, kt, v = (part.bfloat16().float() for part in (q, kt, v))
+        scores = q @ kt if self.scores is None else _integer(q, kt, self.scores)
+        scores = scores * self.factor[:, None, None]
+        if self.bias is not None:
+            scores = scores + self.bias
+        if self.mask is not None:
+            added = self.mask.scores(k.shape[2])
+            scores = scores + added.repeat(len(scores) // len(added), 1, 1, 1)
+        weights = torch.softmax(scores, -1)
+        if self.products is None:
+            mixed = weights @ v
+        elif self.relative:
+            act = matmul_contraction(*self.products[:5]).left.act
+            assert act is not None
+            mixed = of_map(weights, act, lambda r: _integer(r, v, self.products))
+        else:
+            mixed = _integer(weights, v, self.products)
+        rows, tokens = self.query.rows.reshape(-1).long(), mixed.transpose(1, 2).flatten(2).flatten(0, 1)
+        out = torch.zeros(self.length + 1, tokens.shape[1])
+        out[torch.where(rows < 0, self.length, rows)] = tokens
+        return out[:-1].to(torch.bfloat16 if self.half and self.scores is None else torch.float32)
+
+
+def _heads(matrix: Tensor, heads: Heads) -> Tensor:
+    """`[windows, heads, tokens, width]` float32."""
+    part = matrix[:, heads.first : heads.first + heads.heads * heads.width].float()
+    padded = torch.cat([part, part.new_zeros(1, part.shape[1])])
+    rows = torch.where(heads.rows < 0, len(part), heads.rows).long()
+    return padded[rows].unflatten(-1, (heads.heads, heads.width)).transpose(1, 2)
+
+
+def _integer(left: Tensor, right: Tensor, quantizers: tuple[Any, ...] | None) -> Tensor:
+    assert quantizers is not None
+    contraction = matmul_contraction(*quantizers[:5])
+    return integer_reference.quantized_matmul(left, right, *contraction)

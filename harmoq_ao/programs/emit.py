@@ -1,0 +1,162 @@
+"""Steps as a graph of kernels: token-wise steps that can run together become one row program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise_reference
+from harmoq_ao.programs.materialize import Gather
+from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step, Value
+
+
+def emit(output: Value, image: Matrix, images: int) -> fx.GraphModule:
+    """The graph that computes a value from the image.
+
+    Args:
+        output: The value.
+        image: The matrix that stands for the image batch.
+        images: Size of the batch.
+    """
+    return _Emission(output, image, images).run()
+
+
+class _Emission:
+    def __init__(self, output: Value, image: Matrix, images: int) -> None:
+        self.output, self.images = output, images
+        self.graph, self.root = fx.Graph(), nn.Module()
+        self.nodes: dict[Matrix, fx.Node] = {}
+        self.steps = _needed(output.matrix)
+        self.readers = _readers(self.steps)
+        self.image = image
+
+    def run(self) -> fx.GraphModule:
+        placeholder = self.graph.placeholder("image")
+        self.nodes[self.image] = self.module("image_rows", ImageRows(), placeholder)
+        groups: dict[tuple[int, int, int], list[RowStep] | list[ModuleStep]] = {}
+        for number, step in enumerate(self.steps):
+            if isinstance(step, RowStep):
+                groups.setdefault((step.level, 0, step.results[0].rows), []).append(step)  # type: ignore[arg-type]
+            else:
+                groups[step.level, 1, number] = [step]  # type: ignore[list-item]
+        for (_, kind, rows), group in sorted(groups.items(), key=lambda item: item[0]):
+            if kind == 0:
+                self.rows(rows, group)  # type: ignore[arg-type]
+            else:
+                self.kernel(group[0])  # type: ignore[arg-type]
+        value = self.module("output", Gather(self.output.index, self.output.matrix.columns), self.nodes[self.output.matrix])
+        self.graph.output(value)
+        return fx.GraphModule(self.root, self.graph)
+
+    def module(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
+        path = f"{name}_{len(self.root._modules)}"
+        self.root.add_module(path, module)
+        return self.graph.call_module(path, args)
+
+    def kernel(self, step: ModuleStep) -> None:
+        node = self.module(type(step.module).__name__.lower(), step.module, *(self.nodes[r.matrix] for r in step.reads))
+        if len(step.results) == 1:
+            self.nodes[step.results[0]] = node
+            return
+        for number, matrix in enumerate(step.results):
+            self.nodes[matrix] = self.graph.call_function(_item, (node, number))
+
+    def rows(self, rows: int, group: Sequence[RowStep]) -> None:
+        kernel = _RowGroup(group, self.readers, self.output.matrix)
+        node = self.module("rowwise", Rowwise(kernel.program, rows // self.images or 1), *(self.nodes[m] for m in kernel.inputs))
+        for number, matrix in enumerate(kernel.outputs):
+            self.nodes[matrix] = self.graph.call_function(_item, (node, number))
+
+
+def _item(results: list[Tensor], number: int) -> Tensor:
+    return results[number]
+
+
+class ImageRows(nn.Module):
+    """An image batch `[B, C, H, W]` as a matrix of pixels."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1]).float()
+
+
+class Rowwise(nn.Module):
+    """A chain of token-wise operations."""
+
+    def __init__(self, program: RowProgram, rows_per_image: int) -> None:
+        super().__init__()
+        self.program, self.rows_per_image = program, rows_per_image
+
+    def forward(self, *inputs: Tensor) -> list[Tensor]:
+        return rowwise_reference(list(inputs), self.program, self.rows_per_image)
+
+
+class _RowGroup:
+    """One row program from token-wise steps in their order."""
+
+    def __init__(self, group: Sequence[RowStep], readers: dict[Matrix, list[tuple[Step, Read]]], last: Matrix) -> None:
+        self.group, self.readers, self.last = group, readers, last
+        inside = {step.results[0] for step in group}
+        self.inputs = list(dict.fromkeys(r.matrix for s in group for r in s.reads if r.matrix not in inside))
+        self.outputs = [step.results[0] for step in group if self._leaves(step)]
+        self.program = RowProgram(len(self.inputs))
+        self.slots: dict[Matrix, int] = {matrix: slot for slot, matrix in enumerate(self.inputs)}
+        self.copies: list[tuple[Matrix, int]] = []
+        self._place()
+        for step in group:
+            sources = [Columns(self.slots[r.matrix], r.first) for r in step.reads]
+            step.emit(self.program, Columns(self.slots[step.results[0]]), sources)
+            for matrix, slot in self.copies:
+                if matrix is step.results[0]:
+                    self.program.emit(Op.COPY, Columns(slot), Columns(self.slots[matrix]), matrix.columns)
+
+    def _leaves(self, step: RowStep) -> bool:
+        matrix = step.results[0]
+        return matrix is self.last or any(reader not in self.group for reader, _ in self.readers.get(matrix, []))
+
+    def _place(self) -> None:
+        """Slots: outputs in float32 are computed in place, those in bfloat16 are copied from a temporary."""
+        temporaries = []
+        for matrix in self.outputs:
+            exact = matrix is self.last or any(r.exact for s, r in self.readers.get(matrix, []) if s not in self.group)
+            self.program.outputs.append((matrix.columns, torch.float32 if exact else torch.bfloat16))
+            slot = len(self.inputs) + len(self.program.outputs) - 1
+            if exact:
+                self.slots[matrix] = slot
+            else:
+                self.copies.append((matrix, slot))
+                temporaries.append(matrix)
+        temporaries += [s.results[0] for s in self.group if s.results[0] not in self.outputs]
+        for matrix in temporaries:
+            self.slots[matrix] = len(self.inputs) + len(self.outputs) + len(self.program.temporaries)
+            self.program.temporaries.append(matrix.columns)
+
+
+def _needed(matrix: Matrix) -> list[Step]:
+    """Steps behind a matrix, each after those it reads from."""
+    found: dict[Step, None] = {}
+    stack: list[tuple[Step, bool]] = [] if matrix.step is None else [(matrix.step, False)]
+    while stack:
+        step, ready = stack.pop()
+        if ready:
+            found.setdefault(step)
+            continue
+        if step in found:
+            continue
+        stack.append((step, True))
+        stack += [(r.matrix.step, False) for r in step.reads if r.matrix.step is not None and r.matrix.step not in found]
+    return list(found)
+
+
+def _readers(steps: Sequence[Step]) -> dict[Matrix, list[tuple[Step, Read]]]:
+    readers: dict[Matrix, list[tuple[Step, Read]]] = {}
+    for step in steps:
+        for read in step.reads:
+            readers.setdefault(read.matrix, []).append((step, read))
+    return readers
+
+
+__all__: list[str] = ["ImageRows", "Rowwise", "emit"]
+_ = Any

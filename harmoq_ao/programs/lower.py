@@ -1,0 +1,435 @@
+"""The recorded graph as steps: token-wise operations, fused kernels, and torch's operators for everything else.
+
+Each operator has a handler that returns what it makes, or None where the operands are not what the handler is for; then
+torch runs it on values brought into shape (`materialize.py`). No handler changes what is computed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram, Unary, linear_constants
+from harmoq_ao.kernels.ops import linear_operands
+from harmoq_ao.programs.attention import lower_attention
+from harmoq_ao.programs.attention_matching import Match, match_attention
+from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
+from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots
+from harmoq_ao.programs.materialize import Reordered, TorchOperator
+from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
+
+_aten = torch.ops.aten
+_SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten._to_copy.default, _aten.contiguous.default}
+_UNARY = {
+    _aten.sigmoid.default: Unary.SIGMOID,
+    _aten.relu.default: Unary.RELU,
+    _aten.silu.default: Unary.SILU,
+    _aten.tanh.default: Unary.TANH,
+}
+_BINARY = {
+    _aten.add.Tensor: Binary.ADD,
+    _aten.sub.Tensor: Binary.SUB,
+    _aten.mul.Tensor: Binary.MUL,
+    _aten.add.Scalar: Binary.ADD,
+    _aten.sub.Scalar: Binary.SUB,
+    _aten.mul.Scalar: Binary.MUL,
+    _aten.div.Tensor: Binary.MUL,
+    _aten.div.Scalar: Binary.MUL,
+}
+
+
+class Lowering:
+    """One walk over a recorded graph.
+
+    Args:
+        recorded: From :func:`record`.
+        half: Whether float products run on bfloat16 operands.
+
+    Attributes:
+        known: What each node is.
+    """
+
+    def __init__(self, recorded: fx.GraphModule, half: bool) -> None:
+        self.recorded, self.half = recorded, half
+        self.roots = Roots()
+        self.known: dict[fx.Node, Known] = {}
+        self.last = _last_contractions(recorded.graph)
+        found = (match_attention(node) for node in recorded.graph.nodes)
+        self.matches: dict[fx.Node, Match] = {match.values: match for match in found if match is not None}
+        self.absorbed = {node for match in self.matches.values() for node in match.absorbed}
+        self.image: Matrix | None = None
+        self.masks: dict[Any, Any] = {}
+
+    def run(self) -> Value:
+        """Lower every node; the value of the output."""
+        for node in self.recorded.graph.nodes:
+            if node.op == "placeholder":
+                self.known[node] = self.place_value(node.meta["shape"], None)
+                self.image = self.known[node].matrix
+            elif node.op == "get_attr":
+                constant = getattr(self.recorded, str(node.target))
+                self.known[node] = constant.float() if constant.is_floating_point() else constant
+            elif node.op == "output":
+                found = self.known[node.args[0]]
+                assert isinstance(found, Value)
+                return found
+            elif node in self.matches:
+                self.known[node] = self.attention(node)
+            elif node.users and node not in self.absorbed:
+                self.known[node] = self.lower(node)
+        raise AssertionError("a graph without an output")
+
+    def attention(self, node: fx.Node) -> Known:
+        """A whole attention, or its operators one by one where no kernel takes it."""
+        match = self.matches[node]
+        found = lower_attention(self, match)
+        if found is None:
+            for inner in match.absorbed:
+                self.known[inner] = self.lower(inner)
+            found = self.lower(node)
+        return found
+
+    def lower(self, node: fx.Node) -> Known:
+        """What a call makes."""
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.known[n])
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        handler = _HANDLERS.get(node.target)
+        found = None
+        if node.target in MOVEMENTS and isinstance(args[0], Value):
+            found = self.movement(node.target, args, kwargs)
+        elif node.target in _SAME and isinstance(args[0], Value):
+            found = args[0]
+        elif handler is not None:
+            found = handler(self, node, *args, **kwargs)
+        return self.torch_operator(node, args, kwargs) if found is None else found
+
+    # --- values ---------------------------------------------------------------------------------------------------
+
+    def place_value(self, shape: tuple[int, ...], step: Step | None) -> Value:
+        """A value in torch's own layout: convolutions and images have their channels first."""
+        index = self.roots.channels_first(shape) if len(shape) == 4 else self.roots.rows_last(shape or (1,))
+        width = shape[1] if len(shape) == 4 else (shape or (1,))[-1]
+        return Value(Matrix(index.length, width, step), index)
+
+    def torch_operator(self, node: fx.Node, args: Any, kwargs: Any) -> Known:
+        """An operator as torch runs it."""
+        module = TorchOperator(node.target, args, kwargs)
+        if "shape" in node.meta:
+            return self.module_step(module, module.reads, [(node.meta["shape"], None)])[0]
+        parts = {user.args[1]: user.meta["shape"] for user in node.users}  # several results, taken by their numbers
+        module.parts = tuple(parts)
+        values = self.module_step(module, module.reads, [(shape, None) for shape in parts.values()])
+        return dict(zip(parts, values, strict=True))
+
+    def module_step(
+        self,
+        module: nn.Module,
+        reads: list[Read],
+        results: list[tuple[tuple[int, ...], Index | None]],
+        dtype: torch.dtype = torch.float32,
+    ) -> list[Value]:
+        """A step that is no chain of token-wise operations; the values that it makes."""
+        level = max([r.matrix.level for r in reads], default=0)
+        step = ModuleStep(reads, [], level, module, dtype)
+        values = []
+        for shape, index in results:
+            if index is None:
+                value = self.place_value(shape, step)
+            else:
+                value = Value(Matrix(index.length, shape[-1], step), index)
+            step.results.append(value.matrix)
+            values.append(value)
+        return values
+
+    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit) -> Matrix:
+        """A token-wise step; the matrix that it makes."""
+        step = RowStep(reads, [], row_level(rows, reads), emit)
+        step.results.append(Matrix(rows, width, step))
+        return step.results[0]
+
+    # --- movements and single values ------------------------------------------------------------------------------
+
+    def movement(self, target: Any, args: Any, kwargs: Any) -> Known:
+        value, rest = args[0], args[1:]
+        try:
+            moved = value.index.moved(target, rest, kwargs)
+        except ValueError:
+            return None
+        if isinstance(moved, list):
+            return [Value(value.matrix, index) for index in moved]
+        return Value(value.matrix, moved)
+
+    def elementwise(self, value: Value, keeps_zero: bool, make: Callable[[int], Emit]) -> Known:
+        """An operation on every entry by itself; `make` gives its instruction for a number of columns."""
+        span = value.index.span()
+        if span.padded and not keeps_zero:
+            return None
+        width = span.last - span.first + 1
+        reads = [Read(value.matrix, span.first, width)]
+        matrix = self.row_step(value.matrix.rows, width, reads, make(width))
+        return Value(matrix, value.index.shifted(span.first))
+
+    def unary(self, value: Any, kind: Unary, slope: float = 0.0) -> Known:
+        if not isinstance(value, Value):
+            return None
+
+        def make(width: int) -> Emit:
+            return lambda p, to, at: p.emit(Op.UNARY, kind, to, at[0], width, p.number(slope))
+
+        return self.elementwise(value, kind not in (Unary.SIGMOID,), make)
+
+    def scalar(self, value: Value, kind: Binary, number: float) -> Known:
+        def make(width: int) -> Emit:
+            return lambda p, to, at: p.emit(Op.SCALAR, kind, to, at[0], width, p.number(number))
+
+        return self.elementwise(value, kind is Binary.MUL, make)
+
+    # --- two values -----------------------------------------------------------------------------------------------
+
+    def binary(self, node: fx.Node, left: Any, right: Any, **options: Any) -> Known:
+        kind = _BINARY[node.target]
+        if options.get("alpha", 1) != 1 or options.get("rounding_mode"):
+            return None
+        if kind is Binary.MUL and "div" in str(node.target):
+            if isinstance(right, Value):
+                return None
+            right = 1.0 / right
+        if isinstance(left, Value) and isinstance(right, (int, float)):
+            return self.scalar(left, kind, right)
+        if isinstance(left, Value) and isinstance(right, Tensor):
+            return self.with_constant(kind, left, right, tuple(node.meta["shape"]))
+        if isinstance(right, Value) and isinstance(left, Tensor) and kind is not Binary.SUB:
+            return self.with_constant(kind, right, left, tuple(node.meta["shape"]))
+        if isinstance(left, Value) and isinstance(right, Value):
+            return self.two_values(kind, left, right, tuple(node.meta["shape"]))
+        return None
+
+    def with_constant(self, kind: Binary, value: Value, constant: Tensor, shape: tuple[int, ...]) -> Known:
+        if value.shape != shape or constant.is_complex():
+            return None
+        if constant.numel() == 1:
+            return self.scalar(value, kind, float(constant))
+        vector = _column_vector(value.index, constant.expand(shape))
+        if vector is None:
+            return None
+        if kind is Binary.SUB:
+            vector = -vector
+        return self.affine(value, *((vector, None) if kind is Binary.MUL else (None, vector)))
+
+    def affine(self, value: Value, scale: Tensor | None, shift: Tensor | None) -> Known:
+        """``value * scale + shift``, each a number per column from the first one of the value on."""
+
+        def make(width: int) -> Emit:
+            return lambda p, to, at: p.emit(
+                Op.AFFINE, to, at[0], width, p.constant(scale), p.constant(shift)
+            )
+
+        return self.elementwise(value, shift is None, make)
+
+    def two_values(self, kind: Binary, left: Value, right: Value, shape: tuple[int, ...]) -> Known:
+        if left.shape != shape or (right.shape == shape and right.matrix.rows > left.matrix.rows):
+            if kind is Binary.SUB:
+                return None
+            left, right = right, left
+        if left.shape != shape:
+            return None
+        spread = right.index if right.shape == shape else right.index.moved(_aten.expand.default, (list(shape),), {})
+        met = left.index.aligned(spread)
+        span = left.index.span()
+        if met is None or ((span.padded or spread.span().padded) and kind is not Binary.MUL):
+            return None
+        return Value(self._combined(kind, left.matrix, right.matrix, span, met), left.index.shifted(span.first))
+
+    def _combined(self, kind: Binary, left: Matrix, right: Matrix, span: Any, met: Aligned) -> Matrix:
+        width = span.last - span.first + 1
+        one = met.mode is Broadcast.COLUMN
+        reads = [Read(left, span.first, width), Read(right, met.offset if one else span.first + met.offset, 1 if one else width)]
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.BINARY, kind, to, at[0], at[1], width, met.mode)
+
+        return self.row_step(left.rows, width, reads, emit)
+
+    # --- channels -------------------------------------------------------------------------------------------------
+
+    def channel_step(self, value: Value, axis: int, width: int, make: Emit, keeps_zero: bool = False) -> Known:
+        """A token-wise operation from all channels along an axis to `width` channels."""
+        channels = value.index.channels(axis)
+        if channels is None or (channels.padded and not keeps_zero):
+            return None
+        reads = [Read(value.matrix, channels.first, value.shape[axis])]
+        matrix = self.row_step(value.matrix.rows, width, reads, make)
+        return Value(matrix, value.index.widened(axis, width))
+
+    def linear(self, node: fx.Node, x: Any, *rest: Any) -> Known:
+        *tensors, weight_bits, act_bits, weight_shift, backend = rest
+        if not isinstance(x, Value) or tensors[3] is None or backend != "auto":
+            return None
+        k = x.shape[-1]
+        operands = linear_operands(*tensors, k, weight_bits, act_bits, weight_shift)
+        n = len(operands.weight)
+        constants = linear_constants(operands)
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            places = [p.constant(c) for c in constants]
+            p.emit(Op.LINEAR, to, at[0], k, n, act_bits, *places, *([-1] if len(places) == 5 else []))
+
+        return self.channel_step(x, -1, n, emit)
+
+    def float_linear(self, x: Any, axis: int, weight: Tensor, bias: Tensor | None) -> Known:
+        """``x @ weight + bias`` along an axis; weight `[K, N]`."""
+        if not isinstance(x, Value):
+            return None
+        (k, n), matrix = weight.shape, weight.float().contiguous()
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.FLOAT_LINEAR, to, at[0], k, n, p.constant(matrix), p.constant(bias))
+
+        return self.channel_step(x, axis, n, emit)
+
+    def addmm(self, node: fx.Node, bias: Any, x: Any, weight: Any, **options: Any) -> Known:
+        plain = not options and isinstance(bias, Tensor) and isinstance(weight, Tensor) and bias.dim() == 1
+        return self.float_linear(x, -1, weight, bias) if plain else None
+
+    def mm(self, node: fx.Node, x: Any, weight: Any) -> Known:
+        return self.float_linear(x, -1, weight, None) if isinstance(weight, Tensor) else None
+
+    def layer_norm(self, node: fx.Node, x: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Known:
+        if not isinstance(x, Value) or len(shape) != 1 or _users_beyond_first(node):
+            return None
+        width = shape[0]
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.LAYER_NORM, to, at[0], width, p.constant(weight), p.constant(bias), p.number(eps))
+
+        found = self.channel_step(x, -1, width, emit)
+        return None if found is None else [found]
+
+    def batch_norm(self, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Known:
+        trained = len(rest) == 3 and rest[0]
+        if not isinstance(x, Value) or trained or _users_beyond_first(node):
+            return None
+        scale = torch.rsqrt(var.double() + rest[-1])
+        scale = scale if weight is None else scale * weight
+        shift = -mean * scale if bias is None else bias - mean * scale
+        scale, shift = scale.float(), shift.float()
+        width = x.shape[1]
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.AFFINE, to, at[0], width, p.constant(scale), p.constant(shift))
+
+        found = self.channel_step(x, 1, width, emit)
+        return None if found is None else [found]
+
+    # --- convolutions ---------------------------------------------------------------------------------------------
+
+    def convolution(self, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> Known:
+        if not isinstance(x, Value) or not isinstance(weight, Tensor) or weight.dim() != 4:
+            return None
+        if is_pointwise(weight, geometry):
+            return self.float_linear(x, 1, weight.flatten(1).t(), bias)
+        if is_depthwise(weight, geometry):
+            return self._depthwise(x, weight, bias)
+        exact = not self.half or node in self.last or weight.shape[1] <= 4
+        module = Convolution(weight, bias, geometry, tuple(x.shape), exact)
+        return self._laid_out(module, x, tuple(node.meta["shape"]), exact)
+
+    def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
+        """A convolution of a value with its channels last in memory."""
+        natural = self.roots.channels_first(tuple(x.shape))
+        if x.index is not natural and not _same(x.index, natural):
+            x = self.reordered(x, natural)
+        read = Read(x.matrix, 0, x.matrix.columns, exact)
+        return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
+
+    def reordered(self, value: Value, natural: Index) -> Value:
+        """The same value as all of a matrix in natural order."""
+        channels = value.index.channels(1)
+        if channels is not None and channels.in_order and channels.first == 0 and value.matrix.columns == value.shape[1]:
+            return Value(value.matrix, natural)
+        module = Reordered(value, natural)
+        read = Read(value.matrix, 0, value.matrix.columns)
+        (found,) = self.module_step(module, [read], [((value.shape[1],), natural)])
+        return found
+
+    def _depthwise(self, x: Value, weight: Tensor, bias: Tensor | None) -> Known:
+        channels = x.index.channels(1)
+        if channels is None or not channels.in_order:
+            return None
+        images, width, height, across = x.shape
+        module = Depthwise(weight, bias, channels.first, images, height, across)
+        read = Read(x.matrix, channels.first, width)
+        return self.module_step(module, [read], [((width,), self.roots.channels_first(tuple(x.shape)))])[0]
+
+    def mean(self, node: fx.Node, x: Any, axes: Any = None, keepdim: bool = False, **options: Any) -> Known:
+        """Mean over all pixels of a value `[B, C, H, W]`."""
+        if not isinstance(x, Value) or x.index.rows.dim() != 4 or axes is None or {a % 4 for a in axes} != {2, 3}:
+            return None
+        channels = x.index.channels(1)
+        if channels is None or not channels.in_order:
+            return None
+        images, width = x.shape[:2]
+        module = ColumnMeans(channels.first, width, images)
+        shape = (images, width, 1, 1)
+        index = self.roots.channels_first(shape)
+        (found,) = self.module_step(module, [Read(x.matrix, channels.first, width)], [((width,), index)])
+        return found if keepdim else self.movement(_aten.reshape.default, (found, [images, width]), {})
+
+
+def _same(a: Index, b: Index) -> bool:
+    return a.length == b.length and torch.equal(a.rows, b.rows) and torch.equal(a.columns, b.columns)
+
+
+def _column_vector(index: Index, constant: Tensor) -> Tensor | None:
+    """A constant as a number per column of the value, from its first column on; None where rows differ."""
+    span = index.span()
+    vector = torch.zeros(span.last - span.first + 1)
+    columns = (index.columns - span.first).long()
+    vector[columns.reshape(-1)] = constant.float().reshape(-1)
+    return vector if bool((vector[columns] == constant).all()) else None
+
+
+def _users_beyond_first(node: fx.Node) -> bool:
+    """Whether anything uses another than the first of several results."""
+    return any(user.users and user.args[1] != 0 for user in node.users)
+
+
+def _last_contractions(graph: fx.Graph) -> set[fx.Node]:
+    """Convolutions between which and the output lies no other contraction: their results are pixels."""
+    found: set[fx.Node] = set()
+    todo = [graph.find_nodes(op="output")[0].args[0]]
+    seen: set[fx.Node] = set()
+    while todo:
+        node = todo.pop()
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
+        if node.target is _aten.convolution.default:
+            found.add(node)
+        elif "harmoq" not in str(node.target) and "mm" not in str(node.target):
+            todo += node.all_input_nodes
+    return found
+
+
+_HANDLERS: dict[Any, Callable[..., Known]] = {
+    torch.ops.harmoq.linear.default: Lowering.linear,
+    _aten.native_layer_norm.default: Lowering.layer_norm,
+    _aten.native_batch_norm.default: Lowering.batch_norm,
+    _aten._native_batch_norm_legit_no_training.default: Lowering.batch_norm,
+    _aten.convolution.default: Lowering.convolution,
+    _aten.addmm.default: Lowering.addmm,
+    _aten.mm.default: Lowering.mm,
+    _aten.mean.dim: Lowering.mean,
+    _aten.gelu.default: lambda lowering, node, x, approximate="none": lowering.unary(
+        x, Unary.GELU if approximate == "none" else Unary.GELU_TANH
+    ),
+    _aten.leaky_relu.default: lambda lowering, node, x, slope=0.01: lowering.unary(x, Unary.LEAKY_RELU, slope),
+    **{target: (lambda lowering, node, x, kind=kind: lowering.unary(x, kind)) for target, kind in _UNARY.items()},
+    **dict.fromkeys(_BINARY, Lowering.binary),
+}
