@@ -34,6 +34,7 @@ class Op(IntEnum):
     AFFINE = 6  # to, from, width, constants scale and shift (or -1): from * scale + shift
     FLOAT_LINEAR = 7  # to, from, K, N, constants weight [K, N] float32 and bias (or -1)
     PRODUCT = 8  # to, from, K, N, input slot of a matrix [images * K, N] float32: each image's rows times its own matrix
+    QUANTIZE = 9  # to, from, width, bits, constants reciprocal and offset: codes, as floats
 
 
 class Unary(IntEnum):
@@ -102,6 +103,11 @@ class RowProgram:
             return -1
         self.constants.append(value)
         return len(self.constants) - 1
+
+    def temporary(self, columns: int) -> Columns:
+        """A new temporary; all inputs and outputs must be there already."""
+        self.temporaries.append(columns)
+        return Columns(self.inputs + len(self.outputs) + len(self.temporaries) - 1)
 
     def number(self, value: float) -> int:
         """The place of a number."""
@@ -203,6 +209,12 @@ class _Run:
         if shift is not None:
             contraction = contraction + shift * acc[:, n:].float()
         self.write(to, at, contraction * scale + constant)
+
+    def quantize(self, to: int, at: int, source: int, first: int, width: int, bits: int, factor: int, offset: int) -> None:
+        reciprocal, added = self.vector(factor), self.vector(offset)
+        assert reciprocal is not None
+        assert added is not None
+        self.write(to, at, integer_reference.quantize_codes(self.read(source, first, width), reciprocal, added, bits).float())
 
     def layer_norm(self, to: int, at: int, source: int, first: int, width: int, w: int, b: int, eps: int) -> None:
         x = self.read(source, first, width)

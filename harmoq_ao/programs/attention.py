@@ -2,70 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from harmoq_ao.programs import channel_attention
 from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
 from harmoq_ao.programs.attention_matching import Match, constant_of
-from harmoq_ao.programs.indices import Index
+from harmoq_ao.programs.channel_attention import lower_channel_attention
+from harmoq_ao.programs.heads import find_heads, result_index
 from harmoq_ao.programs.steps import Read, Value
 
 if TYPE_CHECKING:
     from harmoq_ao.programs.lower import Lowering
 
 
-@dataclass(frozen=True)
-class Heads:
-    """An operand of attention.
-
-    Attributes:
-        rows: `[windows, tokens]` int32, the row of each token.
-        first: Column of the first head's first channel.
-        heads: Number of heads.
-        width: Channels of a head; heads follow each other.
-    """
-
-    rows: Tensor
-    first: int
-    heads: int
-    width: int
-
-
-def find_heads(index: Index) -> Heads | None:
-    """An operand `[..., heads, tokens, channels]` or `[windows * heads, tokens, channels]` as heads of windows."""
-    if "heads" not in index.derived:
-        index.derived["heads"] = _find_heads(index)
-    found: Heads | None = index.derived["heads"]
-    return found
-
-
-def _find_heads(index: Index) -> Heads | None:
-    rows, columns = index.rows, index.columns
-    if rows.dim() < 3 or not rows.numel():
-        return None
-    if rows.dim() == 3:
-        starts = columns[:, 0, 0]
-        heads = next((i for i in range(1, len(starts)) if starts[i] <= starts[i - 1]), len(starts))
-        if len(rows) % heads:
-            return None
-        rows, columns = (part.unflatten(0, (-1, heads)) for part in (rows, columns))
-    rows, columns = (part.reshape(-1, *part.shape[-3:]) for part in (rows, columns))
-    heads, width = rows.shape[1], rows.shape[3]
-    first = int(columns.max()) + 1 - heads * width
-    expected = first + torch.arange(heads * width, dtype=torch.int32).reshape(1, heads, 1, width)
-    of_token = rows[:, :1, :, :1]
-    if not bool((rows == of_token).all()) or not bool(((columns == expected) | (rows < 0)).all()):
-        return None
-    return Heads(of_token[:, 0, :, 0].contiguous(), first, heads, width)
-
-
 def lower_attention(lowering: Lowering, match: Match) -> Value | None:
     """The kernel for an attention; None where it does not take it."""
-    found = channel_attention.lower(lowering, match)
+    found = lower_channel_attention(lowering, match)
     if found is not None:
         return found
     operands = [lowering.known.get(node) for node in (match.query, match.key, match.value)]
@@ -85,40 +39,31 @@ def lower_attention(lowering: Lowering, match: Match) -> Value | None:
     scores = _scores(lowering, match, shape)
     if scores is None:
         return None
-    kernel = AttentionKernel(q, k, v, *scores, match.scores, match.products, match.relative, lowering.half, query.matrix.rows)
+    quantizers = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
+    kernel = AttentionKernel(q, k, v, *scores, *quantizers, match.relative, lowering.half, query.matrix.rows)
     exact = match.scores is not None or not lowering.half
     reads = [
         Read(operand.matrix, part.first, part.heads * part.width, exact)
         for operand, part in zip((query, key, value), parts, strict=True)
     ]
     shape_out = (*query.shape[:-1], value.shape[-1])
-    index = _result_index(query.index, q, shape_out)
+    index = result_index(query.index, q, shape_out)
     dtype = torch.float32 if exact else torch.bfloat16
     results = [((q.heads * v.width,), index)]
     return lowering.module_step(kernel, reads, results, dtype)[0]
+
+
+def _resolved(lowering: Lowering, arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Arguments of a product with the constants themselves."""
+    if arguments is None:
+        return None
+    return tuple(lowering.known[a] if isinstance(a, fx.Node) else a for a in arguments)
 
 
 def _once(rows: Tensor) -> bool:
     """Whether no token is in two windows."""
     real = rows[rows >= 0]
     return len(torch.unique(real)) == len(real)
-
-
-def _result_index(query: Index, heads: Heads, shape: tuple[int, ...]) -> Index:
-    """The result's entries in a matrix `[tokens, heads * width]` whose rows are those of the queries."""
-    key = ("attended", shape)
-    if key not in query.derived:
-        width = shape[-1]
-        rows = query.rows[..., :1].expand(shape)
-        lead = torch.arange(heads.heads, dtype=torch.int32) * width
-        if len(shape) == 3:
-            lead = lead.repeat(shape[0] // heads.heads).reshape(-1, 1, 1)
-        else:
-            lead = lead.reshape(-1, 1, 1)
-        columns = (lead + torch.arange(width, dtype=torch.int32)).expand(shape)
-        query.derived[key] = Index(rows, columns, query.length)
-    found: Index = query.derived[key]
-    return found
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from harmoq_ao.kernels.ops import map_product, matmul
+from harmoq_ao.lowering.attention import float_attention
+
 _aten = torch.ops.aten
-_harmoq = torch.ops.harmoq
+_MATMUL, _MAP_PRODUCT = matmul._opoverload, map_product._opoverload
 _VIEWS = {
     _aten.view.default,
     _aten._unsafe_view.default,
@@ -51,12 +54,12 @@ class Match:
 
 def match_attention(node: fx.Node) -> Match | None:
     """The attention whose result a node is, or None."""
-    if node.target is _harmoq.float_attention.default:
+    if node.target is float_attention._opoverload:
         query, key, value, terms = node.args
         return Match(node, query, key, value, terms=[("add", term) for term in terms])
-    if node.target not in (_harmoq.matmul.default, _harmoq.map_product.default, *_FLOAT):
+    if node.target not in (_MATMUL, _MAP_PRODUCT, *_FLOAT):
         return None
-    match = Match(node, node, node, node.args[1], relative=node.target is _harmoq.map_product.default)
+    match = Match(node, node, node, node.args[1], relative=node.target is _MAP_PRODUCT)
     if node.target not in _FLOAT:
         match.products = tuple(node.args[2:])
     softmax = _through(node.args[0], match, _VIEWS)
@@ -94,7 +97,7 @@ def _through(node: fx.Node, match: Match, targets: set[Any]) -> fx.Node:
 def _chain(node: Any, match: Match) -> fx.Node | None:
     """Walk from the softmax up to the score product, noting what is done to the scores."""
     while _is_inner(node):
-        if node.target in (_harmoq.matmul.default, *_FLOAT):
+        if node.target in (_MATMUL, *_FLOAT):
             return node  # type: ignore[no-any-return]
         operation = {_aten.add.Tensor: "add", _aten.mul.Tensor: "mul", _aten.div.Tensor: "div"}.get(node.target)
         if node.target in _VIEWS:

@@ -1,15 +1,196 @@
-"""Attention among channels, whose scores are sums over all pixels of an image."""
+"""Attention among channels, whose scores are sums over all pixels of an image.
+
+With queries and keys `[images, heads, D, L]` of length one along the pixels, ``S = q k^T`` is `[images, heads, D, D]`:
+one pass over the tokens sums the products of neighbouring channels, and one number per channel its squares. What the
+map makes of the values is then token-wise: every token times one small matrix of its image.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from harmoq_ao.programs.attention_matching import Match
-from harmoq_ao.programs.steps import Value
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.cpu_kernels.channel_gram import channel_gram, channel_gram_codes
+from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram
+from harmoq_ao.kernels.ops import matmul_contraction
+from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized
+from harmoq_ao.programs.heads import Heads, find_heads, result_index
+from harmoq_ao.programs.indices import Index
+from harmoq_ao.programs.steps import Matrix, Read, Value
+from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
 
 if TYPE_CHECKING:
     from harmoq_ao.programs.lower import Lowering
 
+_TURN = (torch.ops.aten.transpose.int, (-2, -1), {})
 
-def lower(lowering: Lowering, match: Match) -> Value | None:
-    return None
+
+def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
+    """Token-wise products with maps from one pass over the tokens; None where the attention is another."""
+    query, key, value = _normalized(lowering, match.query), _normalized(lowering, match.key), lowering.known.get(match.value)
+    if query is None or key is None or not isinstance(value, Value):
+        return None
+    (q_matrix, q_index, q_eps), (k_matrix, k_index, k_eps) = query, key
+    turned = value.index.moved(*_TURN)
+    parts = find_heads(q_index.moved(*_TURN)), find_heads(k_index), find_heads(turned)
+    if any(p is None or not _whole_images(p, value.matrix.rows) for p in parts):
+        return None
+    q, k, v = parts
+    if not q.heads == k.heads == v.heads or not q.width == k.width == v.width:
+        return None
+    if len(q.rows) != len(v.rows) or len(k.rows) != len(v.rows):
+        return None
+    factor = _factor(lowering, match, q.heads)
+    quantizers = _quantizers(lowering, match)
+    if factor is None or quantizers is False:
+        return None
+    maps = ChannelMaps(q, k, (q_eps, k_eps), factor, quantizers)
+    reads = [Read(q_matrix, q.first, q.heads * q.width), Read(k_matrix, k.first, k.heads * k.width)]
+    matrices = [((v.heads * v.width,), _rows(lowering, len(v.rows) * v.heads * v.width, v.heads * v.width))]
+    if quantizers:
+        matrices.append(((v.heads * v.width,), _rows(lowering, len(v.rows), v.heads * v.width)))
+    results = [found.matrix for found in lowering.module_step(maps, reads, matrices)]
+    mixed = _mixed(lowering, value.matrix, v, results, quantizers)
+    index = result_index(turned, v, (*turned.shape[:-1], v.width)).moved(*_TURN)
+    return Value(mixed, index)
+
+
+def _rows(lowering: Lowering, rows: int, columns: int) -> Index:
+    return lowering.roots.rows_last((rows, columns))
+
+
+def _normalized(lowering: Lowering, node: fx.Node) -> tuple[Matrix, Index, float] | None:
+    """What a normalized operand is made from, moved as the operand is."""
+    found = match_normalized(node)
+    source = None if found is None else lowering.known.get(found.source)
+    if found is None or not isinstance(source, Value) or found.axis != len(source.shape) - 1:
+        return None
+    index = source.index
+    for move in found.moves:
+        if move.target not in (torch.ops.aten.clone.default, torch.ops.aten.alias.default):
+            index = index.moved(move.target, tuple(move.args[1:]), dict(move.kwargs))
+    return source.matrix, index, found.eps
+
+
+def _whole_images(heads: Heads, length: int) -> bool:
+    """Whether the tokens of each "window" are all those of an image, in order."""
+    return torch.equal(heads.rows.reshape(-1), torch.arange(length, dtype=torch.int32))
+
+
+def _factor(lowering: Lowering, match: Match, heads: int) -> Tensor | None:
+    """`[heads]` factor of the scores; None where something else happens to them."""
+    factor = torch.ones(heads)
+    for kind, operand in match.terms:
+        if kind == "view":
+            continue
+        constant = constant_of(lowering.known, operand)
+        if kind == "add" or constant is None:
+            return None
+        number = torch.as_tensor(constant, dtype=torch.float32).reshape(-1)
+        if len(number) not in (1, heads):
+            return None
+        factor = factor * number if kind == "mul" else factor / number
+    return factor
+
+
+Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
+
+
+def _quantizers(lowering: Lowering, match: Match) -> Quantizers | None | bool:
+    """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
+    if match.scores is None or match.products is None:
+        return None
+    found: list[Any] = []
+    for arguments in (match.scores, match.products):
+        own = [lowering.known[a] if isinstance(a, fx.Node) else a for a in arguments]
+        left_bounds, right_bounds, joint_scale, left_bits, right_bits, backend = own
+        if left_bounds is None or right_bounds is None or joint_scale is not None or backend != "auto":
+            return False
+        contraction = matmul_contraction(left_bounds, right_bounds, None, left_bits, right_bits)
+        found.append((contraction.left.act, contraction.right.act))
+    return False if match.relative else (found[0], found[1])
+
+
+class ChannelMaps(nn.Module):
+    """Attention maps of channels as the matrices that tokens are multiplied with, `[images * C, C]`.
+
+    Args:
+        query: Where queries are.
+        key: Where keys are.
+        eps: Smallest lengths of queries and keys.
+        factor: `[heads]`, of the scores.
+        quantizers: Of both products; None in float. With them the matrices hold codes, and a second result
+            `[images, C]` what the lower bound of the values adds.
+    """
+
+    def __init__(
+        self, query: Heads, key: Heads, eps: tuple[float, float], factor: Tensor, quantizers: Quantizers | None
+    ) -> None:
+        super().__init__()
+        self.query, self.key, self.eps, self.factor, self.quantizers = query, key, eps, factor, quantizers
+
+    def forward(self, query: Tensor, key: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
+        operands = query, self.query.first, key, self.key.first, heads, width, images
+        gram, q_squares, k_squares = channel_gram(*operands)
+        q_norms, k_norms = (s.sqrt().clamp_min(e) for s, e in zip((q_squares, k_squares), self.eps, strict=True))
+        if self.quantizers is None:
+            scores = gram / q_norms.unsqueeze(-1) / k_norms.unsqueeze(-2)
+            return _block_diagonal(torch.softmax(scores * self.factor[:, None, None], -1).transpose(-2, -1))
+        (left, right), (map_act, value_act) = self.quantizers
+        scores = self._integer_scores(operands, left, right, q_norms, k_norms)
+        weights = torch.softmax(scores * self.factor[:, None, None], -1)
+        codes = quantize_codes(weights, *static_qparams(map_act), map_act.bits).float()
+        sums = codes.sum(-1) * map_act.step + map_act.lower * width
+        return _block_diagonal(codes.transpose(-2, -1)), (sums * value_act.lower).flatten(1)
+
+    def _integer_scores(self, operands: Any, left: Affine, right: Affine, q_norms: Tensor, k_norms: Tensor) -> Tensor:
+        qparams = []
+        for act, norms in ((left, q_norms), (right, k_norms)):
+            factor, offset = static_qparams(act)
+            qparams += [(factor / norms).contiguous(), offset.expand(norms.shape).contiguous(), act.bits]
+        acc, q_sums, k_sums = channel_gram_codes(*operands, *qparams)
+        length = operands[0].shape[0] // operands[-1]
+        rows, columns = q_sums.float().unsqueeze(-1), k_sums.float().unsqueeze(-2)
+        outer = (rows * left.step + left.lower * length) * right.lower
+        return acc.float() * left.step * right.step + outer + columns * right.step * left.lower
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """`[images, heads, D, D]` to `[images * heads * D, heads * D]`."""
+    images, heads, width, _ = blocks.shape
+    whole = blocks.new_zeros(images, heads, width, heads, width)
+    diagonal = torch.arange(heads)
+    whole[:, diagonal, :, diagonal] = blocks.transpose(0, 1)
+    return whole.reshape(images * heads * width, heads * width)
+
+
+def _mixed(lowering: Lowering, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
+    """Each token's values times the matrix of its image."""
+    width = heads.heads * heads.width
+    reads = [Read(values, heads.first, width), Read(results[0], 0, width)]
+    if not quantizers:
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.PRODUCT, to, at[0], width, width, at[1].slot)
+
+        return lowering.row_step(values.rows, width, reads, emit)
+    map_act, value_act = quantizers[1]
+    factor, offset = (v.expand(width).contiguous() for v in static_qparams(value_act))
+
+    def emit_codes(p: RowProgram, to: Columns, at: Any) -> None:
+        codes = p.temporary(width)
+        p.emit(Op.QUANTIZE, codes, at[0], width, value_act.bits, p.constant(factor), p.constant(offset))
+        p.emit(Op.PRODUCT, to, codes, width, width, at[1].slot)
+        p.emit(Op.SCALAR, Binary.MUL, to, to, width, p.number(float(map_act.step * value_act.step)))
+        if float(map_act.lower):  # meets the sum of each token's codes in each head
+            ones = torch.block_diag(*[torch.ones(heads.width, heads.width)] * heads.heads)
+            sums = p.temporary(width)
+            p.emit(Op.FLOAT_LINEAR, sums, codes, width, width, p.constant(ones), -1)
+            p.emit(Op.SCALAR, Binary.MUL, sums, sums, width, p.number(float(map_act.lower * value_act.step)))
+            p.emit(Op.BINARY, Binary.ADD, to, to, sums, width, Broadcast.NONE)
+        p.emit(Op.BINARY, Binary.ADD, to, to, at[2], width, Broadcast.IMAGE)
+
+    return lowering.row_step(values.rows, width, [*reads, Read(results[1], 0, width)], emit_codes)

@@ -256,6 +256,32 @@ class Lowering:
 
         return self.row_step(left.rows, width, reads, emit)
 
+    def cat(self, node: fx.Node, parts: Any, axis: int = 0) -> Known:
+        """Values side by side in the same rows."""
+        if not all(isinstance(part, Value) for part in parts):
+            return None
+        channels = [part.index.channels(axis) for part in parts]
+        if any(c is None or c.padded for c in channels):
+            return None
+        if any(not torch.equal(c.rows, channels[0].rows) or p.matrix.rows != parts[0].matrix.rows for c, p in zip(channels, parts, strict=True)):
+            return None
+        widths = [part.shape[axis] for part in parts]
+        reads = [Read(p.matrix, c.first, w) for p, c, w in zip(parts, channels, widths, strict=True)]
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            first = to.first
+            for source, width in zip(at, widths, strict=True):
+                p.emit(Op.COPY, Columns(to.slot, first), source, width)
+                first += width
+
+        matrix = self.row_step(parts[0].matrix.rows, sum(widths), reads, emit)
+        return Value(matrix, parts[0].index.widened(axis, sum(widths)))
+
+    def as_strided(self, node: fx.Node, x: Any, size: Any, stride: Any, offset: Any = None) -> Known:
+        """Of one number per channel, as pooling makes them: the value itself."""
+        same = isinstance(x, Value) and tuple(size) == tuple(x.shape) == (1, size[1], 1, 1) and stride[1] == 1
+        return x if same and not offset else None
+
     # --- channels -------------------------------------------------------------------------------------------------
 
     def channel_step(self, value: Value, axis: int, width: int, make: Emit, keeps_zero: bool = False) -> Known:
@@ -426,6 +452,8 @@ _HANDLERS: dict[Any, Callable[..., Known]] = {
     _aten.addmm.default: Lowering.addmm,
     _aten.mm.default: Lowering.mm,
     _aten.mean.dim: Lowering.mean,
+    _aten.cat.default: Lowering.cat,
+    _aten.as_strided.default: Lowering.as_strided,
     _aten.gelu.default: lambda lowering, node, x, approximate="none": lowering.unary(
         x, Unary.GELU if approximate == "none" else Unary.GELU_TANH
     ),
