@@ -26,7 +26,7 @@ at::Tensor product(const at::Tensor& a, const at::Tensor& b, bool own, int64_t r
   return c;
 }
 
-// A[M, K] B[K, N], rows contiguous. `own`: without torch's micro-kernels. `repeats`: computes it that often, to be timed.
+// A[M, K] B[K, N], rows contiguous. `own`: without torch's micro-kernels. `repeats`: how often it is computed.
 at::Tensor gemm_operator(const at::Tensor& a, const at::Tensor& b, bool own, int64_t repeats) {
   using at::kBFloat16, at::kByte, at::kChar, at::kFloat, at::kInt;
   TORCH_CHECK(a.dim() == 2 && b.dim() == 2 && a.size(1) == b.size(0), "gemm takes A[M, K] and B[K, N]");

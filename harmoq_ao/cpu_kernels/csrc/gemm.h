@@ -1,14 +1,14 @@
 // Small matrix products C[M, N] = A[M, K] B[K, N] within one thread.
 //
-//   A       B            C        with AVX-512                 else
-//   u8, s8  u8, s8       int32    torch's brgemm (VNNI, AMX)   16-bit products, int32 sums: exact
-//   bf16    bf16         float32  torch's brgemm (bf16, AMX)   converted to float32
-//   float32 float32      float32  torch's brgemm               register blocks of fused multiply-adds
+//   A       B        C        torch's brgemm, if it works here          else
+//   u8, s8  u8, s8   int32    avx512, avx512_bf16, with VNNI or AMX     16-bit products, int32 sums: exact
+//   bf16    bf16     float32  avx512_bf16                               converted to float32
+//   float32 float32  float32  avx512, avx512_bf16                       multiply-adds in register blocks
 //
 // `B` is packed so that what one instruction multiplies lies together: integers in groups of four rows,
-// B[k / 4][n][k % 4], bfloat16 in pairs, B[k / 2][n][k % 2]; rows beyond K are zero. float32 is not packed. `lda`, `ldb`
-// and `ldc` are columns from row to row (of B before packing). Nothing beyond column K of A is read. Call `gemm_done` once per
-// thread and parallel region.
+// B[k / 4][n][k % 4], bfloat16 in pairs, B[k / 2][n][k % 2]; rows beyond K are zero. float32 is not packed. `lda`,
+// `ldb` and `ldc` are columns from row to row (of B before packing). Nothing beyond column K of A is read. Call
+// `gemm_done` once per thread and parallel region.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 #include "common.h"
 
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -42,7 +42,7 @@ inline void pack(int64_t k, int64_t n, const B* b, int64_t ld, B* packed) {
 
 namespace own {  // products that need neither AVX-512 nor oneDNN
 
-// Calls f with std::integral_constant<count>, 1 <= count <= Most: loops over registers need bounds that the compiler knows.
+// Calls f with std::integral_constant<count>, 1 <= count <= Most: loops over registers need constant bounds.
 template <int Most, typename F>
 inline void with_constant(int64_t count, const F& f) {
   if constexpr (Most > 1) {
@@ -51,14 +51,45 @@ inline void with_constant(int64_t count, const F& f) {
   f(std::integral_constant<int, Most>{});
 }
 
-// `count` < kLanes floats; those beyond are zero.
-inline Vec load_some(const float* p, int64_t count) {
+// Vectors of floats. Where at::vec has none but arrays, those of the compiler.
+#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512) || defined(__aarch64__)
+using Floats = Vec;
+inline Floats load(const float* p) { return Vec::loadu(p); }
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return at::vec::fmadd(a, b, sum); }
+inline Floats same(float x) { return Vec(x); }
+inline void store(float* p, Floats x) { x.store(p); }
+#else
+typedef float Floats __attribute__((vector_size(16)));
+inline Floats load(const float* p) {
+  Floats x;
+  std::memcpy(&x, p, sizeof(x));
+  return x;
+}
+inline Floats multiply_add(Floats a, Floats b, Floats sum) { return a * b + sum; }
+inline Floats same(float x) { return Floats{} + x; }
+inline void store(float* p, Floats x) { std::memcpy(p, &x, sizeof(x)); }
+#endif
+
+constexpr int64_t kFloats = sizeof(Floats) / sizeof(float);
+
+// `count` < kFloats floats; those beyond are zero.
+inline Floats load_some(const float* p, int64_t count) {
 #if defined(CPU_CAPABILITY_AVX2)
   const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
   return _mm256_maskload_ps(p, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane));
-#else
+#elif defined(CPU_CAPABILITY_AVX512)
   return Vec::loadu(p, count);
+#else
+  float some[kFloats] = {};
+  std::memcpy(some, p, count * sizeof(float));
+  return load(some);
 #endif
+}
+
+inline void store_some(float* p, Floats x, int64_t count) {
+  float some[kFloats];
+  store(some, x);
+  std::memcpy(p, some, count * sizeof(float));
 }
 
 // Sixteen vector registers hold 6 x 2 sums, two vectors of B and one element of A; 32 hold 8 x 3.
@@ -68,38 +99,41 @@ constexpr int kRows = 8, kVectors = 3;
 constexpr int kRows = 6, kVectors = 2;
 #endif
 
-// R rows of C times V vectors of columns, of which the last has `tail` columns (kLanes: it is full).
+// R rows of C times V vectors of columns, of which the last has `tail` columns (kFloats: it is full).
 template <int R, int V, bool Full, typename A>
 inline void float_block(
     int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, int64_t tail, const A* a, const float* b, float* c) {
-  const auto load = [tail](const float* p, int v) {
-    return Full || v < V - 1 ? Vec::loadu(p + v * kLanes) : load_some(p + v * kLanes, tail);
+  const auto row = [tail](const float* p, int v) {
+    return Full || v < V - 1 ? load(p + v * kFloats) : load_some(p + v * kFloats, tail);
   };
-  Vec sum[R][V];
+  Floats sum[R][V];
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v] = add ? load(c + r * ldc, v) : Vec(0.0f);
+    for (int v = 0; v < V; ++v) sum[r][v] = add ? row(c + r * ldc, v) : same(0.0f);
   for (int64_t i = 0; i < k; ++i) {
-    Vec column[V];
-    for (int v = 0; v < V; ++v) column[v] = load(b + i * ldb, v);
+    Floats column[V];
+    for (int v = 0; v < V; ++v) column[v] = row(b + i * ldb, v);
     for (int r = 0; r < R; ++r) {
-      const Vec element(static_cast<float>(a[r * lda + i]));
-      for (int v = 0; v < V; ++v) sum[r][v] = at::vec::fmadd(element, column[v], sum[r][v]);
+      const Floats element = same(static_cast<float>(a[r * lda + i]));
+      for (int v = 0; v < V; ++v) sum[r][v] = multiply_add(element, column[v], sum[r][v]);
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) sum[r][v].store(c + r * ldc + v * kLanes, Full || v < V - 1 ? kLanes : tail);
+    for (int v = 0; v < V; ++v) {
+      float* const out = c + r * ldc + v * kFloats;
+      Full || v < V - 1 ? store(out, sum[r][v]) : store_some(out, sum[r][v], tail);
+    }
 }
 
-// C[M, N] (+)= A[M, K] B[K, N] with N <= kVectors * kLanes: B stays in the first-level cache.
+// C[M, N] (+)= A[M, K] B[K, N] with N <= kVectors * kFloats: B stays in the first-level cache.
 template <typename A>
 inline void float_panel(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a, const float* b,
     float* c) {
-  const int64_t vectors = (n + kLanes - 1) / kLanes, tail = n - (vectors - 1) * kLanes;
+  const int64_t vectors = (n + kFloats - 1) / kFloats, tail = n - (vectors - 1) * kFloats;
   with_constant<kVectors>(vectors, [&](auto V) {
     for (int64_t i = 0; i < m; i += kRows)
       with_constant<kRows>(std::min<int64_t>(kRows, m - i), [&](auto R) {
-        const auto block = tail == kLanes ? float_block<R, V, true, A> : float_block<R, V, false, A>;
+        const auto block = tail == kFloats ? float_block<R, V, true, A> : float_block<R, V, false, A>;
         block(k, lda, ldb, ldc, add, tail, a + i * lda, b, c + i * ldc);
       });
   });
@@ -108,15 +142,15 @@ inline void float_panel(
 inline void gemm(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const float* a, const float* b, float* c,
     bool add = false) {
-  for (int64_t j = 0; j < n; j += kVectors * kLanes)
-    float_panel(m, std::min(n - j, kVectors * kLanes), k, lda, ldb, ldc, add, a, b + j, c + j);
+  for (int64_t j = 0; j < n; j += kVectors * kFloats)
+    float_panel(m, std::min(n - j, kVectors * kFloats), k, lda, ldb, ldc, add, a, b + j, c + j);
 }
 
 // Rows of a panel of B are converted to float32, at most kDepth at a time.
 inline void gemm(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const at::BFloat16* a,
     const at::BFloat16* b, float* c, bool add = false) {
-  constexpr int64_t width = kVectors * kLanes, kDepth = 128;
+  constexpr int64_t width = kVectors * kFloats, kDepth = 128;
   alignas(64) float panel[kDepth * width];
   for (int64_t j = 0; j < n; j += width)
     for (int64_t i = 0; i == 0 || i < k; i += kDepth) {
@@ -128,14 +162,15 @@ inline void gemm(
     }
 }
 
-#if defined(CPU_CAPABILITY_AVX2) || defined(CPU_CAPABILITY_AVX512)
+#if defined(__x86_64__)
 
-// 16-bit lanes, four for each column: one multiply-add leaves two int32 sums a column, which are added at the end. Products
-// of 8-bit numbers and sums of two of them are exact (the 8-bit multiply-add of AVX2 would saturate).
+// 16-bit lanes, four for each column: one multiply-add leaves two int32 sums a column, which are added at the end.
+// Products of 8-bit numbers and sums of two of them are exact (the 8-bit multiply-add of AVX2 would saturate).
 #if defined(CPU_CAPABILITY_AVX512)
 using Ints = __m512i;
-inline Ints widen(const uint8_t* p) { return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline Ints widen(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline __m256i bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Ints widen(const uint8_t* p) { return _mm512_cvtepu8_epi16(bytes(p)); }
+inline Ints widen(const int8_t* p) { return _mm512_cvtepi8_epi16(bytes(p)); }
 inline Ints spread(const int16_t* four) {
   int64_t bits;
   std::memcpy(&bits, four, sizeof(bits));
@@ -150,10 +185,11 @@ inline Ints sums(Ints low, Ints high) {
   return _mm512_add_epi32(_mm512_permutex2var_epi32(low, even, high), _mm512_permutex2var_epi32(low, odd, high));
 }
 inline void store(int32_t* p, Ints x) { _mm512_storeu_si512(p, x); }
-#else
+#elif defined(CPU_CAPABILITY_AVX2)
 using Ints = __m256i;
-inline Ints widen(const uint8_t* p) { return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-inline Ints widen(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline __m128i bytes(const void* p) { return _mm_loadu_si128(static_cast<const __m128i*>(p)); }
+inline Ints widen(const uint8_t* p) { return _mm256_cvtepu8_epi16(bytes(p)); }
+inline Ints widen(const int8_t* p) { return _mm256_cvtepi8_epi16(bytes(p)); }
 inline Ints spread(const int16_t* four) {
   int64_t bits;
   std::memcpy(&bits, four, sizeof(bits));
@@ -164,6 +200,20 @@ inline Ints multiply_add(Ints a, Ints b, Ints sum) { return _mm256_add_epi32(sum
 // One int32 for each of the columns of two registers.
 inline Ints sums(Ints low, Ints high) { return _mm256_permute4x64_epi64(_mm256_hadd_epi32(low, high), 0xD8); }
 inline void store(int32_t* p, Ints x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+#else  // SSE2, which all have
+using Ints = __m128i;
+inline __m128i bytes(const void* p) { return _mm_loadl_epi64(static_cast<const __m128i*>(p)); }
+inline Ints widen(const uint8_t* p) { return _mm_unpacklo_epi8(bytes(p), _mm_setzero_si128()); }
+inline Ints widen(const int8_t* p) { return _mm_srai_epi16(_mm_unpacklo_epi8(_mm_setzero_si128(), bytes(p)), 8); }
+inline Ints spread(const int16_t* four) { return _mm_unpacklo_epi64(bytes(four), bytes(four)); }
+inline Ints zeros() { return _mm_setzero_si128(); }
+inline Ints multiply_add(Ints a, Ints b, Ints sum) { return _mm_add_epi32(sum, _mm_madd_epi16(a, b)); }
+// One int32 for each of the columns of two registers.
+inline Ints sums(Ints low, Ints high) {
+  const __m128 x = _mm_castsi128_ps(low), y = _mm_castsi128_ps(high);
+  return _mm_add_epi32(_mm_castps_si128(_mm_shuffle_ps(x, y, 0x88)), _mm_castps_si128(_mm_shuffle_ps(x, y, 0xDD)));
+}
+inline void store(int32_t* p, Ints x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), x); }
 #endif
 
 constexpr int kIntRows = sizeof(Ints) == 64 ? 12 : 6;
@@ -224,7 +274,8 @@ inline void int_slice(
 
 constexpr int64_t kDepth = 512;
 
-// Plain loops, which compilers vectorise: 16-bit numbers of B in rows, int32 sums of a row of C in registers. K <= kDepth.
+// Plain loops, which compilers vectorise: 16-bit numbers of B in rows, int32 sums of a row of C in registers.
+// K <= kDepth.
 template <typename A, typename B>
 inline void int_slice(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, bool add, const A* a, const B* b,
@@ -291,8 +342,9 @@ inline bool brgemm_works() {
 #endif
 }
 
-// `add`: adds to C. The fastest K is a multiple of kGroup<B>: pass packed_rows(K) where A has such rows (of integers with
-// anything in the columns beyond K, of bfloat16 with zeros). AMX takes whole groups only; the rest is added by `own`.
+// `add`: adds to C. The fastest K is a multiple of kGroup<B>: pass packed_rows(K) where A has such rows (of integers
+// with anything in the columns beyond K, of bfloat16 with zeros). AMX takes whole groups of rows of B (oneDNN runs into
+// an illegal instruction otherwise); `own` adds the rest.
 template <typename A, typename B, typename C>
 inline void gemm(
     int64_t m, int64_t n, int64_t k, int64_t lda, int64_t ldb, int64_t ldc, const A* a, const B* b, C* c,
