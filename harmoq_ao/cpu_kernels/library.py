@@ -1,69 +1,261 @@
-"""The C++ kernels as one shared library per instruction set, built at first use and kept in a cache."""
+"""The C++ kernels as one shared library per instruction set, built at first use and kept in a cache.
+
+Without a library (no compiler, one that fails, a library that does not load) models run without these kernels:
+`kernels` returns None, a warning is logged once, and `status` says what happened and what helps.
+"""
 
 from __future__ import annotations
 
-import functools
 import hashlib
+import logging
 import os
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
-_SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = {
-    "avx2": "-DCPU_CAPABILITY=AVX2 -DCPU_CAPABILITY_AVX2 -mavx2 -mfma -mf16c",
-    "avx512": "-DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512 -mavx2 -mfma -mf16c "
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq",
-    "avx512_bf16": "-DCPU_CAPABILITY=AVX512 -DCPU_CAPABILITY_AVX512 -mavx2 -mfma -mf16c "
-    "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16",
-}
+from harmoq_ao.cpu_kernels import compiler as compilers
+from harmoq_ao.cpu_kernels.build_cache import VARIABLE, BuildCache, CacheUnusableError
+from harmoq_ao.cpu_kernels.compiler import BuildFailure, Compiler
+from harmoq_ao.cpu_kernels.instruction_sets import NAMES, SWITCH, best_of_cpu, check_name, chosen, switch
+
+logger = logging.getLogger(__name__)
 
 
-def instruction_set() -> str:
-    chosen = os.environ.get("HARMOQ_CPU_KERNELS")
-    if chosen:
-        return chosen
-    if torch.cpu._is_avx512_bf16_supported():
-        return "avx512_bf16"
-    return "avx512" if torch.cpu._is_avx512_supported() else "avx2"
+@dataclass(frozen=True)
+class Status:
+    """Whether the CPU kernels can be used.
+
+    Attributes:
+        available: Whether they can.
+        isa: The instruction set they are for, None where they are switched off.
+        reason: One sentence of what happened.
+        remedy: The command or setting that helps, None where nothing is amiss.
+    """
+
+    available: bool
+    isa: str | None
+    reason: str
+    remedy: str | None = None
+
+    @property
+    def sentence(self) -> str:
+        """Reason and remedy, for reports."""
+        return f"{self.reason}." if self.remedy is None else f"{self.reason}. What to do: {self.remedy}."
 
 
-@functools.cache
-def kernels(isa: str | None = None):
-    """The namespace of operators of an instruction set."""
-    isa = isa or instruction_set()
-    torch.ops.load_library(build(isa))
-    return getattr(torch.ops, f"harmoq_{isa}")
+_outcomes: dict[str | None, tuple[ModuleType | None, Status]] = {}
+_lock = threading.Lock()
 
 
-def build(isa: str) -> str:
-    root = Path(torch.__file__).parent
-    flags = (
-        f"-std=c++20 -O3 -fPIC -fopenmp -ffp-contract=off -fno-math-errno -fno-trapping-math -DHARMOQ_NAMESPACE=harmoq_{isa} "
-        f"-DAT_PARALLEL_OPENMP=1 -D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)} "
-        f"{_FLAGS[isa]} -I{root}/include -I{root}/include/torch/csrc/api/include"
-    ).split()
-    sources = sorted(_SOURCES.glob("*.cpp"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "harmoq-ao"
-    cache.mkdir(parents=True, exist_ok=True)
-    headers = b"".join(p.read_bytes() for p in sorted(_SOURCES.glob("*.h")))
+def kernels(isa: str | None = None) -> ModuleType | None:
+    """The operators of an instruction set, a namespace of ``torch.ops``; None where they cannot be used.
 
-    def compile_one(source: Path) -> str:
-        key = hashlib.sha256(" ".join(flags).encode() + headers + source.read_bytes()).hexdigest()[:16]
-        target = cache / f"{source.stem}-{isa}-{key}.o"
-        if not target.exists():
-            subprocess.run(["g++", *flags, "-c", str(source), "-o", str(target)], check=True)
-        return str(target)
+    The first call loads the library, and builds it unless the cache has it: half a minute, with a message where
+    standard error is a terminal. What came of it holds for the process. Threads may call this at the same time.
 
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(compile_one, sources))
-    key = hashlib.sha256(" ".join(objects).encode()).hexdigest()[:16]
-    library = cache / f"kernels-{isa}-{key}.so"
-    if not library.exists():
-        gomp = next(root.glob("lib/libgomp*.so*"))
-        subprocess.run(
-            ["g++", "-shared", *objects, "-o", str(library), f"-L{root}/lib", "-lc10", "-ltorch_cpu", str(gomp)], check=True
-        )
-    return str(library)
+    Args:
+        isa: ``default``, ``avx2``, ``avx512`` or ``avx512_bf16``; by default the best that this CPU has and that
+            ``HARMOQ_CPU_KERNELS`` and ``ATEN_CPU_CAPABILITY`` allow.
+
+    Raises:
+        ConfigError: `isa` or ``HARMOQ_CPU_KERNELS`` is unknown.
+    """
+    return _outcome(isa)[0]
+
+
+def status(isa: str | None = None) -> Status:
+    """What `kernels` returns for the same argument, and why; calls it.
+
+    Raises:
+        ConfigError: `isa` or ``HARMOQ_CPU_KERNELS`` is unknown.
+    """
+    return _outcome(isa)[1]
+
+
+def _outcome(isa: str | None) -> tuple[ModuleType | None, Status]:
+    if isa is None:
+        isa = chosen()
+    else:
+        check_name(isa, "Unknown instruction set of the CPU kernels")
+    if isa not in _outcomes:
+        with _lock:
+            if isa not in _outcomes:  # another thread may have been first
+                _outcomes[isa] = _attempt(isa)
+    return _outcomes[isa]
+
+
+def _attempt(isa: str | None) -> tuple[ModuleType | None, Status]:
+    if isa is None:
+        return None, Status(False, None, f"The CPU kernels are switched off ({SWITCH}=off)", f"unset {SWITCH}")
+    if NAMES.index(isa) > NAMES.index(best_of_cpu()):
+        reason = f"This CPU cannot run the CPU kernels for {isa}"
+        return None, Status(False, isa, reason, f"choose {best_of_cpu()} or a lower one")
+    try:
+        note = _load_or_build(isa)
+    except BuildFailure as failure:
+        result = Status(False, isa, f"The CPU kernels are not used: {failure.reason}", failure.remedy)
+        logger.warning("%s", result.sentence)
+        return None, result
+    reason, remedy = f"The CPU kernels are those for {isa}", None
+    if note is not None:
+        reason, remedy = f"{reason}, built for this process only: {note}", f"set {VARIABLE} to a folder of your own"
+        logger.warning("%s", Status(True, isa, reason, remedy).sentence)
+    return getattr(torch.ops, f"harmoq_{isa}"), Status(True, isa, reason, remedy)
+
+
+def _load_or_build(isa: str) -> str | None:
+    """Load the library of an instruction set; returns why it could not be kept, None where it is.
+
+    Raises:
+        BuildFailure: There is no library that loads.
+    """
+    cache, note = _cache()
+    base = f"kernels-{isa}-{_key_of_sources(isa)}"
+    try:
+        compiler = compilers.find_compiler()
+    except BuildFailure:
+        if cache is None or not _loads_from(cache, f"{base}-*.so"):  # what any compiler built
+            raise
+        return None
+    name = f"{base}-{_digest(compiler.version)}"
+    if cache is None:
+        with _announced(isa, compiler):
+            _build_and_load(isa, compiler, None, name)
+        return note
+    if _loads_from(cache, f"{name}.so"):
+        return None
+    _refuse_what_failed(cache, name, isa)
+    with _announced(isa, compiler), cache.alone(name):
+        if _loads_from(cache, f"{name}.so"):  # built by another process meanwhile
+            return None
+        _refuse_what_failed(cache, name, isa)
+        return _build_and_load(isa, compiler, cache, name)
+
+
+def _cache() -> tuple[BuildCache | None, str | None]:
+    """The cache, or None and why there is none."""
+    try:
+        home = os.environ.get("XDG_CACHE_HOME", "")
+        # A relative path is invalid, says the XDG base directory specification.
+        base = Path(home) if os.path.isabs(home) else Path.home() / ".cache"
+        return BuildCache(Path(os.environ.get(VARIABLE) or base / "harmoq-ao") / "cpu_kernels"), None
+    except RuntimeError as error:  # no home
+        return None, f"there is no home folder ({error})"
+    except CacheUnusableError as error:
+        return None, str(error)
+
+
+def _loads_from(cache: BuildCache, pattern: str) -> bool:
+    """Whether a library of the cache fits the pattern and could be loaded; one that does not load is built anew."""
+    path = cache.find(pattern)
+    try:
+        return path is not None and _load(path)
+    except OSError:
+        return False
+
+
+def _load(path: Path) -> bool:
+    torch.ops.load_library(str(path))
+    return True
+
+
+def _refuse_what_failed(cache: BuildCache, name: str, isa: str) -> None:
+    """Raise what a build of `name` raised within the last day, unless the user asks for kernels."""
+    failure = None if switch() else cache.recent_failure(name)
+    if failure is not None:
+        reason, remedy = failure
+        raise BuildFailure(f"{reason} (not tried again within a day)", f"{remedy}, or set {SWITCH}={isa} to try again")
+
+
+def _build_and_load(isa: str, compiler: Compiler, cache: BuildCache | None, name: str) -> str | None:
+    """Build, keep and load the library; returns why it could not be kept, None where it is.
+
+    Raises:
+        BuildFailure: The compiler failed, or its library does not load.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="harmoq-ao-") as scratch:
+            library, note = _build(isa, compiler, cache, Path(scratch)), None
+            try:
+                library = cache.keep(f"{name}.so", library) if cache else library
+            except CacheUnusableError as error:
+                note = str(error)
+            _load(library)  # stays loaded when its file is gone
+    except BuildFailure as failure:
+        if cache is not None:
+            cache.remember_failure(name, failure.reason, failure.remedy)
+        raise
+    except OSError as error:
+        found = error.__cause__ or error  # torch names the path only; the loader says why
+        raise BuildFailure(
+            f"The library that was built does not load ({' '.join(str(found).split())})",
+            f"set {VARIABLE} to a folder with free space from which programs may run, or CXX to the g++ of this system",
+        ) from error
+    return note
+
+
+def _build(isa: str, compiler: Compiler, cache: BuildCache | None, scratch: Path) -> Path:
+    """Compile what the cache has no object file of, and link."""
+    objects, missing = dict[Path, Path](), dict[Path, Path]()
+    for source in _sources():
+        name = f"{source.stem}-{isa}-{_digest(_key_of_headers(isa), source.read_text(), compiler.version)}.o"
+        kept = cache.find(name) if cache else None
+        objects[source] = kept or scratch / name
+        if kept is None:
+            missing[source] = scratch / name
+    compilers.compile_objects(compiler, isa, missing)
+    for path in missing.values():
+        with suppress(CacheUnusableError):  # said of the library
+            if cache is not None:
+                cache.keep(path.name, path)
+    library = scratch / f"harmoq_{isa}.so"
+    compilers.link(compiler, list(objects.values()), library)
+    return library
+
+
+def _sources() -> list[Path]:
+    sources = sorted(compilers.SOURCES.glob("*.cpp"))
+    if not sources:
+        raise BuildFailure(f"There are no sources in {compilers.SOURCES}", "install harmoq-ao again")
+    return sources
+
+
+def _key_of_sources(isa: str) -> str:
+    return _digest(_key_of_headers(isa), *(text for path in _sources() for text in (path.name, path.read_text())))
+
+
+def _key_of_headers(isa: str) -> str:
+    folder = compilers.SOURCES
+    headers = [path.read_text() for path in (*sorted(folder.glob("*.h")), folder / "exports.map")]
+    return _digest(torch.__version__, str(torch.version.git_version), *compilers.flags(isa), *headers)
+
+
+def _digest(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _announced(isa: str, compiler: Compiler) -> Iterator[None]:
+    """Context manager that tells that kernels are built, with a spinner, where standard error is a terminal."""
+    from harmoq_ao.common.progress import is_shown  # it imports rich
+
+    message = f"Building the CPU kernels for {isa} with {compiler.command[0]}, once per machine and version"
+    begin = time.monotonic()
+    if is_shown(None):
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        console.print(message)
+        with console.status("compiling ..."):
+            yield
+    else:
+        logger.info("%s", message)
+        yield
+    logger.info("Built the CPU kernels for %s in %.1f s", isa, time.monotonic() - begin)
