@@ -7,6 +7,7 @@
 //
 // An `Element` is what the products multiply: float, bfloat16 or uint8 codes. 32 bits hold one, two or four of them, a
 // word; what lies in a word is contracted together (gemm.h).
+#include "amx.h"
 #include "gemm.h"
 
 #include <ATen/ops/zeros.h>
@@ -91,6 +92,17 @@ inline void store_elements(uint8_t* p, Vec x) {
   alignas(64) float values[kLanes];
   x.store(values);
   for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
+#endif
+}
+
+// The larger one; without the care for numbers that are none that `at::vec::maximum` takes.
+inline Vec larger(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
 #endif
 }
 
@@ -386,7 +398,7 @@ inline void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
   for (int64_t m = 0; m < s.keys; ++m) {
     for (int c = 0; c < columns; ++c) {
       const Vec t = score<Element, mask>(s, m, n + c * kLanes);
-      largest[c] = at::vec::maximum(largest[c], t);
+      largest[c] = larger(largest[c], t);
       t.store(scores + m * s.block + c * kLanes);
     }
   }
@@ -398,7 +410,7 @@ inline void exponentials(float* scores, int64_t keys, int64_t block, const Vec* 
   for (int64_t m = 0; m < keys; ++m) {
     for (int c = 0; c < columns; ++c) {
       float* at = scores + m * block + c * kLanes;
-      const Vec x = power_of_two<float>(at::vec::maximum(Vec::loadu(at) - largest[c], Vec(kSmallestExponent)));
+      const Vec x = power_of_two<float>(larger(Vec::loadu(at) - largest[c], Vec(kSmallestExponent)));
       sums[c] = sums[c] + x;
       x.store(at);
     }
@@ -431,7 +443,7 @@ void softmax_columns(const Scores<Element>& s, int64_t n) {
     float* scores = reinterpret_cast<float*>(s.products) + n;
     const auto exponential = [&](int64_t m, int c) {
       const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
-      return power_of_two<Element>(at::vec::maximum(t, Vec(kSmallestExponent)));
+      return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
     };
     if constexpr (!kCodes<Element>) {
       write_map<Element, columns>(s, n, exponential);
@@ -477,16 +489,23 @@ class Worker {
   Worker(const Problem& p, int64_t group)
       : p_(p),
         group_(group),
-        stride_(round_up(p.head_dim, kPack)),
+        stride_(round_up(p.head_dim, p.head_dim > kLine ? kLine : kPack)),
         value_stride_(round_up(p.head_dim + 1, kPack)),
         queries_(round_up(p.queries, kTile)),
-        keys_(round_up(p.keys, kTile)),
+        keys_(round_up(p.keys, std::max(kLine, kTile))),
         sum_columns_(round_up(group, kTile)) {
     place(false);
     arena().start(bytes_);
     place(true);
     std::memset(zeros_, 0, zeros() * sizeof(float));
     std::memset(q_region_, 0, queries_ * sizeof(int32_t));
+    std::memset(static_cast<void*>(map_), 0, keys_ * p.block * sizeof(Element));
+    std::memset(static_cast<void*>(values_), 0, (group * value_stride_ + kTile) * keys_ * sizeof(Element));
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_available()) amx_.emplace(std::min(stride_, kLine) / kPack);
+    }
+#endif
     if constexpr (kCodes<Element>) fill_ones();
   }
 
@@ -507,6 +526,7 @@ class Worker {
 
  private:
   static constexpr int64_t kPack = kGroup<Element>;
+  static constexpr int64_t kLine = 64 / sizeof(Element);  // elements of a row of a tile
 
   int64_t zeros() const { return std::max(group_ * p_.head_dim, p_.block); }
 
@@ -518,13 +538,13 @@ class Worker {
       if (now) pointer = arena().take<T>(count);
     };
     const int64_t columns = group_ * stride_, value_columns = group_ * value_stride_;
-    take(rows_, std::max(queries_, keys_) * value_columns + kTile * kPack);
+    take(rows_, std::max(queries_, keys_) * std::max(columns, value_columns) + kTile * kPack);
     take(queries_packed_, round_up(columns / kPack, kTile) * queries_ * kPack);
-    take(keys_rows_, p_.keys * columns);
-    take(values_, value_columns * keys_);
-    take(products_, p_.keys * p_.block);
+    take(keys_rows_, keys_ * columns);
+    take(values_, (value_columns + kTile) * keys_);
+    take(products_, keys_ * p_.block);
     take(map_, keys_ * p_.block);
-    take(sums_and_products_, (p_.head_dim + 1) * p_.block);
+    take(sums_and_products_, round_up(p_.head_dim + 1, kTile) * p_.block);
     take(result_, round_up(group_ * p_.head_dim, kTile) * p_.block);
     take(zeros_, zeros());
     take(q_region_, queries_);
@@ -534,7 +554,7 @@ class Worker {
       take(ones_, keys_ * kTile);
       take(key_sums_, keys_ * sum_columns_);
       take(key_constants_, keys_ * sum_columns_);
-      take(value_sums_, value_columns * kTile);
+      take(value_sums_, round_up(value_columns, kTile) * kTile);
     }
   }
 
@@ -590,7 +610,7 @@ class Worker {
   // Sums of the codes of k over channels, times what they are multiplied with in the scores, and of v over keys.
   void sum_codes() {
     const int64_t columns = heads_ * stride_, value_columns = heads_ * value_stride_;
-    gemm(p_.keys, sum_columns_, columns, columns, sum_columns_, sum_columns_, keys_rows_, head_ones_, key_sums_);
+    products_with_ones(columns, value_columns);
     transpose_words(key_sums_, sum_columns_, keys_, sum_columns_, key_constants_, keys_);
     for (int64_t h = 0; h < heads_; ++h) {
       const Vec factor(p_.k_codes.step * p_.q_codes.lower * p_.score_factor[first_head_ + h] * kLog2E);
@@ -598,6 +618,19 @@ class Worker {
       for (int64_t m = 0; m < keys_; m += kLanes)
         (load_floats(reinterpret_cast<const int32_t*>(constants + m)) * factor).store(constants + m);
     }
+  }
+
+  void products_with_ones(int64_t columns, int64_t value_columns) {
+#ifdef HARMOQ_AMX
+    if (amx_) {
+      amx_tall(*amx_, keys_rows_, columns, head_ones_, sum_columns_ * 4, key_sums_, sum_columns_ * 4,
+               round_up(p_.keys, kTile), sum_columns_, columns / std::min(stride_, kLine));
+      amx_wide(values_, keys_, ones_, kTile * 4, value_sums_, kTile * 4, round_up(value_columns, kTile), kTile,
+               keys_ / kLine);
+      return;
+    }
+#endif
+    gemm(p_.keys, sum_columns_, columns, columns, sum_columns_, sum_columns_, keys_rows_, head_ones_, key_sums_);
     gemm(value_columns, kTile, keys_, keys_, kTile, kTile, values_, ones_, value_sums_);
   }
 
@@ -639,11 +672,11 @@ class Worker {
 
   void attend(int64_t n, int64_t width, int64_t h) {
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    gemm(p_.keys, width, stride_, heads_ * stride_, queries_, p_.block, keys_rows_ + h * stride_, q, products_);
+    score_products(keys_rows_ + h * stride_, q, width);
     if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
     softmax(scores(n, h), width, false);
     const Element* v = values_ + h * value_stride_ * keys_;
-    gemm(p_.head_dim + 1, width, round_up(p_.keys, kPack), keys_, p_.block, p_.block, v, map_, sums_and_products_);
+    value_products(v, width);
     if constexpr (kCodes<Element>) {
       show(p_.value_accumulators, sums_and_products_, p_.head_dim, n, h);
       show_map(n, h);
@@ -651,6 +684,29 @@ class Worker {
     } else {
       normalize(width, h);
     }
+  }
+
+  void score_products(const Element* k, const Element* q, int64_t width) {
+    const int64_t k_stride = heads_ * stride_;
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_)
+        return amx_tall(*amx_, k, k_stride * sizeof(Element), q, queries_ * 4, products_, p_.block * 4,
+                        round_up(p_.keys, kTile), width, (stride_ + kLine - 1) / kLine);
+    }
+#endif
+    gemm(p_.keys, width, stride_, k_stride, queries_, p_.block, k, q, products_);
+  }
+
+  void value_products(const Element* v, int64_t width) {
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_)
+        return amx_wide(v, keys_ * sizeof(Element), map_, p_.block * 4, sums_and_products_, p_.block * 4,
+                        round_up(p_.head_dim + 1, kTile), width, keys_ / kLine);
+    }
+#endif
+    gemm(p_.head_dim + 1, width, round_up(p_.keys, kPack), keys_, p_.block, p_.block, v, map_, sums_and_products_);
   }
 
   void normalize(int64_t width, int64_t h) {
@@ -670,7 +726,7 @@ class Worker {
     for (int64_t n = 0; n < width; n += kLanes) {
       const int32_t* o = sums_and_products_ + n;
       const Vec row_sum = at::vec::fmadd(load_floats(o + p_.head_dim * p_.block), step, base);
-      const Vec factor = p_.relative ? Vec(1.f) / at::vec::maximum(row_sum, Vec(1e-30f)) : Vec(1.f);
+      const Vec factor = p_.relative ? Vec(1.f) / larger(row_sum, Vec(1e-30f)) : Vec(1.f);
       float* result = result_ + h * p_.head_dim * p_.block + n;
       for (int64_t j = 0; j < p_.head_dim; ++j) {
         const float column_sum = static_cast<float>(value_sums_[(h * value_stride_ + j) * kTile]);
@@ -728,6 +784,9 @@ class Worker {
   int32_t *q_region_, *key_sums_, *value_sums_;
   const float* table_ = nullptr;
   bool regions_ = false;
+#ifdef HARMOQ_AMX
+  std::optional<AmxTiles> amx_;
+#endif
 };
 
 // Heads whose bias fits the cache go over all windows together; few windows are shared out by heads.
