@@ -34,7 +34,7 @@ TILE = 16
 """Queries come in multiples of this."""
 
 _SCORE_BYTES = 1 << 15  # of float32 scores that a block holds: most of a first-level cache
-_LARGEST_BLOCK = 64
+_LARGEST_BLOCK = 32
 
 
 def query_block(queries: int, keys: int) -> int:

@@ -28,10 +28,10 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr float kLog2E = 1.44269502f;
 constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
-constexpr float kLargestScore = 80;          // 2^t and sums of 2^t stay within float32 without taking the maximum first
+constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
 constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes together: half the L2
-constexpr int64_t kSlack = 64;               // bytes that a vector may write beyond a buffer
+constexpr int64_t kSlack = 128;              // bytes that a vector may write beyond a buffer
 #ifdef __AVX512BF16__
 constexpr bool kHalf = true;
 #else
@@ -84,13 +84,13 @@ inline void store_elements(BFloat16* p, Vec x) {
 }
 #endif
 
-// Whole numbers of 0 to 255.
+// Rounded half to even, of 0 to 255.
 inline void store_elements(uint8_t* p, Vec x) {
 #if defined(CPU_CAPABILITY_AVX512)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
 #else
   alignas(64) float values[kLanes];
-  x.store(values);
+  x.round().store(values);
   for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
 #endif
 }
@@ -106,18 +106,18 @@ inline Vec larger(Vec a, Vec b) {
 #endif
 }
 
-// clamp(round_half_even(x * factor + offset), 0, top); a NaN becomes 0.
+// clamp(x * factor + offset, 0, top), to be rounded half to even when it is stored; a NaN becomes 0.
 inline Vec codes_of(Vec x, Vec factor, Vec offset, Vec top) {
   const Vec position = x * factor + offset;
 #if defined(CPU_CAPABILITY_AVX512)  // the second operand where the first is not a number
-  return _mm512_roundscale_ps(_mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top), 0);
+  return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
 #elif defined(CPU_CAPABILITY_AVX2)
-  return Vec(_mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top)).round();
+  return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top);
 #else
   alignas(64) float values[kLanes];
   position.store(values);
   for (float& value : values) value = value > 0 ? value : 0;
-  return at::vec::minimum(Vec::loadu(values), top).round();
+  return at::vec::minimum(Vec::loadu(values), top);
 #endif
 }
 
@@ -197,7 +197,7 @@ inline void store_words(uint8_t* p, const Vec* rows) {
 #else
   for (int64_t r = 0; r < 4; ++r) {
     alignas(64) float values[kLanes];
-    rows[r].store(values);
+    rows[r].round().store(values);
     for (int64_t i = 0; i < kLanes; ++i) p[4 * i + r] = static_cast<uint8_t>(values[i]);
   }
 #endif
@@ -251,9 +251,36 @@ inline void store_row(BFloat16* to, const float* from, int64_t count) {
 #endif
 }
 
-void transpose_tile(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
-  at::vec::transpose_mxn<float, kTile, kTile>(
-      static_cast<const float*>(from), from_stride, static_cast<float*>(to), to_stride);
+// 16 x 16 words.
+inline void transpose_tile(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  const float* source = static_cast<const float*>(from);
+  float* target = static_cast<float*>(to);
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(source + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {  // now quarters: row j of each four rows
+    const __m512 low = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88), low_odd = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
+    const __m512 high = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
+    const __m512 high_odd = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
+    _mm512_storeu_ps(target + j * to_stride, _mm512_shuffle_f32x4(low, high, 0x88));
+    _mm512_storeu_ps(target + (j + 8) * to_stride, _mm512_shuffle_f32x4(low, high, 0xdd));
+    _mm512_storeu_ps(target + (j + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(target + (j + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+  }
+#else
+  at::vec::transpose_mxn<float, kTile, kTile>(source, from_stride, target, to_stride);
+#endif
 }
 
 // --- operands --------------------------------------------------------------------------------------------------------
@@ -357,6 +384,28 @@ void transpose_elements(const Element* from, int64_t from_stride, int64_t rows, 
   }
 }
 
+// Largest magnitude in each column; reads and writes whole vectors.
+template <typename Element>
+void column_maxima(const Element* rows, int64_t count, int64_t columns, Element* maxima) {
+#if defined(CPU_CAPABILITY_AVX512)
+  for (int64_t j = 0; j < columns; j += 64 / sizeof(Element)) {
+    __m512i most = _mm512_setzero_si512();  // magnitudes are ordered like their bits
+    for (int64_t n = 0; n < count; ++n) {
+      const __m512i bits = _mm512_loadu_si512(rows + n * columns + j);
+      if constexpr (sizeof(Element) == 2)
+        most = _mm512_max_epu16(most, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
+      else
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    _mm512_storeu_si512(maxima + j, most);
+  }
+#else
+  std::fill_n(maxima, columns, Element(0));
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * columns + j]))));
+#endif
+}
+
 // --- softmax ---------------------------------------------------------------------------------------------------------
 
 template <typename Element>
@@ -430,6 +479,31 @@ inline void write_map(const Scores<Element>& s, int64_t n, const Row& row) {
   }
 }
 
+// Codes of a map: entries lie in 0..1, so clamping is seldom needed.
+template <bool clamp>
+inline Vec map_code(Vec x, const Quantizer& quantizer) {
+  const Vec position = at::vec::fmadd(x, Vec(quantizer.factor[0]), Vec(quantizer.offset[0]));
+  return clamp ? codes_of(position, Vec(1.f), Vec(0.f), Vec(quantizer.top)) : position;
+}
+
+template <typename Element, bool clamp, int columns>
+void write_codes(const Scores<Element>& s, int64_t n, const Vec* largest) {
+  float* scores = reinterpret_cast<float*>(s.products) + n;
+  if (s.relative) {
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
+      return map_code<clamp>(power_of_two<float>(larger(t, Vec(kSmallestExponent))), s.quantizer);
+    });
+  } else {
+    Vec sums[columns];
+    exponentials<columns>(scores, s.keys, s.block, largest, sums);
+    for (int c = 0; c < columns; ++c) sums[c] = Vec(1.f) / sums[c];
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      return map_code<clamp>(Vec::loadu(scores + m * s.block + c * kLanes) * sums[c], s.quantizer);
+    });
+  }
+}
+
 template <typename Element, Mask mask, bool bounded, int columns>
 void softmax_columns(const Scores<Element>& s, int64_t n) {
   if constexpr (bounded) {
@@ -438,28 +512,20 @@ void softmax_columns(const Scores<Element>& s, int64_t n) {
     });
     return;
   } else {
-    Vec largest[columns], sums[columns];
+    Vec largest[columns];
     maxima<Element, mask, columns>(s, n, largest);
-    float* scores = reinterpret_cast<float*>(s.products) + n;
-    const auto exponential = [&](int64_t m, int c) {
-      const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
-      return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
-    };
-    if constexpr (!kCodes<Element>) {
-      write_map<Element, columns>(s, n, exponential);
+    if constexpr (kCodes<Element>) {
+      const Quantizer& q = s.quantizer;
+      if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
+        write_codes<Element, false, columns>(s, n, largest);
+      else
+        write_codes<Element, true, columns>(s, n, largest);
     } else {
-      const Vec factor(s.quantizer.factor[0]), offset(s.quantizer.offset[0]), top(s.quantizer.top);
-      if (s.relative) {
-        write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-          return codes_of(exponential(m, c), factor, offset, top);
-        });
-      } else {
-        exponentials<columns>(scores, s.keys, s.block, largest, sums);
-        for (int c = 0; c < columns; ++c) sums[c] = Vec(1.f) / sums[c];
-        write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-          return codes_of(Vec::loadu(scores + m * s.block + c * kLanes) * sums[c], factor, offset, top);
-        });
-      }
+      const float* scores = reinterpret_cast<const float*>(s.products) + n;
+      write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+        const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
+        return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
+      });
     }
   }
 }
@@ -509,16 +575,22 @@ class Worker {
     if constexpr (kCodes<Element>) fill_ones();
   }
 
-  void run(int64_t window, int64_t first_head) {
+  // Attention of a group of heads in a window. `next` is the window after it, whose tokens are fetched meanwhile.
+  void run(int64_t window, int64_t first_head, int64_t next) {
     window_ = window;
+    next_ = next;
+    fetched_ = 0;
     first_head_ = first_head;
     heads_ = std::min(group_, p_.heads - first_head);
     read_queries_and_keys();
     read_values();
     if constexpr (kCodes<Element>) sum_codes();
     find_mask();
+    const int64_t parts = 3 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
+    fetch_step_ = (p_.queries + 2 * p_.keys + parts - 1) / parts;
     for (int64_t n = 0; n < p_.queries; n += p_.block) {
       const int64_t width = std::min(p_.block, queries_ - n);
+      fetch_output(n);
       for (int64_t h = 0; h < heads_; ++h) attend(n, width, h);
       write(n, width);
     }
@@ -549,6 +621,8 @@ class Worker {
     take(zeros_, zeros());
     take(q_region_, queries_);
     take(factors_, group_);
+    take(bounds_, group_);
+    take(maxima_, 2 * round_up(columns, kTile));
     if constexpr (kCodes<Element>) {
       take(head_ones_, columns * sum_columns_);
       take(ones_, keys_ * kTile);
@@ -589,6 +663,7 @@ class Worker {
     }
     read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, stride_, keys_rows_);
     read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, stride_, rows_);
+    if constexpr (!kCodes<Element>) bound_scores();
     clear_rows(p_.queries, queries_, columns);
     transpose_words(rows_, columns / kPack, queries_, columns / kPack, queries_packed_, queries_);
   }
@@ -601,6 +676,19 @@ class Worker {
     transpose_elements(rows_, columns, keys_, columns, values_, keys_);
     for (int64_t h = 0; h < heads_; ++h)
       std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
+  }
+
+  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias.
+  void bound_scores() {
+    const int64_t columns = heads_ * stride_;
+    column_maxima(rows_, p_.queries, columns, maxima_);
+    column_maxima(keys_rows_, p_.keys, columns, maxima_ + round_up(columns, kTile));
+    const Element *q = maxima_, *k = maxima_ + round_up(columns, kTile);
+    for (int64_t h = 0; h < heads_; ++h, q += stride_, k += stride_) {
+      float bound = p_.largest_bias * kLog2E;
+      for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
+      bounds_[h] = bound;
+    }
   }
 
   void clear_rows(int64_t from, int64_t to, int64_t columns) {
@@ -648,6 +736,37 @@ class Worker {
     if (regions_) std::copy_n(q, p_.queries, q_region_);
   }
 
+  void fetch_output(int64_t first) const {
+    const int64_t size = p_.out_bfloat16 ? 2 : 4, begin = first_head_ * p_.head_dim * size;
+    const int32_t* rows = p_.out_rows + window_ * p_.queries;
+    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n) {
+      if (rows[n] < 0) continue;
+      const char* row = static_cast<const char*>(p_.out) + rows[n] * p_.out_stride * size + begin;
+      for (int64_t i = 0; i < heads_ * p_.head_dim * size; i += 64) __builtin_prefetch(row + i, 1);
+    }
+  }
+
+  void fetch_some() {
+    if (next_ < 0) return;
+    const int64_t end = std::min(fetched_ + fetch_step_, p_.queries + 2 * p_.keys);
+    for (; fetched_ < end; ++fetched_) {
+      if (fetched_ < p_.queries)
+        fetch(p_.q, p_.q_rows[next_ * p_.queries + fetched_]);
+      else if (fetched_ < p_.queries + p_.keys)
+        fetch(p_.k, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries]);
+      else
+        fetch(p_.v, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries - p_.keys]);
+    }
+  }
+
+  void fetch(const Tokens& tokens, int32_t row) const {
+    if (row < 0) return;
+    const int64_t size = tokens.bfloat16 ? 2 : 4, bytes = heads_ * p_.head_dim * size;
+    const char* begin =
+        static_cast<const char*>(tokens.data) + row * tokens.stride * size + first_head_ * p_.head_dim * size;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
+  }
+
   Scores<Element> scores(int64_t n, int64_t h) const {
     const int64_t head = first_head_ + h, block = n / p_.block, size = p_.keys * p_.block;
     Scores<Element> s{};
@@ -671,10 +790,13 @@ class Worker {
   }
 
   void attend(int64_t n, int64_t width, int64_t h) {
+    fetch_some();
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
     score_products(keys_rows_ + h * stride_, q, width);
     if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
-    softmax(scores(n, h), width, false);
+    fetch_some();
+    softmax(scores(n, h), width, !kCodes<Element> && bounds_[h] < kBound);
+    fetch_some();
     const Element* v = values_ + h * value_stride_ * keys_;
     value_products(v, width);
     if constexpr (kCodes<Element>) {
@@ -777,10 +899,10 @@ class Worker {
 
   const Problem& p_;
   const int64_t group_, stride_, value_stride_, queries_, keys_, sum_columns_;
-  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0;
-  Element *rows_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
+  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0, next_ = -1, fetched_ = 0, fetch_step_ = 0;
+  Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
-  float *result_, *zeros_, *factors_, *key_constants_;
+  float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
   int32_t *q_region_, *key_sums_, *value_sums_;
   const float* table_ = nullptr;
   bool regions_ = false;
@@ -803,7 +925,10 @@ void attend_all(const Problem& p) {
   const int64_t group = heads_of_a_pass(p), passes = (p.heads + group - 1) / group;
   at::parallel_for(0, passes * p.windows, 1, [&](int64_t begin, int64_t end) {
     Worker<Element> worker(p, group);
-    for (int64_t i = begin; i < end; ++i) worker.run(i % p.windows, i / p.windows * group);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t next = i % p.windows + 1;
+      worker.run(i % p.windows, i / p.windows * group, next < p.windows && i + 1 < end ? next : -1);
+    }
     gemm_done();
   });
 }
@@ -827,6 +952,13 @@ const float* floats(const char* name, const Tensor& x, at::IntArrayRef shape) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, "window_attention: ", name,
               " must be float32 ", shape, ", contiguous, and is ", x.scalar_type(), " ", x.sizes());
   return x.const_data_ptr<float>();
+}
+
+float largest_magnitude(const float* p, int64_t count) {
+  float most[kTile] = {};
+  for (int64_t i = 0; i + kTile <= count; i += kTile)  // packed biases are whole tiles
+    for (int64_t j = 0; j < kTile; ++j) most[j] = std::max(most[j], std::abs(p[i + j]));
+  return *std::max_element(most, most + kTile);
 }
 
 Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels) {
@@ -896,7 +1028,10 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.out_rows = out_rows.const_data_ptr<int32_t>();
   p.q_factor = floats("q_factor", q_factor, {heads});
   p.score_factor = floats("score_factor", score_factor, {heads});
-  if (bias) p.bias = floats("bias", *bias, {heads, p.blocks(), keys, p.block});
+  if (bias) {
+    p.bias = floats("bias", *bias, {heads, p.blocks(), keys, p.block});
+    if (!quantizers) p.largest_bias = largest_magnitude(p.bias, bias->numel());
+  }
   if (mask_table) {
     TORCH_CHECK(mask_index, "window_attention: mask_table without mask_index");
     p.mask_table = floats("mask_table", *mask_table, {mask_table->size(0), p.blocks(), keys, p.block});
