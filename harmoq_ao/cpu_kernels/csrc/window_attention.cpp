@@ -1,0 +1,1096 @@
+// Attention within windows of tokens: gather, products, bias, mask, softmax, scatter; scores never leave the cache.
+//
+// Everything is transposed: scores are S[key][query] = K Q^T, so that a vector holds one key and 16 queries, largest
+// score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed right
+// operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum of the
+// rounded probabilities (of the codes), by which the rounded numerators are divided.
+//
+// An `Element` is what the products multiply: float, bfloat16 or uint8 codes. 32 bits hold one, two or four of them, a
+// word; what lies in a word is contracted together (gemm.h).
+#include "amx.h"
+#include "gemm.h"
+
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <optional>
+#include <type_traits>
+
+namespace harmoq {
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr float kLog2E = 1.44269502f;
+constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
+constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
+constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
+constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes together: half the L2
+constexpr int64_t kSlack = 128;              // bytes that a vector may write beyond a buffer
+#ifdef __AVX512BF16__
+constexpr bool kHalf = true;
+#else
+constexpr bool kHalf = false;
+#endif
+
+constexpr int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <typename Element>
+constexpr int64_t kGroup = 4 / sizeof(Element);  // elements of a word
+
+template <typename Element>
+constexpr bool kCodes = std::is_same_v<Element, uint8_t>;
+
+template <typename Element>
+using Accumulator = std::conditional_t<kCodes<Element>, int32_t, float>;
+
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+inline Vec load_floats(const float* p, int64_t count) { return count == kLanes ? Vec::loadu(p) : Vec::loadu(p, count); }
+
+inline Vec load_floats(const BFloat16* p, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
+  alignas(64) float values[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  return Vec::loadu(values);
+#endif
+}
+
+inline Vec load_floats(const int32_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  alignas(64) float values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(p[i]);
+  return Vec::loadu(values);
+#endif
+}
+
+inline void store_elements(float* p, Vec x) { x.store(p); }
+
+#ifdef __AVX512BF16__
+inline void store_elements(BFloat16* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+}
+#endif
+
+// Rounded half to even, of 0 to 255.
+inline void store_elements(uint8_t* p, Vec x) {
+#if defined(CPU_CAPABILITY_AVX512)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
+#else
+  alignas(64) float values[kLanes];
+  x.round().store(values);
+  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
+#endif
+}
+
+// The larger one; without the care for numbers that are none that `at::vec::maximum` takes.
+inline Vec larger(Vec a, Vec b) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return at::vec::maximum(a, b);
+#endif
+}
+
+// clamp(x * factor + offset, 0, top), to be rounded half to even when it is stored; a NaN becomes 0.
+inline Vec codes_of(Vec x, Vec factor, Vec offset, Vec top) {
+  const Vec position = x * factor + offset;
+#if defined(CPU_CAPABILITY_AVX512)  // the second operand where the first is not a number
+  return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top);
+#else
+  alignas(64) float values[kLanes];
+  position.store(values);
+  for (float& value : values) value = value > 0 ? value : 0;
+  return at::vec::minimum(Vec::loadu(values), top);
+#endif
+}
+
+// p * 2^n for n in the lowest bits of z.
+inline Vec scale_by_power(Vec p, Vec z) {
+#if defined(CPU_CAPABILITY_AVX512)
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
+#else
+  alignas(64) uint32_t a[kLanes], b[kLanes];
+  p.store(a);
+  z.store(b);
+  for (int64_t i = 0; i < kLanes; ++i) a[i] += b[i] << 23;
+  return Vec::loadu(a);
+#endif
+}
+
+// `otherwise` where two ids differ, else 0.
+inline Vec where_different(const int32_t* ids, int32_t id, Vec otherwise) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto different = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id));
+  return _mm512_maskz_mov_ps(different, otherwise);
+#elif defined(CPU_CAPABILITY_AVX2)
+  const auto loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids));
+  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(loaded, _mm256_set1_epi32(id))), otherwise);
+#else
+  alignas(64) float values[kLanes];
+  otherwise.store(values);
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = ids[i] == id ? 0 : values[i];
+  return Vec::loadu(values);
+#endif
+}
+
+// 2^t for |t| <= 126. float32: relative error below 2^-21, exactly 1 at 0. bfloat16: the square root of two times 2^t, in
+// [1, 2) times a power of two, with half a step of bfloat16 added, so that cutting off 16 bits rounds to nearest; relative
+// error before rounding 2^-13.7. The constant factor cancels in a softmax.
+template <typename Element>
+inline Vec power_of_two(Vec t) {
+  const Vec magic(12582912.f);  // adding 1.5 * 2^23 rounds to a whole number, which is then in the lowest bits
+  const Vec z = t + magic;
+  const Vec f = t - (z - magic);
+  Vec p;
+  if constexpr (std::is_same_v<Element, BFloat16>) {
+    p = at::vec::fmadd(f, Vec(0.07802452f), Vec(0.34310395f));
+    p = at::vec::fmadd(f, p, Vec(0.98041910f));
+    p = at::vec::fmadd(f, p, Vec(1.41411185f + 0.00390625f));
+  } else {
+    p = at::vec::fmadd(f, Vec(0.0013264727f), Vec(0.0096715130f));
+    p = at::vec::fmadd(f, p, Vec(0.055507336f));
+    p = at::vec::fmadd(f, p, Vec(0.24022242f));
+    p = at::vec::fmadd(f, p, Vec(0.69314700f));
+    p = at::vec::fmadd(f, p, Vec(1.f));
+  }
+  return scale_by_power(p, z);
+}
+
+// One word for each query, of as many rows of the map as it holds.
+inline void store_words(float* p, const Vec* rows) { rows[0].store(p); }
+
+#ifdef __AVX512BF16__
+inline void store_words(BFloat16* p, const Vec* rows) {
+  const auto low = _mm512_srli_epi32(_mm512_castps_si512(rows[0]), 16);
+  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(rows[1])));
+}
+#endif
+
+inline void store_words(uint8_t* p, const Vec* rows) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto low = _mm512_or_si512(_mm512_cvtps_epi32(rows[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[1]), 8));
+  const auto high = _mm512_or_si512(_mm512_cvtps_epi32(rows[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[3]), 8));
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#elif defined(CPU_CAPABILITY_AVX2)
+  const auto low = _mm256_or_si256(_mm256_cvtps_epi32(rows[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[1]), 8));
+  const auto high = _mm256_or_si256(_mm256_cvtps_epi32(rows[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[3]), 8));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
+#else
+  for (int64_t r = 0; r < 4; ++r) {
+    alignas(64) float values[kLanes];
+    rows[r].round().store(values);
+    for (int64_t i = 0; i < kLanes; ++i) p[4 * i + r] = static_cast<uint8_t>(values[i]);
+  }
+#endif
+}
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+// Buffers of one thread. They stay for the next call: fresh pages cost more than the attention of a small window.
+class Arena {
+ public:
+  void start(int64_t bytes) {
+    if (bytes > size_) {
+      block_.reset(static_cast<char*>(std::aligned_alloc(64, round_up(bytes, 64))));
+      TORCH_CHECK(block_, "window_attention: no memory for ", bytes, " bytes");
+      size_ = bytes;
+    }
+    used_ = 0;
+  }
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = reinterpret_cast<T*>(block_.get() + used_);
+    used_ += bytes_of<T>(count);
+    return p;
+  }
+
+  template <typename T>
+  static constexpr int64_t bytes_of(int64_t count) { return round_up(count * sizeof(T) + kSlack, 64); }
+
+ private:
+  struct Free { void operator()(char* p) const { std::free(p); } };
+  std::unique_ptr<char, Free> block_;
+  int64_t size_ = 0, used_ = 0;
+};
+
+Arena& arena() {
+  static thread_local Arena of_thread;
+  return of_thread;
+}
+
+inline void store_row(float* to, const float* from, int64_t count) {
+  for (int64_t i = 0; i < count; i += kLanes) Vec::loadu(from + i).store(to + i, std::min(kLanes, count - i));
+}
+
+inline void store_row(BFloat16* to, const float* from, int64_t count) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto rounded = at::vec::cvtfp32_bf16(_mm512_loadu_ps(from));
+  _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << count) - 1), rounded);
+#else
+  for (int64_t i = 0; i < count; ++i) to[i] = BFloat16(from[i]);
+#endif
+}
+
+// 16 x 16 words.
+inline void transpose_tile(const void* from, int64_t from_stride, void* to, int64_t to_stride) {
+  const float* source = static_cast<const float*>(from);
+  float* target = static_cast<float*>(to);
+#if defined(CPU_CAPABILITY_AVX512)
+  __m512 a[16], b[16];
+  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_ps(source + i * from_stride);
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_ps(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_ps(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const __m512d low = _mm512_castps_pd(b[i + j]), high = _mm512_castps_pd(b[i + j + 2]);
+      a[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+      a[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
+    }
+  }
+  for (int j = 0; j < 4; ++j) {  // now quarters: row j of each four rows
+    const __m512 low = _mm512_shuffle_f32x4(a[j], a[j + 4], 0x88), low_odd = _mm512_shuffle_f32x4(a[j], a[j + 4], 0xdd);
+    const __m512 high = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0x88);
+    const __m512 high_odd = _mm512_shuffle_f32x4(a[j + 8], a[j + 12], 0xdd);
+    _mm512_storeu_ps(target + j * to_stride, _mm512_shuffle_f32x4(low, high, 0x88));
+    _mm512_storeu_ps(target + (j + 8) * to_stride, _mm512_shuffle_f32x4(low, high, 0xdd));
+    _mm512_storeu_ps(target + (j + 4) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0x88));
+    _mm512_storeu_ps(target + (j + 12) * to_stride, _mm512_shuffle_f32x4(low_odd, high_odd, 0xdd));
+  }
+#else
+  at::vec::transpose_mxn<float, kTile, kTile>(source, from_stride, target, to_stride);
+#endif
+}
+
+// --- operands --------------------------------------------------------------------------------------------------------
+
+struct Tokens {  // a matrix of tokens from a column on
+  const void* data;
+  int64_t stride;
+  bool bfloat16;
+};
+
+struct Quantizer {  // of the channels of a head, padded to whole vectors with zeros
+  const float* factor = nullptr;
+  const float* offset = nullptr;
+  float step = 0, lower = 0, top = 0;
+};
+
+struct Problem {
+  Tokens q, k, v;
+  const int32_t *q_rows, *k_rows, *out_rows;
+  void* out;
+  bool out_bfloat16;
+  int64_t out_stride;
+  int64_t windows, queries, keys, heads, head_dim, block;
+  const float *q_factor, *score_factor;
+  const float* bias = nullptr;  // [heads, blocks, keys, block]
+  const int32_t *q_region = nullptr, *k_region = nullptr;
+  float mask_value = 0;
+  const float* mask_table = nullptr;  // [tables, blocks, keys, block]
+  const int32_t* mask_index = nullptr;
+  float largest_bias = 0;
+  bool relative = false;
+  Quantizer q_codes, k_codes, map_codes, v_codes;
+  int32_t *score_accumulators = nullptr, *value_accumulators = nullptr;  // what tests look at
+  uint8_t* map_out = nullptr;
+
+  int64_t blocks() const { return (queries + block - 1) / block; }
+};
+
+// Rows of tokens, from `channel` on, to [rows][heads][stride] elements. Channels beyond `head_dim` are zero; rows of -1 are
+// tokens of zeros.
+template <typename Element, typename Float>
+void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head, int64_t heads,
+           const float* factors, const Quantizer& quantizer, int64_t stride, const Float* zeros, Element* to) {
+  const Float* data = static_cast<const Float*>(tokens.data) + first_head * p.head_dim;
+  const Vec top(quantizer.top);
+  for (int64_t n = 0; n < count; ++n, to += heads * stride) {
+    const Float* from = rows[n] < 0 ? zeros : data + rows[n] * tokens.stride;
+    for (int64_t h = 0; h < heads; ++h) {
+      const Vec factor(factors ? factors[h] : 1.f);
+      for (int64_t j = 0; j < p.head_dim; j += kLanes) {
+        Vec x = load_floats(from + h * p.head_dim + j, std::min(kLanes, p.head_dim - j));
+        if (factors) x = x * factor;
+        if constexpr (kCodes<Element>)
+          x = codes_of(x, Vec::loadu(quantizer.factor + j), Vec::loadu(quantizer.offset + j), top);
+        store_elements(to + h * stride + j, x);
+      }
+    }
+  }
+}
+
+// [rows][words] to [words][rows]; both sides padded to whole tiles.
+void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_t words, void* to, int64_t to_stride) {
+  for (int64_t w = 0; w < words; w += kTile)
+    for (int64_t n = 0; n < rows; n += kTile)
+      transpose_tile(static_cast<const uint32_t*>(from) + n * from_stride + w, from_stride,
+                     static_cast<uint32_t*>(to) + w * to_stride + n, to_stride);
+}
+
+// A row of words to a row for each element of a word.
+template <typename Element>
+inline void split_words(const uint32_t* words, Element* to, int64_t to_stride) {
+  for (int64_t e = 0; e < kGroup<Element>; ++e) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const auto shifted = _mm512_srli_epi32(_mm512_loadu_si512(words), static_cast<unsigned>(8 * sizeof(Element) * e));
+    if constexpr (sizeof(Element) == 2)
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + e * to_stride), _mm512_cvtepi32_epi16(shifted));
+    else if constexpr (sizeof(Element) == 1)
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(to + e * to_stride), _mm512_cvtepi32_epi8(shifted));
+    else
+      _mm512_storeu_si512(to + e * to_stride, shifted);
+#else
+    const Element* elements = reinterpret_cast<const Element*>(words);
+    for (int64_t i = 0; i < kTile; ++i) to[e * to_stride + i] = elements[i * kGroup<Element> + e];
+#endif
+  }
+}
+
+// [rows][columns] to [columns][rows], element by element.
+template <typename Element>
+void transpose_elements(const Element* from, int64_t from_stride, int64_t rows, int64_t columns, Element* to,
+                        int64_t to_stride) {
+  const int64_t words = (columns + kGroup<Element> - 1) / kGroup<Element>;
+  alignas(64) uint32_t tile[kTile * kTile];
+  for (int64_t w = 0; w < words; w += kTile) {
+    for (int64_t m = 0; m < rows; m += kTile) {
+      transpose_tile(reinterpret_cast<const uint32_t*>(from + m * from_stride) + w, from_stride / kGroup<Element>, tile,
+                     kTile);
+      for (int64_t i = 0; i < std::min(kTile, words - w); ++i)
+        split_words(tile + i * kTile, to + (w + i) * kGroup<Element> * to_stride + m, to_stride);
+    }
+  }
+}
+
+// Largest magnitude in each column; reads and writes whole vectors.
+template <typename Element>
+void column_maxima(const Element* rows, int64_t count, int64_t columns, Element* maxima) {
+#if defined(CPU_CAPABILITY_AVX512)
+  for (int64_t j = 0; j < columns; j += 64 / sizeof(Element)) {
+    __m512i most = _mm512_setzero_si512();  // magnitudes are ordered like their bits
+    for (int64_t n = 0; n < count; ++n) {
+      const __m512i bits = _mm512_loadu_si512(rows + n * columns + j);
+      if constexpr (sizeof(Element) == 2)
+        most = _mm512_max_epu16(most, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
+      else
+        most = _mm512_max_epu32(most, _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff)));
+    }
+    _mm512_storeu_si512(maxima + j, most);
+  }
+#else
+  std::fill_n(maxima, columns, Element(0));
+  for (int64_t n = 0; n < count; ++n)
+    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * columns + j]))));
+#endif
+}
+
+// --- softmax ---------------------------------------------------------------------------------------------------------
+
+template <typename Element>
+struct Scores {  // of a head and a block of queries, in units of log 2
+  Accumulator<Element>* products;  // [keys][block]; with a maximum they are overwritten with the scores
+  Element* map;                    // [keys, in words][block]
+  int64_t keys, block;
+  const float* bias;
+  int64_t bias_stride;
+  const float* table;              // a second bias, or none
+  const int32_t *q_region, *k_region;
+  float mask;
+  float scale;                     // codes: of the accumulators
+  const float* key_constants;      // codes: what the lower bound of q adds for each key
+  Quantizer quantizer;             // codes: of the map
+  bool relative;
+};
+
+enum class Mask { kNone, kTable, kRegion };
+
+template <typename Element, Mask mask>
+inline Vec score(const Scores<Element>& s, int64_t m, int64_t n) {
+  Vec t;
+  if constexpr (kCodes<Element>)
+    t = at::vec::fmadd(load_floats(s.products + m * s.block + n), Vec(s.scale), Vec(s.key_constants[m]));
+  else
+    t = Vec::loadu(s.products + m * s.block + n);
+  t = at::vec::fmadd(Vec::loadu(s.bias + m * s.bias_stride + n), Vec(kLog2E), t);
+  if constexpr (mask == Mask::kTable) t = at::vec::fmadd(Vec::loadu(s.table + m * s.block + n), Vec(kLog2E), t);
+  if constexpr (mask == Mask::kRegion) t = t + where_different(s.q_region + n, s.k_region[m], Vec(s.mask));
+  return t;
+}
+
+// Scores in place of products, and the largest of each query.
+template <typename Element, Mask mask, int columns>
+inline void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
+  float* scores = reinterpret_cast<float*>(s.products) + n;
+  for (int c = 0; c < columns; ++c) largest[c] = Vec(-INFINITY);
+  for (int64_t m = 0; m < s.keys; ++m) {
+    for (int c = 0; c < columns; ++c) {
+      const Vec t = score<Element, mask>(s, m, n + c * kLanes);
+      largest[c] = larger(largest[c], t);
+      t.store(scores + m * s.block + c * kLanes);
+    }
+  }
+}
+
+template <int columns>
+inline void exponentials(float* scores, int64_t keys, int64_t block, const Vec* largest, Vec* sums) {
+  for (int c = 0; c < columns; ++c) sums[c] = Vec(0.f);
+  for (int64_t m = 0; m < keys; ++m) {
+    for (int c = 0; c < columns; ++c) {
+      float* at = scores + m * block + c * kLanes;
+      const Vec x = power_of_two<float>(larger(Vec::loadu(at) - largest[c], Vec(kSmallestExponent)));
+      sums[c] = sums[c] + x;
+      x.store(at);
+    }
+  }
+}
+
+template <typename Element, int columns, typename Row>
+inline void write_map(const Scores<Element>& s, int64_t n, const Row& row) {
+  constexpr int64_t group = kGroup<Element>;
+  for (int64_t m = 0; m < s.keys; m += group) {
+    Element* to = s.map + m * s.block + n * group;
+    for (int c = 0; c < columns; ++c) {
+      Vec rows[group];
+      for (int64_t r = 0; r < group; ++r) rows[r] = m + r < s.keys ? row(m + r, c) : Vec(0.f);
+      store_words(to + c * kLanes * group, rows);
+    }
+  }
+}
+
+// Codes of a map: entries lie in 0..1, so clamping is seldom needed.
+template <bool clamp>
+inline Vec map_code(Vec x, const Quantizer& quantizer) {
+  const Vec position = at::vec::fmadd(x, Vec(quantizer.factor[0]), Vec(quantizer.offset[0]));
+  return clamp ? codes_of(position, Vec(1.f), Vec(0.f), Vec(quantizer.top)) : position;
+}
+
+template <typename Element, bool clamp, int columns>
+void write_codes(const Scores<Element>& s, int64_t n, const Vec* largest) {
+  float* scores = reinterpret_cast<float*>(s.products) + n;
+  if (s.relative) {
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
+      return map_code<clamp>(power_of_two<float>(larger(t, Vec(kSmallestExponent))), s.quantizer);
+    });
+  } else {
+    Vec sums[columns];
+    exponentials<columns>(scores, s.keys, s.block, largest, sums);
+    for (int c = 0; c < columns; ++c) sums[c] = Vec(1.f) / sums[c];
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      return map_code<clamp>(Vec::loadu(scores + m * s.block + c * kLanes) * sums[c], s.quantizer);
+    });
+  }
+}
+
+template <typename Element, Mask mask, bool bounded, int columns>
+void softmax_columns(const Scores<Element>& s, int64_t n) {
+  if constexpr (bounded) {
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      return power_of_two<Element>(score<Element, mask>(s, m, n + c * kLanes));
+    });
+    return;
+  } else {
+    Vec largest[columns];
+    maxima<Element, mask, columns>(s, n, largest);
+    if constexpr (kCodes<Element>) {
+      const Quantizer& q = s.quantizer;
+      if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
+        write_codes<Element, false, columns>(s, n, largest);
+      else
+        write_codes<Element, true, columns>(s, n, largest);
+    } else {
+      const float* scores = reinterpret_cast<const float*>(s.products) + n;
+      write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+        const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
+        return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
+      });
+    }
+  }
+}
+
+template <typename Element, Mask mask, bool bounded>
+void softmax(const Scores<Element>& s, int64_t queries) {
+  int64_t n = 0;
+  for (; n + 2 * kLanes <= queries; n += 2 * kLanes) softmax_columns<Element, mask, bounded, 2>(s, n);
+  for (; n < queries; n += kLanes) softmax_columns<Element, mask, bounded, 1>(s, n);
+}
+
+template <typename Element>
+void softmax(const Scores<Element>& s, int64_t queries, bool bounded) {
+  if (s.table) return softmax<Element, Mask::kTable, false>(s, queries);
+  if (s.q_region) return softmax<Element, Mask::kRegion, false>(s, queries);
+  if constexpr (!kCodes<Element>)
+    if (bounded) return softmax<Element, Mask::kNone, true>(s, queries);
+  softmax<Element, Mask::kNone, false>(s, queries);
+}
+
+// --- one window ------------------------------------------------------------------------------------------------------
+
+// A thread's buffers and what it does with the heads of a group in one window after the other.
+template <typename Element>
+class Worker {
+ public:
+  Worker(const Problem& p, int64_t group)
+      : p_(p),
+        group_(group),
+        stride_(round_up(p.head_dim, p.head_dim > kLine ? kLine : kPack)),
+        value_stride_(round_up(p.head_dim + 1, kPack)),
+        queries_(round_up(p.queries, kTile)),
+        keys_(round_up(p.keys, std::max(kLine, kTile))),
+        sum_columns_(round_up(group, kTile)) {
+    place(false);
+    arena().start(bytes_);
+    place(true);
+    std::memset(zeros_, 0, zeros() * sizeof(float));
+    std::memset(q_region_, 0, queries_ * sizeof(int32_t));
+    std::memset(static_cast<void*>(map_), 0, keys_ * p.block * sizeof(Element));
+    std::memset(static_cast<void*>(values_), 0, (group * value_stride_ + kTile) * keys_ * sizeof(Element));
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_available()) amx_.emplace(std::min(stride_, kLine) / kPack);
+    }
+#endif
+    if constexpr (kCodes<Element>) fill_ones();
+  }
+
+  // Attention of a group of heads in a window. `next` is the window after it, whose tokens are fetched meanwhile.
+  void run(int64_t window, int64_t first_head, int64_t next) {
+    window_ = window;
+    next_ = next;
+    fetched_ = 0;
+    first_head_ = first_head;
+    heads_ = std::min(group_, p_.heads - first_head);
+    read_queries_and_keys();
+    read_values();
+    if constexpr (kCodes<Element>) sum_codes();
+    find_mask();
+    const int64_t parts = 3 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
+    fetch_step_ = (p_.queries + 2 * p_.keys + parts - 1) / parts;
+    for (int64_t n = 0; n < p_.queries; n += p_.block) {
+      const int64_t width = std::min(p_.block, queries_ - n);
+      fetch_output(n);
+      for (int64_t h = 0; h < heads_; ++h) attend(n, width, h);
+      write(n, width);
+    }
+  }
+
+ private:
+  static constexpr int64_t kPack = kGroup<Element>;
+  static constexpr int64_t kLine = 64 / sizeof(Element);  // elements of a row of a tile
+
+  int64_t zeros() const { return std::max(group_ * p_.head_dim, p_.block); }
+
+  // Counts bytes, or gives each buffer its place.
+  void place(bool now) {
+    bytes_ = 0;
+    const auto take = [&]<typename T>(T*& pointer, int64_t count) {
+      bytes_ += Arena::bytes_of<T>(count);
+      if (now) pointer = arena().take<T>(count);
+    };
+    const int64_t columns = group_ * stride_, value_columns = group_ * value_stride_;
+    take(rows_, std::max(queries_, keys_) * std::max(columns, value_columns) + kTile * kPack);
+    take(queries_packed_, round_up(columns / kPack, kTile) * queries_ * kPack);
+    take(keys_rows_, keys_ * columns);
+    take(values_, (value_columns + kTile) * keys_);
+    take(products_, keys_ * p_.block);
+    take(map_, keys_ * p_.block);
+    take(sums_and_products_, round_up(p_.head_dim + 1, kTile) * p_.block);
+    take(result_, round_up(group_ * p_.head_dim, kTile) * p_.block);
+    take(zeros_, zeros());
+    take(q_region_, queries_);
+    take(factors_, group_);
+    take(bounds_, group_);
+    take(maxima_, 2 * round_up(columns, kTile));
+    if constexpr (kCodes<Element>) {
+      take(head_ones_, columns * sum_columns_);
+      take(ones_, keys_ * kTile);
+      take(key_sums_, keys_ * sum_columns_);
+      take(key_constants_, keys_ * sum_columns_);
+      take(value_sums_, round_up(value_columns, kTile) * kTile);
+    }
+  }
+
+  // Right operands that make sums of codes: ones, and ones where a channel belongs to a head.
+  void fill_ones() {
+    std::memset(ones_, 1, keys_ * kTile);
+    std::memset(head_ones_, 0, group_ * stride_ * sum_columns_);
+    for (int64_t h = 0; h < group_; ++h) {
+      for (int64_t j = 0; j < p_.head_dim; ++j) {
+        const int64_t row = h * stride_ + j;
+        head_ones_[(row / kPack * sum_columns_ + h) * kPack + row % kPack] = 1;
+      }
+    }
+  }
+
+  void read(const Tokens& tokens, const int32_t* rows, int64_t count, const float* factors, const Quantizer& quantizer,
+            int64_t stride, Element* to) {
+    const auto read_as = [&](auto* zeros) {
+      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, stride, zeros, to);
+    };
+    if (tokens.bfloat16)
+      read_as(reinterpret_cast<const BFloat16*>(zeros_));
+    else
+      read_as(static_cast<const float*>(zeros_));
+  }
+
+  void read_queries_and_keys() {
+    const int64_t columns = heads_ * stride_;
+    for (int64_t h = 0; h < heads_; ++h) {  // the factor of the scores goes into q as well where q is not quantized
+      const float factor = p_.q_factor[first_head_ + h];
+      factors_[h] = kCodes<Element> ? factor : factor * p_.score_factor[first_head_ + h] * kLog2E;
+    }
+    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, stride_, keys_rows_);
+    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, stride_, rows_);
+    if constexpr (!kCodes<Element>) bound_scores();
+    clear_rows(p_.queries, queries_, columns);
+    transpose_words(rows_, columns / kPack, queries_, columns / kPack, queries_packed_, queries_);
+  }
+
+  // To [heads][channels, and a row of ones][keys]; keys that only pad are zero.
+  void read_values() {
+    const int64_t columns = heads_ * value_stride_;
+    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, value_stride_, rows_);
+    clear_rows(p_.keys, keys_, columns);
+    transpose_elements(rows_, columns, keys_, columns, values_, keys_);
+    for (int64_t h = 0; h < heads_; ++h)
+      std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
+  }
+
+  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias.
+  void bound_scores() {
+    const int64_t columns = heads_ * stride_;
+    column_maxima(rows_, p_.queries, columns, maxima_);
+    column_maxima(keys_rows_, p_.keys, columns, maxima_ + round_up(columns, kTile));
+    const Element *q = maxima_, *k = maxima_ + round_up(columns, kTile);
+    for (int64_t h = 0; h < heads_; ++h, q += stride_, k += stride_) {
+      float bound = p_.largest_bias * kLog2E;
+      for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
+      bounds_[h] = bound;
+    }
+  }
+
+  void clear_rows(int64_t from, int64_t to, int64_t columns) {
+    std::memset(static_cast<void*>(rows_ + from * columns), 0, (to - from) * columns * sizeof(Element));
+  }
+
+  // Sums of the codes of k over channels, times what they are multiplied with in the scores, and of v over keys.
+  void sum_codes() {
+    const int64_t columns = heads_ * stride_, value_columns = heads_ * value_stride_;
+    products_with_ones(columns, value_columns);
+    transpose_words(key_sums_, sum_columns_, keys_, sum_columns_, key_constants_, keys_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      const Vec factor(p_.k_codes.step * p_.q_codes.lower * p_.score_factor[first_head_ + h] * kLog2E);
+      float* constants = key_constants_ + h * keys_;
+      for (int64_t m = 0; m < keys_; m += kLanes)
+        (load_floats(reinterpret_cast<const int32_t*>(constants + m)) * factor).store(constants + m);
+    }
+  }
+
+  void products_with_ones(int64_t columns, int64_t value_columns) {
+#ifdef HARMOQ_AMX
+    if (amx_) {
+      amx_tall(*amx_, keys_rows_, columns, head_ones_, sum_columns_ * 4, key_sums_, sum_columns_ * 4,
+               round_up(p_.keys, kTile), sum_columns_, columns / std::min(stride_, kLine));
+      amx_wide(values_, keys_, ones_, kTile * 4, value_sums_, kTile * 4, round_up(value_columns, kTile), kTile,
+               keys_ / kLine);
+      return;
+    }
+#endif
+    gemm(p_.keys, sum_columns_, columns, columns, sum_columns_, sum_columns_, keys_rows_, head_ones_, key_sums_);
+    gemm(value_columns, kTile, keys_, keys_, kTile, kTile, values_, ones_, value_sums_);
+  }
+
+  void find_mask() {
+    table_ = nullptr;
+    regions_ = false;
+    if (p_.mask_table && p_.mask_index[window_] >= 0)
+      table_ = p_.mask_table + p_.mask_index[window_] * p_.blocks() * p_.keys * p_.block;
+    if (!p_.q_region) return;
+    const int32_t *q = p_.q_region + window_ * p_.queries, *k = p_.k_region + window_ * p_.keys;
+    int32_t differ = 0;
+    for (int64_t n = 0; n < p_.queries; ++n) differ |= q[n] ^ q[0];
+    for (int64_t m = 0; m < p_.keys; ++m) differ |= k[m] ^ q[0];
+    regions_ = differ != 0;
+    if (regions_) std::copy_n(q, p_.queries, q_region_);
+  }
+
+  void fetch_output(int64_t first) const {
+    const int64_t size = p_.out_bfloat16 ? 2 : 4, begin = first_head_ * p_.head_dim * size;
+    const int32_t* rows = p_.out_rows + window_ * p_.queries;
+    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n) {
+      if (rows[n] < 0) continue;
+      const char* row = static_cast<const char*>(p_.out) + rows[n] * p_.out_stride * size + begin;
+      for (int64_t i = 0; i < heads_ * p_.head_dim * size; i += 64) __builtin_prefetch(row + i, 1);
+    }
+  }
+
+  void fetch_some() {
+    if (next_ < 0) return;
+    const int64_t end = std::min(fetched_ + fetch_step_, p_.queries + 2 * p_.keys);
+    for (; fetched_ < end; ++fetched_) {
+      if (fetched_ < p_.queries)
+        fetch(p_.q, p_.q_rows[next_ * p_.queries + fetched_]);
+      else if (fetched_ < p_.queries + p_.keys)
+        fetch(p_.k, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries]);
+      else
+        fetch(p_.v, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries - p_.keys]);
+    }
+  }
+
+  void fetch(const Tokens& tokens, int32_t row) const {
+    if (row < 0) return;
+    const int64_t size = tokens.bfloat16 ? 2 : 4, bytes = heads_ * p_.head_dim * size;
+    const char* begin =
+        static_cast<const char*>(tokens.data) + row * tokens.stride * size + first_head_ * p_.head_dim * size;
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
+  }
+
+  Scores<Element> scores(int64_t n, int64_t h) const {
+    const int64_t head = first_head_ + h, block = n / p_.block, size = p_.keys * p_.block;
+    Scores<Element> s{};
+    s.products = products_;
+    s.map = map_;
+    s.keys = p_.keys;
+    s.block = p_.block;
+    s.bias = p_.bias ? p_.bias + (head * p_.blocks() + block) * size : zeros_;
+    s.bias_stride = p_.bias ? p_.block : 0;
+    s.table = table_ ? table_ + block * size : nullptr;
+    s.q_region = regions_ ? q_region_ + n : nullptr;
+    s.k_region = regions_ ? p_.k_region + window_ * p_.keys : nullptr;
+    s.mask = p_.mask_value * kLog2E;
+    if constexpr (kCodes<Element>) {
+      s.scale = p_.q_codes.step * p_.k_codes.step * p_.score_factor[head] * kLog2E;
+      s.key_constants = key_constants_ + h * keys_;
+      s.quantizer = p_.map_codes;
+      s.relative = p_.relative;
+    }
+    return s;
+  }
+
+  void attend(int64_t n, int64_t width, int64_t h) {
+    fetch_some();
+    const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
+    score_products(keys_rows_ + h * stride_, q, width);
+    if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
+    fetch_some();
+    softmax(scores(n, h), width, !kCodes<Element> && bounds_[h] < kBound);
+    fetch_some();
+    const Element* v = values_ + h * value_stride_ * keys_;
+    value_products(v, width);
+    if constexpr (kCodes<Element>) {
+      show(p_.value_accumulators, sums_and_products_, p_.head_dim, n, h);
+      show_map(n, h);
+      values_of_codes(width, h);
+    } else {
+      normalize(width, h);
+    }
+  }
+
+  void score_products(const Element* k, const Element* q, int64_t width) {
+    const int64_t k_stride = heads_ * stride_;
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_)
+        return amx_tall(*amx_, k, k_stride * sizeof(Element), q, queries_ * 4, products_, p_.block * 4,
+                        round_up(p_.keys, kTile), width, (stride_ + kLine - 1) / kLine);
+    }
+#endif
+    gemm(p_.keys, width, stride_, k_stride, queries_, p_.block, k, q, products_);
+  }
+
+  void value_products(const Element* v, int64_t width) {
+#ifdef HARMOQ_AMX
+    if constexpr (sizeof(Element) <= 2) {
+      if (amx_)
+        return amx_wide(v, keys_ * sizeof(Element), map_, p_.block * 4, sums_and_products_, p_.block * 4,
+                        round_up(p_.head_dim + 1, kTile), width, keys_ / kLine);
+    }
+#endif
+    gemm(p_.head_dim + 1, width, round_up(p_.keys, kPack), keys_, p_.block, p_.block, v, map_, sums_and_products_);
+  }
+
+  void normalize(int64_t width, int64_t h) {
+    for (int64_t n = 0; n < width; n += kLanes) {
+      const float* o = sums_and_products_ + n;
+      const Vec reciprocal = Vec(1.f) / Vec::loadu(o + p_.head_dim * p_.block);
+      float* result = result_ + h * p_.head_dim * p_.block + n;
+      for (int64_t j = 0; j < p_.head_dim; ++j)
+        (Vec::loadu(o + j * p_.block) * reciprocal).store(result + j * p_.block);
+    }
+  }
+
+  // `matmul_epilogue` of the map and v; a relative map is divided by the sum of its rounded entries.
+  void values_of_codes(int64_t width, int64_t h) {
+    const Quantizer &map = p_.map_codes, &v = p_.v_codes;
+    const Vec scale(map.step * v.step), step(map.step), base(map.lower * p_.keys), lower(v.lower);
+    for (int64_t n = 0; n < width; n += kLanes) {
+      const int32_t* o = sums_and_products_ + n;
+      const Vec row_sum = at::vec::fmadd(load_floats(o + p_.head_dim * p_.block), step, base);
+      const Vec factor = p_.relative ? Vec(1.f) / larger(row_sum, Vec(1e-30f)) : Vec(1.f);
+      float* result = result_ + h * p_.head_dim * p_.block + n;
+      for (int64_t j = 0; j < p_.head_dim; ++j) {
+        const float column_sum = static_cast<float>(value_sums_[(h * value_stride_ + j) * kTile]);
+        const Vec constant = at::vec::fmadd(row_sum, lower, Vec(column_sum * v.step * map.lower));
+        const Vec product = at::vec::fmadd(load_floats(o + j * p_.block), scale, constant);
+        (product * factor).store(result + j * p_.block);
+      }
+    }
+  }
+
+  // Transposed accumulators [count][block] of a head to `to` [windows, heads, queries, count].
+  void show(int32_t* to, const int32_t* accumulators, int64_t count, int64_t first, int64_t h) const {
+    if (!to) return;
+    to += (window_ * p_.heads + first_head_ + h) * p_.queries * count;
+    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n)
+      for (int64_t i = 0; i < count; ++i) to[n * count + i] = accumulators[i * p_.block + n - first];
+  }
+
+  void show_map(int64_t first, int64_t h) const {
+    if (!p_.map_out) return;
+    uint8_t* to = p_.map_out + (window_ * p_.heads + first_head_ + h) * p_.queries * p_.keys;
+    const uint8_t* map = reinterpret_cast<const uint8_t*>(map_);
+    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n)
+      for (int64_t m = 0; m < p_.keys; ++m)
+        to[n * p_.keys + m] = map[(m / kPack * p_.block + n - first) * kPack + m % kPack];
+  }
+
+  void write(int64_t first, int64_t width) {
+    const auto write_as = [&](auto* out) {
+      const int64_t columns = heads_ * p_.head_dim;
+      alignas(64) float tile[kTile * kTile];
+      out += first_head_ * p_.head_dim;
+      for (int64_t n = 0; n < width; n += kTile) {
+        const int32_t* rows = p_.out_rows + window_ * p_.queries + first + n;
+        const int64_t count = std::min(kTile, p_.queries - first - n);
+        for (int64_t c = 0; c < columns; c += kTile) {
+          transpose_tile(result_ + c * p_.block + n, p_.block, tile, kTile);
+          for (int64_t i = 0; i < count; ++i)
+            if (rows[i] >= 0) store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
+        }
+      }
+    };
+    if (p_.out_bfloat16)
+      write_as(static_cast<BFloat16*>(p_.out));
+    else
+      write_as(static_cast<float*>(p_.out));
+  }
+
+  const Problem& p_;
+  const int64_t group_, stride_, value_stride_, queries_, keys_, sum_columns_;
+  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0, next_ = -1, fetched_ = 0, fetch_step_ = 0;
+  Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
+  Accumulator<Element>*products_, *sums_and_products_;
+  float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
+  int32_t *q_region_, *key_sums_, *value_sums_;
+  const float* table_ = nullptr;
+  bool regions_ = false;
+#ifdef HARMOQ_AMX
+  std::optional<AmxTiles> amx_;
+#endif
+};
+
+// Heads whose bias fits the cache go over all windows together; few windows are shared out by heads.
+int64_t heads_of_a_pass(const Problem& p) {
+  const int64_t bytes = p.bias ? p.blocks() * p.keys * p.block * int64_t(sizeof(float)) : 1;
+  const int64_t most = std::clamp<int64_t>(kBiasBytes / bytes, 1, p.heads);
+  if (p.windows * ((p.heads + most - 1) / most) < 2 * at::get_num_threads()) return 1;
+  const int64_t passes = (p.heads + most - 1) / most;
+  return (p.heads + passes - 1) / passes;
+}
+
+template <typename Element>
+void attend_all(const Problem& p) {
+  const int64_t group = heads_of_a_pass(p), passes = (p.heads + group - 1) / group;
+  at::parallel_for(0, passes * p.windows, 1, [&](int64_t begin, int64_t end) {
+    Worker<Element> worker(p, group);
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t next = i % p.windows + 1;
+      worker.run(i % p.windows, i / p.windows * group, next < p.windows && i + 1 < end ? next : -1);
+    }
+    gemm_done();
+  });
+}
+
+// --- the operator ----------------------------------------------------------------------------------------------------
+
+void check_rows(const char* name, const Tensor& rows, int64_t windows, int64_t tokens, int64_t most) {
+  TORCH_CHECK(rows.scalar_type() == at::kInt && rows.is_contiguous() && rows.dim() == 2 && rows.size(0) == windows &&
+                  rows.size(1) == tokens,
+              "window_attention: ", name, " must be int32 [", windows, ", ", tokens, "], contiguous");
+  const int32_t* p = rows.const_data_ptr<int32_t>();
+  int32_t least = -1, largest = -1;
+  for (int64_t i = 0; i < rows.numel(); ++i) {
+    least = std::min(least, p[i]);
+    largest = std::max(largest, p[i]);
+  }
+  TORCH_CHECK(least >= -1 && largest < most, "window_attention: ", name, " must lie in -1 to ", most - 1);
+}
+
+const float* floats(const char* name, const Tensor& x, at::IntArrayRef shape) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.sizes() == shape, "window_attention: ", name,
+              " must be float32 ", shape, ", contiguous, and is ", x.scalar_type(), " ", x.sizes());
+  return x.const_data_ptr<float>();
+}
+
+float largest_magnitude(const float* p, int64_t count) {
+  float most[kTile] = {};
+  for (int64_t i = 0; i + kTile <= count; i += kTile)  // packed biases are whole tiles
+    for (int64_t j = 0; j < kTile; ++j) most[j] = std::max(most[j], std::abs(p[i + j]));
+  return *std::max_element(most, most + kTile);
+}
+
+Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels) {
+  const bool bfloat16 = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1, "window_attention: ", name,
+              " must be a matrix of float32 or bfloat16 with dense rows");
+  TORCH_CHECK(column >= 0 && column + channels <= x.size(1), "window_attention: ", name, " has ", x.size(1),
+              " columns, too few for ", channels, " from ", column, " on");
+  return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), bfloat16};
+}
+
+// Reciprocals and offsets of q, k, the map and v, each padded to whole vectors: what pads gets code 0.
+class Quantizers {
+ public:
+  Quantizers(const Tensor& bounds, const Tensor& reciprocals, int64_t head_dim)
+      : padded_(round_up(head_dim, kLanes)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
+    const float* b = floats("quantizers", bounds, {4, 4});
+    const float* r = floats("reciprocals", reciprocals, {4, head_dim});
+    for (int64_t i = 0; i < 4; ++i) {
+      float* factor = vectors_.data_ptr<float>() + i * 2 * padded_;
+      std::copy_n(r + i * head_dim, head_dim, factor);
+      std::fill_n(factor + padded_, head_dim, b[4 * i + 2]);
+      of[i] = {factor, factor + padded_, b[4 * i], b[4 * i + 1], b[4 * i + 3]};
+    }
+  }
+
+  Quantizer of[4];
+
+ private:
+  int64_t padded_;
+  Tensor vectors_;
+};
+
+void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col, const Tensor& q, int64_t q_col,
+                      const Tensor& k, int64_t k_col, const Tensor& v, int64_t v_col, const Tensor& q_rows,
+                      const Tensor& k_rows, int64_t heads, int64_t head_dim, const Tensor& q_factor,
+                      const Tensor& score_factor, const OptionalTensor& bias, const OptionalTensor& q_region,
+                      const OptionalTensor& k_region, double mask_value, const OptionalTensor& mask_table,
+                      const OptionalTensor& mask_index, int64_t block, bool half, const OptionalTensor& quantizers,
+                      const OptionalTensor& reciprocals, bool relative, const OptionalTensor& score_accumulators,
+                      const OptionalTensor& map_codes, const OptionalTensor& value_accumulators) {
+  TORCH_CHECK(q_rows.dim() == 2 && k_rows.dim() == 2, "window_attention: rows must be [windows, tokens]");
+  TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0, "window_attention: heads, head_dim and block "
+              "must be positive, block a multiple of ", kTile);
+  const int64_t channels = heads * head_dim, windows = q_rows.size(0), queries = q_rows.size(1), keys = k_rows.size(1);
+  Problem p{};
+  p.windows = windows;
+  p.queries = queries;
+  p.keys = keys;
+  p.heads = heads;
+  p.head_dim = head_dim;
+  p.block = std::min(block, round_up(queries, kTile));
+  if (windows == 0 || queries == 0) return;
+  TORCH_CHECK(keys > 0, "window_attention: no keys");
+  p.q = tokens_of("q", q, q_col, channels);
+  p.k = tokens_of("k", k, k_col, channels);
+  p.v = tokens_of("v", v, v_col, channels);
+  const Tokens result = tokens_of("out", out, out_col, channels);
+  p.out = const_cast<void*>(result.data);
+  p.out_stride = result.stride;
+  p.out_bfloat16 = result.bfloat16;
+  check_rows("q_rows", q_rows, windows, queries, q.size(0));
+  check_rows("k_rows", k_rows, windows, keys, std::min(k.size(0), v.size(0)));
+  check_rows("out_rows", out_rows, windows, queries, out.size(0));
+  p.q_rows = q_rows.const_data_ptr<int32_t>();
+  p.k_rows = k_rows.const_data_ptr<int32_t>();
+  p.out_rows = out_rows.const_data_ptr<int32_t>();
+  p.q_factor = floats("q_factor", q_factor, {heads});
+  p.score_factor = floats("score_factor", score_factor, {heads});
+  if (bias) {
+    p.bias = floats("bias", *bias, {heads, p.blocks(), keys, p.block});
+    if (!quantizers) p.largest_bias = largest_magnitude(p.bias, bias->numel());
+  }
+  if (mask_table) {
+    TORCH_CHECK(mask_index, "window_attention: mask_table without mask_index");
+    p.mask_table = floats("mask_table", *mask_table, {mask_table->size(0), p.blocks(), keys, p.block});
+    check_rows("mask_index", mask_index->unsqueeze(0), 1, windows, mask_table->size(0));
+    p.mask_index = mask_index->const_data_ptr<int32_t>();
+  }
+  TORCH_CHECK(q_region.has_value() == k_region.has_value(), "window_attention: regions of q and k belong together");
+  if (q_region) {
+    constexpr int64_t any = std::numeric_limits<int32_t>::max();
+    check_rows("q_region", *q_region, windows, queries, any);
+    check_rows("k_region", *k_region, windows, keys, any);
+    p.q_region = q_region->const_data_ptr<int32_t>();
+    p.k_region = k_region->const_data_ptr<int32_t>();
+    p.mask_value = static_cast<float>(mask_value);
+  }
+  if (!quantizers) {
+    if (half && kHalf) {
+#ifdef __AVX512BF16__
+      attend_all<BFloat16>(p);
+#endif
+    } else {
+      attend_all<float>(p);
+    }
+    return;
+  }
+  TORCH_CHECK(reciprocals, "window_attention: quantizers without reciprocals");
+  const Quantizers ready(*quantizers, *reciprocals, head_dim);
+  p.q_codes = ready.of[0];
+  p.k_codes = ready.of[1];
+  p.map_codes = ready.of[2];
+  p.v_codes = ready.of[3];
+  p.relative = relative;
+  const auto integers = [](const OptionalTensor& x, at::IntArrayRef shape) -> int32_t* {
+    if (!x) return nullptr;
+    TORCH_CHECK(x->scalar_type() == at::kInt && x->is_contiguous() && x->sizes() == shape,
+                "window_attention: accumulators must be int32 ", shape);
+    return x->data_ptr<int32_t>();
+  };
+  p.score_accumulators = integers(score_accumulators, {windows, heads, queries, keys});
+  p.value_accumulators = integers(value_accumulators, {windows, heads, queries, head_dim});
+  if (map_codes) {
+    TORCH_CHECK(map_codes->scalar_type() == at::kByte && map_codes->is_contiguous() &&
+                    map_codes->sizes() == at::IntArrayRef({windows, heads, queries, keys}),
+                "window_attention: map_codes must be uint8 [windows, heads, queries, keys]");
+    p.map_out = map_codes->data_ptr<uint8_t>();
+  }
+  attend_all<uint8_t>(p);
+}
+
+TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
+  m.def(
+      "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, Tensor v, "
+      "int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, Tensor score_factor, "
+      "Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
+      "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
+      "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(HARMOQ_NAMESPACE, CPU, m) { m.impl("window_attention", window_attention); }
+
+}  // namespace
+}  // namespace harmoq
