@@ -10,6 +10,7 @@ only. Inputs and outputs are float32 or bfloat16 `[T, columns]`; temporaries are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harmoq_ao.cpu_kernels import library
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 
@@ -164,7 +166,7 @@ def rowwise_reference(inputs: list[Tensor], program: RowProgram, rows_per_image:
 class _Run:
     def __init__(self, inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> None:
         self.program, self.rows_per_image = program, rows_per_image
-        rows = max(len(x) for x in inputs)
+        rows = row_count(inputs, program.code)
         self.slots = [*inputs]
         self.slots += [torch.empty(rows, columns, dtype=dtype) for columns, dtype in program.outputs]
         self.slots += [torch.empty(rows, columns) for columns in program.temporaries]
@@ -252,3 +254,58 @@ def _combine(kind: int, left: Tensor, right: Tensor | float) -> Tensor:
     if kind == Binary.ADD:
         return left + right
     return left - right if kind == Binary.SUB else left * right
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+def rowwise(inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> list[Tensor]:
+    """Run a program on the CPU of this machine.
+
+    Codes and integer accumulators are the reference's, and so is the float32 result of :attr:`Op.LINEAR`, bit for bit;
+    norms differ by rounding, GELU by up to 3e-7 and the other functions by up to 2e-6 of the value or of 1.
+
+    Args:
+        inputs: `[T, columns]` float32 or bfloat16 on the CPU; the row stride may exceed the columns.
+        program: The instructions.
+        rows_per_image: Rows of each image of the batch.
+
+    Returns:
+        The outputs, `[T, columns]`.
+
+    Raises:
+        RuntimeError: The program is malformed or does not fit the inputs.
+    """
+    columns, types = [n for n, _ in program.outputs], [dtype for _, dtype in program.outputs]
+    return library.kernels().rowwise(
+        inputs, program.constants, program.code, program.numbers, columns, types, program.temporaries, rows_per_image
+    )
+
+
+def row_count(inputs: Sequence[Tensor], code: Sequence[int]) -> int:
+    """Rows of every output: the largest number among inputs, but for those that :attr:`Op.PRODUCT` multiplies with."""
+    matrices, at = set(), 0
+    while at < len(code):
+        if code[at] == Op.PRODUCT:
+            matrices.add(code[at + 8])
+        at += 2 + code[at + 1]
+    return max((x.shape[0] for i, x in enumerate(inputs) if i not in matrices), default=0)
+
+
+def register_fakes(namespace: str) -> None:
+    """Tell torch the shapes of this file's operator in the namespace of an instruction set."""
+
+    @torch.library.register_fake(f"{namespace}::rowwise", allow_override=True)
+    def _(
+        inputs: list[Tensor],
+        constants: list[Tensor],
+        code: list[int],
+        numbers: list[float],
+        output_columns: list[int],
+        output_types: list[torch.dtype],
+        temporaries: list[int],
+        rows_per_image: int,
+    ) -> list[Tensor]:
+        rows = row_count(inputs, code)
+        pairs = zip(output_columns, output_types, strict=True)
+        return [inputs[0].new_empty(rows, columns, dtype=dtype) for columns, dtype in pairs]
