@@ -28,14 +28,18 @@ class Op(IntEnum):
     """Instructions; their operands follow in the order given, each `Columns` as two numbers (slot, first column)."""
 
     COPY = 0  # to, from, width
-    LINEAR = 1  # to, from, K, N, bits, then constants: reciprocal, offset, packed weight, scale, constant, shift (or -1)
+    LINEAR = (
+        1  # to, from, K, N, bits, then constants: reciprocal, offset, packed weight, scale, constant, shift (or -1)
+    )
     LAYER_NORM = 2  # to, from, width, constants weight and bias (or -1), number eps
     UNARY = 3  # Unary, to, from, width, number (the slope of a leaky ReLU)
     BINARY = 4  # Binary, to, left, right, width, Broadcast of the right operand
     SCALAR = 5  # Binary, to, from, width, number: from (op) number
     AFFINE = 6  # to, from, width, constants scale and shift (or -1): from * scale + shift
     FLOAT_LINEAR = 7  # to, from, K, N, constants weight [K, N] float32 and bias (or -1)
-    PRODUCT = 8  # to, from, K, N, input slot of a matrix [images * K, N] float32: each image's rows times its own matrix
+    PRODUCT = (
+        8  # to, from, K, N, input slot of a matrix [images * K, N] float32: each image's rows times its own matrix
+    )
 
 
 class Unary(IntEnum):
@@ -190,7 +194,7 @@ class _Run:
         return None if place < 0 else self.program.constants[place]
 
     def copy(self, to: int, at: int, source: int, first: int, width: int) -> None:
-        self.write(to, at, self.read(source, first, width))
+        self.write(to, at, self.read(source, first, width).clone())
 
     def linear(self, to: int, at: int, source: int, first: int, k: int, n: int, bits: int, *places: int) -> None:
         reciprocal, offset, packed, scale, constant, shift = (self.vector(p) for p in places)

@@ -25,7 +25,7 @@ struct Gelu {
 };
 
 // 1 / (1 + exp(-x)); exp within 2^-20, and held below infinity, whose reciprocal has no Newton step.
-inline Vec sigmoid(Vec x) { return reciprocal(Vec(1.f) + at::vec::minimum(x.neg(), Vec(80.f)).exp_u20()); }
+inline Vec sigmoid(Vec x) { return reciprocal(Vec(1.f) + at::vec::minimum(x.neg(), Vec(87.f)).exp_u20()); }
 
 struct Sigmoid {
   Vec operator()(Vec x) const { return sigmoid(x); }
