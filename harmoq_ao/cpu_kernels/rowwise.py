@@ -122,7 +122,8 @@ def linear_constants(operands: LinearOperands) -> tuple[Tensor, ...]:
         reciprocal `[K]`, offset `[K]`, weight codes `[K4 / 4, N', 4]` int8 (see :func:`pack_groups`), scale `[N]`,
         constant `[N]` and, where weight codes do not have their zero at a whole number, shift `[N]`:
         ``y = (acc + shift * row_sum) * scale + constant``. With a shift the packed weight has a column of ones after
-        the others, whose accumulator is the sum of the row's codes.
+        the others, whose accumulator is the sum of the row's codes. Zeros follow up to a multiple of 16 columns, a
+        cache line: matrix units load rows that begin within a line at half the speed.
     """
     assert operands.act is not None
     codes, scale, shift = operands.weight, operands.weight_scale, operands.weight_shift
@@ -133,7 +134,8 @@ def linear_constants(operands: LinearOperands) -> tuple[Tensor, ...]:
     rows = [codes]
     if bool((shift != 0).any()):
         rows.append(torch.ones(1, columns, dtype=torch.int8))
-    packed = pack_groups(torch.cat(rows).t().contiguous(), 4)
+    stacked = torch.cat(rows)
+    packed = pack_groups(F.pad(stacked, (0, 0, 0, -len(stacked) % 16)).t().contiguous(), 4)
     vectors = factor.expand(columns).contiguous(), offset.expand(columns).contiguous()
     return (*vectors, packed, scale * operands.act.step, constant, *([shift] if len(rows) == 2 else []))
 
@@ -207,7 +209,7 @@ class _Run:
         acc = integer_reference.linear_accumulate(codes, unpack_groups(packed, k).t().contiguous())
         contraction = acc[:, :n].float()
         if shift is not None:
-            contraction = contraction + shift * acc[:, n:].float()
+            contraction = contraction + shift * acc[:, n : n + 1].float()
         self.write(to, at, contraction * scale + constant)
 
     def layer_norm(self, to: int, at: int, source: int, first: int, width: int, w: int, b: int, eps: int) -> None:

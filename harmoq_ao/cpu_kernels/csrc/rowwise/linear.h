@@ -15,7 +15,7 @@ struct IntegerLinear {
   float top;                         // largest code
   const float *reciprocal, *offset;  // [k]
   const signed char* weight;         // [k4 / 4, columns, 4]
-  int64_t columns;
+  int64_t columns, products;         // of the packed weight; of these multiplied: n, and one of ones if there is a shift
   const float *scale, *constant, *shift;  // [n], shift may be null
 };
 
@@ -28,14 +28,6 @@ inline void quantize_rows(const IntegerLinear& linear, Rows<const float> from, R
       store_codes(at::vec::clamp(load(from[r] + j, lanes) * factor + added, zero, top), codes[r] + j);
     }
   });
-}
-
-inline void sum_codes(Rows<const uint8_t> codes, float* sums, int64_t rows, int64_t k) {
-  for (int64_t r = 0; r < rows; ++r) {
-    int32_t total = 0;
-    for (int64_t j = 0; j < k; ++j) total += codes[r][j];
-    sums[r] = static_cast<float>(total);
-  }
 }
 
 // (acc [+ shift * sum]) * scale + constant for the columns from `first` on, each operation rounded.
@@ -63,18 +55,21 @@ struct LinearScratch {
 };
 
 // Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` are left as they are.
+// Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need.
 template <typename To>
 inline void linear_rows(const IntegerLinear& linear, Rows<const float> from, Rows<To> to, int64_t rows, int64_t block,
                         const LinearScratch& scratch) {
   quantize_rows(linear, from, scratch.codes, rows);
-  const Rows<const uint8_t> codes{scratch.codes.data, scratch.codes.stride};
-  if (linear.shift != nullptr) sum_codes(codes, scratch.sums, rows, linear.k);
-  const int64_t k4 = packed_rows(linear.k, 4);
-  for (int64_t first = 0; first < linear.n; first += kLinearColumns) {
-    const int64_t width = std::min(kLinearColumns, linear.n - first);
-    gemm(block, width, k4, codes.stride, linear.columns, scratch.acc.stride, codes.data, linear.weight + first * 4,
-         scratch.acc.data);
-    epilogue_rows(linear, first, width, {scratch.acc.data, scratch.acc.stride}, scratch.sums, to, rows);
+  const int64_t k4 = packed_rows(linear.k, 4), blocks = (linear.products + kLinearColumns - 1) / kLinearColumns;
+  for (int64_t first = (blocks - 1) * kLinearColumns; first >= 0; first -= kLinearColumns) {
+    const int64_t width = std::min(kLinearColumns, linear.products - first);
+    gemm(block, width, k4, scratch.codes.stride, linear.columns, scratch.acc.stride, scratch.codes.data,
+         linear.weight + first * 4, scratch.acc.data);
+    const int64_t results = std::min(width, linear.n - first);
+    if (results < width) {
+      for (int64_t r = 0; r < rows; ++r) scratch.sums[r] = static_cast<float>(scratch.acc[r][results]);
+    }
+    epilogue_rows(linear, first, results, {scratch.acc.data, scratch.acc.stride}, scratch.sums, to, rows);
   }
 }
 
