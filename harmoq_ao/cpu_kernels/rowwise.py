@@ -217,19 +217,8 @@ class _Run:
         self.write(to, at, F.layer_norm(x, (width,), self.vector(w), self.vector(b), self.program.numbers[eps]))
 
     def unary(self, kind: int, to: int, at: int, source: int, first: int, width: int, number: int) -> None:
-        x = self.read(source, first, width)
-        if kind == Unary.LEAKY_RELU:
-            y = F.leaky_relu(x, self.program.numbers[number])
-        else:
-            y = {
-                Unary.GELU: F.gelu,
-                Unary.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
-                Unary.SIGMOID: torch.sigmoid,
-                Unary.RELU: torch.relu,
-                Unary.SILU: F.silu,
-                Unary.TANH: torch.tanh,
-            }[Unary(kind)](x)
-        self.write(to, at, y)
+        slope = self.program.numbers[number] if kind == Unary.LEAKY_RELU else 0.0
+        self.write(to, at, unary_reference(Unary(kind), self.read(source, first, width), slope))
 
     def binary(self, kind: int, to: int, at: int, a: int, a0: int, b: int, b0: int, width: int, mode: int) -> None:
         right = self.read(b, b0, 1 if mode == Broadcast.COLUMN else width)
@@ -254,6 +243,20 @@ class _Run:
     def product(self, to: int, at: int, source: int, first: int, k: int, n: int, matrix: int) -> None:
         x = self.read(source, first, k).reshape(-1, self.rows_per_image, k)
         self.write(to, at, (x @ self.slots[matrix].reshape(-1, k, n)).flatten(0, 1))
+
+
+def unary_reference(kind: Unary, x: Tensor, slope: float) -> Tensor:
+    """A function of one value, in plain torch; ``slope`` is that of a leaky ReLU."""
+    if kind == Unary.LEAKY_RELU:
+        return F.leaky_relu(x, slope)
+    return {
+        Unary.GELU: F.gelu,
+        Unary.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
+        Unary.SIGMOID: torch.sigmoid,
+        Unary.RELU: torch.relu,
+        Unary.SILU: F.silu,
+        Unary.TANH: torch.tanh,
+    }[kind](x)
 
 
 def _combine(kind: int, left: Tensor, right: Tensor | float) -> Tensor:
