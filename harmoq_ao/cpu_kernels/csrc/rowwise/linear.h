@@ -1,0 +1,93 @@
+// Linears of a block of rows: quantize, integer product, epilogue; and the float ones.
+#pragma once
+
+#include "../gemm.h"
+#include "elementwise.h"
+
+namespace harmoq {
+
+constexpr int64_t kMaxLinearLength = 65793;  // (2^31 - 1) / (255 * 128): beyond it int32 could overflow
+constexpr int64_t kLinearColumns = 192;      // accumulators of a block of rows and so many columns stay in L1
+constexpr int64_t kNarrow = 4;               // float linears of at most so many columns are dot products
+
+struct IntegerLinear {
+  int64_t k, n;
+  float top;                         // largest code
+  const float *reciprocal, *offset;  // [k]
+  const signed char* weight;         // [k4 / 4, columns, 4]
+  int64_t columns, products;         // of the packed weight; of these multiplied: n, and one of ones if there is a shift
+  const float *scale, *constant, *shift;  // [n], shift may be null
+};
+
+// codes[r][j] = clamp(round(x * reciprocal + offset), 0, top), with zeros up to a multiple of kLanes.
+inline void quantize_rows(const IntegerLinear& linear, Rows<const float> from, Rows<uint8_t> codes, int64_t rows) {
+  const Vec zero(0.f), top(linear.top);
+  each_vector(linear.k, [&](int64_t j, auto lanes) {
+    const Vec factor = load(linear.reciprocal + j, lanes), added = load(linear.offset + j, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      store_codes(at::vec::clamp(load(from[r] + j, lanes) * factor + added, zero, top), codes[r] + j);
+    }
+  });
+}
+
+// (acc [+ shift * sum]) * scale + constant for the columns from `first` on, each operation rounded.
+template <typename To>
+inline void epilogue_rows(const IntegerLinear& linear, int64_t first, int64_t width, Rows<const int32_t> acc,
+                          const float* sums, Rows<To> to, int64_t rows) {
+  each_vector(width, [&](int64_t j, auto lanes) {
+    const int64_t column = first + j;
+    const Vec scale = load(linear.scale + column, lanes), constant = load(linear.constant + column, lanes);
+    if (linear.shift == nullptr) {
+      for (int64_t r = 0; r < rows; ++r) store(load_int(acc[r] + j) * scale + constant, to[r] + column, lanes);
+      return;
+    }
+    const Vec shift = load(linear.shift + column, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      store((load_int(acc[r] + j) + shift * Vec(sums[r])) * scale + constant, to[r] + column, lanes);
+    }
+  });
+}
+
+struct LinearScratch {
+  Rows<uint8_t> codes;  // at least `block` rows
+  Rows<int32_t> acc;
+  float* sums;
+};
+
+// Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` are left as they are.
+// Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need.
+template <typename To>
+inline void linear_rows(const IntegerLinear& linear, Rows<const float> from, Rows<To> to, int64_t rows, int64_t block,
+                        const LinearScratch& scratch) {
+  quantize_rows(linear, from, scratch.codes, rows);
+  const int64_t k4 = packed_rows(linear.k, 4), blocks = (linear.products + kLinearColumns - 1) / kLinearColumns;
+  for (int64_t first = (blocks - 1) * kLinearColumns; first >= 0; first -= kLinearColumns) {
+    const int64_t width = std::min(kLinearColumns, linear.products - first);
+    gemm(block, width, k4, scratch.codes.stride, linear.columns, scratch.acc.stride, scratch.codes.data,
+         linear.weight + first * 4, scratch.acc.data);
+    const int64_t results = std::min(width, linear.n - first);
+    if (results < width) {
+      for (int64_t r = 0; r < rows; ++r) scratch.sums[r] = static_cast<float>(scratch.acc[r][results]);
+    }
+    epilogue_rows(linear, first, results, {scratch.acc.data, scratch.acc.stride}, scratch.sums, to, rows);
+  }
+}
+
+// y = x @ weight for few columns; `transposed` is [n, k].
+inline void dot_rows(const float* transposed, Rows<const float> from, Rows<float> to, int64_t rows, int64_t k,
+                     int64_t n) {
+  for (int64_t r = 0; r < rows; ++r) {
+    float y[kNarrow];
+    for (int64_t i = 0; i < n; ++i) {
+      Vec total(0.f);
+      const float* w = transposed + i * k;
+      each_vector(k, [&](int64_t j, auto lanes) {
+        total = at::vec::fmadd(load(from[r] + j, lanes), load(w + j, lanes), total);
+      });
+      y[i] = sum(total);
+    }
+    for (int64_t i = 0; i < n; ++i) to[r][i] = y[i];
+  }
+}
+
+}  // namespace harmoq
