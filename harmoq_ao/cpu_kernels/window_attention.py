@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.cpu_kernels.library import instruction_set, kernels
+from harmoq_ao.cpu_kernels.instruction_sets import chosen
+from harmoq_ao.cpu_kernels.library import kernels
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
@@ -87,7 +88,7 @@ def pack_quantizers(
 @functools.cache
 def operator(isa: str | None = None) -> Any:
     """The operator of an instruction set, with its fake implementation; its schema is in the C++ file."""
-    isa = isa or instruction_set()
+    isa = isa or chosen()
     namespace = kernels(isa)
     torch.library.register_fake(f"harmoq_{isa}::window_attention", lambda *args, **kwargs: None)
     return namespace.window_attention

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block, window_attention
 from harmoq_ao.kernels.ops import matmul_contraction, of_map
 from harmoq_ao.quant import integer_reference
 
@@ -98,12 +99,58 @@ class AttentionKernel(nn.Module):
         length: int,
     ) -> None:
         super().__init__()
+        windows, queries = query.rows.shape
+        self.block = query_block(queries, key.rows.shape[1])
+        self.packed_bias = None if bias is None else pack_bias(bias, self.block)
+        self.packed_tables = None if mask is None or mask.tables is None else pack_bias(mask.tables, self.block)
+        self.regions = self.kinds = None
+        if mask is not None:
+            self.regions, self.kinds = (
+                None if part is None else part.repeat(windows // len(part), *[1] * (part.dim() - 1)).contiguous()
+                for part in (mask.regions, mask.kinds)
+            )
+        self.ones = torch.ones(query.heads)
+        self.quantizers = self.reciprocals = None
+        if scores is not None and products is not None:
+            left, right = matmul_contraction(*scores[:5]), matmul_contraction(*products[:5])
+            self.quantizers, self.reciprocals = pack_quantizers(*left, *right, query.width)
         self.query, self.key, self.value = query, key, value
         self.factor, self.bias, self.mask = factor, bias, mask
         self.scores, self.products, self.relative, self.half, self.length = scores, products, relative, half, length
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.reference(query, key, value)
+        width = self.query.heads * self.query.width
+        half = self.half and self.quantizers is None
+        out = torch.empty(self.length, width, dtype=torch.bfloat16 if half else torch.float32)
+        window_attention(
+            out,
+            self.query.rows,
+            0,
+            query,
+            self.query.first,
+            key,
+            self.key.first,
+            value,
+            self.value.first,
+            self.query.rows,
+            self.key.rows,
+            self.query.heads,
+            self.query.width,
+            self.ones,
+            self.factor,
+            self.packed_bias,
+            self.regions,
+            self.regions,
+            0.0 if self.mask is None else self.mask.value,
+            self.packed_tables,
+            self.kinds,
+            block=self.block,
+            half=half,
+            quantizers=self.quantizers,
+            reciprocals=self.reciprocals,
+            relative=self.relative,
+        )
+        return out
 
     def reference(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same in plain torch."""

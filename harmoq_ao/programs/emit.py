@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise_reference
+from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise
 from harmoq_ao.programs.materialize import Gather
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step, Value
 
@@ -90,7 +90,7 @@ class Rowwise(nn.Module):
         self.program, self.rows_per_image = program, rows_per_image
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return rowwise_reference(list(inputs), self.program, self.rows_per_image)
+        return rowwise(inputs, self.program, self.rows_per_image)
 
 
 class _RowGroup:
@@ -123,7 +123,8 @@ class _RowGroup:
             exact = matrix is self.last or any(r.exact for s, r in self.readers.get(matrix, []) if s not in self.group)
             self.program.outputs.append((matrix.columns, torch.float32 if exact else torch.bfloat16))
             slot = len(self.inputs) + len(self.program.outputs) - 1
-            if exact:
+            read_here = any(s in self.group for s, _ in self.readers.get(matrix, []))
+            if exact or not read_here:
                 self.slots[matrix] = slot
             else:
                 self.copies.append((matrix, slot))

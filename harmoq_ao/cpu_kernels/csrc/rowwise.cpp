@@ -79,6 +79,7 @@ class Worker {
       case Op::kLayerNorm: layer_norm_rows(a, to, rows_, width, s.scale, s.shift, s.number); break;
       case Op::kUnary: unary_rows(static_cast<Unary>(s.kind), s.number, a, to, rows_, width); break;
       case Op::kBinary: binary(s, a, to); break;
+      case Op::kQuantize: code_rows(s.scale, s.shift, s.number, a, to, rows_, width); break;
       case Op::kScalar: scalar_rows(static_cast<Binary>(s.kind), a, s.number, to, rows_, width); break;
       default: affine_rows(s.scale, s.shift, a, to, rows_, width);
     }

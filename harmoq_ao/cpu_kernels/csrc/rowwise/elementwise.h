@@ -94,4 +94,16 @@ inline void affine_rows(const float* scale, const float* shift, Rows<const float
   });
 }
 
+// clamp(round(from * factor + added), 0, top): codes, as floats.
+inline void code_rows(const float* factor, const float* added, float top, Rows<const float> from, Rows<float> to,
+                      int64_t rows, int64_t width) {
+  const Vec zero(0.f), most(top);
+  each_vector(width, [&](int64_t j, auto lanes) {
+    const Vec scale = load(factor + j, lanes), shift = load(added + j, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      store(at::vec::clamp((load(from[r] + j, lanes) * scale + shift).round(), zero, most), to[r] + j, lanes);
+    }
+  });
+}
+
 }  // namespace harmoq

@@ -17,6 +17,7 @@ enum class Op : int64_t {
   kAffine,
   kFloatLinear,
   kProduct,
+  kQuantize,
   kCount
 };
 
@@ -91,6 +92,7 @@ class Decoder {
         break;
       case Op::kFloatLinear: return float_linear(s);
       case Op::kProduct: return product(s);
+      case Op::kQuantize: quantize(s); break;
       case Op::kCount: break;
     }
     // linears read all before they write, and write both types
@@ -117,6 +119,14 @@ class Decoder {
     } else {
       per_row(s.b, broadcast == Broadcast::kColumn ? 1 : width);
     }
+  }
+
+  void quantize(Step& s) {
+    s.to = place(), s.a = place(), widths(s, next("width"));
+    const int64_t bits = next("bits");
+    TORCH_CHECK(bits >= 1 && bits <= 8, "rowwise: codes have 1 to 8 bits, got ", bits);
+    s.number = static_cast<float>((1 << bits) - 1);
+    s.scale = needed(vector(s.a.width)), s.shift = needed(vector(s.a.width));
   }
 
   void integer_linear(Step& s) {
