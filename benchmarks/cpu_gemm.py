@@ -1,12 +1,13 @@
 """How fast are the small products that CPU kernels are made of, on each instruction set that this CPU has?
 
 One thread, one process, contenders taking turns; the best of all rounds, because what disturbs a measurement of
-microseconds only ever adds to it. The products lie in the first-level cache. Prints a table of billions of multiply-adds per second.
+microseconds only ever adds to it. The products lie in the first-level cache. Prints a table of billions of
+multiply-adds per second.
 
     python -m benchmarks.cpu_gemm
 
-`avx2` and `default` are ours alone. The columns with AVX-512 are torch's micro-kernels and, where they are not used (no
-VNNI, no oneDNN), ours.
+`avx2` and `default` are ours alone. The columns with AVX-512 are torch's micro-kernels where they work, and ours, which
+are used elsewhere (no VNNI, no oneDNN).
 """
 
 from __future__ import annotations
