@@ -112,7 +112,7 @@ class BuildCache:
 
     def _remove_unused(self) -> None:
         oldest = time.time() - _UNUSED_DAYS * 86400
-        for path in self.folder.iterdir():
+        for path in self.folder.glob("*"):
             with suppress(OSError):  # another process may remove it too
                 if path.is_file() and path.stat().st_mtime < oldest:
                     path.unlink()

@@ -70,17 +70,23 @@ def find_compiler() -> Compiler:
         candidates = [tuple(shlex.split(named))] if named else [("c++",), ("g++",)]
     except ValueError:  # a quotation that does not end
         candidates = [(named,)]
-    found = [_compiler(command) for command in candidates if shutil.which(command[0])]
-    for compiler in found:
-        if "clang" not in compiler.version.lower():
-            return compiler
-    install = next((command for tool, command in _INSTALL.items() if shutil.which(tool)), "install g++")
-    if found:
-        # clang's OpenMP is a second runtime beside torch's: its threads know nothing of torch.set_num_threads.
-        raise BuildFailure(f"The compiler {shlex.join(found[0].command)} is clang, the CPU kernels need g++", install)
+    failures = []
+    for command in candidates:
+        if not shutil.which(command[0]):
+            continue
+        try:
+            return _compiler(command)
+        except BuildFailure as failure:
+            failures.append(failure)
+    if failures:
+        raise failures[0]
     if named:
         raise BuildFailure(f"CXX names no program: {named}", "set CXX to g++, or unset it")
-    raise BuildFailure("There is no C++ compiler on the path", install)
+    raise BuildFailure("There is no C++ compiler on the path", _how_to_install())
+
+
+def _how_to_install() -> str:
+    return next((command for tool, command in _INSTALL.items() if shutil.which(tool)), "install g++")
 
 
 def _compiler(command: tuple[str, ...]) -> Compiler:
@@ -94,6 +100,9 @@ def _compiler(command: tuple[str, ...]) -> Compiler:
     lines = done.stdout.splitlines()
     if done.returncode != 0 or not lines:
         raise _failed(command, f"does not say its version (exit status {done.returncode})")
+    if "clang" in lines[0].lower():
+        # Its OpenMP is a second runtime beside torch's, whose threads know nothing of torch.set_num_threads.
+        raise BuildFailure(f"The compiler {shlex.join(command)} is clang, the CPU kernels need g++", _how_to_install())
     return Compiler(command, lines[0])
 
 

@@ -99,15 +99,18 @@ def _attempt(isa: str | None) -> tuple[ModuleType | None, Status]:
         return None, Status(False, isa, reason, f"choose {best_of_cpu()} or a lower one")
     try:
         note = _load_or_build(isa)
-    except BuildFailure as failure:
-        result = Status(False, isa, f"The CPU kernels are not used: {failure.reason}", failure.remedy)
+    except (BuildFailure, OSError) as failure:
+        # The system's errors: no room for temporary files, or sources that cannot be read.
+        remedy = failure.remedy if isinstance(failure, BuildFailure) else "set TMPDIR to a folder with free space"
+        result = Status(False, isa, f"The CPU kernels are not used: {failure}", remedy)
         logger.warning("%s", result.sentence)
         return None, result
-    reason, remedy = f"The CPU kernels are those for {isa}", None
+    result = Status(True, isa, f"The CPU kernels are those for {isa}")
     if note is not None:
-        reason, remedy = f"{reason}, built for this process only: {note}", f"set {VARIABLE} to a folder of your own"
-        logger.warning("%s", Status(True, isa, reason, remedy).sentence)
-    return getattr(torch.ops, f"harmoq_{isa}"), Status(True, isa, reason, remedy)
+        reason = f"{result.reason}, built for this process only: {note}"
+        result = Status(True, isa, reason, f"set {VARIABLE} to a folder of your own")
+        logger.warning("%s", result.sentence)
+    return getattr(torch.ops, f"harmoq_{isa}"), result
 
 
 def _load_or_build(isa: str) -> str | None:
@@ -181,24 +184,30 @@ def _build_and_load(isa: str, compiler: Compiler, cache: BuildCache | None, name
         BuildFailure: The compiler failed, or its library does not load.
     """
     try:
-        with tempfile.TemporaryDirectory(prefix="harmoq-ao-") as scratch:
+        # Compilers that were stopped may still be writing.
+        with tempfile.TemporaryDirectory(prefix="harmoq-ao-", ignore_cleanup_errors=True) as scratch:
             library, note = _build(isa, compiler, cache, Path(scratch)), None
             try:
                 library = cache.keep(f"{name}.so", library) if cache else library
             except CacheUnusableError as error:
                 note = str(error)
-            _load(library)  # stays loaded when its file is gone
+            _load_what_was_built(library)  # it stays loaded when its file is gone
     except BuildFailure as failure:
         if cache is not None:
             cache.remember_failure(name, failure.reason, failure.remedy)
         raise
+    return note
+
+
+def _load_what_was_built(library: Path) -> None:
+    try:
+        _load(library)
     except OSError as error:
         found = error.__cause__ or error  # torch names the path only; the loader says why
         raise BuildFailure(
             f"The library that was built does not load ({' '.join(str(found).split())})",
-            f"set {VARIABLE} to a folder with free space from which programs may run, or CXX to the g++ of this system",
+            f"set {VARIABLE} to a folder from which programs may run, or CXX to the g++ of this system",
         ) from error
-    return note
 
 
 def _build(isa: str, compiler: Compiler, cache: BuildCache | None, scratch: Path) -> Path:

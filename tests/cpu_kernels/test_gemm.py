@@ -90,6 +90,7 @@ def test_no_terms(operators: ModuleType) -> None:
         assert torch.equal(found, torch.zeros_like(found))
 
 
+@pytest.mark.filterwarnings("ignore:TF32 acceleration:UserWarning")
 def test_without_onednn(operators: ModuleType) -> None:
     a, b = numbers(torch.uint8, 33, 70, 1, False), numbers(torch.int8, 70, 19, 2, False)
     with torch.backends.mkldnn.flags(enabled=False):

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import textwrap
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -171,6 +173,14 @@ def test_a_compiler_that_is_none(place: Path, monkeypatch: pytest.MonkeyPatch, n
     monkeypatch.setenv("CXX", named)
     assert library.kernels("default") is None
     assert library.status("default").reason == f"The CPU kernels are not used: {reason}"
+
+
+@needs_gcc
+def test_the_next_compiler_is_taken_where_one_does_not_run(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "c++").write_text("#!/bin/sh\nexit 1\n")
+    (place / "c++").chmod(0o755)
+    monkeypatch.setenv("PATH", str(place), prepend=os.pathsep)
+    assert compiler.find_compiler().command == ("g++",)
 
 
 def test_clang_is_not_used_beside_the_openmp_of_gcc(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,7 +392,10 @@ def test_no_room_for_temporary_files(place: Path, monkeypatch: pytest.MonkeyPatc
     script(place, "exit 0", monkeypatch)
     monkeypatch.setattr("tempfile.tempdir", str(place / "missing"))
     assert library.kernels("default") is None
-    assert "No such file or directory" in library.status("default").reason
+    status = library.status("default")
+    assert status.reason.startswith("The CPU kernels are not used: ")
+    assert "No such file or directory" in status.reason
+    assert status.remedy == "set TMPDIR to a folder with free space"
 
 
 @pytest.mark.parametrize(("home", "expected"), [("/somewhere", "/somewhere"), ("relative", None), ("", None)])
@@ -550,6 +563,29 @@ def test_unknown_names(place: Path, monkeypatch: pytest.MonkeyPatch, value: str)
     monkeypatch.setenv("HARMOQ_CPU_KERNELS", value)
     with pytest.raises(ConfigError, match=f"HARMOQ_CPU_KERNELS has.*Found: '{value}'.*Expected: off, default, avx2"):
         library.kernels()
+
+
+@pytest.mark.parametrize(("value", "code", "said"), [("off", 1, "switched off"), ("default", 0, "those for default")])
+def test_the_command(place: Path, monkeypatch: pytest.MonkeyPatch, value: str, code: int, said: str) -> None:
+    if value != "off":
+        monkeypatch.setattr(
+            library, "_outcomes", {value: (torch.ops.harmoq_default, library.Status(True, value, said))}
+        )
+    monkeypatch.setenv("HARMOQ_CPU_KERNELS", value)
+    written: list[str] = []
+    monkeypatch.setattr(sys.stdout, "write", written.append)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("harmoq_ao.cpu_kernels", run_name="__main__")
+    assert int(ended.value.code or 0) == code
+    assert said in "".join(written)
+
+
+def test_sources_are_installed() -> None:
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["harmoq_ao.cpu_kernels"]
+    files = [path.relative_to(compiler.SOURCES.parent) for path in compiler.SOURCES.iterdir()]
+    assert {path.suffix for path in files} == {".cpp", ".h", ".map"}
+    assert all(any(path.match(pattern) for pattern in patterns) for path in files)
 
 
 def test_importing_imports_no_build_tools() -> None:
