@@ -29,7 +29,7 @@ class GuardFailed(Exception):  # noqa: N818 - caught and answered, never an erro
 
 
 def type_name(value: Any) -> str:
-    if is_traced() and type(value).__name__ in ("FakeTensor", "FunctionalTensor"):
+    if is_traced() and type(value).__name__ in ("FakeTensor", "FunctionalTensor", "StandIn"):
         return "Tensor"  # what stands for one while `torch.export` looks on
     return type(value).__name__
 

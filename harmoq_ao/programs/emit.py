@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise
-from harmoq_ao.programs.materialize import Gather
+from harmoq_ao.programs.materialize import Gather, TorchOperator
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step, Value
 
 
@@ -57,6 +57,8 @@ class _Emission:
         return self.graph.call_module(path, args)
 
     def kernel(self, step: ModuleStep) -> None:
+        if isinstance(step.module, TorchOperator):
+            step.module.prepare()
         node = self.module(type(step.module).__name__.lower(), step.module, *(self.nodes[r.matrix] for r in step.reads))
         if len(step.results) == 1:
             self.nodes[step.results[0]] = node

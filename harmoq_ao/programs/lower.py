@@ -21,6 +21,7 @@ from harmoq_ao.programs.attention_matching import Match, match_attention
 from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
 from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
+from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
 
 _aten = torch.ops.aten
@@ -54,7 +55,7 @@ class Lowering:
         known: What each node is.
     """
 
-    def __init__(self, recorded: fx.GraphModule, half: bool) -> None:
+    def __init__(self, recorded: Recorded, half: bool) -> None:
         self.recorded, self.half = recorded, half
         self.roots = Roots()
         self.known: dict[fx.Node, Known] = {}
@@ -63,7 +64,7 @@ class Lowering:
         self.matches: dict[fx.Node, Match] = {match.values: match for match in found if match is not None}
         self.absorbed = {node for match in self.matches.values() for node in match.absorbed}
         self.image: Matrix | None = None
-        self.masks: dict[Any, Any] = {}
+        self.masks: list[tuple[Tensor, Any]] = []
 
     def run(self) -> Value:
         """Lower every node; the value of the output."""
@@ -72,7 +73,7 @@ class Lowering:
                 self.known[node] = self.place_value(node.meta["shape"], None)
                 self.image = self.known[node].matrix
             elif node.op == "get_attr":
-                constant = getattr(self.recorded, str(node.target))
+                constant = self.recorded.constant(node)
                 self.known[node] = constant.float() if constant.is_floating_point() else constant
             elif node.op == "output":
                 found = self.known[node.args[0]]

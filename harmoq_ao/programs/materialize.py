@@ -109,10 +109,16 @@ class TorchOperator(nn.Module):
         leaves, self.tree = pytree.tree_flatten((args, kwargs))
         values = [leaf for leaf in leaves if isinstance(leaf, Value)]
         self.reads = [Read(v.matrix, 0, v.matrix.columns) for v in values]
-        self.gathers = nn.ModuleList(Gather(v.index, v.matrix.columns) for v in values)
+        self.values = values
+        self.gathers: list[Gather] = []  # see `prepare`: most operators turn out to be part of a kernel
         self.leaves = [None if isinstance(leaf, Value) else leaf for leaf in leaves]
         self.places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Value)]
         self.parts: tuple[int, ...] | None = None
+
+    def prepare(self) -> None:
+        """Find out how to bring the values into shape."""
+        self.gathers = [Gather(v.index, v.matrix.columns) for v in self.values]
+        self.values = []
 
     def forward(self, *matrices: Tensor) -> Tensor | tuple[Tensor, ...]:
         leaves = list(self.leaves)

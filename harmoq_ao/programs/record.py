@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,12 +22,31 @@ from harmoq_ao.common.tracing import recording
 
 _FUNCTIONAL = {"relu_": "relu", "leaky_relu_": "leaky_relu", "hardtanh_": "hardtanh", "silu_": "silu", "gelu_": "gelu"}
 
+_LARGE = 1 << 16  # values of a constant that is looked for among others
+
 
 class Unrecordable(Exception):  # noqa: N818 - an answer, not an error of the user
     """A model's forward depends on values, or writes where a flat graph cannot follow; the message says what."""
 
 
-def record(model: nn.Module, example: Tensor) -> fx.GraphModule:
+@dataclass(frozen=True)
+class Recorded:
+    """A recorded forward.
+
+    Attributes:
+        graph: Its operators; no module yet, as compiling one takes longer than recording it.
+        root: Holds the constants.
+    """
+
+    graph: fx.Graph
+    root: nn.Module
+
+    def constant(self, node: fx.Node) -> Tensor:
+        """The constant of a ``get_attr`` node."""
+        return self.root.get_buffer(str(node.target))
+
+
+def record(model: nn.Module, example: Tensor) -> Recorded:
     """Record a model's forward.
 
     Args:
@@ -39,27 +59,19 @@ def record(model: nn.Module, example: Tensor) -> fx.GraphModule:
     Raises:
         Unrecordable: The forward asks for values, draws random numbers, writes into tensors, or returns no tensor.
     """
-    from torch._subclasses.fake_tensor import (  # takes a second: sympy comes with it
-        DataDependentOutputException,
-        DynamicOutputShapeException,
-        FakeTensorMode,
-        UnsupportedFakeTensorException,
-    )
-
-    fakes = FakeTensorMode(allow_non_fake_inputs=True)
     recorder = _Recorder()
     try:
         with torch.no_grad(), recording(), _attributes_kept(model):
-            image = fakes.from_tensor(example.detach())
+            image = StandIn(torch.empty_like(example, device="meta"))
             recorder.place(image, recorder.graph.placeholder("image"))
             with recorder:
                 output = model(image)
-    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
+    except (NotImplementedError, RuntimeError) as error:  # what torch answers to questions about values
         raise Unrecordable(f"it asks for values: {error}") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
         raise Unrecordable(f"it returns a {type(output).__name__} that is not computed from the image")
     recorder.graph.output(recorder.nodes[id(output)])
-    return fx.GraphModule(recorder.root, recorder.graph)
+    return Recorded(recorder.graph, recorder.root)
 
 
 @contextmanager
@@ -76,6 +88,28 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+class StandIn(torch.Tensor):
+    """A tensor without values that says it is on the CPU.
+
+    Args:
+        shape: A meta tensor of its shape, strides and type.
+    """
+
+    shape_only: Tensor
+
+    @staticmethod
+    def __new__(cls, shape: Tensor) -> StandIn:
+        made: StandIn = torch.Tensor._make_wrapper_subclass(
+            cls, shape.shape, strides=shape.stride(), storage_offset=shape.storage_offset(), dtype=shape.dtype, device="cpu"
+        )
+        made.shape_only = shape
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise Unrecordable(f"a stand-in met {func} after the recording")
+
+
 class _Recorder(TorchDispatchMode):
     """Records every operator that has a stand-in among its operands."""
 
@@ -86,19 +120,27 @@ class _Recorder(TorchDispatchMode):
         self.nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # so that no other tensor takes an identity
         self._constants: dict[int, fx.Node] = {}
+        self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
+        self._large: list[tuple[Tensor, fx.Node]] = []
         self._storages: dict[int, int] = {}  # how many recorded tensors lie in each
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return torch.device("cpu")
         leaves = pytree.arg_tree_leaves(*args, **kwargs)
         if not any(isinstance(leaf, Tensor) and id(leaf) in self.nodes for leaf in leaves):
             return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
-        result = target(*args, **kwargs)
+        meta_args, meta_kwargs = pytree.tree_map_only(Tensor, self._shape_only, (args, kwargs))
+        if "device" in kwargs:
+            meta_kwargs["device"] = torch.device("meta")
+        result = target(*meta_args, **meta_kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
-            return result  # a device, or an assertion that held
+            return result  # an assertion that held
+        result = pytree.tree_map_only(Tensor, StandIn, result)
         node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
         node = self.graph.call_function(target, node_args, node_kwargs)
         if target is not func:  # the tensor that was written to is the new value from here on
@@ -106,6 +148,14 @@ class _Recorder(TorchDispatchMode):
             return args[0]
         self._place_results(result, node)
         return result
+
+    def _shape_only(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, StandIn):
+            return tensor.shape_only
+        known = self._shapes.get(id(tensor))
+        if known is None or known[1] is not tensor:
+            known = self._shapes[id(tensor)] = (torch.empty_like(tensor, device="meta"), tensor)
+        return known[0]
 
     def _place_results(self, result: Any, node: fx.Node) -> None:
         if isinstance(result, Tensor):
@@ -117,7 +167,7 @@ class _Recorder(TorchDispatchMode):
 
     def place(self, tensor: Tensor, node: fx.Node) -> None:
         """Let a tensor be the result of a node."""
-        storage = tensor.untyped_storage()._cdata
+        storage = self._shape_only(tensor).untyped_storage()._cdata
         if id(tensor) not in self.nodes:
             self._alive.append(tensor)
             self._storages[storage] = self._storages.get(storage, 0) + 1
@@ -129,17 +179,26 @@ class _Recorder(TorchDispatchMode):
         name = func._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
         target = args[0] if args else None
-        alone = isinstance(target, Tensor) and self._storages.get(target.untyped_storage()._cdata, 0) == 1
+        alone = isinstance(target, Tensor) and self._storages.get(self._shape_only(target).untyped_storage()._cdata, 0) == 1
         if packet is None or not alone or func._overloadname not in packet.overloads():
             raise Unrecordable(f"it writes into a tensor: {func}")
         return getattr(packet, func._overloadname)
 
     def _node(self, tensor: Tensor) -> fx.Node:
-        known = self.nodes.get(id(tensor)) or self._constants.get(id(tensor))
+        known = self.nodes.get(id(tensor)) or self._constants.get(id(tensor)) or self._twin(tensor)
         if known is None:
             name = f"constant_{len(self._constants)}"
             self.root.register_buffer(name, tensor.detach(), persistent=False)
             self._alive.append(tensor)
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 known = self._constants[id(tensor)] = self.graph.get_attr(name)
+            if tensor.numel() >= _LARGE:
+                self._large.append((tensor, known))
         return known
+
+    def _twin(self, tensor: Tensor) -> fx.Node | None:
+        """A large constant of the same content: authors make the same mask anew in each block."""
+        for other, node in self._large if tensor.numel() >= _LARGE else ():
+            if other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor):
+                return node
+        return None
