@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 
 _recording: ContextVar[bool] = ContextVar("recording", default=False)
 
@@ -29,3 +30,8 @@ def is_recording() -> bool:
 def is_traced() -> bool:
     """Whether tensors may be stand-ins without values: in :func:`recording`, `torch.compile` and `torch.export`."""
     return _recording.get() or torch.compiler.is_compiling()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """What tensors that share memory have in common; a recorder's stand-ins (`shape_only`) have no memory of their own."""
+    return getattr(tensor, "shape_only", tensor).untyped_storage()._cdata

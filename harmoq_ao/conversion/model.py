@@ -14,6 +14,7 @@ from harmoq_ao.conversion.passes import finalize
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.select import check_backend
 from harmoq_ao.lowering.survey import survey
+from harmoq_ao.programs.program import Programs
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits
 from harmoq_ao.sites.quantized import QuantizedSite
@@ -33,6 +34,7 @@ class QuantizedModel(nn.Module):
         traits: Scale, size requirements and architecture.
         float_dtype: Type of the parts that stay float.
         history: How it was calibrated and refined; None if unknown.
+        programs: The fused kernels for CPUs, made for each image size when it first comes.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class QuantizedModel(nn.Module):
         self.traits = traits
         self.float_dtype = torch.float32
         self.history: History | None = None
+        self.programs = Programs()
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upscale an image batch `[B, C, H, W]` in 0..1; the result has the type of the input.
@@ -59,7 +62,10 @@ class QuantizedModel(nn.Module):
             InputError: Not an image batch, not finite, or of another number of channels.
         """
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
-        # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
+        # On a CPU, a program of fused kernels for the size. Else the author's forward, who may create float32 masks: autocast brings the operands of each product to one type.
+        fused = None if args or kwargs else self.programs.run(self.model, image, self.float_dtype)
+        if fused is not None:
+            return fused.to(image.dtype)
         mixed = self.float_dtype is not torch.float32
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
             output = self.model(image.to(self.float_dtype), *args, **kwargs)

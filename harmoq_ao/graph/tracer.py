@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
+from harmoq_ao.common.tracing import storage_of
 from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, contraction_op
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.handles import ModuleHandle
@@ -164,8 +165,8 @@ class IslandTracer(fx.Tracer):
         if any(self._is_own(t.value) for t in operands if t.node.name in written):
             raise TraceError("forward writes into its own parameters or buffers", found=str(node.target))
         node.meta["writes"] = tuple(i for i, n in enumerate(node.all_input_nodes) if n.name in written)
-        storages = {t.untyped_storage().data_ptr() for t in _leaves(value) if t.numel()}
-        shared = {t.node.name for t in operands if t.value.untyped_storage().data_ptr() in storages}
+        storages = {storage_of(t) for t in _leaves(value) if t.numel()}
+        shared = {t.node.name for t in operands if storage_of(t.value) in storages}
         node.meta["shares"] = tuple(i for i, n in enumerate(node.all_input_nodes) if n.name in shared)
         node.meta["random"] = not torch.equal(random, torch.get_rng_state())
         if type(value) is int:
@@ -199,8 +200,8 @@ class IslandTracer(fx.Tracer):
             return False
         if self._own is None:
             own = [t for _, t in _named_tensors(self.root) if t.device.type != "meta"]
-            self._own = {t.untyped_storage().data_ptr() for t in own}
-        return value.untyped_storage().data_ptr() in self._own
+            self._own = {storage_of(t) for t in own}
+        return storage_of(value) in self._own
 
     def call_function(self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A library function met in the author's code: a node if a proxy or a model tensor is involved."""

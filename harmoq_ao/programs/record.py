@@ -46,12 +46,13 @@ class Recorded:
         return self.root.get_buffer(str(node.target))
 
 
-def record(model: nn.Module, example: Tensor) -> Recorded:
+def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32) -> Recorded:
     """Record a model's forward.
 
     Args:
         model: Takes an image batch; returns one tensor.
         example: A batch `[B, C, H, W]` of the size, or anything of its shape and type: its values are not read.
+        dtype: Type of the model's float parts; others than float32 run under autocast, as in a quantized model.
 
     Returns:
         A graph of ATen operators and operators of this project; ``meta["shape"]`` of each node is its result's.
@@ -62,9 +63,9 @@ def record(model: nn.Module, example: Tensor) -> Recorded:
     recorder = _Recorder()
     try:
         with torch.no_grad(), recording(), _attributes_kept(model):
-            image = StandIn(torch.empty_like(example, device="meta"))
+            image = StandIn(torch.empty_like(example, device="meta", dtype=dtype))
             recorder.place(image, recorder.graph.placeholder("image"))
-            with recorder:
+            with recorder, torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
                 output = model(image)
     except (NotImplementedError, RuntimeError) as error:  # what torch answers to questions about values
         raise Unrecordable(f"it asks for values: {error}") from error

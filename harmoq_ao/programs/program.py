@@ -1,0 +1,138 @@
+"""The programs of a quantized model: recorded, lowered and kept for the last few sizes, dropped when the model changes."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from harmoq_ao.common.tracing import is_traced
+from harmoq_ao.cpu_kernels import library
+from harmoq_ao.programs.emit import emit
+from harmoq_ao.programs.lower import Lowering
+from harmoq_ao.programs.record import Unrecordable, record
+from harmoq_ao.quant.integer_reference import nan_error
+from harmoq_ao.sites.quantized import QuantizedSite
+
+logger = logging.getLogger(__name__)
+
+SMALLEST = 64 * 64
+"""Pixels of an image from which on a program pays for being made."""
+KEPT = 4
+"""Sizes whose programs are kept."""
+HALF = "avx512_bf16"
+"""The instruction set with products of bfloat16."""
+
+
+def make_program(model: nn.Module, example: Tensor, half: bool, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
+    """A model as one graph of fused kernels, for images of one size.
+
+    Args:
+        model: Takes an image batch; its sites are quantized or float.
+        example: An image batch `[B, C, H, W]` of that size.
+        half: Multiply bfloat16 where operands are not quantized, and sum in float32.
+        dtype: Type of the model's float parts.
+
+    Raises:
+        Unrecordable: The model's forward cannot be followed.
+    """
+    lowering = Lowering(record(model, example, dtype), half)
+    with torch.no_grad():
+        output = lowering.run()
+        assert lowering.image is not None
+        return emit(output, lowering.image, len(example))
+
+
+class Programs:
+    """Programs of one model by image size.
+
+    Attributes:
+        refusal: Why the model has none, once that is known.
+    """
+
+    def __init__(self) -> None:
+        self.refusal: str | None = None
+        self._programs: OrderedDict[torch.Size, fx.GraphModule] = OrderedDict()
+        self._state: tuple[Any, ...] | None = None
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
+        return Programs()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Programs, ()
+
+    def run(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor | None:
+        """The model's output; None where its own forward is to run.
+
+        Args:
+            model: The author's model with quantized sites.
+            image: `[B, C, H, W]`.
+            dtype: Type of the model's float parts.
+
+        Raises:
+            InputError: A value on the way was not a number.
+        """
+        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or _is_watched():
+            return None
+        state = _state(model)
+        if state is None or library.kernels() is None:
+            return None
+        program = self._program(model, image, dtype, state)
+        if program is None:
+            return None
+        output: Tensor = program(image)
+        if bool(output.isnan().any()):  # codes have no NaN, but what is added to them keeps it
+            raise nan_error()
+        return output
+
+    def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype, state: Any) -> fx.GraphModule | None:
+        with self._lock:
+            if self._state != state:
+                self._programs.clear()
+                self._state, self.refusal = state, None
+            if self.refusal is not None:
+                return None
+            if image.shape not in self._programs:
+                try:
+                    made = make_program(model, image, library.status().isa == HALF, dtype)
+                except Exception as error:  # whatever an author's forward does: it runs as it is then
+                    self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+                    logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
+                    return None
+                while len(self._programs) >= KEPT:
+                    self._programs.popitem(last=False)
+                self._programs[image.shape] = made
+            self._programs.move_to_end(image.shape)
+            return self._programs[image.shape]
+
+    def sentence(self) -> str:
+        """What runs on a CPU, and what helps where that is not the fused kernels."""
+        if self.refusal is not None:
+            return f"The CPU kernels are not used: {self.refusal}."
+        return library.status().sentence
+
+
+def _is_watched() -> bool:
+    """Whether somebody records what runs: then modules and operators are to be seen."""
+    return is_traced() or torch.jit.is_tracing() or torch.jit.is_scripting()  # type: ignore[attr-defined]
+
+
+def _state(model: nn.Module) -> tuple[Any, ...] | None:
+    """What a program was made from: it must not outlive it. None where the modules themselves must run."""
+    found: list[Any] = []
+    for module in model.modules():
+        if module._forward_hooks or module._forward_pre_hooks or module.training:
+            return None
+        if isinstance(module, QuantizedSite) and module.backend != "auto":
+            return None
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if tensor is not None:
+                found.append(tensor.data_ptr())
+                found.append(tensor._version)
+    return tuple(found)
+
