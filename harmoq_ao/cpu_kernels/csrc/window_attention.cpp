@@ -16,6 +16,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 
@@ -31,6 +32,7 @@ constexpr int64_t kTile = 16;                // queries of a column of blocks, a
 constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
 constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes together: half the L2
+constexpr int64_t kScores = 4096;            // scores at a time where there is no maximum to wait for: a third of the L1
 constexpr int64_t kSlack = 128;              // bytes that a vector may write beyond a buffer
 #ifdef __AVX512BF16__
 constexpr bool kHalf = true;
@@ -51,15 +53,27 @@ using Accumulator = std::conditional_t<kCodes<Element>, int32_t, float>;
 
 // --- vectors ---------------------------------------------------------------------------------------------------------
 
-inline Vec load_floats(const float* p, int64_t count) { return count == kLanes ? Vec::loadu(p) : Vec::loadu(p, count); }
+struct Lanes {  // the first `count` lanes
+  explicit Lanes(int64_t count) : count(count), mask((1u << count) - 1) {}
+  int64_t count;
+  uint32_t mask;
+};
 
-inline Vec load_floats(const BFloat16* p, int64_t count) {
+inline Vec load_floats(const float* p, const Lanes& lanes) {
 #if defined(CPU_CAPABILITY_AVX512)
-  const auto half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.mask), p);
+#else
+  return lanes.count == kLanes ? Vec::loadu(p) : Vec::loadu(p, lanes.count);
+#endif
+}
+
+inline Vec load_floats(const BFloat16* p, const Lanes& lanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes.mask), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 #else
   alignas(64) float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
+  for (int64_t i = 0; i < lanes.count; ++i) values[i] = p[i];
   return Vec::loadu(values);
 #endif
 }
@@ -319,23 +333,36 @@ struct Problem {
   int64_t blocks() const { return (queries + block - 1) / block; }
 };
 
-// Rows of tokens, from `channel` on, to [rows][heads][stride] elements. Channels beyond `head_dim` are zero; rows of -1 are
-// tokens of zeros.
+struct Staged {  // where a token's elements go: its row, and within it its heads
+  int64_t row, head;
+};
+
+// Heads of tokens as elements. Channels beyond `head_dim` are zero, up to whole vectors; rows of -1 are tokens of zeros.
+// Some rows at a time, so that they are in the cache for all vectors of a row.
 template <typename Element, typename Float>
 void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head, int64_t heads,
-           const float* factors, const Quantizer& quantizer, int64_t stride, const Float* zeros, Element* to) {
+           const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros, Element* to) {
+  constexpr int64_t some = 32;
   const Float* data = static_cast<const Float*>(tokens.data) + first_head * p.head_dim;
   const Vec top(quantizer.top);
-  for (int64_t n = 0; n < count; ++n, to += heads * stride) {
-    const Float* from = rows[n] < 0 ? zeros : data + rows[n] * tokens.stride;
+  const Float* from[some];
+  for (int64_t n = 0; n < count; n += some, to += some * at.row) {
+    const int64_t these = std::min(some, count - n);
+    for (int64_t i = 0; i < these; ++i) from[i] = rows[n + i] < 0 ? zeros : data + rows[n + i] * tokens.stride;
     for (int64_t h = 0; h < heads; ++h) {
-      const Vec factor(factors ? factors[h] : 1.f);
+      const Vec head_factor(factors ? factors[h] : 1.f);
       for (int64_t j = 0; j < p.head_dim; j += kLanes) {
-        Vec x = load_floats(from + h * p.head_dim + j, std::min(kLanes, p.head_dim - j));
-        if (factors) x = x * factor;
-        if constexpr (kCodes<Element>)
-          x = codes_of(x, Vec::loadu(quantizer.factor + j), Vec::loadu(quantizer.offset + j), top);
-        store_elements(to + h * stride + j, x);
+        const Lanes lanes(std::min(kLanes, p.head_dim - j));
+        Vec factor, offset;
+        if constexpr (kCodes<Element>) {
+          factor = Vec::loadu(quantizer.factor + j);
+          offset = Vec::loadu(quantizer.offset + j);
+        }
+        for (int64_t i = 0; i < these; ++i) {
+          Vec x = load_floats(from[i] + h * p.head_dim + j, lanes) * head_factor;
+          if constexpr (kCodes<Element>) x = codes_of(x, factor, offset, top);
+          store_elements(to + i * at.row + h * at.head + j, x);
+        }
       }
     }
   }
@@ -386,12 +413,12 @@ void transpose_elements(const Element* from, int64_t from_stride, int64_t rows, 
 
 // Largest magnitude in each column; reads and writes whole vectors.
 template <typename Element>
-void column_maxima(const Element* rows, int64_t count, int64_t columns, Element* maxima) {
+void column_maxima(const Element* rows, int64_t count, int64_t stride, int64_t columns, Element* maxima) {
 #if defined(CPU_CAPABILITY_AVX512)
   for (int64_t j = 0; j < columns; j += 64 / sizeof(Element)) {
     __m512i most = _mm512_setzero_si512();  // magnitudes are ordered like their bits
     for (int64_t n = 0; n < count; ++n) {
-      const __m512i bits = _mm512_loadu_si512(rows + n * columns + j);
+      const __m512i bits = _mm512_loadu_si512(rows + n * stride + j);
       if constexpr (sizeof(Element) == 2)
         most = _mm512_max_epu16(most, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
       else
@@ -402,7 +429,7 @@ void column_maxima(const Element* rows, int64_t count, int64_t columns, Element*
 #else
   std::fill_n(maxima, columns, Element(0));
   for (int64_t n = 0; n < count; ++n)
-    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * columns + j]))));
+    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * stride + j]))));
 #endif
 }
 
@@ -556,6 +583,7 @@ class Worker {
       : p_(p),
         group_(group),
         stride_(round_up(p.head_dim, p.head_dim > kLine ? kLine : kPack)),
+        key_stride_(round_up(stride_, kLine)),  // tiles load aligned rows faster
         value_stride_(round_up(p.head_dim + 1, kPack)),
         queries_(round_up(p.queries, kTile)),
         keys_(round_up(p.keys, std::max(kLine, kTile))),
@@ -586,7 +614,7 @@ class Worker {
     read_values();
     if constexpr (kCodes<Element>) sum_codes();
     find_mask();
-    const int64_t parts = 3 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
+    const int64_t parts = 2 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
     fetch_step_ = (p_.queries + 2 * p_.keys + parts - 1) / parts;
     for (int64_t n = 0; n < p_.queries; n += p_.block) {
       const int64_t width = std::min(p_.block, queries_ - n);
@@ -610,9 +638,9 @@ class Worker {
       if (now) pointer = arena().take<T>(count);
     };
     const int64_t columns = group_ * stride_, value_columns = group_ * value_stride_;
-    take(rows_, std::max(queries_, keys_) * std::max(columns, value_columns) + kTile * kPack);
+    take(rows_, std::max(queries_, keys_) * (std::max(columns, value_columns) + kTile) + kTile * kPack);
     take(queries_packed_, round_up(columns / kPack, kTile) * queries_ * kPack);
-    take(keys_rows_, keys_ * columns);
+    take(keys_rows_, keys_ * group_ * key_stride_);
     take(values_, (value_columns + kTile) * keys_);
     take(products_, keys_ * p_.block);
     take(map_, keys_ * p_.block);
@@ -622,7 +650,7 @@ class Worker {
     take(q_region_, queries_);
     take(factors_, group_);
     take(bounds_, group_);
-    take(maxima_, 2 * round_up(columns, kTile));
+    take(maxima_, round_up(columns, kTile) + round_up(key_stride_, kTile));
     if constexpr (kCodes<Element>) {
       take(head_ones_, columns * sum_columns_);
       take(ones_, keys_ * kTile);
@@ -645,9 +673,9 @@ class Worker {
   }
 
   void read(const Tokens& tokens, const int32_t* rows, int64_t count, const float* factors, const Quantizer& quantizer,
-            int64_t stride, Element* to) {
+            const Staged& at, Element* to) {
     const auto read_as = [&](auto* zeros) {
-      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, stride, zeros, to);
+      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, at, zeros, to);
     };
     if (tokens.bfloat16)
       read_as(reinterpret_cast<const BFloat16*>(zeros_));
@@ -655,25 +683,30 @@ class Worker {
       read_as(static_cast<const float*>(zeros_));
   }
 
+  // Of staged rows whose heads are `stride` apart: the last whole vector does not reach into the next row.
+  int64_t row_stride(int64_t stride) const {
+    return round_up((heads_ - 1) * stride + std::max(stride, round_up(p_.head_dim, kLanes)), kPack);
+  }
+
   void read_queries_and_keys() {
-    const int64_t columns = heads_ * stride_;
+    const int64_t columns = heads_ * stride_, row = row_stride(stride_);
     for (int64_t h = 0; h < heads_; ++h) {  // the factor of the scores goes into q as well where q is not quantized
       const float factor = p_.q_factor[first_head_ + h];
       factors_[h] = kCodes<Element> ? factor : factor * p_.score_factor[first_head_ + h] * kLog2E;
     }
-    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, stride_, keys_rows_);
-    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, stride_, rows_);
+    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, {key_stride_, keys_ * key_stride_}, keys_rows_);
+    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, {row, stride_}, rows_);
     if constexpr (!kCodes<Element>) bound_scores();
-    clear_rows(p_.queries, queries_, columns);
-    transpose_words(rows_, columns / kPack, queries_, columns / kPack, queries_packed_, queries_);
+    clear_rows(p_.queries, queries_, row);
+    transpose_words(rows_, row / kPack, queries_, columns / kPack, queries_packed_, queries_);
   }
 
   // To [heads][channels, and a row of ones][keys]; keys that only pad are zero.
   void read_values() {
-    const int64_t columns = heads_ * value_stride_;
-    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, value_stride_, rows_);
-    clear_rows(p_.keys, keys_, columns);
-    transpose_elements(rows_, columns, keys_, columns, values_, keys_);
+    const int64_t columns = heads_ * value_stride_, row = row_stride(value_stride_);
+    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, {row, value_stride_}, rows_);
+    clear_rows(p_.keys, keys_, row);
+    transpose_elements(rows_, row, keys_, columns, values_, keys_);
     for (int64_t h = 0; h < heads_; ++h)
       std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
   }
@@ -681,10 +714,11 @@ class Worker {
   // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias.
   void bound_scores() {
     const int64_t columns = heads_ * stride_;
-    column_maxima(rows_, p_.queries, columns, maxima_);
-    column_maxima(keys_rows_, p_.keys, columns, maxima_ + round_up(columns, kTile));
-    const Element *q = maxima_, *k = maxima_ + round_up(columns, kTile);
-    for (int64_t h = 0; h < heads_; ++h, q += stride_, k += stride_) {
+    column_maxima(rows_, p_.queries, row_stride(stride_), columns, maxima_);
+    const Element* q = maxima_;
+    Element* k = maxima_ + round_up(columns, kTile);
+    for (int64_t h = 0; h < heads_; ++h, q += stride_) {
+      column_maxima(keys_rows_ + h * keys_ * key_stride_, p_.keys, key_stride_, key_stride_, k);
       float bound = p_.largest_bias * kLog2E;
       for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
       bounds_[h] = bound;
@@ -697,8 +731,7 @@ class Worker {
 
   // Sums of the codes of k over channels, times what they are multiplied with in the scores, and of v over keys.
   void sum_codes() {
-    const int64_t columns = heads_ * stride_, value_columns = heads_ * value_stride_;
-    products_with_ones(columns, value_columns);
+    products_with_ones(heads_ * value_stride_);
     transpose_words(key_sums_, sum_columns_, keys_, sum_columns_, key_constants_, keys_);
     for (int64_t h = 0; h < heads_; ++h) {
       const Vec factor(p_.k_codes.step * p_.q_codes.lower * p_.score_factor[first_head_ + h] * kLog2E);
@@ -708,18 +741,24 @@ class Worker {
     }
   }
 
-  void products_with_ones(int64_t columns, int64_t value_columns) {
+  void products_with_ones(int64_t value_columns) {
 #ifdef HARMOQ_AMX
     if (amx_) {
-      amx_tall(*amx_, keys_rows_, columns, head_ones_, sum_columns_ * 4, key_sums_, sum_columns_ * 4,
-               round_up(p_.keys, kTile), sum_columns_, columns / std::min(stride_, kLine));
+      amx_tall(*amx_, keys_rows_, {key_stride_, keys_ * key_stride_}, head_ones_, sum_columns_ * 4, key_sums_,
+               sum_columns_ * 4, round_up(p_.keys, kTile), sum_columns_, heads_, (stride_ + kLine - 1) / kLine);
       amx_wide(values_, keys_, ones_, kTile * 4, value_sums_, kTile * 4, round_up(value_columns, kTile), kTile,
                keys_ / kLine);
       return;
     }
 #endif
-    gemm(p_.keys, sum_columns_, columns, columns, sum_columns_, sum_columns_, keys_rows_, head_ones_, key_sums_);
-    gemm(value_columns, kTile, keys_, keys_, kTile, kTile, values_, ones_, value_sums_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      for (int64_t m = 0; m < p_.keys; ++m) {
+        const Element* k = keys_rows_ + (h * keys_ + m) * key_stride_;
+        key_sums_[m * sum_columns_ + h] = std::accumulate(k, k + p_.head_dim, 0);
+      }
+    }
+    for (int64_t j = 0; j < value_columns; ++j)
+      value_sums_[j * kTile] = std::accumulate(values_ + j * keys_, values_ + j * keys_ + p_.keys, 0);
   }
 
   void find_mask() {
@@ -767,14 +806,15 @@ class Worker {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
   }
 
-  Scores<Element> scores(int64_t n, int64_t h) const {
+  // Of keys from `m` on.
+  Scores<Element> scores(int64_t n, int64_t h, int64_t m, int64_t count) const {
     const int64_t head = first_head_ + h, block = n / p_.block, size = p_.keys * p_.block;
     Scores<Element> s{};
     s.products = products_;
-    s.map = map_;
-    s.keys = p_.keys;
+    s.map = map_ + m * p_.block;
+    s.keys = count;
     s.block = p_.block;
-    s.bias = p_.bias ? p_.bias + (head * p_.blocks() + block) * size : zeros_;
+    s.bias = p_.bias ? p_.bias + (head * p_.blocks() + block) * size + m * p_.block : zeros_;
     s.bias_stride = p_.bias ? p_.block : 0;
     s.table = table_ ? table_ + block * size : nullptr;
     s.q_region = regions_ ? q_region_ + n : nullptr;
@@ -790,13 +830,17 @@ class Worker {
   }
 
   void attend(int64_t n, int64_t width, int64_t h) {
-    fetch_some();
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    score_products(keys_rows_ + h * stride_, q, width);
-    if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
-    fetch_some();
-    softmax(scores(n, h), width, !kCodes<Element> && bounds_[h] < kBound);
-    fetch_some();
+    const bool bounded = !kCodes<Element> && bounds_[h] < kBound && !table_ && !regions_;
+    // without a maximum to wait for, scores of some keys at a time
+    const int64_t step = bounded ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
+    for (int64_t m = 0; m < p_.keys; m += step) {
+      const int64_t count = std::min(step, p_.keys - m);
+      score_products(keys_rows_ + (h * keys_ + m) * key_stride_, q, count, width);
+      if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
+      fetch_some();
+      softmax(scores(n, h, m, count), width, bounded);
+    }
     const Element* v = values_ + h * value_stride_ * keys_;
     value_products(v, width);
     if constexpr (kCodes<Element>) {
@@ -808,16 +852,15 @@ class Worker {
     }
   }
 
-  void score_products(const Element* k, const Element* q, int64_t width) {
-    const int64_t k_stride = heads_ * stride_;
+  void score_products(const Element* k, const Element* q, int64_t count, int64_t width) {
 #ifdef HARMOQ_AMX
     if constexpr (sizeof(Element) <= 2) {
       if (amx_)
-        return amx_tall(*amx_, k, k_stride * sizeof(Element), q, queries_ * 4, products_, p_.block * 4,
-                        round_up(p_.keys, kTile), width, (stride_ + kLine - 1) / kLine);
+        return amx_tall(*amx_, k, {key_stride_ * int64_t(sizeof(Element)), 0}, q, queries_ * 4, products_, p_.block * 4,
+                        round_up(count, kTile), width, 1, (stride_ + kLine - 1) / kLine);
     }
 #endif
-    gemm(p_.keys, width, stride_, k_stride, queries_, p_.block, k, q, products_);
+    gemm(count, width, stride_, key_stride_, queries_, p_.block, k, q, products_);
   }
 
   void value_products(const Element* v, int64_t width) {
@@ -898,7 +941,7 @@ class Worker {
   }
 
   const Problem& p_;
-  const int64_t group_, stride_, value_stride_, queries_, keys_, sum_columns_;
+  const int64_t group_, stride_, key_stride_, value_stride_, queries_, keys_, sum_columns_;
   int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0, next_ = -1, fetched_ = 0, fetch_step_ = 0;
   Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
