@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.cpu_kernels import window_attention as attention
-from harmoq_ao.quant.integer_reference import Affine, MatmulOperand, static_qparams
+from harmoq_ao.quant.integer_reference import Affine, MatmulOperand, quantize_codes, static_qparams
 from tests.strategies import SEEDS, bit_widths, joint_scales
 
 Arguments = dict[str, Any]
@@ -55,7 +56,9 @@ def attentions(draw: st.DrawFn, most: int = 70, magnitude: float = 1.0) -> Argum
     ]
     q, k, v = matrices * 3 if packed else matrices
     arguments: Arguments = {
-        "out": torch.full((tokens + 3, channels + 5), 77.0, dtype=draw(st.sampled_from((torch.float32, torch.bfloat16)))),
+        "out": torch.full(
+            (tokens + 3, channels + 5), 77.0, dtype=draw(st.sampled_from((torch.float32, torch.bfloat16)))
+        ),
         "out_rows": _out_rows(shape, tokens + 3, generator),
         "out_col": draw(st.integers(0, 5)),
         "q": q[:, 2:],
@@ -225,14 +228,13 @@ def test_integers_equal_the_reference(data: st.DataObject, arguments: Arguments,
 
 def _value_codes(arguments: Arguments) -> Tensor:
     """``[W, heads, M, head_dim]``."""
-    from harmoq_ao.quant.integer_reference import quantize_codes
-
     heads, head_dim, rows = arguments["heads"], arguments["head_dim"], arguments["k_rows"].long()
     columns = slice(arguments["v_col"], arguments["v_col"] + heads * head_dim)
     v = torch.cat([arguments["v"][:, columns].float(), torch.zeros(1, heads * head_dim)])[rows]
     offset, top = arguments["quantizers"][3, 2:].tolist()
-    return quantize_codes(v.unflatten(-1, (heads, head_dim)).transpose(1, 2), arguments["reciprocals"][3], offset,
-                          int(top).bit_length())
+    return quantize_codes(
+        v.unflatten(-1, (heads, head_dim)).transpose(1, 2), arguments["reciprocals"][3], offset, int(top).bit_length()
+    )
 
 
 def test_codes_on_ties_and_beyond_the_range_equal_the_reference() -> None:
@@ -283,8 +285,8 @@ def test_not_a_number_does_not_crash() -> None:
         arguments = _plain(Shape(2, 20, 30, 2, 10), torch.Generator().manual_seed(4))
         arguments["q"][3] = torch.nan
         if options.pop("quantized", False):
-            operands = [_operand(8, -3.0, 3.0), _operand(8, -3.0, 3.0), _operand(8, 0.0, 1.0), _operand(8, -3.0, 3.0)]
-            bounds, reciprocals = attention.pack_quantizers(*operands, 10)
+            x, attention_map = _operand(8, -3.0, 3.0), _operand(8, 0.0, 1.0)
+            bounds, reciprocals = attention.pack_quantizers(x, x, attention_map, x, 10)
             arguments |= {"quantizers": bounds, "reciprocals": reciprocals, "relative": True}
         assert _actual(arguments, **options).shape == arguments["out"].shape
 
@@ -323,8 +325,6 @@ def test_packing_a_bias_loses_nothing(size: tuple[int, int, int], block: int) ->
 
 
 def test_the_operator_has_a_fake_implementation() -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     arguments = _plain(Shape(1, 16, 16, 1, 8), torch.Generator().manual_seed(6))
     attention.operator()
     with FakeTensorMode() as mode:

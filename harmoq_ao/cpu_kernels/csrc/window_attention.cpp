@@ -333,11 +333,11 @@ struct Problem {
   int64_t blocks() const { return (queries + block - 1) / block; }
 };
 
-struct Staged {  // where a token's elements go: its row, and within it its heads
-  int64_t row, head;
+struct Staged {  // where a token's elements go: its row, within it its heads, and how many channels are written
+  int64_t row, head, channels;
 };
 
-// Heads of tokens as elements. Channels beyond `head_dim` are zero, up to whole vectors; rows of -1 are tokens of zeros.
+// Heads of tokens as elements. Channels beyond `head_dim` are zero; rows of -1 are tokens of zeros.
 // Some rows at a time, so that they are in the cache for all vectors of a row.
 template <typename Element, typename Float>
 void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head, int64_t heads,
@@ -351,8 +351,8 @@ void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t 
     for (int64_t i = 0; i < these; ++i) from[i] = rows[n + i] < 0 ? zeros : data + rows[n + i] * tokens.stride;
     for (int64_t h = 0; h < heads; ++h) {
       const Vec head_factor(factors ? factors[h] : 1.f);
-      for (int64_t j = 0; j < p.head_dim; j += kLanes) {
-        const Lanes lanes(std::min(kLanes, p.head_dim - j));
+      for (int64_t j = 0; j < at.channels; j += kLanes) {
+        const Lanes lanes(std::clamp<int64_t>(p.head_dim - j, 0, kLanes));
         Vec factor, offset;
         if constexpr (kCodes<Element>) {
           factor = Vec::loadu(quantizer.factor + j);
@@ -468,16 +468,18 @@ inline Vec score(const Scores<Element>& s, int64_t m, int64_t n) {
 
 // Scores in place of products, and the largest of each query.
 template <typename Element, Mask mask, int columns>
-inline void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
+__attribute__((noinline)) void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
   float* scores = reinterpret_cast<float*>(s.products) + n;
-  for (int c = 0; c < columns; ++c) largest[c] = Vec(-INFINITY);
+  Vec most[columns];
+  for (int c = 0; c < columns; ++c) most[c] = Vec(-INFINITY);
   for (int64_t m = 0; m < s.keys; ++m) {
     for (int c = 0; c < columns; ++c) {
       const Vec t = score<Element, mask>(s, m, n + c * kLanes);
-      largest[c] = larger(largest[c], t);
+      most[c] = larger(most[c], t);
       t.store(scores + m * s.block + c * kLanes);
     }
   }
+  for (int c = 0; c < columns; ++c) largest[c] = most[c];
 }
 
 template <int columns>
@@ -685,7 +687,7 @@ class Worker {
 
   // Of staged rows whose heads are `stride` apart: the last whole vector does not reach into the next row.
   int64_t row_stride(int64_t stride) const {
-    return round_up((heads_ - 1) * stride + std::max(stride, round_up(p_.head_dim, kLanes)), kPack);
+    return round_up((heads_ - 1) * stride + round_up(stride, kLanes), kPack);
   }
 
   void read_queries_and_keys() {
@@ -694,8 +696,8 @@ class Worker {
       const float factor = p_.q_factor[first_head_ + h];
       factors_[h] = kCodes<Element> ? factor : factor * p_.score_factor[first_head_ + h] * kLog2E;
     }
-    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, {key_stride_, keys_ * key_stride_}, keys_rows_);
-    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, {row, stride_}, rows_);
+    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, {key_stride_, keys_ * key_stride_, stride_}, keys_rows_);
+    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, {row, stride_, stride_}, rows_);
     if constexpr (!kCodes<Element>) bound_scores();
     clear_rows(p_.queries, queries_, row);
     transpose_words(rows_, row / kPack, queries_, columns / kPack, queries_packed_, queries_);
@@ -704,7 +706,7 @@ class Worker {
   // To [heads][channels, and a row of ones][keys]; keys that only pad are zero.
   void read_values() {
     const int64_t columns = heads_ * value_stride_, row = row_stride(value_stride_);
-    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, {row, value_stride_}, rows_);
+    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, {row, value_stride_, p_.head_dim}, rows_);
     clear_rows(p_.keys, keys_, row);
     transpose_elements(rows_, row, keys_, columns, values_, keys_);
     for (int64_t h = 0; h < heads_; ++h)
@@ -804,6 +806,7 @@ class Worker {
     const char* begin =
         static_cast<const char*>(tokens.data) + row * tokens.stride * size + first_head_ * p_.head_dim * size;
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
+    __builtin_prefetch(begin + bytes - 1, 0, 2);
   }
 
   // Of keys from `m` on.
@@ -1017,7 +1020,7 @@ Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t chan
 class Quantizers {
  public:
   Quantizers(const Tensor& bounds, const Tensor& reciprocals, int64_t head_dim)
-      : padded_(round_up(head_dim, kLanes)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
+      : padded_(round_up(head_dim, 64)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
     const float* b = floats("quantizers", bounds, {4, 4});
     const float* r = floats("reciprocals", reciprocals, {4, head_dim});
     for (int64_t i = 0; i < 4; ++i) {
