@@ -605,22 +605,17 @@ class Worker {
     if constexpr (kCodes<Element>) fill_ones();
   }
 
-  // Attention of a group of heads in a window. `next` is the window after it, whose tokens are fetched meanwhile.
-  void run(int64_t window, int64_t first_head, int64_t next) {
+  // Attention of a group of heads in a window.
+  void run(int64_t window, int64_t first_head) {
     window_ = window;
-    next_ = next;
-    fetched_ = 0;
     first_head_ = first_head;
     heads_ = std::min(group_, p_.heads - first_head);
     read_queries_and_keys();
     read_values();
     if constexpr (kCodes<Element>) sum_codes();
     find_mask();
-    const int64_t parts = 2 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
-    fetch_step_ = (p_.queries + 2 * p_.keys + parts - 1) / parts;
     for (int64_t n = 0; n < p_.queries; n += p_.block) {
       const int64_t width = std::min(p_.block, queries_ - n);
-      fetch_output(n);
       for (int64_t h = 0; h < heads_; ++h) attend(n, width, h);
       write(n, width);
     }
@@ -777,38 +772,6 @@ class Worker {
     if (regions_) std::copy_n(q, p_.queries, q_region_);
   }
 
-  void fetch_output(int64_t first) const {
-    const int64_t size = p_.out_bfloat16 ? 2 : 4, begin = first_head_ * p_.head_dim * size;
-    const int32_t* rows = p_.out_rows + window_ * p_.queries;
-    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n) {
-      if (rows[n] < 0) continue;
-      const char* row = static_cast<const char*>(p_.out) + rows[n] * p_.out_stride * size + begin;
-      for (int64_t i = 0; i < heads_ * p_.head_dim * size; i += 64) __builtin_prefetch(row + i, 1);
-    }
-  }
-
-  void fetch_some() {
-    if (next_ < 0) return;
-    const int64_t end = std::min(fetched_ + fetch_step_, p_.queries + 2 * p_.keys);
-    for (; fetched_ < end; ++fetched_) {
-      if (fetched_ < p_.queries)
-        fetch(p_.q, p_.q_rows[next_ * p_.queries + fetched_]);
-      else if (fetched_ < p_.queries + p_.keys)
-        fetch(p_.k, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries]);
-      else
-        fetch(p_.v, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries - p_.keys]);
-    }
-  }
-
-  void fetch(const Tokens& tokens, int32_t row) const {
-    if (row < 0) return;
-    const int64_t size = tokens.bfloat16 ? 2 : 4, bytes = heads_ * p_.head_dim * size;
-    const char* begin =
-        static_cast<const char*>(tokens.data) + row * tokens.stride * size + first_head_ * p_.head_dim * size;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
-    __builtin_prefetch(begin + bytes - 1, 0, 2);
-  }
-
   // Of keys from `m` on.
   Scores<Element> scores(int64_t n, int64_t h, int64_t m, int64_t count) const {
     const int64_t head = first_head_ + h, block = n / p_.block, size = p_.keys * p_.block;
@@ -841,7 +804,6 @@ class Worker {
       const int64_t count = std::min(step, p_.keys - m);
       score_products(keys_rows_ + (h * keys_ + m) * key_stride_, q, count, width);
       if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
-      fetch_some();
       softmax(scores(n, h, m, count), width, bounded);
     }
     const Element* v = values_ + h * value_stride_ * keys_;
@@ -945,7 +907,7 @@ class Worker {
 
   const Problem& p_;
   const int64_t group_, stride_, key_stride_, value_stride_, queries_, keys_, sum_columns_;
-  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0, next_ = -1, fetched_ = 0, fetch_step_ = 0;
+  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0;
   Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
   float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
@@ -971,21 +933,22 @@ void attend_all(const Problem& p) {
   const int64_t group = heads_of_a_pass(p), passes = (p.heads + group - 1) / group;
   at::parallel_for(0, passes * p.windows, 1, [&](int64_t begin, int64_t end) {
     Worker<Element> worker(p, group);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t next = i % p.windows + 1;
-      worker.run(i % p.windows, i / p.windows * group, next < p.windows && i + 1 < end ? next : -1);
-    }
+    for (int64_t i = begin; i < end; ++i) worker.run(i % p.windows, i / p.windows * group);
     gemm_done();
   });
 }
 
 // --- the operator ----------------------------------------------------------------------------------------------------
 
-void check_rows(const char* name, const Tensor& rows, int64_t windows, int64_t tokens, int64_t most) {
-  TORCH_CHECK(rows.scalar_type() == at::kInt && rows.is_contiguous() && rows.dim() == 2 && rows.size(0) == windows &&
-                  rows.size(1) == tokens,
+const int32_t* integers(const char* name, const Tensor& x, int64_t windows, int64_t tokens) {
+  TORCH_CHECK(x.scalar_type() == at::kInt && x.is_contiguous() && x.dim() == 2 && x.size(0) == windows &&
+                  x.size(1) == tokens,
               "window_attention: ", name, " must be int32 [", windows, ", ", tokens, "], contiguous");
-  const int32_t* p = rows.const_data_ptr<int32_t>();
+  return x.const_data_ptr<int32_t>();
+}
+
+void check_rows(const char* name, const Tensor& rows, int64_t windows, int64_t tokens, int64_t most) {
+  const int32_t* p = integers(name, rows, windows, tokens);
   int32_t least = -1, largest = -1;
   for (int64_t i = 0; i < rows.numel(); ++i) {
     least = std::min(least, p[i]);
@@ -1086,11 +1049,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   }
   TORCH_CHECK(q_region.has_value() == k_region.has_value(), "window_attention: regions of q and k belong together");
   if (q_region) {
-    constexpr int64_t any = std::numeric_limits<int32_t>::max();
-    check_rows("q_region", *q_region, windows, queries, any);
-    check_rows("k_region", *k_region, windows, keys, any);
-    p.q_region = q_region->const_data_ptr<int32_t>();
-    p.k_region = k_region->const_data_ptr<int32_t>();
+    p.q_region = integers("q_region", *q_region, windows, queries);
+    p.k_region = integers("k_region", *k_region, windows, keys);
     p.mask_value = static_cast<float>(mask_value);
   }
   if (!quantizers) {
@@ -1110,14 +1070,14 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.map_codes = ready.of[2];
   p.v_codes = ready.of[3];
   p.relative = relative;
-  const auto integers = [](const OptionalTensor& x, at::IntArrayRef shape) -> int32_t* {
+  const auto shown = [](const OptionalTensor& x, at::IntArrayRef shape) -> int32_t* {
     if (!x) return nullptr;
     TORCH_CHECK(x->scalar_type() == at::kInt && x->is_contiguous() && x->sizes() == shape,
                 "window_attention: accumulators must be int32 ", shape);
     return x->data_ptr<int32_t>();
   };
-  p.score_accumulators = integers(score_accumulators, {windows, heads, queries, keys});
-  p.value_accumulators = integers(value_accumulators, {windows, heads, queries, head_dim});
+  p.score_accumulators = shown(score_accumulators, {windows, heads, queries, keys});
+  p.value_accumulators = shown(value_accumulators, {windows, heads, queries, head_dim});
   if (map_codes) {
     TORCH_CHECK(map_codes->scalar_type() == at::kByte && map_codes->is_contiguous() &&
                     map_codes->sizes() == at::IntArrayRef({windows, heads, queries, keys}),
