@@ -1,5 +1,5 @@
-// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between two shapes
-// of K: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
+// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between two
+// shapes of K: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
 //
 // Rows and columns come in tiles of 16; what lies beyond is multiplied with the rest, so buffers are padded and padded
 // values only meet padded results. `B` is packed as in gemm.h. Elements are uint8 or bfloat16, four or two to a word.

@@ -1,13 +1,14 @@
 // Attention within windows of tokens: gather, products, bias, mask, softmax, scatter; scores never leave the cache.
 //
 // Everything is transposed: scores are S[key][query] = K Q^T, so that a vector holds one key and 16 queries, largest
-// score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed right
-// operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum of the
+// score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed
+// right operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum of the
 // rounded probabilities (of the codes), by which the rounded numerators are divided.
 //
 // An `Element` is what the products multiply: float, bfloat16 or uint8 codes. 32 bits hold one, two or four of them, a
 // word; what lies in a word is contracted together (gemm.h).
 #include "amx.h"
+#include "attention_vectors.h"
 #include "gemm.h"
 
 #include <ATen/ops/zeros.h>
@@ -23,16 +24,14 @@
 namespace harmoq {
 namespace {
 
-using at::BFloat16;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr float kLog2E = 1.44269502f;
 constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
 constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
-constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes together: half the L2
-constexpr int64_t kScores = 4096;            // scores at a time where there is no maximum to wait for: a third of the L1
+constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes: half the L2
+constexpr int64_t kScores = 4096;            // scores at a time where none waits for a maximum: a third of the L1
 constexpr int64_t kSlack = 128;              // bytes that a vector may write beyond a buffer
 #ifdef __AVX512BF16__
 constexpr bool kHalf = true;
@@ -50,172 +49,6 @@ constexpr bool kCodes = std::is_same_v<Element, uint8_t>;
 
 template <typename Element>
 using Accumulator = std::conditional_t<kCodes<Element>, int32_t, float>;
-
-// --- vectors ---------------------------------------------------------------------------------------------------------
-
-struct Lanes {  // the first `count` lanes
-  explicit Lanes(int64_t count) : count(count), mask((1u << count) - 1) {}
-  int64_t count;
-  uint32_t mask;
-};
-
-inline Vec load_floats(const float* p, const Lanes& lanes) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(lanes.mask), p);
-#else
-  return lanes.count == kLanes ? Vec::loadu(p) : Vec::loadu(p, lanes.count);
-#endif
-}
-
-inline Vec load_floats(const BFloat16* p, const Lanes& lanes) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>(lanes.mask), p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-#else
-  alignas(64) float values[kLanes] = {};
-  for (int64_t i = 0; i < lanes.count; ++i) values[i] = p[i];
-  return Vec::loadu(values);
-#endif
-}
-
-inline Vec load_floats(const int32_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#else
-  alignas(64) float values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(p[i]);
-  return Vec::loadu(values);
-#endif
-}
-
-inline void store_elements(float* p, Vec x) { x.store(p); }
-
-#ifdef __AVX512BF16__
-inline void store_elements(BFloat16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-}
-#endif
-
-// Rounded half to even, of 0 to 255.
-inline void store_elements(uint8_t* p, Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
-#else
-  alignas(64) float values[kLanes];
-  x.round().store(values);
-  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
-#endif
-}
-
-// The larger one; without the care for numbers that are none that `at::vec::maximum` takes.
-inline Vec larger(Vec a, Vec b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_max_ps(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_max_ps(a, b);
-#else
-  return at::vec::maximum(a, b);
-#endif
-}
-
-// clamp(x * factor + offset, 0, top), to be rounded half to even when it is stored; a NaN becomes 0.
-inline Vec codes_of(Vec x, Vec factor, Vec offset, Vec top) {
-  const Vec position = x * factor + offset;
-#if defined(CPU_CAPABILITY_AVX512)  // the second operand where the first is not a number
-  return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top);
-#else
-  alignas(64) float values[kLanes];
-  position.store(values);
-  for (float& value : values) value = value > 0 ? value : 0;
-  return at::vec::minimum(Vec::loadu(values), top);
-#endif
-}
-
-// p * 2^n for n in the lowest bits of z.
-inline Vec scale_by_power(Vec p, Vec z) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
-#else
-  alignas(64) uint32_t a[kLanes], b[kLanes];
-  p.store(a);
-  z.store(b);
-  for (int64_t i = 0; i < kLanes; ++i) a[i] += b[i] << 23;
-  return Vec::loadu(a);
-#endif
-}
-
-// `otherwise` where two ids differ, else 0.
-inline Vec where_different(const int32_t* ids, int32_t id, Vec otherwise) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto different = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id));
-  return _mm512_maskz_mov_ps(different, otherwise);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const auto loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids));
-  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(loaded, _mm256_set1_epi32(id))), otherwise);
-#else
-  alignas(64) float values[kLanes];
-  otherwise.store(values);
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = ids[i] == id ? 0 : values[i];
-  return Vec::loadu(values);
-#endif
-}
-
-// 2^t for |t| <= 126. float32: relative error below 2^-21, exactly 1 at 0. bfloat16: the square root of two times 2^t, in
-// [1, 2) times a power of two, with half a step of bfloat16 added, so that cutting off 16 bits rounds to nearest; relative
-// error before rounding 2^-13.7. The constant factor cancels in a softmax.
-template <typename Element>
-inline Vec power_of_two(Vec t) {
-  const Vec magic(12582912.f);  // adding 1.5 * 2^23 rounds to a whole number, which is then in the lowest bits
-  const Vec z = t + magic;
-  const Vec f = t - (z - magic);
-  Vec p;
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    p = at::vec::fmadd(f, Vec(0.07802452f), Vec(0.34310395f));
-    p = at::vec::fmadd(f, p, Vec(0.98041910f));
-    p = at::vec::fmadd(f, p, Vec(1.41411185f + 0.00390625f));
-  } else {
-    p = at::vec::fmadd(f, Vec(0.0013264727f), Vec(0.0096715130f));
-    p = at::vec::fmadd(f, p, Vec(0.055507336f));
-    p = at::vec::fmadd(f, p, Vec(0.24022242f));
-    p = at::vec::fmadd(f, p, Vec(0.69314700f));
-    p = at::vec::fmadd(f, p, Vec(1.f));
-  }
-  return scale_by_power(p, z);
-}
-
-// One word for each query, of as many rows of the map as it holds.
-inline void store_words(float* p, const Vec* rows) { rows[0].store(p); }
-
-#ifdef __AVX512BF16__
-inline void store_words(BFloat16* p, const Vec* rows) {
-  const auto low = _mm512_srli_epi32(_mm512_castps_si512(rows[0]), 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(rows[1])));
-}
-#endif
-
-inline void store_words(uint8_t* p, const Vec* rows) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto low = _mm512_or_si512(_mm512_cvtps_epi32(rows[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[1]), 8));
-  const auto high = _mm512_or_si512(_mm512_cvtps_epi32(rows[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[3]), 8));
-  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const auto low = _mm256_or_si256(_mm256_cvtps_epi32(rows[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[1]), 8));
-  const auto high = _mm256_or_si256(_mm256_cvtps_epi32(rows[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[3]), 8));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
-#else
-  for (int64_t r = 0; r < 4; ++r) {
-    alignas(64) float values[kLanes];
-    rows[r].round().store(values);
-    for (int64_t i = 0; i < kLanes; ++i) p[4 * i + r] = static_cast<uint8_t>(values[i]);
-  }
-#endif
-}
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -340,8 +173,8 @@ struct Staged {  // where a token's elements go: its row, within it its heads, a
 // Heads of tokens as elements. Channels beyond `head_dim` are zero; rows of -1 are tokens of zeros.
 // Some rows at a time, so that they are in the cache for all vectors of a row.
 template <typename Element, typename Float>
-void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head, int64_t heads,
-           const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros, Element* to) {
+void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
+           int64_t heads, const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros, Element* to) {
   constexpr int64_t some = 32;
   const Float* data = static_cast<const Float*>(tokens.data) + first_head * p.head_dim;
   const Vec top(quantizer.top);
@@ -429,7 +262,8 @@ void column_maxima(const Element* rows, int64_t count, int64_t stride, int64_t c
 #else
   std::fill_n(maxima, columns, Element(0));
   for (int64_t n = 0; n < count; ++n)
-    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * stride + j]))));
+    for (int64_t j = 0; j < columns; ++j)
+      maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * stride + j]))));
 #endif
 }
 
@@ -895,7 +729,8 @@ class Worker {
         for (int64_t c = 0; c < columns; c += kTile) {
           transpose_tile(result_ + c * p_.block + n, p_.block, tile, kTile);
           for (int64_t i = 0; i < count; ++i)
-            if (rows[i] >= 0) store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
+            if (rows[i] >= 0)
+              store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
         }
       }
     };
@@ -972,8 +807,8 @@ float largest_magnitude(const float* p, int64_t count) {
 
 Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels) {
   const bool bfloat16 = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1, "window_attention: ", name,
-              " must be a matrix of float32 or bfloat16 with dense rows");
+  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1,
+              "window_attention: ", name, " must be a matrix of float32 or bfloat16 with dense rows");
   TORCH_CHECK(column >= 0 && column + channels <= x.size(1), "window_attention: ", name, " has ", x.size(1),
               " columns, too few for ", channels, " from ", column, " on");
   return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), bfloat16};
@@ -1010,8 +845,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
                       const OptionalTensor& reciprocals, bool relative, const OptionalTensor& score_accumulators,
                       const OptionalTensor& map_codes, const OptionalTensor& value_accumulators) {
   TORCH_CHECK(q_rows.dim() == 2 && k_rows.dim() == 2, "window_attention: rows must be [windows, tokens]");
-  TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0, "window_attention: heads, head_dim and block "
-              "must be positive, block a multiple of ", kTile);
+  TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0,
+              "window_attention: heads, head_dim and block must be positive, block a multiple of ", kTile);
   const int64_t channels = heads * head_dim, windows = q_rows.size(0), queries = q_rows.size(1), keys = k_rows.size(1);
   Problem p{};
   p.windows = windows;
@@ -1089,8 +924,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
 
 TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
   m.def(
-      "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, Tensor v, "
-      "int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, Tensor score_factor, "
+      "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, "
+      "Tensor v, int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, Tensor score_factor, "
       "Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
       "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
       "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
