@@ -2,8 +2,8 @@
 //
 // Everything is transposed: scores are S[key][query] = K Q^T, so that a vector holds one key and 16 queries, largest
 // score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed
-// right operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum of the
-// rounded probabilities (of the codes), by which the rounded numerators are divided.
+// right operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum
+// of the rounded probabilities (of the codes), by which the rounded numerators are divided.
 //
 // An `Element` is what the products multiply: float, bfloat16 or uint8 codes. 32 bits hold one, two or four of them, a
 // word; what lies in a word is contracted together (gemm.h).
@@ -174,7 +174,8 @@ struct Staged {  // where a token's elements go: its row, within it its heads, a
 // Some rows at a time, so that they are in the cache for all vectors of a row.
 template <typename Element, typename Float>
 void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
-           int64_t heads, const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros, Element* to) {
+           int64_t heads, const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros,
+           Element* to) {
   constexpr int64_t some = 32;
   const Float* data = static_cast<const Float*>(tokens.data) + first_head * p.head_dim;
   const Vec top(quantizer.top);
@@ -809,7 +810,8 @@ Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t chan
   const bool bfloat16 = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1,
               "window_attention: ", name, " must be a matrix of float32 or bfloat16 with dense rows");
-  TORCH_CHECK(column >= 0 && column + channels <= x.size(1), "window_attention: ", name, " has ", x.size(1),
+  TORCH_CHECK(column >= 0 && column + channels <= x.size(1),
+              "window_attention: ", name, " has ", x.size(1),
               " columns, too few for ", channels, " from ", column, " on");
   return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), bfloat16};
 }
@@ -925,8 +927,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
 TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
   m.def(
       "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, "
-      "Tensor v, int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, Tensor score_factor, "
-      "Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
+      "Tensor v, int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, "
+      "Tensor score_factor, Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
       "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
       "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
 }
