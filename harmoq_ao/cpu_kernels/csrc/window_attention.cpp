@@ -928,7 +928,8 @@ TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
   m.def(
       "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, "
       "Tensor v, int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, "
-      "Tensor score_factor, Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
+      "Tensor score_factor, Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, "
+      "Tensor? mask_index, "
       "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
       "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
 }
