@@ -8,11 +8,11 @@ For window ``w``, head ``h``, query ``n`` and keys ``m``, with the rows of `q_ro
 Shifted windows, window partition and padding are row numbers: nothing is rolled or copied. Plain torch: `reference`;
 the kernel: ``csrc/window_attention.cpp``.
 
-Precision. Float: ``half`` rounds ``q`` (with its factors), ``k``, ``v`` and the probabilities before they are normalised
-to bfloat16 and sums in float32, scores, bias and mask stay float32; it takes a CPU with bfloat16 products, others
-calculate in float32. The probabilities are divided by the sum of the rounded ones. Quantized: codes of q, k and v equal
-`quant.integer_reference` bit for bit, codes of the map except where float32 cannot tell on which side of a tie an entry
-lies; accumulators are exact.
+Precision. Float: ``half`` rounds ``q`` (with its factors), ``k``, ``v`` and the probabilities before they are
+normalised to bfloat16 and sums in float32; scores, bias and mask stay float32. It takes a CPU with bfloat16 products,
+others calculate in float32. The probabilities are divided by the sum of the rounded ones. Quantized: codes of q, k and
+v equal `quant.integer_reference` bit for bit, codes of the map except where float32 cannot tell on which side of a tie
+an entry lies; accumulators are exact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.cpu_kernels.instruction_sets import chosen
 from harmoq_ao.cpu_kernels.library import kernels
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, MatmulOperand
@@ -45,7 +44,7 @@ def query_block(queries: int, keys: int) -> int:
 
 
 def pack_bias(bias: Tensor, block: int) -> Tensor:
-    """``[..., N, M]`` to ``[..., ceil(N / block), M, block]`` float32, the layout of bias and mask tables. To be kept."""
+    """``[..., N, M]`` to ``[..., ceil(N / block), M, block]`` float32, the layout of bias and mask tables; keep it."""
     queries = bias.shape[-2]
     padded = F.pad(bias.float(), (0, 0, 0, -queries % block))
     return padded.unflatten(-2, (-1, block)).transpose(-1, -2).contiguous()
@@ -62,8 +61,8 @@ def pack_quantizers(
     """``quantizers`` and ``reciprocals`` of `window_attention`.
 
     Returns:
-        float32 ``[4, 4]``: step, lower bound, offset and largest code of q, k, the map and v; float32 ``[4, head_dim]``:
-        what each channel is multiplied with.
+        float32 ``[4, 4]``: step, lower bound, offset and largest code of q, k, the map and v; float32
+        ``[4, head_dim]``: what each channel is multiplied with.
 
     Raises:
         KernelError: Bounds are taken from the data, or the product with v has a joint scale.
@@ -85,13 +84,22 @@ def pack_quantizers(
     return torch.stack(rows), torch.stack(factors)
 
 
-@functools.cache
 def operator(isa: str | None = None) -> Any:
-    """The operator of an instruction set, with its fake implementation; its schema is in the C++ file."""
-    isa = isa or chosen()
-    namespace = kernels(isa)
-    torch.library.register_fake(f"harmoq_{isa}::window_attention", lambda *args, **kwargs: None)
+    """The operator of an instruction set, by default this machine's; its schema is in the C++ file.
+
+    Raises:
+        KernelError: There is no library for it.
+    """
+    namespace: Any = kernels(isa)
+    if namespace is None:
+        raise KernelError("The kernels for CPUs are not there", found=f"no library for {isa or 'this machine'}")
+    _register_fake(namespace.name)
     return namespace.window_attention
+
+
+@functools.cache
+def _register_fake(namespace: str) -> None:
+    torch.library.register_fake(f"{namespace}::window_attention", lambda *args, **kwargs: None)
 
 
 def window_attention(
@@ -162,6 +170,7 @@ def window_attention(
 
     Raises:
         RuntimeError: A shape, type or row number does not fit.
+        KernelError: There is no library for `isa`.
     """
     operator(isa)(
         out, out_rows, out_col, q, q_col, k, k_col, v, v_col, q_rows, k_rows, heads, head_dim, q_factor, score_factor,

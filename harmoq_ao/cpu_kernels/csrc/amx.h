@@ -1,5 +1,5 @@
-// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between two shapes
-// of K: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
+// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between two
+// shapes of K: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
 //
 // Rows and columns come in tiles of 16; what lies beyond is multiplied with the rest, so buffers are padded and padded
 // values only meet padded results. `B` is packed as in gemm.h. Elements are uint8 or bfloat16, four or two to a word.
@@ -56,48 +56,59 @@ class AmxTiles {
 #define HARMOQ_TILE_DOT(c, a, b) \
   if constexpr (sizeof(Element) == 2) { _tile_dpbf16ps(c, a, b); } else { _tile_dpbuud(c, a, b); }
 
-// Many rows, K of `chunks` times `tall_words` words: B stays while A passes. Strides in bytes.
+struct AmxStrides {  // of A, in bytes
+  int64_t row, group;
+};
+
+// Many rows, K of `groups` of `chunks` times `tall_words` words: B stays while A passes. Strides in bytes.
 template <typename Element, typename C>
-HARMOQ_AMX_TARGET inline void amx_tall(const AmxTiles& tiles, const Element* a, int64_t a_stride, const Element* b, int64_t b_stride, C* c,
-                                       int64_t c_stride, int64_t rows, int64_t columns, int64_t chunks) {
+HARMOQ_AMX_TARGET inline void amx_tall(const AmxTiles& tiles, const Element* a, const AmxStrides& a_stride,
+                                       const Element* b, int64_t b_stride, C* c, int64_t c_stride, int64_t rows,
+                                       int64_t columns, int64_t groups, int64_t chunks) {
   finish_stores();
   const char *a_bytes = reinterpret_cast<const char*>(a), *b_bytes = reinterpret_cast<const char*>(b);
   char* c_bytes = reinterpret_cast<char*>(c);
-  const int64_t a_tile = 16 * a_stride, c_tile = 16 * c_stride;
+  const int64_t a_tile = 16 * a_stride.row, c_tile = 16 * c_stride;
   const int64_t a_step = 4 * tiles.tall_words, b_step = tiles.tall_words * b_stride;
   for (int64_t n = 0; n < columns / 16; ++n) {
     int64_t m = 0;
-    const auto start = [&](int64_t i) { return a_bytes + (m + i) * a_tile; };
-    const auto end = [&](int64_t i) { return c_bytes + (m + i) * c_tile + n * 64; };
     for (; m + 4 <= rows / 16; m += 4) {
       _tile_zero(0);
       _tile_zero(1);
       _tile_zero(2);
       _tile_zero(3);
-      for (int64_t k = 0; k < chunks; ++k) {
-        _tile_loadd(5, b_bytes + k * b_step + n * 64, b_stride);
-        _tile_loadd(4, start(0) + k * a_step, a_stride);
-        HARMOQ_TILE_DOT(0, 4, 5);
-        _tile_loadd(4, start(1) + k * a_step, a_stride);
-        HARMOQ_TILE_DOT(1, 4, 5);
-        _tile_loadd(4, start(2) + k * a_step, a_stride);
-        HARMOQ_TILE_DOT(2, 4, 5);
-        _tile_loadd(4, start(3) + k * a_step, a_stride);
-        HARMOQ_TILE_DOT(3, 4, 5);
+      const char* b_tile = b_bytes + n * 64;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t k = 0; k < chunks; ++k, b_tile += b_step) {
+          const char* from = a_bytes + m * a_tile + g * a_stride.group + k * a_step;
+          _tile_loadd(5, b_tile, b_stride);
+          _tile_loadd(4, from, a_stride.row);
+          HARMOQ_TILE_DOT(0, 4, 5);
+          _tile_loadd(4, from + a_tile, a_stride.row);
+          HARMOQ_TILE_DOT(1, 4, 5);
+          _tile_loadd(4, from + 2 * a_tile, a_stride.row);
+          HARMOQ_TILE_DOT(2, 4, 5);
+          _tile_loadd(4, from + 3 * a_tile, a_stride.row);
+          HARMOQ_TILE_DOT(3, 4, 5);
+        }
       }
-      _tile_stored(0, end(0), c_stride);
-      _tile_stored(1, end(1), c_stride);
-      _tile_stored(2, end(2), c_stride);
-      _tile_stored(3, end(3), c_stride);
+      char* to = c_bytes + m * c_tile + n * 64;
+      _tile_stored(0, to, c_stride);
+      _tile_stored(1, to + c_tile, c_stride);
+      _tile_stored(2, to + 2 * c_tile, c_stride);
+      _tile_stored(3, to + 3 * c_tile, c_stride);
     }
     for (; m < rows / 16; ++m) {
       _tile_zero(0);
-      for (int64_t k = 0; k < chunks; ++k) {
-        _tile_loadd(5, b_bytes + k * b_step + n * 64, b_stride);
-        _tile_loadd(4, start(0) + k * a_step, a_stride);
-        HARMOQ_TILE_DOT(0, 4, 5);
+      const char* b_tile = b_bytes + n * 64;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int64_t k = 0; k < chunks; ++k, b_tile += b_step) {
+          _tile_loadd(5, b_tile, b_stride);
+          _tile_loadd(4, a_bytes + m * a_tile + g * a_stride.group + k * a_step, a_stride.row);
+          HARMOQ_TILE_DOT(0, 4, 5);
+        }
       }
-      _tile_stored(0, end(0), c_stride);
+      _tile_stored(0, c_bytes + m * c_tile + n * 64, c_stride);
     }
   }
 }

@@ -1,13 +1,14 @@
 // Attention within windows of tokens: gather, products, bias, mask, softmax, scatter; scores never leave the cache.
 //
 // Everything is transposed: scores are S[key][query] = K Q^T, so that a vector holds one key and 16 queries, largest
-// score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed right
-// operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum of the
-// rounded probabilities (of the codes), by which the rounded numerators are divided.
+// score and sum of a softmax are vertical, and tails of keys need no masks. Probabilities are written as the packed
+// right operand of O[channel][query] = V^T P. V^T has a row of ones below each head's channels: its product is the sum
+// of the rounded probabilities (of the codes), by which the rounded numerators are divided.
 //
 // An `Element` is what the products multiply: float, bfloat16 or uint8 codes. 32 bits hold one, two or four of them, a
 // word; what lies in a word is contracted together (gemm.h).
 #include "amx.h"
+#include "attention_vectors.h"
 #include "gemm.h"
 
 #include <ATen/ops/zeros.h>
@@ -16,21 +17,21 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <type_traits>
 
 namespace harmoq {
 namespace {
 
-using at::BFloat16;
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr float kLog2E = 1.44269502f;
 constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
 constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
-constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes together: half the L2
+constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes: half the L2
+constexpr int64_t kScores = 4096;            // scores at a time where none waits for a maximum: a third of the L1
 constexpr int64_t kSlack = 128;              // bytes that a vector may write beyond a buffer
 #ifdef __AVX512BF16__
 constexpr bool kHalf = true;
@@ -48,160 +49,6 @@ constexpr bool kCodes = std::is_same_v<Element, uint8_t>;
 
 template <typename Element>
 using Accumulator = std::conditional_t<kCodes<Element>, int32_t, float>;
-
-// --- vectors ---------------------------------------------------------------------------------------------------------
-
-inline Vec load_floats(const float* p, int64_t count) { return count == kLanes ? Vec::loadu(p) : Vec::loadu(p, count); }
-
-inline Vec load_floats(const BFloat16* p, int64_t count) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto half = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << count) - 1), p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-#else
-  alignas(64) float values[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) values[i] = p[i];
-  return Vec::loadu(values);
-#endif
-}
-
-inline Vec load_floats(const int32_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#else
-  alignas(64) float values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(p[i]);
-  return Vec::loadu(values);
-#endif
-}
-
-inline void store_elements(float* p, Vec x) { x.store(p); }
-
-#ifdef __AVX512BF16__
-inline void store_elements(BFloat16* p, Vec x) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
-}
-#endif
-
-// Rounded half to even, of 0 to 255.
-inline void store_elements(uint8_t* p, Vec x) {
-#if defined(CPU_CAPABILITY_AVX512)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x)));
-#else
-  alignas(64) float values[kLanes];
-  x.round().store(values);
-  for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
-#endif
-}
-
-// The larger one; without the care for numbers that are none that `at::vec::maximum` takes.
-inline Vec larger(Vec a, Vec b) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_max_ps(a, b);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_max_ps(a, b);
-#else
-  return at::vec::maximum(a, b);
-#endif
-}
-
-// clamp(x * factor + offset, 0, top), to be rounded half to even when it is stored; a NaN becomes 0.
-inline Vec codes_of(Vec x, Vec factor, Vec offset, Vec top) {
-  const Vec position = x * factor + offset;
-#if defined(CPU_CAPABILITY_AVX512)  // the second operand where the first is not a number
-  return _mm512_min_ps(_mm512_max_ps(position, _mm512_setzero_ps()), top);
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_min_ps(_mm256_max_ps(position, _mm256_setzero_ps()), top);
-#else
-  alignas(64) float values[kLanes];
-  position.store(values);
-  for (float& value : values) value = value > 0 ? value : 0;
-  return at::vec::minimum(Vec::loadu(values), top);
-#endif
-}
-
-// p * 2^n for n in the lowest bits of z.
-inline Vec scale_by_power(Vec p, Vec z) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(p), _mm512_slli_epi32(_mm512_castps_si512(z), 23)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_castps_si256(z), 23)));
-#else
-  alignas(64) uint32_t a[kLanes], b[kLanes];
-  p.store(a);
-  z.store(b);
-  for (int64_t i = 0; i < kLanes; ++i) a[i] += b[i] << 23;
-  return Vec::loadu(a);
-#endif
-}
-
-// `otherwise` where two ids differ, else 0.
-inline Vec where_different(const int32_t* ids, int32_t id, Vec otherwise) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto different = _mm512_cmpneq_epi32_mask(_mm512_loadu_si512(ids), _mm512_set1_epi32(id));
-  return _mm512_maskz_mov_ps(different, otherwise);
-#elif defined(CPU_CAPABILITY_AVX2)
-  const auto loaded = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ids));
-  return _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(loaded, _mm256_set1_epi32(id))), otherwise);
-#else
-  alignas(64) float values[kLanes];
-  otherwise.store(values);
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = ids[i] == id ? 0 : values[i];
-  return Vec::loadu(values);
-#endif
-}
-
-// 2^t for |t| <= 126. float32: relative error below 2^-21, exactly 1 at 0. bfloat16: the square root of two times 2^t, in
-// [1, 2) times a power of two, with half a step of bfloat16 added, so that cutting off 16 bits rounds to nearest; relative
-// error before rounding 2^-13.7. The constant factor cancels in a softmax.
-template <typename Element>
-inline Vec power_of_two(Vec t) {
-  const Vec magic(12582912.f);  // adding 1.5 * 2^23 rounds to a whole number, which is then in the lowest bits
-  const Vec z = t + magic;
-  const Vec f = t - (z - magic);
-  Vec p;
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    p = at::vec::fmadd(f, Vec(0.07802452f), Vec(0.34310395f));
-    p = at::vec::fmadd(f, p, Vec(0.98041910f));
-    p = at::vec::fmadd(f, p, Vec(1.41411185f + 0.00390625f));
-  } else {
-    p = at::vec::fmadd(f, Vec(0.0013264727f), Vec(0.0096715130f));
-    p = at::vec::fmadd(f, p, Vec(0.055507336f));
-    p = at::vec::fmadd(f, p, Vec(0.24022242f));
-    p = at::vec::fmadd(f, p, Vec(0.69314700f));
-    p = at::vec::fmadd(f, p, Vec(1.f));
-  }
-  return scale_by_power(p, z);
-}
-
-// One word for each query, of as many rows of the map as it holds.
-inline void store_words(float* p, const Vec* rows) { rows[0].store(p); }
-
-#ifdef __AVX512BF16__
-inline void store_words(BFloat16* p, const Vec* rows) {
-  const auto low = _mm512_srli_epi32(_mm512_castps_si512(rows[0]), 16);
-  _mm512_storeu_si512(p, _mm512_mask_blend_epi16(0xAAAAAAAA, low, _mm512_castps_si512(rows[1])));
-}
-#endif
-
-inline void store_words(uint8_t* p, const Vec* rows) {
-#if defined(CPU_CAPABILITY_AVX512)
-  const auto low = _mm512_or_si512(_mm512_cvtps_epi32(rows[0]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[1]), 8));
-  const auto high = _mm512_or_si512(_mm512_cvtps_epi32(rows[2]), _mm512_slli_epi32(_mm512_cvtps_epi32(rows[3]), 8));
-  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
-#elif defined(CPU_CAPABILITY_AVX2)
-  const auto low = _mm256_or_si256(_mm256_cvtps_epi32(rows[0]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[1]), 8));
-  const auto high = _mm256_or_si256(_mm256_cvtps_epi32(rows[2]), _mm256_slli_epi32(_mm256_cvtps_epi32(rows[3]), 8));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(low, _mm256_slli_epi32(high, 16)));
-#else
-  for (int64_t r = 0; r < 4; ++r) {
-    alignas(64) float values[kLanes];
-    rows[r].round().store(values);
-    for (int64_t i = 0; i < kLanes; ++i) p[4 * i + r] = static_cast<uint8_t>(values[i]);
-  }
-#endif
-}
 
 // --- memory ----------------------------------------------------------------------------------------------------------
 
@@ -319,23 +166,37 @@ struct Problem {
   int64_t blocks() const { return (queries + block - 1) / block; }
 };
 
-// Rows of tokens, from `channel` on, to [rows][heads][stride] elements. Channels beyond `head_dim` are zero; rows of -1 are
-// tokens of zeros.
+struct Staged {  // where a token's elements go: its row, within it its heads, and how many channels are written
+  int64_t row, head, channels;
+};
+
+// Heads of tokens as elements. Channels beyond `head_dim` are zero; rows of -1 are tokens of zeros.
+// Some rows at a time, so that they are in the cache for all vectors of a row.
 template <typename Element, typename Float>
-void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head, int64_t heads,
-           const float* factors, const Quantizer& quantizer, int64_t stride, const Float* zeros, Element* to) {
+void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
+           int64_t heads, const float* factors, const Quantizer& quantizer, const Staged& at, const Float* zeros,
+           Element* to) {
+  constexpr int64_t some = 32;
   const Float* data = static_cast<const Float*>(tokens.data) + first_head * p.head_dim;
   const Vec top(quantizer.top);
-  for (int64_t n = 0; n < count; ++n, to += heads * stride) {
-    const Float* from = rows[n] < 0 ? zeros : data + rows[n] * tokens.stride;
+  const Float* from[some];
+  for (int64_t n = 0; n < count; n += some, to += some * at.row) {
+    const int64_t these = std::min(some, count - n);
+    for (int64_t i = 0; i < these; ++i) from[i] = rows[n + i] < 0 ? zeros : data + rows[n + i] * tokens.stride;
     for (int64_t h = 0; h < heads; ++h) {
-      const Vec factor(factors ? factors[h] : 1.f);
-      for (int64_t j = 0; j < p.head_dim; j += kLanes) {
-        Vec x = load_floats(from + h * p.head_dim + j, std::min(kLanes, p.head_dim - j));
-        if (factors) x = x * factor;
-        if constexpr (kCodes<Element>)
-          x = codes_of(x, Vec::loadu(quantizer.factor + j), Vec::loadu(quantizer.offset + j), top);
-        store_elements(to + h * stride + j, x);
+      const Vec head_factor(factors ? factors[h] : 1.f);
+      for (int64_t j = 0; j < at.channels; j += kLanes) {
+        const Lanes lanes(std::clamp<int64_t>(p.head_dim - j, 0, kLanes));
+        Vec factor, offset;
+        if constexpr (kCodes<Element>) {
+          factor = Vec::loadu(quantizer.factor + j);
+          offset = Vec::loadu(quantizer.offset + j);
+        }
+        for (int64_t i = 0; i < these; ++i) {
+          Vec x = load_floats(from[i] + h * p.head_dim + j, lanes) * head_factor;
+          if constexpr (kCodes<Element>) x = codes_of(x, factor, offset, top);
+          store_elements(to + i * at.row + h * at.head + j, x);
+        }
       }
     }
   }
@@ -386,12 +247,12 @@ void transpose_elements(const Element* from, int64_t from_stride, int64_t rows, 
 
 // Largest magnitude in each column; reads and writes whole vectors.
 template <typename Element>
-void column_maxima(const Element* rows, int64_t count, int64_t columns, Element* maxima) {
+void column_maxima(const Element* rows, int64_t count, int64_t stride, int64_t columns, Element* maxima) {
 #if defined(CPU_CAPABILITY_AVX512)
   for (int64_t j = 0; j < columns; j += 64 / sizeof(Element)) {
     __m512i most = _mm512_setzero_si512();  // magnitudes are ordered like their bits
     for (int64_t n = 0; n < count; ++n) {
-      const __m512i bits = _mm512_loadu_si512(rows + n * columns + j);
+      const __m512i bits = _mm512_loadu_si512(rows + n * stride + j);
       if constexpr (sizeof(Element) == 2)
         most = _mm512_max_epu16(most, _mm512_and_si512(bits, _mm512_set1_epi16(0x7fff)));
       else
@@ -402,7 +263,8 @@ void column_maxima(const Element* rows, int64_t count, int64_t columns, Element*
 #else
   std::fill_n(maxima, columns, Element(0));
   for (int64_t n = 0; n < count; ++n)
-    for (int64_t j = 0; j < columns; ++j) maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * columns + j]))));
+    for (int64_t j = 0; j < columns; ++j)
+      maxima[j] = std::max(maxima[j], Element(std::abs(float(rows[n * stride + j]))));
 #endif
 }
 
@@ -441,16 +303,18 @@ inline Vec score(const Scores<Element>& s, int64_t m, int64_t n) {
 
 // Scores in place of products, and the largest of each query.
 template <typename Element, Mask mask, int columns>
-inline void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
+__attribute__((noinline)) void maxima(const Scores<Element>& s, int64_t n, Vec* largest) {
   float* scores = reinterpret_cast<float*>(s.products) + n;
-  for (int c = 0; c < columns; ++c) largest[c] = Vec(-INFINITY);
+  Vec most[columns];
+  for (int c = 0; c < columns; ++c) most[c] = Vec(-INFINITY);
   for (int64_t m = 0; m < s.keys; ++m) {
     for (int c = 0; c < columns; ++c) {
       const Vec t = score<Element, mask>(s, m, n + c * kLanes);
-      largest[c] = larger(largest[c], t);
+      most[c] = larger(most[c], t);
       t.store(scores + m * s.block + c * kLanes);
     }
   }
+  for (int c = 0; c < columns; ++c) largest[c] = most[c];
 }
 
 template <int columns>
@@ -556,6 +420,7 @@ class Worker {
       : p_(p),
         group_(group),
         stride_(round_up(p.head_dim, p.head_dim > kLine ? kLine : kPack)),
+        key_stride_(round_up(stride_, kLine)),  // tiles load aligned rows faster
         value_stride_(round_up(p.head_dim + 1, kPack)),
         queries_(round_up(p.queries, kTile)),
         keys_(round_up(p.keys, std::max(kLine, kTile))),
@@ -575,22 +440,17 @@ class Worker {
     if constexpr (kCodes<Element>) fill_ones();
   }
 
-  // Attention of a group of heads in a window. `next` is the window after it, whose tokens are fetched meanwhile.
-  void run(int64_t window, int64_t first_head, int64_t next) {
+  // Attention of a group of heads in a window.
+  void run(int64_t window, int64_t first_head) {
     window_ = window;
-    next_ = next;
-    fetched_ = 0;
     first_head_ = first_head;
     heads_ = std::min(group_, p_.heads - first_head);
     read_queries_and_keys();
     read_values();
     if constexpr (kCodes<Element>) sum_codes();
     find_mask();
-    const int64_t parts = 3 * heads_ * p_.blocks();  // fetched in small portions: the memory takes few at a time
-    fetch_step_ = (p_.queries + 2 * p_.keys + parts - 1) / parts;
     for (int64_t n = 0; n < p_.queries; n += p_.block) {
       const int64_t width = std::min(p_.block, queries_ - n);
-      fetch_output(n);
       for (int64_t h = 0; h < heads_; ++h) attend(n, width, h);
       write(n, width);
     }
@@ -610,9 +470,9 @@ class Worker {
       if (now) pointer = arena().take<T>(count);
     };
     const int64_t columns = group_ * stride_, value_columns = group_ * value_stride_;
-    take(rows_, std::max(queries_, keys_) * std::max(columns, value_columns) + kTile * kPack);
+    take(rows_, std::max(queries_, keys_) * (std::max(columns, value_columns) + kTile) + kTile * kPack);
     take(queries_packed_, round_up(columns / kPack, kTile) * queries_ * kPack);
-    take(keys_rows_, keys_ * columns);
+    take(keys_rows_, keys_ * group_ * key_stride_);
     take(values_, (value_columns + kTile) * keys_);
     take(products_, keys_ * p_.block);
     take(map_, keys_ * p_.block);
@@ -622,7 +482,7 @@ class Worker {
     take(q_region_, queries_);
     take(factors_, group_);
     take(bounds_, group_);
-    take(maxima_, 2 * round_up(columns, kTile));
+    take(maxima_, round_up(columns, kTile) + round_up(key_stride_, kTile));
     if constexpr (kCodes<Element>) {
       take(head_ones_, columns * sum_columns_);
       take(ones_, keys_ * kTile);
@@ -645,9 +505,9 @@ class Worker {
   }
 
   void read(const Tokens& tokens, const int32_t* rows, int64_t count, const float* factors, const Quantizer& quantizer,
-            int64_t stride, Element* to) {
+            const Staged& at, Element* to) {
     const auto read_as = [&](auto* zeros) {
-      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, stride, zeros, to);
+      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, at, zeros, to);
     };
     if (tokens.bfloat16)
       read_as(reinterpret_cast<const BFloat16*>(zeros_));
@@ -655,25 +515,30 @@ class Worker {
       read_as(static_cast<const float*>(zeros_));
   }
 
+  // Of staged rows whose heads are `stride` apart: the last whole vector does not reach into the next row.
+  int64_t row_stride(int64_t stride) const {
+    return round_up((heads_ - 1) * stride + round_up(stride, kLanes), kPack);
+  }
+
   void read_queries_and_keys() {
-    const int64_t columns = heads_ * stride_;
+    const int64_t columns = heads_ * stride_, row = row_stride(stride_);
     for (int64_t h = 0; h < heads_; ++h) {  // the factor of the scores goes into q as well where q is not quantized
       const float factor = p_.q_factor[first_head_ + h];
       factors_[h] = kCodes<Element> ? factor : factor * p_.score_factor[first_head_ + h] * kLog2E;
     }
-    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, stride_, keys_rows_);
-    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, stride_, rows_);
+    read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, {key_stride_, keys_ * key_stride_, stride_}, keys_rows_);
+    read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, {row, stride_, stride_}, rows_);
     if constexpr (!kCodes<Element>) bound_scores();
-    clear_rows(p_.queries, queries_, columns);
-    transpose_words(rows_, columns / kPack, queries_, columns / kPack, queries_packed_, queries_);
+    clear_rows(p_.queries, queries_, row);
+    transpose_words(rows_, row / kPack, queries_, columns / kPack, queries_packed_, queries_);
   }
 
   // To [heads][channels, and a row of ones][keys]; keys that only pad are zero.
   void read_values() {
-    const int64_t columns = heads_ * value_stride_;
-    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, value_stride_, rows_);
-    clear_rows(p_.keys, keys_, columns);
-    transpose_elements(rows_, columns, keys_, columns, values_, keys_);
+    const int64_t columns = heads_ * value_stride_, row = row_stride(value_stride_);
+    read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, {row, value_stride_, p_.head_dim}, rows_);
+    clear_rows(p_.keys, keys_, row);
+    transpose_elements(rows_, row, keys_, columns, values_, keys_);
     for (int64_t h = 0; h < heads_; ++h)
       std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
   }
@@ -681,10 +546,11 @@ class Worker {
   // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias.
   void bound_scores() {
     const int64_t columns = heads_ * stride_;
-    column_maxima(rows_, p_.queries, columns, maxima_);
-    column_maxima(keys_rows_, p_.keys, columns, maxima_ + round_up(columns, kTile));
-    const Element *q = maxima_, *k = maxima_ + round_up(columns, kTile);
-    for (int64_t h = 0; h < heads_; ++h, q += stride_, k += stride_) {
+    column_maxima(rows_, p_.queries, row_stride(stride_), columns, maxima_);
+    const Element* q = maxima_;
+    Element* k = maxima_ + round_up(columns, kTile);
+    for (int64_t h = 0; h < heads_; ++h, q += stride_) {
+      column_maxima(keys_rows_ + h * keys_ * key_stride_, p_.keys, key_stride_, key_stride_, k);
       float bound = p_.largest_bias * kLog2E;
       for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
       bounds_[h] = bound;
@@ -697,8 +563,7 @@ class Worker {
 
   // Sums of the codes of k over channels, times what they are multiplied with in the scores, and of v over keys.
   void sum_codes() {
-    const int64_t columns = heads_ * stride_, value_columns = heads_ * value_stride_;
-    products_with_ones(columns, value_columns);
+    products_with_ones(heads_ * value_stride_);
     transpose_words(key_sums_, sum_columns_, keys_, sum_columns_, key_constants_, keys_);
     for (int64_t h = 0; h < heads_; ++h) {
       const Vec factor(p_.k_codes.step * p_.q_codes.lower * p_.score_factor[first_head_ + h] * kLog2E);
@@ -708,18 +573,24 @@ class Worker {
     }
   }
 
-  void products_with_ones(int64_t columns, int64_t value_columns) {
+  void products_with_ones(int64_t value_columns) {
 #ifdef HARMOQ_AMX
     if (amx_) {
-      amx_tall(*amx_, keys_rows_, columns, head_ones_, sum_columns_ * 4, key_sums_, sum_columns_ * 4,
-               round_up(p_.keys, kTile), sum_columns_, columns / std::min(stride_, kLine));
+      amx_tall(*amx_, keys_rows_, {key_stride_, keys_ * key_stride_}, head_ones_, sum_columns_ * 4, key_sums_,
+               sum_columns_ * 4, round_up(p_.keys, kTile), sum_columns_, heads_, (stride_ + kLine - 1) / kLine);
       amx_wide(values_, keys_, ones_, kTile * 4, value_sums_, kTile * 4, round_up(value_columns, kTile), kTile,
                keys_ / kLine);
       return;
     }
 #endif
-    gemm(p_.keys, sum_columns_, columns, columns, sum_columns_, sum_columns_, keys_rows_, head_ones_, key_sums_);
-    gemm(value_columns, kTile, keys_, keys_, kTile, kTile, values_, ones_, value_sums_);
+    for (int64_t h = 0; h < heads_; ++h) {
+      for (int64_t m = 0; m < p_.keys; ++m) {
+        const Element* k = keys_rows_ + (h * keys_ + m) * key_stride_;
+        key_sums_[m * sum_columns_ + h] = std::accumulate(k, k + p_.head_dim, 0);
+      }
+    }
+    for (int64_t j = 0; j < value_columns; ++j)
+      value_sums_[j * kTile] = std::accumulate(values_ + j * keys_, values_ + j * keys_ + p_.keys, 0);
   }
 
   void find_mask() {
@@ -736,45 +607,15 @@ class Worker {
     if (regions_) std::copy_n(q, p_.queries, q_region_);
   }
 
-  void fetch_output(int64_t first) const {
-    const int64_t size = p_.out_bfloat16 ? 2 : 4, begin = first_head_ * p_.head_dim * size;
-    const int32_t* rows = p_.out_rows + window_ * p_.queries;
-    for (int64_t n = first; n < std::min(first + p_.block, p_.queries); ++n) {
-      if (rows[n] < 0) continue;
-      const char* row = static_cast<const char*>(p_.out) + rows[n] * p_.out_stride * size + begin;
-      for (int64_t i = 0; i < heads_ * p_.head_dim * size; i += 64) __builtin_prefetch(row + i, 1);
-    }
-  }
-
-  void fetch_some() {
-    if (next_ < 0) return;
-    const int64_t end = std::min(fetched_ + fetch_step_, p_.queries + 2 * p_.keys);
-    for (; fetched_ < end; ++fetched_) {
-      if (fetched_ < p_.queries)
-        fetch(p_.q, p_.q_rows[next_ * p_.queries + fetched_]);
-      else if (fetched_ < p_.queries + p_.keys)
-        fetch(p_.k, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries]);
-      else
-        fetch(p_.v, p_.k_rows[next_ * p_.keys + fetched_ - p_.queries - p_.keys]);
-    }
-  }
-
-  void fetch(const Tokens& tokens, int32_t row) const {
-    if (row < 0) return;
-    const int64_t size = tokens.bfloat16 ? 2 : 4, bytes = heads_ * p_.head_dim * size;
-    const char* begin =
-        static_cast<const char*>(tokens.data) + row * tokens.stride * size + first_head_ * p_.head_dim * size;
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(begin + i, 0, 2);
-  }
-
-  Scores<Element> scores(int64_t n, int64_t h) const {
+  // Of keys from `m` on.
+  Scores<Element> scores(int64_t n, int64_t h, int64_t m, int64_t count) const {
     const int64_t head = first_head_ + h, block = n / p_.block, size = p_.keys * p_.block;
     Scores<Element> s{};
     s.products = products_;
-    s.map = map_;
-    s.keys = p_.keys;
+    s.map = map_ + m * p_.block;
+    s.keys = count;
     s.block = p_.block;
-    s.bias = p_.bias ? p_.bias + (head * p_.blocks() + block) * size : zeros_;
+    s.bias = p_.bias ? p_.bias + (head * p_.blocks() + block) * size + m * p_.block : zeros_;
     s.bias_stride = p_.bias ? p_.block : 0;
     s.table = table_ ? table_ + block * size : nullptr;
     s.q_region = regions_ ? q_region_ + n : nullptr;
@@ -790,13 +631,16 @@ class Worker {
   }
 
   void attend(int64_t n, int64_t width, int64_t h) {
-    fetch_some();
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    score_products(keys_rows_ + h * stride_, q, width);
-    if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
-    fetch_some();
-    softmax(scores(n, h), width, !kCodes<Element> && bounds_[h] < kBound);
-    fetch_some();
+    const bool bounded = !kCodes<Element> && bounds_[h] < kBound && !table_ && !regions_;
+    // without a maximum to wait for, scores of some keys at a time
+    const int64_t step = bounded ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
+    for (int64_t m = 0; m < p_.keys; m += step) {
+      const int64_t count = std::min(step, p_.keys - m);
+      score_products(keys_rows_ + (h * keys_ + m) * key_stride_, q, count, width);
+      if constexpr (kCodes<Element>) show(p_.score_accumulators, products_, p_.keys, n, h);
+      softmax(scores(n, h, m, count), width, bounded);
+    }
     const Element* v = values_ + h * value_stride_ * keys_;
     value_products(v, width);
     if constexpr (kCodes<Element>) {
@@ -808,16 +652,15 @@ class Worker {
     }
   }
 
-  void score_products(const Element* k, const Element* q, int64_t width) {
-    const int64_t k_stride = heads_ * stride_;
+  void score_products(const Element* k, const Element* q, int64_t count, int64_t width) {
 #ifdef HARMOQ_AMX
     if constexpr (sizeof(Element) <= 2) {
       if (amx_)
-        return amx_tall(*amx_, k, k_stride * sizeof(Element), q, queries_ * 4, products_, p_.block * 4,
-                        round_up(p_.keys, kTile), width, (stride_ + kLine - 1) / kLine);
+        return amx_tall(*amx_, k, {key_stride_ * int64_t(sizeof(Element)), 0}, q, queries_ * 4, products_, p_.block * 4,
+                        round_up(count, kTile), width, 1, (stride_ + kLine - 1) / kLine);
     }
 #endif
-    gemm(p_.keys, width, stride_, k_stride, queries_, p_.block, k, q, products_);
+    gemm(count, width, stride_, key_stride_, queries_, p_.block, k, q, products_);
   }
 
   void value_products(const Element* v, int64_t width) {
@@ -887,7 +730,8 @@ class Worker {
         for (int64_t c = 0; c < columns; c += kTile) {
           transpose_tile(result_ + c * p_.block + n, p_.block, tile, kTile);
           for (int64_t i = 0; i < count; ++i)
-            if (rows[i] >= 0) store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
+            if (rows[i] >= 0)
+              store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
         }
       }
     };
@@ -898,8 +742,8 @@ class Worker {
   }
 
   const Problem& p_;
-  const int64_t group_, stride_, value_stride_, queries_, keys_, sum_columns_;
-  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0, next_ = -1, fetched_ = 0, fetch_step_ = 0;
+  const int64_t group_, stride_, key_stride_, value_stride_, queries_, keys_, sum_columns_;
+  int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0;
   Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
   float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
@@ -925,21 +769,22 @@ void attend_all(const Problem& p) {
   const int64_t group = heads_of_a_pass(p), passes = (p.heads + group - 1) / group;
   at::parallel_for(0, passes * p.windows, 1, [&](int64_t begin, int64_t end) {
     Worker<Element> worker(p, group);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t next = i % p.windows + 1;
-      worker.run(i % p.windows, i / p.windows * group, next < p.windows && i + 1 < end ? next : -1);
-    }
+    for (int64_t i = begin; i < end; ++i) worker.run(i % p.windows, i / p.windows * group);
     gemm_done();
   });
 }
 
 // --- the operator ----------------------------------------------------------------------------------------------------
 
-void check_rows(const char* name, const Tensor& rows, int64_t windows, int64_t tokens, int64_t most) {
-  TORCH_CHECK(rows.scalar_type() == at::kInt && rows.is_contiguous() && rows.dim() == 2 && rows.size(0) == windows &&
-                  rows.size(1) == tokens,
+const int32_t* integers(const char* name, const Tensor& x, int64_t windows, int64_t tokens) {
+  TORCH_CHECK(x.scalar_type() == at::kInt && x.is_contiguous() && x.dim() == 2 && x.size(0) == windows &&
+                  x.size(1) == tokens,
               "window_attention: ", name, " must be int32 [", windows, ", ", tokens, "], contiguous");
-  const int32_t* p = rows.const_data_ptr<int32_t>();
+  return x.const_data_ptr<int32_t>();
+}
+
+void check_rows(const char* name, const Tensor& rows, int64_t windows, int64_t tokens, int64_t most) {
+  const int32_t* p = integers(name, rows, windows, tokens);
   int32_t least = -1, largest = -1;
   for (int64_t i = 0; i < rows.numel(); ++i) {
     least = std::min(least, p[i]);
@@ -963,9 +808,10 @@ float largest_magnitude(const float* p, int64_t count) {
 
 Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels) {
   const bool bfloat16 = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1, "window_attention: ", name,
-              " must be a matrix of float32 or bfloat16 with dense rows");
-  TORCH_CHECK(column >= 0 && column + channels <= x.size(1), "window_attention: ", name, " has ", x.size(1),
+  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1,
+              "window_attention: ", name, " must be a matrix of float32 or bfloat16 with dense rows");
+  TORCH_CHECK(column >= 0 && column + channels <= x.size(1),
+              "window_attention: ", name, " has ", x.size(1),
               " columns, too few for ", channels, " from ", column, " on");
   return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), bfloat16};
 }
@@ -974,7 +820,7 @@ Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t chan
 class Quantizers {
  public:
   Quantizers(const Tensor& bounds, const Tensor& reciprocals, int64_t head_dim)
-      : padded_(round_up(head_dim, kLanes)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
+      : padded_(round_up(head_dim, 64)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
     const float* b = floats("quantizers", bounds, {4, 4});
     const float* r = floats("reciprocals", reciprocals, {4, head_dim});
     for (int64_t i = 0; i < 4; ++i) {
@@ -1001,8 +847,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
                       const OptionalTensor& reciprocals, bool relative, const OptionalTensor& score_accumulators,
                       const OptionalTensor& map_codes, const OptionalTensor& value_accumulators) {
   TORCH_CHECK(q_rows.dim() == 2 && k_rows.dim() == 2, "window_attention: rows must be [windows, tokens]");
-  TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0, "window_attention: heads, head_dim and block "
-              "must be positive, block a multiple of ", kTile);
+  TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0,
+              "window_attention: heads, head_dim and block must be positive, block a multiple of ", kTile);
   const int64_t channels = heads * head_dim, windows = q_rows.size(0), queries = q_rows.size(1), keys = k_rows.size(1);
   Problem p{};
   p.windows = windows;
@@ -1040,11 +886,8 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   }
   TORCH_CHECK(q_region.has_value() == k_region.has_value(), "window_attention: regions of q and k belong together");
   if (q_region) {
-    constexpr int64_t any = std::numeric_limits<int32_t>::max();
-    check_rows("q_region", *q_region, windows, queries, any);
-    check_rows("k_region", *k_region, windows, keys, any);
-    p.q_region = q_region->const_data_ptr<int32_t>();
-    p.k_region = k_region->const_data_ptr<int32_t>();
+    p.q_region = integers("q_region", *q_region, windows, queries);
+    p.k_region = integers("k_region", *k_region, windows, keys);
     p.mask_value = static_cast<float>(mask_value);
   }
   if (!quantizers) {
@@ -1064,14 +907,14 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.map_codes = ready.of[2];
   p.v_codes = ready.of[3];
   p.relative = relative;
-  const auto integers = [](const OptionalTensor& x, at::IntArrayRef shape) -> int32_t* {
+  const auto shown = [](const OptionalTensor& x, at::IntArrayRef shape) -> int32_t* {
     if (!x) return nullptr;
     TORCH_CHECK(x->scalar_type() == at::kInt && x->is_contiguous() && x->sizes() == shape,
                 "window_attention: accumulators must be int32 ", shape);
     return x->data_ptr<int32_t>();
   };
-  p.score_accumulators = integers(score_accumulators, {windows, heads, queries, keys});
-  p.value_accumulators = integers(value_accumulators, {windows, heads, queries, head_dim});
+  p.score_accumulators = shown(score_accumulators, {windows, heads, queries, keys});
+  p.value_accumulators = shown(value_accumulators, {windows, heads, queries, head_dim});
   if (map_codes) {
     TORCH_CHECK(map_codes->scalar_type() == at::kByte && map_codes->is_contiguous() &&
                     map_codes->sizes() == at::IntArrayRef({windows, heads, queries, keys}),
@@ -1083,9 +926,10 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
 
 TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
   m.def(
-      "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, Tensor v, "
-      "int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, Tensor score_factor, "
-      "Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, Tensor? mask_index, "
+      "window_attention(Tensor(a!) out, Tensor out_rows, int out_col, Tensor q, int q_col, Tensor k, int k_col, "
+      "Tensor v, int v_col, Tensor q_rows, Tensor k_rows, int heads, int head_dim, Tensor q_factor, "
+      "Tensor score_factor, Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, "
+      "Tensor? mask_index, "
       "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
       "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
 }
