@@ -1,5 +1,5 @@
-// Channel attention's products, which contract over the pixels of an image: gram[i, j] = sum_t q[t, i] k[t, j], in float32
-// or exactly over codes. Blocks of tokens are unpacked to float32, a head at a time, and multiplied in registers.
+// Channel attention's products, which contract over the pixels of an image: gram[i, j] = sum_t q[t, i] k[t, j], in
+// float32 or exactly over codes. Blocks of tokens are unpacked to float32, a head at a time, and multiplied in registers.
 
 #include <ATen/ATen.h>
 #include <vector>
@@ -49,7 +49,8 @@ void unpack(Rows<const From> from, Rows<float> to, int64_t tokens, int64_t dim, 
 
 // block[i, j] = sum_t q[t, i] k[t, j] for I rows from i and J vectors of columns from j.
 template <int I, int J>
-inline void multiply(Rows<const float> q, Rows<const float> k, int64_t tokens, int64_t i, int64_t j, Rows<float> block) {
+inline void multiply(Rows<const float> q, Rows<const float> k, int64_t tokens, int64_t i, int64_t j,
+                     Rows<float> block) {
   Vec total[I][J];
   for (auto& row : total) {
     for (Vec& value : row) value = Vec(0.f);
@@ -192,7 +193,8 @@ Result channel_gram(const at::Tensor& q, int64_t q_col, const at::Tensor& k, int
   return result;
 }
 
-std::vector<Quantize> quantizers(const Sizes& sizes, const at::Tensor& reciprocal, const at::Tensor& offset, int64_t bits) {
+std::vector<Quantize> quantizers(const Sizes& sizes, const at::Tensor& reciprocal, const at::Tensor& offset,
+                                 int64_t bits) {
   const std::vector<int64_t> shape{sizes.images, sizes.heads, sizes.dim};
   for (const at::Tensor& vector : {reciprocal, offset}) {
     const bool fits = vector.device().is_cpu() && vector.scalar_type() == at::kFloat && vector.sizes() == shape;

@@ -38,7 +38,8 @@ inline void norm_few_rows(Rows<const float> from, Rows<float> to, int64_t rows, 
     mean[r] = row_mean(from[r], width, share);
     rstd[r] = row_variance(from[r], width, share, mean[r]);
   }
-  for (int64_t r = 0; r < rows; r += kLanes) {  // roots and quotients of many rows at once; those past the last are unused
+  // roots and quotients of many rows at once; those past the last are unused
+  for (int64_t r = 0; r < rows; r += kLanes) {
     store(Vec(1.f) / (load(rstd + r, kLanes) + Vec(eps)).sqrt(), rstd + r, kLanes);
   }
   each_vector(width, [&](int64_t j, auto lanes) {
