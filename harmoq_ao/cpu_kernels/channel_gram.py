@@ -107,7 +107,8 @@ def register_fakes(namespace: str) -> None:
 
     def sums(q: Tensor, heads: int, dim: int, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         products = q.new_empty(images, heads, dim, dim, dtype=dtype)
-        return products, *(q.new_empty(images, heads, dim, dtype=dtype) for _ in range(2))
+        shape = (images, heads, dim)
+        return products, q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
 
     @torch.library.register_fake(f"{namespace}::channel_gram", allow_override=True)
     def _(

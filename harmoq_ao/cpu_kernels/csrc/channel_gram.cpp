@@ -1,5 +1,6 @@
 // Channel attention's products, which contract over the pixels of an image: gram[i, j] = sum_t q[t, i] k[t, j], in
-// float32 or exactly over codes. Blocks of tokens are unpacked to float32, a head at a time, and multiplied in registers.
+// float32 or exactly over codes. Blocks of tokens are unpacked to float32, a head at a time, and multiplied in
+// registers.
 
 #include <ATen/ATen.h>
 #include <vector>

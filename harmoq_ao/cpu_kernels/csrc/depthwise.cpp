@@ -123,7 +123,8 @@ void check(const at::Tensor& x, int64_t col, int64_t channels, int64_t tokens, c
   TORCH_CHECK(float_on_cpu(weight) && weight.dim() == 2 && weight.size(1) == channels,
               "depthwise: the weight is float32 [k * k, ", channels, "] on cpu, got ", weight.scalar_type(), " ",
               weight.sizes());
-  TORCH_CHECK(!bias || (float_on_cpu(*bias) && bias->numel() == channels), "depthwise: the bias is float32 [", channels, "] on cpu, or none");
+  TORCH_CHECK(!bias || (float_on_cpu(*bias) && bias->numel() == channels), "depthwise: the bias is float32 [",
+              channels, "] on cpu, or none");
   TORCH_CHECK(activation >= -1 && activation < static_cast<int64_t>(Unary::kCount), "depthwise: unknown activation ",
               activation);
   TORCH_CHECK(floating(out), "depthwise: the output is float32 or bfloat16, not ", out);

@@ -8,8 +8,8 @@ namespace harmoq {
 enum class Unary : int64_t { kGelu, kGeluTanh, kSigmoid, kRelu, kLeakyRelu, kSilu, kTanh, kCount };
 
 // GELU(x) = max(x, 0) - u Phi(-u) with u = |x|, and Phi(-u) = q(u)^-8 with a polynomial q of degree 8, the minimax fit
-// of u Phi(-u) on [0, 6.5] (4e-8). In float32 the error is at most 3e-7 absolutely, and 6e-6 of GELU(x) for x > -2; below,
-// where torch's 1 + erf cancels, the value only stays within 3e-7. Beyond 6.5, u Phi(-u) is below 3e-10.
+// of u Phi(-u) on [0, 6.5] (4e-8). In float32 the error is at most 3e-7 absolutely, and 6e-6 of GELU(x) for x > -2;
+// below, where torch's 1 + erf cancels, the value only stays within 3e-7. Beyond 6.5, u Phi(-u) is below 3e-10.
 struct Gelu {
   Vec operator()(Vec x) const {
     const Vec u = at::vec::clamp_max(x.abs(), Vec(6.5f));

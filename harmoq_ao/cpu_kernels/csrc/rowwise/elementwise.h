@@ -8,8 +8,8 @@ namespace harmoq {
 enum class Binary : int64_t { kAdd, kSub, kMul, kCount };
 enum class Broadcast : int64_t { kNone, kColumn, kImage, kCount };
 
-// Where rows of all operands follow one another without gaps they are taken as one long row: of 60 columns, say, three of
-// four rows begin within a cache line, and their vectors would all cross lines.
+// Where rows of all operands follow one another without gaps they are taken as one long row: of 60 columns, say, three
+// of four rows begin within a cache line, and their vectors would all cross lines.
 
 // Rows of a block: the address of the first value and the distance of rows in values.
 template <typename T>
