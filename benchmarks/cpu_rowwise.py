@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 
@@ -107,7 +108,7 @@ def main() -> None:
         print(f"{title}, {arguments.rows} tokens")
         before = 0.0
         for name, prefix in prefixes(program, steps):
-            now = shortest(lambda p=prefix, x=inputs: rowwise.rowwise(x, p, arguments.rows), arguments.rounds)
+            now = shortest(partial(rowwise.rowwise, inputs, prefix, arguments.rows), arguments.rounds)
             print(f"  {name:<18}{now - before:8.3f} ms{now:9.3f} in all")
             before = now
 

@@ -1,17 +1,135 @@
+"""Channel attention's products, which contract over the pixels of an image, with what its norms need.
+
+``gram[b, h, i, j] = sum_t q[t, h, i] * k[t, h, j]`` over the tokens of image ``b``, in float32 or over codes.
+"""
+
 from __future__ import annotations
+
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-
-def channel_gram(q: Tensor, q_col: int, k: Tensor, k_col: int, heads: int, width: int, images: int) -> tuple[Tensor, Tensor, Tensor]:
-    a = q[:, q_col : q_col + heads * width].float().reshape(images, -1, heads, width).permute(0, 2, 3, 1)
-    b = k[:, k_col : k_col + heads * width].float().reshape(images, -1, heads, width).permute(0, 2, 3, 1)
-    return a @ b.transpose(-2, -1), a.square().sum(-1), b.square().sum(-1)
+from harmoq_ao.cpu_kernels import library
+from harmoq_ao.quant import integer_reference
 
 
-def channel_gram_codes(q: Tensor, q_col: int, k: Tensor, k_col: int, heads: int, width: int, images: int, qr: Tensor, qo: Tensor, qb: int, kr: Tensor, ko: Tensor, kb: int) -> tuple[Tensor, Tensor, Tensor]:
-    a = q[:, q_col : q_col + heads * width].float().reshape(images, -1, heads, width).permute(0, 2, 3, 1)
-    b = k[:, k_col : k_col + heads * width].float().reshape(images, -1, heads, width).permute(0, 2, 3, 1)
-    a = (a * qr[..., None] + qo[..., None]).round().clamp(0, 2**qb - 1).double()
-    b = (b * kr[..., None] + ko[..., None]).round().clamp(0, 2**kb - 1).double()
-    return (a @ b.transpose(-2, -1)).long(), a.sum(-1).long(), b.sum(-1).long()
+class Operand(NamedTuple):
+    """Columns of a matrix whose rows are tokens.
+
+    Attributes:
+        matrix: `[images * tokens, columns]` float32 or bfloat16; the row stride may exceed the columns.
+        first: First of `heads * head_dim` columns.
+    """
+
+    matrix: Tensor
+    first: int
+
+
+class Quantizer(NamedTuple):
+    """``code = clamp(round(x * reciprocal + offset), 0, 2**bits - 1)``, channel by channel.
+
+    Attributes:
+        reciprocal: `[images, heads, head_dim]` float32, contiguous.
+        offset: `[images, heads, head_dim]` float32, contiguous.
+        bits: Width of a code, 1 to 8.
+    """
+
+    reciprocal: Tensor
+    offset: Tensor
+    bits: int
+
+
+class Gram(NamedTuple):
+    """Sums over the tokens of each image: float32, or int64 over codes.
+
+    Attributes:
+        gram: `[images, heads, head_dim, head_dim]` of products.
+        q: `[images, heads, head_dim]` of squares of q, or of its codes.
+        k: `[images, heads, head_dim]` of squares of k, or of its codes.
+    """
+
+    gram: Tensor
+    q: Tensor
+    k: Tensor
+
+
+def channel_gram(q: Operand, k: Operand, heads: int, head_dim: int, images: int) -> Gram:
+    """Products and squares in float32, on the CPU of this machine; the same for any number of threads.
+
+    Args:
+        q: Left operand.
+        k: Right operand, of as many tokens.
+        heads: Heads, whose columns follow one another.
+        head_dim: Columns of a head.
+        images: Images of the batch, of as many tokens each.
+
+    Raises:
+        RuntimeError: The operands do not fit each other.
+    """
+    return Gram(*library.kernels().channel_gram(*q, *k, heads, head_dim, images))
+
+
+def channel_gram_codes(
+    q: Operand, k: Operand, heads: int, head_dim: int, images: int, q_codes: Quantizer, k_codes: Quantizer
+) -> Gram:
+    """Products and sums of codes, exact for any number of tokens; arguments and errors as :func:`channel_gram`."""
+    return Gram(*library.kernels().channel_gram_codes(*q, *k, heads, head_dim, images, *q_codes, *k_codes))
+
+
+def channel_gram_reference(q: Operand, k: Operand, heads: int, head_dim: int, images: int) -> Gram:
+    """What :func:`channel_gram` computes, in plain torch."""
+    left, right = (_by_head(x, heads, head_dim, images) for x in (q, k))
+    return Gram(left.mT @ right, left.square().sum(-2), right.square().sum(-2))
+
+
+def channel_gram_codes_reference(
+    q: Operand, k: Operand, heads: int, head_dim: int, images: int, q_codes: Quantizer, k_codes: Quantizer
+) -> Gram:
+    """What :func:`channel_gram_codes` computes, in plain torch integers."""
+    left, right = (
+        integer_reference.quantize_codes(
+            _by_head(x, heads, head_dim, images), codes.reciprocal.unsqueeze(-2), codes.offset.unsqueeze(-2), codes.bits
+        ).long()
+        for x, codes in ((q, q_codes), (k, k_codes))
+    )
+    return Gram(left.mT @ right, left.sum(-2), right.sum(-2))
+
+
+def _by_head(x: Operand, heads: int, head_dim: int, images: int) -> Tensor:
+    """`[images, heads, tokens, head_dim]` float32."""
+    columns = x.matrix[:, x.first : x.first + heads * head_dim].float()
+    return columns.reshape(images, -1, heads, head_dim).transpose(1, 2)
+
+
+def register_fakes(namespace: str) -> None:
+    """Tell torch the shapes of this file's operators in the namespace of an instruction set."""
+
+    def sums(q: Tensor, heads: int, dim: int, images: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        products = q.new_empty(images, heads, dim, dim, dtype=dtype)
+        shape = (images, heads, dim)
+        return products, q.new_empty(shape, dtype=dtype), q.new_empty(shape, dtype=dtype)
+
+    @torch.library.register_fake(f"{namespace}::channel_gram", allow_override=True)
+    def _(
+        q: Tensor, q_col: int, k: Tensor, k_col: int, heads: int, head_dim: int, images: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return sums(q, heads, head_dim, images, torch.float32)
+
+    @torch.library.register_fake(f"{namespace}::channel_gram_codes", allow_override=True)
+    def _(
+        q: Tensor,
+        q_col: int,
+        k: Tensor,
+        k_col: int,
+        heads: int,
+        head_dim: int,
+        images: int,
+        q_reciprocal: Tensor,
+        q_offset: Tensor,
+        q_bits: int,
+        k_reciprocal: Tensor,
+        k_offset: Tensor,
+        k_bits: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return sums(q, heads, head_dim, images, torch.int64)

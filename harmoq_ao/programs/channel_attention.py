@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.cpu_kernels.channel_gram import channel_gram, channel_gram_codes
+from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram, channel_gram_codes
 from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized
@@ -133,7 +133,7 @@ class ChannelMaps(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
-        operands = query, self.query.first, key, self.key.first, heads, width, images
+        operands = Operand(query, self.query.first), Operand(key, self.key.first), heads, width, images
         gram, q_squares, k_squares = channel_gram(*operands)
         q_norms, k_norms = (s.sqrt().clamp_min(e) for s, e in zip((q_squares, k_squares), self.eps, strict=True))
         if self.quantizers is None:
@@ -150,9 +150,9 @@ class ChannelMaps(nn.Module):
         qparams = []
         for act, norms in ((left, q_norms), (right, k_norms)):
             factor, offset = static_qparams(act)
-            qparams += [(factor / norms).contiguous(), offset.expand(norms.shape).contiguous(), act.bits]
+            qparams.append(Quantizer((factor / norms).contiguous(), offset.expand(norms.shape).contiguous(), act.bits))
         acc, q_sums, k_sums = channel_gram_codes(*operands, *qparams)
-        length = operands[0].shape[0] // operands[-1]
+        length = len(operands[0].matrix) // operands[-1]
         rows, columns = q_sums.float().unsqueeze(-1), k_sums.float().unsqueeze(-2)
         outer = (rows * left.step + left.lower * length) * right.lower
         return acc.float() * left.step * right.step + outer + columns * right.step * left.lower

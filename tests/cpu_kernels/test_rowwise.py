@@ -310,7 +310,7 @@ def _with_product(program: RowProgram) -> RowProgram:
     return program
 
 
-# --- programs that are not ---------------------------------------------------------------------------------------------
+# --- programs that are none -------------------------------------------------------------------------------------------
 
 VALID = [Op.COPY, 5, 1, 0, 0, 0, 8]
 MALFORMED = {
@@ -375,9 +375,12 @@ def test_malformed_programs_are_refused(name: str) -> None:
 @settings(max_examples=300, deadline=None)
 def test_random_code_runs_or_is_refused(code: list[int], rows_per_image: int) -> None:
     try:
-        run_code(code or [0], rows_per_image)
+        (got,) = run_code(code or [0], rows_per_image)
     except RuntimeError as error:
-        assert "rowwise: " in str(error)
+        if "rowwise: " not in str(error):
+            raise
+    else:
+        assert got.shape == (5, 8)
 
 
 @pytest.mark.parametrize("flaw", ["type", "dimensions", "rows"])

@@ -17,8 +17,8 @@ struct Line {
   Rows<float> output;
 };
 
-// `channel` to `channel + lanes` of a line. The window slides: each input pixel is read once and adds to the K outputs it
-// is a neighbour of, which wait in registers; K terms are summed first, so that outputs do not wait for one another.
+// `channel` to `channel + lanes` of a line. The window slides: each input pixel is read once and adds to the K outputs
+// it is a neighbour of, which wait in registers; K terms are summed first, so that outputs do not wait for one another.
 template <int K, typename From, typename Lanes>
 inline void slide(const Line<From>& line, int64_t channel, Lanes lanes) {
   constexpr int kRadius = K / 2;
@@ -117,13 +117,14 @@ void check(const at::Tensor& x, int64_t col, int64_t channels, int64_t tokens, c
   TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && floating(x.scalar_type()) && x.size(0) == tokens,
               "depthwise: the input is float32 or bfloat16 [", tokens, ", columns] on cpu, got ", x.scalar_type(), " ",
               x.sizes());
-  TORCH_CHECK(channels > 0 && col >= 0 && channels <= x.size(1) && col <= x.size(1) - channels, "depthwise: no ", channels,
-              " columns from ", col, " in ", x.size(1));
-  TORCH_CHECK(weight.device().is_cpu() && weight.dim() == 2 && weight.scalar_type() == at::kFloat && weight.size(1) == channels,
+  TORCH_CHECK(channels > 0 && col >= 0 && channels <= x.size(1) && col <= x.size(1) - channels, "depthwise: no ",
+              channels, " columns from ", col, " in ", x.size(1));
+  const auto float_on_cpu = [](const at::Tensor& t) { return t.device().is_cpu() && t.scalar_type() == at::kFloat; };
+  TORCH_CHECK(float_on_cpu(weight) && weight.dim() == 2 && weight.size(1) == channels,
               "depthwise: the weight is float32 [k * k, ", channels, "] on cpu, got ", weight.scalar_type(), " ",
               weight.sizes());
-  const bool fits = !bias || (bias->device().is_cpu() && bias->scalar_type() == at::kFloat && bias->numel() == channels);
-  TORCH_CHECK(fits, "depthwise: the bias is float32 [", channels, "] on cpu, or none");
+  TORCH_CHECK(!bias || (float_on_cpu(*bias) && bias->numel() == channels), "depthwise: the bias is float32 [",
+              channels, "] on cpu, or none");
   TORCH_CHECK(activation >= -1 && activation < static_cast<int64_t>(Unary::kCount), "depthwise: unknown activation ",
               activation);
   TORCH_CHECK(floating(out), "depthwise: the output is float32 or bfloat16, not ", out);
@@ -159,8 +160,8 @@ at::Tensor depthwise(const at::Tensor& x, int64_t col, int64_t channels, int64_t
   with_type(rows, col, [&](auto from) {
     const Rows<const std::remove_pointer_t<decltype(from.data)>> source{from.data, from.stride};
     with_type(result, 0, [&](auto to) {
-      convolve(sizes, source, images * height, taps.const_data_ptr<float>(), bias ? added.const_data_ptr<float>() : nullptr,
-               kind, to);
+      const float* offsets = bias ? added.const_data_ptr<float>() : nullptr;
+      convolve(sizes, source, images * height, taps.const_data_ptr<float>(), offsets, kind, to);
     });
   });
   return result;

@@ -10,7 +10,7 @@
 namespace harmoq {
 namespace {
 
-constexpr int64_t kBlock = 32;  // rows of a block
+constexpr int64_t kBlock = 64;  // rows of a block
 constexpr int64_t kLine = 64;   // bytes of a cache line
 
 constexpr int64_t padded(int64_t n, int64_t unit) { return packed_rows(n, unit); }
@@ -140,8 +140,8 @@ class Worker {
     write(constant(stage(2)), s.to);
   }
 
-  // Rows [first, first + count) of the block times a matrix, to the same rows of stage 2. A product of fewer rows than a
-  // block is made of a whole one in scratch: a micro-kernel for each number of rows would be generated otherwise.
+  // Rows [first, first + count) of the block times a matrix, to the same rows of stage 2. A product of fewer rows than
+  // a block is made of a whole one in scratch: a micro-kernel for each number of rows would be generated otherwise.
   void multiply(const Step& s, Rows<const float> from, int64_t first, int64_t count, const float* matrix) {
     Rows<const float> a{from[first], from.stride};
     Rows<float> to{stage(2)[first], stage(2).stride};
@@ -236,11 +236,12 @@ int64_t row_count(at::TensorList inputs, at::IntArrayRef code) {
 }
 
 void add_matrix(Program& program, const at::Tensor& matrix, bool input) {
-  const bool fits = matrix.device().is_cpu() && (matrix.scalar_type() == at::kFloat || matrix.scalar_type() == at::kBFloat16);
-  TORCH_CHECK(fits, "rowwise: matrices are float32 or bfloat16 on cpu, got ", matrix.scalar_type(), " on ", matrix.device());
+  const at::ScalarType type = matrix.scalar_type();
+  TORCH_CHECK(matrix.device().is_cpu() && (type == at::kFloat || type == at::kBFloat16),
+              "rowwise: matrices are float32 or bfloat16 on cpu, got ", type, " on ", matrix.device());
   program.kept.push_back(matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous());
   const at::Tensor& kept = program.kept.back();
-  program.slots.push_back({kept.data_ptr(), kept.size(0), kept.size(1), kept.stride(0), kept.scalar_type(), input, false});
+  program.slots.push_back({kept.data_ptr(), kept.size(0), kept.size(1), kept.stride(0), type, input, false});
 }
 
 std::vector<at::Tensor> add_slots(Program& program, at::TensorList inputs, at::IntArrayRef columns,
@@ -265,7 +266,7 @@ std::vector<at::Tensor> rowwise(at::TensorList inputs, at::TensorList constants,
                                 at::ArrayRef<at::ScalarType> output_types, at::IntArrayRef temporaries,
                                 int64_t rows_per_image) {
   TORCH_CHECK(rows_per_image > 0, "rowwise: an image has at least one row, got ", rows_per_image);
-  for (const at::Tensor& input : inputs) TORCH_CHECK(input.dim() == 2, "rowwise: inputs are matrices, got ", input.sizes());
+  for (const at::Tensor& x : inputs) TORCH_CHECK(x.dim() == 2, "rowwise: inputs are matrices, got ", x.sizes());
   Program program;
   program.rows = row_count(inputs, code), program.rows_per_image = rows_per_image;
   std::vector<at::Tensor> outputs = add_slots(program, inputs, output_columns, output_types, temporaries);

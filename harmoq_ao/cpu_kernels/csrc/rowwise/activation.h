@@ -1,4 +1,4 @@
-// Functions of one value.
+// Functions of one value. What is not a number stays so: at::vec's clamps keep it at the cost of one instruction.
 #pragma once
 
 #include "vectors.h"
@@ -7,12 +7,12 @@ namespace harmoq {
 
 enum class Unary : int64_t { kGelu, kGeluTanh, kSigmoid, kRelu, kLeakyRelu, kSilu, kTanh, kCount };
 
-// GELU(x) = max(x, 0) - u Phi(-u) with u = |x|, and Phi(-u) = q(u)^-8 with a polynomial q of degree 8, the minimax fit of
-// u Phi(-u) on [0, 6.5] (4e-8). In float32 the error is at most 3e-7 absolutely, and 6e-6 of GELU(x) for x > -2; below,
-// where torch's 1 + erf cancels, the value only stays within 3e-7. Beyond 6.5, u Phi(-u) is below 3e-10.
+// GELU(x) = max(x, 0) - u Phi(-u) with u = |x|, and Phi(-u) = q(u)^-8 with a polynomial q of degree 8, the minimax fit
+// of u Phi(-u) on [0, 6.5] (4e-8). In float32 the error is at most 3e-7 absolutely, and 6e-6 of GELU(x) for x > -2;
+// below, where torch's 1 + erf cancels, the value only stays within 3e-7. Beyond 6.5, u Phi(-u) is below 3e-10.
 struct Gelu {
   Vec operator()(Vec x) const {
-    const Vec u = at::vec::minimum(x.abs(), Vec(6.5f));
+    const Vec u = at::vec::clamp_max(x.abs(), Vec(6.5f));
     Vec q(3.35459981e-06f);
     for (float c : {-2.03825148e-05f, 0.000118096243f, 8.7481938e-05f, 0.00112562533f, 0.00931580737f, 0.0488703959f,
                     0.108752005f, 1.09050834f}) {
@@ -20,12 +20,12 @@ struct Gelu {
     }
     q = q * q;
     q = q * q;
-    return at::vec::fnmadd(u, reciprocal(q * q), at::vec::maximum(x, Vec(0.f)));
+    return at::vec::fnmadd(u, reciprocal(q * q), at::vec::clamp_min(x, Vec(0.f)));
   }
 };
 
 // 1 / (1 + exp(-x)); exp within 2^-20, and held below infinity, whose reciprocal has no Newton step.
-inline Vec sigmoid(Vec x) { return reciprocal(Vec(1.f) + at::vec::minimum(x.neg(), Vec(87.f)).exp_u20()); }
+inline Vec sigmoid(Vec x) { return reciprocal(Vec(1.f) + at::vec::clamp_max(x.neg(), Vec(87.f)).exp_u20()); }
 
 struct Sigmoid {
   Vec operator()(Vec x) const { return sigmoid(x); }
@@ -53,7 +53,7 @@ struct Tanh {
 };
 
 struct Relu {
-  Vec operator()(Vec x) const { return at::vec::maximum(x, Vec(0.f)); }
+  Vec operator()(Vec x) const { return at::vec::clamp_min(x, Vec(0.f)); }
 };
 
 struct LeakyRelu {

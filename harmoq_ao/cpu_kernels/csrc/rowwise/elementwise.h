@@ -8,6 +8,9 @@ namespace harmoq {
 enum class Binary : int64_t { kAdd, kSub, kMul, kCount };
 enum class Broadcast : int64_t { kNone, kColumn, kImage, kCount };
 
+// Where rows of all operands follow one another without gaps they are taken as one long row: of 60 columns, say, three
+// of four rows begin within a cache line, and their vectors would all cross lines.
+
 // Rows of a block: the address of the first value and the distance of rows in values.
 template <typename T>
 struct Rows {
@@ -18,6 +21,7 @@ struct Rows {
 
 template <typename From, typename To, typename F>
 inline void map_rows(Rows<const From> from, Rows<To> to, int64_t rows, int64_t width, const F& f) {
+  if (from.stride == width && to.stride == width) width *= rows, rows = 1;
   for (int64_t r = 0; r < rows; ++r) {
     const From* x = from[r];
     To* y = to[r];
@@ -56,11 +60,16 @@ struct ImageRows {
 template <typename R>
 inline void binary_rows(Binary kind, Rows<const float> left, const R& right, Rows<float> to, int64_t rows,
                         int64_t width) {
+  if constexpr (std::is_same_v<R, Rows<const float>>) {
+    if (left.stride == width && right.stride == width && to.stride == width) width *= rows, rows = 1;
+  }
   with_binary(kind, [&](auto f) {
     for (int64_t r = 0; r < rows; ++r) {
       const float *a = left[r], *b = right[r];
       float* y = to[r];
-      each_vector(width, [&](int64_t j, auto lanes) { store(f(load(a + j, lanes), load(b + j, lanes)), y + j, lanes); });
+      each_vector(width, [&](int64_t j, auto lanes) {
+        store(f(load(a + j, lanes), load(b + j, lanes)), y + j, lanes);
+      });
     }
   });
 }
@@ -77,7 +86,8 @@ inline void column_rows(Binary kind, Rows<const float> left, Rows<const float> r
   });
 }
 
-inline void scalar_rows(Binary kind, Rows<const float> from, float number, Rows<float> to, int64_t rows, int64_t width) {
+inline void scalar_rows(Binary kind, Rows<const float> from, float number, Rows<float> to, int64_t rows,
+                        int64_t width) {
   const Vec b(number);
   with_binary(kind, [&](auto f) { map_rows(from, to, rows, width, [&](Vec a) { return f(a, b); }); });
 }

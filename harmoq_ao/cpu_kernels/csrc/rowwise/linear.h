@@ -15,18 +15,24 @@ struct IntegerLinear {
   float top;                         // largest code
   const float *reciprocal, *offset;  // [k]
   const signed char* weight;         // [k4 / 4, columns, 4]
-  int64_t columns, products;         // of the packed weight; of these multiplied: n, and one of ones if there is a shift
+  int64_t columns, products;         // of the packed weight; multiplied: n, and one of ones if there is a shift
   const float *scale, *constant, *shift;  // [n], shift may be null
 };
 
+// One vector of columns. All by value: bytes may alias anything, and what they could change would be loaded again.
+template <typename Lanes>
+inline void quantize_column(const float* x, int64_t x_stride, uint8_t* code, int64_t code_stride, int64_t rows,
+                            Vec factor, Vec added, Vec top, Lanes lanes) {
+  for (int64_t r = 0; r < rows; ++r, x += x_stride, code += code_stride) {
+    store_codes(at::vec::clamp(load(x, lanes) * factor + added, Vec(0.f), top), code);
+  }
+}
+
 // codes[r][j] = clamp(round(x * reciprocal + offset), 0, top), with zeros up to a multiple of kLanes.
 inline void quantize_rows(const IntegerLinear& linear, Rows<const float> from, Rows<uint8_t> codes, int64_t rows) {
-  const Vec zero(0.f), top(linear.top);
   each_vector(linear.k, [&](int64_t j, auto lanes) {
-    const Vec factor = load(linear.reciprocal + j, lanes), added = load(linear.offset + j, lanes);
-    for (int64_t r = 0; r < rows; ++r) {
-      store_codes(at::vec::clamp(load(from[r] + j, lanes) * factor + added, zero, top), codes[r] + j);
-    }
+    quantize_column(from.data + j, from.stride, codes.data + j, codes.stride, rows, load(linear.reciprocal + j, lanes),
+                    load(linear.offset + j, lanes), Vec(linear.top), lanes);
   });
 }
 
@@ -54,7 +60,7 @@ struct LinearScratch {
   float* sums;
 };
 
-// Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` are left as they are.
+// Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` stay as they are.
 // Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need.
 template <typename To>
 inline void linear_rows(const IntegerLinear& linear, Rows<const float> from, Rows<To> to, int64_t rows, int64_t block,

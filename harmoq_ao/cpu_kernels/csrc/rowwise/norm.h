@@ -5,16 +5,18 @@
 
 namespace harmoq {
 
-struct Moments {
-  float mean, rstd;
-};
+constexpr int64_t kNormRows = 64;  // rows whose moments are held at once, a multiple of kLanes
 
-// Variance about the mean, in a second pass: squares of large means would cancel.
-inline Moments moments(const float* x, int64_t width, float eps) {
-  Vec total(0.f), squares(0.f);
+inline float row_mean(const float* x, int64_t width, float share) {
+  Vec total(0.f);
   each_vector(width, [&](int64_t j, auto lanes) { total = total + load(x + j, lanes); });
-  const float mean = sum(total) / static_cast<float>(width);
+  return sum(total) * share;
+}
+
+// About the mean, in a second pass: squares of large means would cancel.
+inline float row_variance(const float* x, int64_t width, float share, float mean) {
   const Vec centre(mean);
+  Vec squares(0.f);
   int64_t j = 0;
   for (; j + kLanes <= width; j += kLanes) {
     const Vec d = load(x + j, kLanes) - centre;
@@ -24,23 +26,36 @@ inline Moments moments(const float* x, int64_t width, float eps) {
     const Vec d = Vec::set(Vec(0.f), load(x + j, width - j) - centre, width - j);
     squares = at::vec::fmadd(d, d, squares);
   }
-  return {mean, 1.f / std::sqrt(sum(squares) / static_cast<float>(width) + eps)};
+  return sum(squares) * share;
 }
 
-// (x - mean) * rstd * weight + bias; weight and bias may be null.
+// (x - mean) / sqrt(variance + eps) * weight + bias; weight and bias may be null. At most kNormRows rows.
+inline void norm_few_rows(Rows<const float> from, Rows<float> to, int64_t rows, int64_t width, const float* weight,
+                          const float* bias, float eps) {
+  const float share = 1.f / static_cast<float>(width);
+  alignas(64) float mean[kNormRows], rstd[kNormRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    mean[r] = row_mean(from[r], width, share);
+    rstd[r] = row_variance(from[r], width, share, mean[r]);
+  }
+  // roots and quotients of many rows at once; those past the last are unused
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    store(Vec(1.f) / (load(rstd + r, kLanes) + Vec(eps)).sqrt(), rstd + r, kLanes);
+  }
+  each_vector(width, [&](int64_t j, auto lanes) {
+    const Vec factor = weight ? load(weight + j, lanes) : Vec(1.f), added = bias ? load(bias + j, lanes) : Vec(0.f);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec x = (load(from[r] + j, lanes) - Vec(mean[r])) * Vec(rstd[r]);
+      store(at::vec::fmadd(x, factor, added), to[r] + j, lanes);
+    }
+  });
+}
+
 inline void layer_norm_rows(Rows<const float> from, Rows<float> to, int64_t rows, int64_t width, const float* weight,
                             const float* bias, float eps) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* x = from[r];
-    float* y = to[r];
-    const auto [mean, rstd] = moments(x, width, eps);
-    const Vec centre(mean), scale(rstd);
-    each_vector(width, [&](int64_t j, auto lanes) {
-      Vec v = (load(x + j, lanes) - centre) * scale;
-      if (weight) v = v * load(weight + j, lanes);
-      if (bias) v = v + load(bias + j, lanes);
-      store(v, y + j, lanes);
-    });
+  for (int64_t r = 0; r < rows; r += kNormRows) {
+    const int64_t count = std::min(kNormRows, rows - r);
+    norm_few_rows({from[r], from.stride}, {to[r], to.stride}, count, width, weight, bias, eps);
   }
 }
 

@@ -145,8 +145,8 @@ class Decoder {
     l.products = s.n + (l.shift ? 1 : 0);
     const bool fits = packed.dim() == 3 && packed.size(0) == packed_rows(s.k, 4) / 4 && packed.size(1) >= l.products &&
                       packed.size(2) == 4;
-    TORCH_CHECK(fits, "rowwise: the packed weight of a ", s.k, " to ", s.n, " linear has shape [", packed_rows(s.k, 4) / 4,
-                ", ", l.products, " or more, 4], got ", packed.sizes());
+    TORCH_CHECK(fits, "rowwise: the packed weight of a ", s.k, " to ", s.n, " linear has shape [",
+                packed_rows(s.k, 4) / 4, ", ", l.products, " or more, 4], got ", packed.sizes());
     l.columns = packed.size(1);
     l.weight = reinterpret_cast<const signed char*>(packed.const_data_ptr());
     program_.longest = std::max(program_.longest, s.k);
@@ -156,8 +156,8 @@ class Decoder {
     s.to = place(), s.a = place(), s.k = next("K"), s.n = next("N");
     target(s.to, s.n), per_row(s.a, s.k);
     at::Tensor weight = constant(next("weight"), at::kFloat);
-    TORCH_CHECK(weight.dim() == 2 && weight.size(0) == s.k && weight.size(1) == s.n, "rowwise: a float weight has shape [",
-                s.k, ", ", s.n, "], got ", weight.sizes());
+    TORCH_CHECK(weight.dim() == 2 && weight.size(0) == s.k && weight.size(1) == s.n,
+                "rowwise: a float weight has shape [", s.k, ", ", s.n, "], got ", weight.sizes());
     if (s.n <= kNarrow) weight = keep(weight.t().contiguous());
     s.matrix = weight.const_data_ptr<float>(), s.matrix_stride = s.n;
     s.shift = vector(s.n);
