@@ -242,7 +242,7 @@ def _key_of_sources(isa: str) -> str:
 
 def _key_of_headers(isa: str) -> str:
     folder = compilers.SOURCES
-    headers = [path.read_text() for path in (*sorted(folder.glob("*.h")), folder / "exports.map")]
+    headers = [path.read_text() for path in (*sorted(folder.rglob("*.h")), folder / "exports.map")]
     return _digest(torch.__version__, str(torch.version.git_version), *compilers.flags(isa), *headers)
 
 
