@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import InputError, SavedModelError
@@ -25,6 +24,9 @@ from harmoq_ao.preparation.swap import swap_modules
 from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
 from harmoq_ao.zoo import LoadedModel, architecture_spec
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
 
 
 def prepare_harmoq(
@@ -82,6 +84,8 @@ def _float_copy(model: Any) -> nn.Module:
 
 def _traits(given: Any, model: nn.Module, example: Tensor, output: Any) -> ModelTraits:
     """Traits of a loaded model or a descriptor as they come; of a bare module, what its output and its class tell."""
+    from spandrel import ImageModelDescriptor
+
     output = output[0] if isinstance(output, (tuple, list)) else output
     try:
         architecture = architecture_spec(model)

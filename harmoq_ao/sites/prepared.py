@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.graph.contractions import contraction_macs
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import joint_scale
 from harmoq_ao.quant.joint_shift import joint_shift
-from harmoq_ao.quant.observers.base import OperandObserver
 from harmoq_ao.quant.quantizer import Scheme, widen
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized
 from harmoq_ao.sites import sqnr
@@ -27,7 +25,11 @@ from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from harmoq_ao.sites.site import Site
 
-_Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
+if TYPE_CHECKING:
+    from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+    from harmoq_ao.quant.observers.base import OperandObserver
+
+    _Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
 _Rounding = Callable[[Tensor], Tensor]
 
 
