@@ -1,8 +1,9 @@
 """The format of saved models: a folder with ``config.json`` and one safetensors file. Never a pickle, never code.
 
 ``config.json`` names the architecture, the configuration and the weights file, and carries the SHA-256 of itself and of
-the weights: a file with a changed or missing byte is refused. Where it is known, it also says how the model was made
-(:class:`History`, an optional entry that older readers skip).
+the weights: a file with a changed or missing byte is refused. ``found`` holds what preparing the model found out by
+running it (``found_format.py``). Where it is known, the config also says how the model was made (:class:`History`, an
+optional entry).
 
 Layout of the weights file: packed codes and integer buffers stand under their own names. All float tensors, of which a
 transformer has many small ones, are flattened and concatenated in the order of their sorted names into one tensor per
@@ -25,7 +26,9 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import SavedModelError
 
 FORMAT = "harmoq-ao"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLDEST_VERSION = 3
+"""The oldest that is read: it lacks what the preparation found, so that loading prepares the model anew."""
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 LEFTOVER_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")

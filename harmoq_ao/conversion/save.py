@@ -31,6 +31,7 @@ from harmoq_ao.conversion.format import (
     smallest_type,
     storable_state,
 )
+from harmoq_ao.conversion.found_format import described
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.zoo.architectures import build_architecture
@@ -148,7 +149,7 @@ def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
     """Names of buffers that a freshly constructed model has bit for bit."""
     if model.traits.architecture is None:
         return set()
-    fresh = dict(build_architecture(model.traits.architecture).named_buffers())
+    fresh = dict(build_architecture(model.traits.architecture, random=False).named_buffers())
     quantized = {f"{name}." for name, m in model.model.named_modules() if isinstance(m, QuantizedSite)}
     skip = set()
     for name, tensor in state.items():
@@ -171,7 +172,7 @@ def _config_of(model: QuantizedModel) -> dict[str, Any]:
         "float_dtype": str(model.float_dtype).removeprefix("torch."),
         "traits": model.traits.to_dict(),
         "example_shapes": [list(shape) for shape in model.example_shapes],
-        "sqnr_db": {r.name: None if r.sqnr_db is None else round(r.sqnr_db, 2) for r in model.rows if r.quantized},
+        "found": described(model).to_dict(),
     }
 
 

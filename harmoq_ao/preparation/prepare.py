@@ -17,6 +17,7 @@ from harmoq_ao.graph import (
     is_island,
     make_island,
 )
+from harmoq_ao.preparation.fingerprint import fingerprint
 from harmoq_ao.preparation.first_runs import first_runs
 from harmoq_ao.preparation.measure import measure, report_unreached
 from harmoq_ao.preparation.site_factory import SiteFactory
@@ -56,9 +57,11 @@ def prepare_harmoq(
     """
     config = config or HarmoqConfig()
     copied = _float_copy(model)
+    made_of = fingerprint(copied)  # before a run leaves something in it
     with torch.no_grad():
         first = first_runs(copied, example_inputs)
         prepared = PreparedModel(copied, config, _traits(model, copied, *first.runs[0]))
+        prepared.fingerprint = made_of
         prepared.example_shapes = [tuple(example.shape) for example, _ in first.runs]
         _make_islands(prepared, first.found, strict)
         swap_modules(prepared, first.found, first.fixed)

@@ -128,9 +128,13 @@ class PreparedSite(nn.Module):
             device: Where the model is.
         """
         settings = config.settings(self.site.name, self.site.kind)
-        self.site.reason = None if settings.reason is None else FloatReason(FloatCause.SETTINGS, settings.reason)
+        self.settle(settings)
         self.attach(*self._new_quantizers(settings, config))
         self.to(device)
+
+    def settle(self, settings: SiteSettings) -> None:
+        """Take note of what the settings alone decide."""
+        self.site.reason = None if settings.reason is None else FloatReason(FloatCause.SETTINGS, settings.reason)
 
     def attach(self, act: HarmoqFakeQuantize | None, weight: HarmoqFakeQuantize | None) -> None:
         """Install the fake-quantizers; with neither, the site stays in float."""

@@ -224,8 +224,12 @@ class PreparedMatmul(PreparedSite):
         if self.site.shape != (left.shape[-1],):
             self.site.shape = (0,)
 
-    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
+    def settle(self, settings: SiteSettings) -> None:
+        """Also whether the left operand is quantized as an attention map."""
+        super().settle(settings)
         self.relative = self.site.wants_relative_map(settings)
+
+    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
         scheme = Scheme.INTEGER_ZERO_POINT if self.relative else settings.act.scheme  # zero is a level
         channels = self.site.wants_joint_scale(settings)
         act = replace(settings.act, scheme=scheme)
