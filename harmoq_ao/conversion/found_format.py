@@ -1,19 +1,21 @@
-"""What preparing and finalizing a model found out, as the entry ``found`` of a saved model's config; nothing is trusted.
+"""What preparing and finalizing a model found, as the entry ``found`` of a saved model's config; nothing is trusted.
 
-``sites`` are ``[name, multiply-accumulates]`` in execution order, those that are quantized with a third entry, SQNR in
-dB or null; ``floats`` ``[name, kind, multiply-accumulates, reason]``, with the reason's number in ``reasons``;
-``islands`` ``[name, plan, null or why it stays float]``, with the number of its contractions' plan in ``plans``, as
-islands of one class share one. ``mlps`` and ``kept`` are modules whose forward is replaced.
+* ``sites``: ``[*name, multiply-accumulates]`` in execution order; of a quantized one also its SQNR in dB, or null.
+* ``floats``: ``[*name, multiply-accumulates, reason]``, by its number in ``reasons``: ``[kind of site, cause, text]``.
+* ``islands``: ``[*name, plan]``, the plan by its number in ``plans``; of one that stays float also why.
+* ``mlps`` and ``kept``: modules whose forward is replaced.
 
-A contraction of a plan is ``[operation, number, function, line, occurrence, facts]``: its name among the island's sites,
-the place in the source as in :class:`SourceKey`, and null for a call that stays float or what its site is made from.
+A name is two entries: how many letters it shares with the one before in its list, and the rest of it. Names written out
+would take more room than a 2-bit weight. A plan lists the contractions of all islands of one class, each as
+``[operation, number, function, line, occurrence, facts]``: its name among the island's sites, its place in the source
+as in :class:`SourceKey`, and what its site is made from, or null where the call stays float.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, get_args
 
@@ -33,6 +35,7 @@ from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite, Role
 _MAX_ENTRIES = 1 << 16  # sites, modules and contractions that a saved model may claim to have
 _MAX_VALUES = 1 << 26  # of all joint scales and computed weights together, which are made before tensors are read
 _MAX_TEXT = 4000
+_MAX_NAME = 400
 _MAX_MACS = 1 << 62
 _MAX_DB = 1e4
 _FIELDS = ("fingerprint", "torch", "sites", "floats", "reasons", "islands", "plans", "mlps", "kept")
@@ -41,6 +44,7 @@ _OPERATIONS = frozenset(CONTRACTION_FUNCTIONS.values())
 _SHAPES = {"linear": 2, "sdpa": 2}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 T = TypeVar("T")
+N = TypeVar("N", bound=FoundSite | FloatSite | FoundIsland)
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,15 @@ class Description:
         found = self.found
         plans: list[list[Any]] = []
         reasons: list[list[str]] = []
-        islands = [[i.qualname, _number_of([_spot(s) for s in i.spots], plans), i.float_reason] for i in found.islands]
-        whys = [_number_of([str(f.reason.cause), f.reason.text[:_MAX_TEXT]], reasons) for f in found.floats]
+        plan = [_number_of([_spot(s) for s in i.spots], plans) for i in found.islands]
+        why = [_number_of([f.kind, str(f.reason.cause), f.reason.text[:_MAX_TEXT]], reasons) for f in found.floats]
         return {
             "fingerprint": found.fingerprint,
             "torch": found.torch,
-            "sites": [[s.name, s.macs, *self._ratio(s)] for s in found.sites],
-            "floats": [[f.name, f.kind, f.macs, why] for f, why in zip(found.floats, whys, strict=True)],
+            "sites": _named(found.sites, lambda s, i: [s.macs, *self._ratio(s)]),
+            "floats": _named(found.floats, lambda f, i: [f.macs, why[i]]),
             "reasons": reasons,
-            "islands": islands,
+            "islands": _named(found.islands, lambda s, i: [plan[i], *filter(None, [s.float_reason])]),
             "plans": plans,
             "mlps": [list(mlp) for mlp in self.exchanged.mlps],
             "kept": list(self.exchanged.kept),
@@ -100,7 +104,7 @@ class Description:
             ) from error
 
 
-def described(model: QuantizedModel) -> Description:
+def description_of(model: QuantizedModel) -> Description:
     """The description of a converted model."""
     ratios = {r.name: None if r.sqnr_db is None else round(r.sqnr_db, 2) for r in model.rows if r.quantized}
     return Description(found_in(model.model, model.rows, model.fingerprint), ratios, exchanged_in(model.model))
@@ -118,7 +122,9 @@ def check_exchanged(model: nn.Module, exchanged: Exchanged) -> None:
     """
     modules = dict(model.named_modules())
     linears = {name for name, *parts in exchanged.mlps for part in parts[:2] if not _is_linear(modules, name, part)}
-    odd = [name for name in exchanged.kept if original_class(modules.get(name)) not in (nn.Linear, nn.Sequential)]
+    odd = [
+        n for n in exchanged.kept if n not in modules or original_class(modules[n]) not in (nn.Linear, nn.Sequential)
+    ]
     for name in (*sorted(linears), *odd):
         raise SavedModelError(
             "A module whose forward is to be replaced is not of the kind",
@@ -132,6 +138,20 @@ def _is_linear(modules: dict[str, nn.Module], name: str, part: str) -> bool:
     module = modules.get(name)
     linear = None if module is None or is_island(module) else module._modules.get(part)
     return isinstance(linear, QuantizedLinear) and linear.both_quantized
+
+
+def _named(entries: Sequence[N], more: Callable[[N, int], list[Any]]) -> list[list[Any]]:
+    """Entries with names, each as the letters that its name shares with the one before, the rest of it, and more."""
+    before = ""
+    rows: list[list[Any]] = []
+    for index, entry in enumerate(entries):
+        name = entry.name
+        shared = 0
+        while name[: shared + 1] == before[: shared + 1] and shared < len(name):
+            shared += 1
+        rows.append([shared, name[shared:], *more(entry, index)])
+        before = name
+    return rows
 
 
 def _number_of(value: T, values: list[T]) -> int:
@@ -154,21 +174,21 @@ def _spot(spot: Spot) -> list[Any]:
 
 
 def _description(data: dict[str, Any]) -> Description:
-    reasons = [FloatReason(FloatCause(cause), _text(text)) for cause, text in _entries(data["reasons"])]
+    reasons = [(_text(k), FloatReason(FloatCause(c), _text(text))) for k, c, text in _entries(data["reasons"])]
     plans = [tuple(map(_read_spot, _entries(plan))) for plan in _entries(data["plans"])]
-    sites = [(_text(n), _whole(macs, _MAX_MACS), _ratio(more)) for n, macs, *more in _entries(data["sites"])]
-    floats = [(_text(n), _text(k), _whole(m, _MAX_MACS), _number(reasons, r)) for n, k, m, r in _entries(data["floats"])]
-    islands = [(_text(n), _number(plans, p), _optional(_text, why)) for n, p, why in _entries(data["islands"])]
+    sites = [(name, _whole(macs, _MAX_MACS), _ratio(more)) for name, macs, *more in _with_names(data["sites"])]
+    floats = [(n, *_number(reasons, why), _whole(macs, _MAX_MACS)) for n, macs, why in _with_names(data["floats"])]
+    islands = [(name, _number(plans, p), *map(_text, why)) for name, p, *why in _with_names(data["islands"])]
     mlps = [(_text(n), _text(a), _text(b), _one_of(("erf", "tanh"), gelu)) for n, a, b, gelu in _entries(data["mlps"])]
     if len({name for name, *_ in sites}) != len(sites):
         raise ValueError("a site twice")
-    if sum(math.prod(spot.shape) for _, plan, _ in islands for spot in plan) > _MAX_VALUES:
+    if sum(math.prod(spot.shape) for _, plan, *_ in islands for spot in plan) > _MAX_VALUES:
         raise ValueError("sites of implausible size")
     found = Found(
         fingerprint=_optional(_digest, data["fingerprint"]),
         torch=_optional(_text, data["torch"]),
         sites=tuple(FoundSite(name, macs) for name, macs, _ in sites),
-        floats=tuple(FloatSite(name, kind, reason, macs) for name, kind, macs, reason in floats),
+        floats=tuple(FloatSite(*entry) for entry in floats),
         islands=tuple(FoundIsland(*island) for island in islands),
     )
     kept = tuple(map(_text, _entries(data["kept"])))
@@ -192,6 +212,16 @@ def _read_spot(entry: Any) -> Spot:
     role = _optional(lambda value: _one_of(get_args(Role), value), facts.get("role"))
     texts = (_optional(_text, facts.get(name)) for name in ("weight", "location"))
     return Spot(*place, True, shape, role, equation, *texts)
+
+
+def _with_names(value: Any) -> Iterator[list[Any]]:
+    """Entries whose first two members, the name, are read."""
+    name = ""
+    for shared, rest, *more in _entries(value):
+        name = name[: _whole(shared, len(name))] + _text(rest)
+        if len(name) > _MAX_NAME:
+            raise ValueError(f"no name: {shown(name)}")
+        yield [name, *more]
 
 
 def _entries(value: Any) -> list[Any]:
@@ -231,8 +261,8 @@ def _one_of(choices: Iterable[T], value: Any) -> T:
 
 def _ratio(values: list[Any]) -> list[float | None]:
     """The ratio in dB, or null, of a quantized site; nothing of one in float."""
-    plausible = len(values) < 2 and all(v is None or type(v) in (int, float) and abs(v) <= _MAX_DB for v in values)
-    if not plausible:
+    plausible = (v is None or (type(v) in (int, float) and abs(v) <= _MAX_DB) for v in values)
+    if len(values) > 1 or not all(plausible):
         raise ValueError(f"no ratio in dB: {shown(values)}")
     return values
 

@@ -23,7 +23,7 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.check_saved_model import check_tensor, read_config, read_tensors
 from harmoq_ao.conversion.convert import replace_sites
 from harmoq_ao.conversion.format import CONFIG_NAME, REMEDY, storable_state, unflatten_floats
-from harmoq_ao.conversion.found_format import Description, check_exchanged, described
+from harmoq_ao.conversion.found_format import Description, check_exchanged, description_of
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.preparation.fingerprint import fingerprint
 from harmoq_ao.preparation.prepare import prepare_harmoq
@@ -114,7 +114,7 @@ def assembled(
     else:
         quantized.finalize()
     if verify and description is not None:
-        _compare(description, described(quantized))
+        _compare(description, description_of(quantized))
     return quantized
 
 

@@ -43,9 +43,7 @@ def exchanged_in(model: nn.Module) -> Exchanged:
     return Exchanged(mlps, tuple(name for name, r in replaced if isinstance(r, LastResult)))
 
 
-def finalize(
-    model: nn.Module, constants: set[str], run: Callable[[], object], known: Exchanged | None = None
-) -> None:
+def finalize(model: nn.Module, constants: set[str], run: Callable[[], object], known: Exchanged | None = None) -> None:
     """Run all passes over a converted model, in place; again after its float type changed.
 
     Args:
@@ -68,10 +66,10 @@ def finalize(
 
 
 def _exchange_mlps(model: nn.Module, known: Exchanged) -> None:
-    for name, *parts in known.mlps:
+    for name, fc1, fc2, gelu in known.mlps:
         module = model.get_submodule(name)
         if replacement_of(module, Replacement) is None:
-            exchange(module, FusedMlp(*parts))
+            exchange(module, FusedMlp(fc1, fc2, gelu))
 
 
 def _still_called(model: nn.Module, constants: set[str], run: Callable[[], object]) -> list[nn.Module]:

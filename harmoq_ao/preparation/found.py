@@ -51,12 +51,12 @@ class FoundIsland:
     """A module that contracts in its own forward.
 
     Args:
-        qualname: Qualified name in the model.
+        name: Qualified name in the model.
         spots: Its contractions, in the order in which they were met.
         float_reason: Why it runs as its author wrote it, if it does.
     """
 
-    qualname: str
+    name: str
     spots: tuple[Spot, ...]
     float_reason: str | None = None
 

@@ -44,7 +44,9 @@ def restore(model: nn.Module, config: HarmoqConfig, found: Found, traits: ModelT
     prepared.fingerprint = found.fingerprint
     prepared.floats = list(found.floats)
     factory = SiteFactory(config, [], ready=True)
-    swaps = {_module(model, s.name): _module_site(prepared, s) for s in found.sites if "::" not in s.name}
+    swaps: dict[nn.Module, nn.Module] = {
+        _module(model, s.name): _module_site(prepared, s) for s in found.sites if "::" not in s.name
+    }
     for island in found.islands:
         _make_island(model, island, factory)
     replace_modules(model, swaps)
@@ -84,15 +86,15 @@ def _module_site(prepared: PreparedModel, entry: FoundSite) -> PreparedSite:
 
 
 def _make_island(model: nn.Module, island: FoundIsland, factory: SiteFactory) -> None:
-    module = _module(model, island.qualname)
+    module = _module(model, island.name)
     if is_island(module) or isinstance(module, PreparedSite):
-        raise _unfit("A module is an island twice", island.qualname)
-    make_island(module, IslandState(island.qualname, factory, quiet=quiet, float_reason=island.float_reason))
+        raise _unfit("A module is an island twice", island.name)
+    make_island(module, IslandState(island.name, factory, quiet=quiet, float_reason=island.float_reason))
     for spot in island.spots:
-        taken = (island.qualname, spot.key) in factory.known or spot.attribute in module._modules
+        taken = (island.name, spot.key) in factory.known or spot.attribute in module._modules
         if taken or not _has_weight(module, spot):
-            raise _unfit(f"{island.qualname} has no place for a site", spot.label)
-        factory.place(module, island.qualname, spot)
+            raise _unfit(f"{island.name} has no place for a site", spot.label)
+        factory.place(module, island.name, spot)
 
 
 def _has_weight(module: nn.Module, spot: Spot) -> bool:

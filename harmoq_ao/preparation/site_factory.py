@@ -16,7 +16,7 @@ from harmoq_ao.sites.attention import PreparedAttention
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.prepared import PreparedLinear, PreparedMatmul
-from harmoq_ao.sites.site import CONSTANT, FloatCause, FloatReason, FloatSite, Site
+from harmoq_ao.sites.site import CONSTANT, FloatCause, FloatReason, FloatSite, Role, Site
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +128,7 @@ def _described(root: nn.Module, spot: Spot, contraction: Contraction) -> Spot:
         return replace(spot, shape=(q.shape[-1], k.shape[-2]))
     equation = contraction.args[0] if contraction.op == "einsum" else None
     left, _ = MatmulForm(contraction.op, equation).canonical(*(a for a in contraction.args if isinstance(a, Tensor)))
-    role = "attention-value" if contraction.left_is_softmax else "query-key"
+    role: Role = "attention-value" if contraction.left_is_softmax else "query-key"
     return replace(spot, shape=(left.shape[-1],), role=role, equation=equation)
 
 

@@ -28,9 +28,7 @@ def swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) -> 
     replace_modules(prepared.model, swaps)
 
 
-def module_site(
-    prepared: PreparedModel, name: str, module: nn.Module, fixed: bool, macs: int
-) -> PreparedSite | None:
+def module_site(prepared: PreparedModel, name: str, module: nn.Module, fixed: bool, macs: int) -> PreparedSite | None:
     """The site of a linear layer or a convolution; None, and perhaps a line in the report, where it stays float.
 
     Args:

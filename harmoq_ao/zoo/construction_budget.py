@@ -63,7 +63,7 @@ class ConstructionBudget(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Let torch not wrap this mode for its compiler, which it would import, at the cost of a second `import torch`."""
+        """Keep torch from wrapping this mode for its compiler, whose import takes as long as that of torch."""
         return False
 
     def _check(self) -> None:

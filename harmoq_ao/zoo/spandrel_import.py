@@ -26,12 +26,14 @@ class _Deferred(ModuleType):
         if name.startswith("__") and name.endswith("__"):  # what inspection asks of any module
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         with _lock:
-            if type(self) is _Deferred:
-                self.__class__ = ModuleType  # names that the package itself lacks are an ordinary error from now on
+            if name not in vars(self) and "_deferred" in vars(self):
+                del vars(self)["_deferred"]
                 assert self.__spec__ is not None
                 assert self.__spec__.loader is not None
                 self.__spec__.loader.exec_module(self)
-        return getattr(self, name)
+            if name not in vars(self):
+                raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+            return vars(self)[name]
 
 
 def import_architecture(name: str) -> ModuleType:
@@ -45,6 +47,7 @@ def import_architecture(name: str) -> ModuleType:
         if spec is not None:
             package = importlib.util.module_from_spec(spec)
             package.__class__ = _Deferred
+            vars(package)["_deferred"] = True
             sys.modules["spandrel"] = package
         _import_einops()
     return importlib.import_module(name)
