@@ -18,12 +18,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import SavedModelError
+from harmoq_ao.sites.base import PreparedSite
 
 FORMAT = "harmoq-ao"
 SCHEMA_VERSION = 4
@@ -52,14 +54,23 @@ def canonical_json(config: dict[str, Any]) -> bytes:
 
 
 def storable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a module that could be stored, by sorted name: shared tensors once, released weights not at all."""
+    """Everything of a converted model that could be stored, by sorted name.
+
+    Shared tensors come once, released weights and sites that were met only after preparation not at all.
+    """
+    late = {id(p) for m in model.modules() if isinstance(m, PreparedSite) for p in _observed(m)}
     kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = late
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if tensor.device.type != "meta" and id(tensor) not in seen:
             seen.add(id(tensor))
             kept[name] = tensor
     return kept
+
+
+def _observed(site: PreparedSite) -> Iterator[Tensor]:
+    for quantizer in site.quantizers():
+        yield from (*quantizer.parameters(), *quantizer.buffers())
 
 
 def flatten_floats(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:
