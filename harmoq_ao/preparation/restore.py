@@ -18,7 +18,7 @@ from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.report import SiteRow
-from harmoq_ao.sites.site import FloatSite, Site
+from harmoq_ao.sites.site import FloatCause, FloatSite, Site
 
 #: Functions of torch that tracing follows into.
 _OF_TORCH = frozenset({"multi_head_attention_forward"})
@@ -43,6 +43,9 @@ def restore(model: nn.Module, config: HarmoqConfig, found: Found, traits: ModelT
     prepared = PreparedModel(model, config, traits)
     prepared.fingerprint = found.fingerprint
     prepared.floats = list(found.floats)
+    for entry in found.floats:
+        if entry.reason.cause is FloatCause.SETTINGS and config.settings(entry.name, entry.kind).reason is None:
+            raise _unfit("The configuration quantizes what is float", entry.name)
     factory = SiteFactory(config, [], ready=True)
     swaps: dict[nn.Module, nn.Module] = {
         _module(model, s.name): _module_site(prepared, s) for s in found.sites if "::" not in s.name
