@@ -43,9 +43,9 @@ def restore(model: nn.Module, config: HarmoqConfig, found: Found, traits: ModelT
     prepared = PreparedModel(model, config, traits)
     prepared.fingerprint = found.fingerprint
     prepared.floats = list(found.floats)
-    for entry in found.floats:
-        if entry.reason.cause is FloatCause.SETTINGS and config.settings(entry.name, entry.kind).reason is None:
-            raise _unfit("The configuration quantizes what is float", entry.name)
+    for left in found.floats:
+        if left.reason.cause is FloatCause.SETTINGS and config.settings(left.name, left.kind).reason is None:
+            raise _unfit("The configuration quantizes what is float", left.name)
     factory = SiteFactory(config, [], ready=True)
     swaps: dict[nn.Module, nn.Module] = {
         _module(model, s.name): _module_site(prepared, s) for s in found.sites if "::" not in s.name
