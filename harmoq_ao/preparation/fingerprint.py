@@ -60,9 +60,8 @@ def _written(value: Any, depth: int = 0) -> str:
     if isinstance(value, (list, tuple)) and depth < 4:
         return f"{type(value).__name__}({','.join(_written(v, depth + 1) for v in value)})"
     if isinstance(value, dict) and depth < 4:
-        return (
-            "{" + ",".join(sorted(f"{k!r}:{_written(v, depth + 1)}" for k, v in value.items())) + "}"
-        )  # as JSON sorts
+        items = sorted(f"{k!r}:{_written(v, depth + 1)}" for k, v in value.items())  # a config's JSON is sorted as well
+        return "{" + ",".join(items) + "}"
     return type(value).__qualname__
 
 
