@@ -14,7 +14,15 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import SavedModelError, shown
-from harmoq_ao.conversion.format import CONFIG_NAME, FORMAT, REMEDY, SCHEMA_VERSION, WEIGHTS_NAME, canonical_json
+from harmoq_ao.conversion.format import (
+    CONFIG_NAME,
+    FORMAT,
+    OLDEST_VERSION,
+    REMEDY,
+    SCHEMA_VERSION,
+    WEIGHTS_NAME,
+    canonical_json,
+)
 
 
 def read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
@@ -113,11 +121,12 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SavedModelError(f"{path} cannot be read", found=str(error)[:200], remedy=REMEDY) from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SavedModelError(f"{path} is of another format", expected=f'"format": "{FORMAT}"')
-    if config.get("schema_version") != SCHEMA_VERSION:
+    version = config.get("schema_version")
+    if type(version) is not int or not OLDEST_VERSION <= version <= SCHEMA_VERSION:
         raise SavedModelError(
             f"{path} is of another version of the format",
-            found=shown(config.get("schema_version")),
-            expected=SCHEMA_VERSION,
+            found=shown(version),
+            expected=f"{OLDEST_VERSION} to {SCHEMA_VERSION}",
             remedy="use the version of harmoq-ao that wrote it",
         )
     if config.pop("sha256", None) != hashlib.sha256(body).hexdigest():
@@ -136,9 +145,12 @@ def _check_fields(path: Path, config: dict[str, Any]) -> None:
         "float_dtype": lambda v: v in ("float32", "bfloat16"),
         "traits": lambda v: isinstance(v, dict),
         "example_shapes": are_example_shapes,
-        "sqnr_db": lambda v: isinstance(v, dict) and all(x is None or _is_db(x) for x in v.values()),
         "weights": lambda v: isinstance(v, dict) and all(isinstance(v.get(k), str) for k in _WEIGHTS_FIELDS),
     }
+    if config["schema_version"] == OLDEST_VERSION:
+        kinds["sqnr_db"] = lambda v: isinstance(v, dict) and all(x is None or _is_db(x) for x in v.values())
+    else:
+        kinds["found"] = lambda v: isinstance(v, dict)
     for name, valid in kinds.items():
         if name not in config or not valid(config[name]):
             raise SavedModelError(f"{path} has no valid {name!r}", found=shown(config.get(name)), remedy=REMEDY)

@@ -46,6 +46,7 @@ def convert_harmoq(prepared: PreparedModel, *, float_dtype: torch.dtype = torch.
     replace_sites(model, lambda site: site.to_quantized(prepared.settings(site.site), stored).to(place))
     quantized = QuantizedModel(model, prepared.config, rows, prepared.example_shapes, prepared.traits).eval()
     quantized.history = prepared.history
+    quantized.fingerprint = prepared.fingerprint
     if float_dtype is not torch.float32:
         return quantized.set_float_dtype(float_dtype)
     quantized.finalize()
@@ -63,16 +64,27 @@ def _check_qparams(prepared: PreparedModel) -> None:
         )
 
 
-def replace_sites(model: nn.Module, make: Callable[[PreparedSite], QuantizedSite]) -> None:
-    """Put a quantized module at every prepared site with a quantizer; release float weights that nothing else reads."""
+def replace_sites(
+    model: nn.Module,
+    make: Callable[[PreparedSite], QuantizedSite],
+    wanted: Callable[[PreparedSite], bool] = lambda site: bool(site.quantizers()),
+) -> None:
+    """Put a quantized module at every prepared site that is quantized; release float weights that nothing else reads.
+
+    Args:
+        model: Changed in place.
+        make: The quantized module of a site.
+        wanted: Whether a site is quantized; by default those that have a quantizer.
+    """
     shared: list[Tensor] = []
     swaps: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        if not isinstance(module, PreparedSite) or not module.quantizers():
+        if not isinstance(module, PreparedSite) or not wanted(module):
             continue
-        if module.site.is_functional and module.own_weight is not None and module.weight_quantizer is not None:
+        made = make(module)
+        if module.site.is_functional and module.own_weight is not None and made.settings.weight.enabled:
             shared.append(module.own_weight)
-        swaps[module] = make(module)
+        swaps[module] = made
     replace_modules(model, swaps)
     _release(model, shared)
 

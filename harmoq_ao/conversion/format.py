@@ -1,8 +1,9 @@
 """The format of saved models: a folder with ``config.json`` and one safetensors file. Never a pickle, never code.
 
 ``config.json`` names the architecture, the configuration and the weights file, and carries the SHA-256 of itself and of
-the weights: a file with a changed or missing byte is refused. Where it is known, it also says how the model was made
-(:class:`History`, an optional entry that older readers skip).
+the weights: a file with a changed or missing byte is refused. ``found`` holds what preparing the model found out by
+running it (``found_format.py``). Where it is known, the config also says how the model was made (:class:`History`, an
+optional entry).
 
 Layout of the weights file: packed codes and integer buffers stand under their own names. All float tensors, of which a
 transformer has many small ones, are flattened and concatenated in the order of their sorted names into one tensor per
@@ -17,15 +18,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import SavedModelError
+from harmoq_ao.sites.base import PreparedSite
 
 FORMAT = "harmoq-ao"
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+OLDEST_VERSION = 3
+"""The oldest that is read: it lacks what the preparation found, so that loading prepares the model anew."""
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 LEFTOVER_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")
@@ -49,14 +54,23 @@ def canonical_json(config: dict[str, Any]) -> bytes:
 
 
 def storable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Everything of a module that could be stored, by sorted name: shared tensors once, released weights not at all."""
+    """Everything of a converted model that could be stored, by sorted name.
+
+    Shared tensors come once, released weights and sites that were met only after preparation not at all.
+    """
+    late = {id(p) for m in model.modules() if isinstance(m, PreparedSite) for p in _observed(m)}
     kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    seen = late
     for name, tensor in sorted(model.state_dict(keep_vars=True).items()):
         if tensor.device.type != "meta" and id(tensor) not in seen:
             seen.add(id(tensor))
             kept[name] = tensor
     return kept
+
+
+def _observed(site: PreparedSite) -> Iterator[Tensor]:
+    for quantizer in site.quantizers():
+        yield from (*quantizer.parameters(), *quantizer.buffers())
 
 
 def flatten_floats(tensors: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[dict[str, Tensor], str]:

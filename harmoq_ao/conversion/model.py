@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.passes import finalize
+from harmoq_ao.conversion.passes import Exchanged, finalize
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.select import check_backend
 from harmoq_ao.lowering.survey import survey
@@ -35,6 +35,8 @@ class QuantizedModel(nn.Module):
         float_dtype: Type of the parts that stay float.
         history: How it was calibrated and refined; None if unknown.
         programs: The fused kernels for CPUs, made for each image size when it first comes.
+        fingerprint: Of the float model it was prepared from; None if it has none.
+        exchanged: Modules whose forward is known to be replaced; None to find them by a run.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class QuantizedModel(nn.Module):
         self.float_dtype = torch.float32
         self.history: History | None = None
         self.programs = Programs()
+        self.fingerprint: str | None = None
+        self.exchanged: Exchanged | None = None
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Upscale an image batch `[B, C, H, W]` in 0..1; the result has the type of the input.
@@ -137,7 +141,7 @@ class QuantizedModel(nn.Module):
     def finalize(self) -> None:
         """Fold constants and fuse kernels, once all tensors have their final values and types."""
         constants = {r.name for r in self.rows if r.kind == "linear" and not r.depends_on_image}
-        finalize(self.model, constants, self._example_run)
+        finalize(self.model, constants, self._example_run, self.exchanged)
 
     def report(self, device: str | None = None) -> Report:
         """One row per site: bits, quantization range, joint scale, SQNR, kernel, and why a site stays float.

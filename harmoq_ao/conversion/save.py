@@ -7,7 +7,9 @@ that was there before. What the constructor of the architecture recomputes (mask
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +33,17 @@ from harmoq_ao.conversion.format import (
     smallest_type,
     storable_state,
 )
+from harmoq_ao.conversion.found_format import description_of
+from harmoq_ao.conversion.load import assembled
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.graph import same_values
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.zoo.architectures import build_architecture
 
 logger = logging.getLogger(__name__)
+
+_MOST_CHECKED = 1 << 18
+"""Values of an example image that a save runs."""
 
 
 def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
@@ -50,7 +58,8 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
 
     Raises:
         OutputError: The folder cannot be written, or holds other files. A model saved there before is untouched.
-        SavedModelError: Not a converted model, or one prepared on examples too large to be run at every load.
+        SavedModelError: Not a converted model, one prepared on examples too large to be run again, or one that would
+            not compute the same once it is loaded, because a module of it is not what its architecture builds.
     """
     if not isinstance(model, QuantizedModel):
         raise SavedModelError(
@@ -59,7 +68,7 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
     folder = Path(path)
     if not are_example_shapes([list(shape) for shape in model.example_shapes]):
         raise SavedModelError(
-            "The model was prepared on examples that are too large to be run again at every load",
+            "The model was prepared on examples that are too large to be run again where a load has to",
             found=model.example_shapes,
             expected=f"one to four batches of at most {MAX_EXAMPLE_VALUES} values",
             remedy="pass smaller example_inputs to prepare_harmoq; the images of calibration may be large",
@@ -68,7 +77,9 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
     weights = to_safetensors(tensors)
     digest = hashlib.sha256(weights).hexdigest()
     entry = {"file": f"model-{digest[:12]}.safetensors", "sha256": digest, "layout": layout}
-    config = canonical_json(seal({**_config_of(model), "weights": entry}))
+    described = {**_config_of(model), "weights": entry}
+    _check_that_it_loads(model, described, tensors)
+    config = canonical_json(seal(described))
     try:
         _check_target(folder)
         make_folder(folder)
@@ -125,6 +136,35 @@ def float_bytes(model: nn.Module) -> int:
     return sum(p.numel() * 4 for p in model.parameters())
 
 
+def _check_that_it_loads(model: QuantizedModel, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Assemble the model from what is about to be written, and compare its output with the model's, bit for bit.
+
+    An architecture that spandrel does not build cannot be assembled here; examples that are large are not run.
+    """
+    if model.traits.architecture is None:
+        return
+    again = assembled(json.loads(canonical_json(config)), dict(tensors))
+    own = model.sites()
+    for name, site in again.sites().items():
+        site.backend = own[name].backend
+    shape = min(model.example_shapes, key=math.prod)
+    if math.prod(shape) > _MOST_CHECKED:
+        return
+    place = next((p.device for p in model.parameters()), torch.device("cpu"))
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0)).to(place)
+    outputs = []
+    for which in (model, again.to(place)):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            outputs.append(which(image))
+    if not same_values(*outputs):
+        raise SavedModelError(
+            "The model would not compute the same once it is loaded",
+            found="another output, bit for bit, of the model assembled from what was to be saved",
+            remedy="save the model that convert_harmoq returns, of an architecture as spandrel constructs it",
+        )
+
+
 # --- what is stored ---------------------------------------------------------------------------------------------------
 
 
@@ -148,7 +188,7 @@ def _recomputed(model: QuantizedModel, state: dict[str, Tensor]) -> set[str]:
     """Names of buffers that a freshly constructed model has bit for bit."""
     if model.traits.architecture is None:
         return set()
-    fresh = dict(build_architecture(model.traits.architecture).named_buffers())
+    fresh = dict(build_architecture(model.traits.architecture, random=False).named_buffers())
     quantized = {f"{name}." for name, m in model.model.named_modules() if isinstance(m, QuantizedSite)}
     skip = set()
     for name, tensor in state.items():
@@ -171,7 +211,7 @@ def _config_of(model: QuantizedModel) -> dict[str, Any]:
         "float_dtype": str(model.float_dtype).removeprefix("torch."),
         "traits": model.traits.to_dict(),
         "example_shapes": [list(shape) for shape in model.example_shapes],
-        "sqnr_db": {r.name: None if r.sqnr_db is None else round(r.sqnr_db, 2) for r in model.rows if r.quantized},
+        "found": description_of(model).to_dict(),
     }
 
 

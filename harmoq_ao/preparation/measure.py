@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.graph import Discovery, IslandState, is_island, island_state, same_values
 from harmoq_ao.preparation.first_runs import Run, run
-from harmoq_ao.preparation.site_factory import SiteFactory
+from harmoq_ao.preparation.site_factory import SiteFactory, without_folders
 from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite
@@ -49,7 +49,7 @@ def _report_floats(prepared: PreparedModel, module: nn.Module, state: IslandStat
     """List what tracing left in float, and take away sites that no graph calls (met before a trace failed)."""
     if state.float_reason is not None:
         prepared.floats.append(
-            FloatSite(state.qualname, "module", FloatReason(FloatCause.UNTRACED, state.float_reason))
+            FloatSite(state.qualname, "module", FloatReason(FloatCause.UNTRACED, without_folders(state.float_reason)))
         )
     for hidden in dict.fromkeys(h for v in state.all_variants() for h in v.hidden):
         name = f"{state.qualname}::{hidden.partition(': ')[0]}"
@@ -58,10 +58,10 @@ def _report_floats(prepared: PreparedModel, module: nn.Module, state: IslandStat
     called = {str(n.target) for v in state.all_variants() for n in v.graph.nodes if n.op == "call_module"}
     factory = state.site_factory
     assert isinstance(factory, SiteFactory)
-    for key, attribute in list(factory.known.items()):
-        if key[0] == state.qualname and attribute is not None and attribute not in called:
-            del module._modules[attribute]
-            del factory.known[key]
+    for spot in factory.spots(state.qualname):
+        if spot.attribute is not None and spot.attribute not in called:
+            del module._modules[spot.attribute]
+            del factory.known[state.qualname, spot.key]
 
 
 @contextmanager

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from spandrel import ImageModelDescriptor
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import InputError, SavedModelError
@@ -18,6 +17,7 @@ from harmoq_ao.graph import (
     is_island,
     make_island,
 )
+from harmoq_ao.preparation.fingerprint import fingerprint
 from harmoq_ao.preparation.first_runs import first_runs
 from harmoq_ao.preparation.measure import measure, report_unreached
 from harmoq_ao.preparation.site_factory import SiteFactory
@@ -25,6 +25,9 @@ from harmoq_ao.preparation.swap import swap_modules
 from harmoq_ao.sites.base import PreparedSite, quiet
 from harmoq_ao.sites.model import ModelTraits, PreparedModel
 from harmoq_ao.zoo import LoadedModel, architecture_spec
+
+if TYPE_CHECKING:
+    from spandrel import ImageModelDescriptor
 
 
 def prepare_harmoq(
@@ -54,9 +57,11 @@ def prepare_harmoq(
     """
     config = config or HarmoqConfig()
     copied = _float_copy(model)
+    made_of = fingerprint(copied)  # before a run leaves something in it
     with torch.no_grad():
         first = first_runs(copied, example_inputs)
         prepared = PreparedModel(copied, config, _traits(model, copied, *first.runs[0]))
+        prepared.fingerprint = made_of
         prepared.example_shapes = [tuple(example.shape) for example, _ in first.runs]
         _make_islands(prepared, first.found, strict)
         swap_modules(prepared, first.found, first.fixed)
@@ -82,6 +87,8 @@ def _float_copy(model: Any) -> nn.Module:
 
 def _traits(given: Any, model: nn.Module, example: Tensor, output: Any) -> ModelTraits:
     """Traits of a loaded model or a descriptor as they come; of a bare module, what its output and its class tell."""
+    from spandrel import ImageModelDescriptor
+
     output = output[0] if isinstance(output, (tuple, list)) else output
     try:
         architecture = architecture_spec(model)

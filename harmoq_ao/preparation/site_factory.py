@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+import sys
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import Contraction, einsum_form, island_state
 from harmoq_ao.graph.contractions import SourceKey
+from harmoq_ao.preparation.found import Spot
 from harmoq_ao.sites.attention import PreparedAttention
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.forms import MatmulForm
@@ -27,12 +29,14 @@ class SiteFactory:
         config: For sites that are met only after preparation (another branch, at another image size).
         floats: Contractions left alone, with the reason.
         ready: Preparation is over; new sites get their quantizers at once.
+        known: What stands at each contraction, by the island's name and the place in its source.
+        counts: How many contractions of an operation an island has had.
     """
 
     config: HarmoqConfig
     floats: list[FloatSite]
     ready: bool = False
-    known: dict[tuple[str, SourceKey], str | None] = field(default_factory=dict)
+    known: dict[tuple[str, SourceKey], Spot] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def __call__(self, root: nn.Module, contraction: Contraction) -> str | None:
@@ -40,26 +44,47 @@ class SiteFactory:
         key = (qualname, contraction.key)
         if key not in self.known:
             self.known[key] = self._create(root, qualname, contraction)
-        return self.known[key]
+        return self.known[key].attribute
 
-    def _create(self, root: nn.Module, qualname: str, contraction: Contraction) -> str | None:
+    def spots(self, qualname: str) -> list[Spot]:
+        """What stands at the contractions of an island, in the order in which they were met."""
+        return [spot for (island, _), spot in self.known.items() if island == qualname]
+
+    def place(self, root: nn.Module, qualname: str, spot: Spot) -> None:
+        """Put a site where an earlier preparation found one, its weight, if it has one, yet to be filled in."""
+        self.known[qualname, spot.key] = spot
+        self.counts[qualname, spot.op] = max(self.counts.get((qualname, spot.op), 0), spot.index + 1)
+        if spot.attribute is not None:
+            root.add_module(spot.attribute, site_module(root, qualname, spot))
+
+    def _create(self, root: nn.Module, qualname: str, contraction: Contraction) -> Spot:
         index = self.counts.get((qualname, contraction.op), 0)
         self.counts[qualname, contraction.op] = index + 1
-        label = f"{contraction.op}_{index}"
+        spot = Spot(contraction.key, contraction.op, index, location=without_folders(contraction.location))
         reason = _why_float(contraction)
         if reason is not None:
             if contraction.op != "conv2d":
-                self.floats.append(FloatSite(f"{qualname}::{label}", "matmul", reason.at(contraction.location)))
-            return None
-        attribute = f"harmoq_{label}"
-        module = _site_module(root, qualname, label, contraction)
-        root.add_module(attribute, module)
+                name = f"{qualname}::{spot.label}"
+                self.floats.append(FloatSite(name, "matmul", reason.at(str(spot.location))))
+            return spot
+        spot = _described(root, spot, contraction)
+        assert spot.attribute is not None
+        module = site_module(root, qualname, spot, contraction.computed_weight)
+        root.add_module(spot.attribute, module)
         for site in module.modules():
             if isinstance(site, PreparedSite) and self.ready:
                 operand = next(a for a in contraction.args if isinstance(a, Tensor))
                 site.attach_quantizers(self.config, operand.device)
                 logger.warning("%s was met only now, after preparation", site.site.name)
-        return attribute
+        return spot
+
+
+def without_folders(text: str) -> str:
+    """A text whose paths begin at a package: where packages are installed is nobody's business but this machine's."""
+    for folder in sorted({f.rstrip("/") for f in sys.path}, key=len, reverse=True):
+        if len(folder) > 1:
+            text = text.replace(f"{folder}/", "")
+    return text
 
 
 def _why_float(contraction: Contraction) -> FloatReason | None:
@@ -91,27 +116,54 @@ def _unsupported(contraction: Contraction) -> str | None:
     return None
 
 
-def _linear_weight(root: nn.Module, contraction: Contraction) -> nn.Parameter:
-    """The author's own parameter, or one that holds what is computed from parameters (a part of ``in_proj_weight``)."""
-    if contraction.computed_weight is not None:
-        return nn.Parameter(contraction.computed_weight.detach().clone(), requires_grad=False)
-    owner, _, name = str(contraction.weight).rpartition(".")
-    parameter: nn.Parameter = getattr(root.get_submodule(owner), name)
-    return parameter
-
-
-def _site_module(root: nn.Module, qualname: str, label: str, contraction: Contraction) -> nn.Module:
-    name, path = f"{qualname}::{label}", f"{qualname}.harmoq_{label}".lstrip(".")
+def _described(root: nn.Module, spot: Spot, contraction: Contraction) -> Spot:
+    """The spot with everything that its site is made from."""
+    spot = replace(spot, is_site=True)
     if contraction.op == "linear":
-        weight = _linear_weight(root, contraction)
-        site = Site(name, path, "linear", tuple(weight.shape), location=contraction.location)
-        return PreparedLinear(site, weight, None)
+        weight = contraction.computed_weight
+        shape = tuple((_parameter(root, str(contraction.weight)) if weight is None else weight).shape)
+        return replace(spot, shape=shape, weight=None if weight is not None else contraction.weight)
     if contraction.op == "sdpa":
         q, k = contraction.args[:2]
-        qk = Site(f"{name}.qk", f"{path}.qk", "matmul", (q.shape[-1],), "query-key", contraction.location)
-        av = Site(f"{name}.av", f"{path}.av", "matmul", (k.shape[-2],), "attention-value", contraction.location)
-        return PreparedAttention(PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul")))
-    form = MatmulForm(contraction.op, contraction.args[0] if contraction.op == "einsum" else None)
+        return replace(spot, shape=(q.shape[-1], k.shape[-2]))
+    equation = contraction.args[0] if contraction.op == "einsum" else None
+    left, _ = MatmulForm(contraction.op, equation).canonical(*(a for a in contraction.args if isinstance(a, Tensor)))
     role: Role = "attention-value" if contraction.left_is_softmax else "query-key"
-    left, _ = form.canonical(*(a for a in contraction.args if isinstance(a, Tensor)))
-    return PreparedMatmul(Site(name, path, "matmul", (left.shape[-1],), role, contraction.location), form)
+    return replace(spot, shape=(left.shape[-1],), role=role, equation=equation)
+
+
+def site_module(root: nn.Module, qualname: str, spot: Spot, computed: Tensor | None = None) -> nn.Module:
+    """The module of a site, without quantizers.
+
+    Args:
+        root: The island.
+        qualname: Its name.
+        spot: Where the site stands, and what it is.
+        computed: The weight of a linear that is no parameter; zeros by default, to be filled in.
+    """
+    name, path = f"{qualname}::{spot.label}", f"{qualname}.{spot.attribute}".lstrip(".")
+    if spot.op == "linear":
+        site = Site(name, path, "linear", spot.shape, location=spot.location)
+        return PreparedLinear(site, _linear_weight(root, spot, computed), None)
+    if spot.op == "sdpa":
+        query, values = ((length,) for length in spot.shape)
+        qk = Site(f"{name}.qk", f"{path}.qk", "matmul", query, "query-key", spot.location)
+        av = Site(f"{name}.av", f"{path}.av", "matmul", values, "attention-value", spot.location)
+        return PreparedAttention(PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul")))
+    site = Site(name, path, "matmul", spot.shape, spot.role, spot.location)
+    return PreparedMatmul(site, MatmulForm(spot.op, spot.equation))
+
+
+def _linear_weight(root: nn.Module, spot: Spot, computed: Tensor | None) -> nn.Parameter:
+    """The author's own parameter, or one that holds what is computed from parameters (a part of ``in_proj_weight``)."""
+    if spot.weight is not None:
+        return _parameter(root, spot.weight)
+    if computed is None:
+        computed = next(root.parameters()).new_zeros(spot.shape)
+    return nn.Parameter(computed.detach().clone(), requires_grad=False)
+
+
+def _parameter(root: nn.Module, path: str) -> nn.Parameter:
+    owner, _, name = path.rpartition(".")
+    parameter: nn.Parameter = getattr(root.get_submodule(owner), name)
+    return parameter

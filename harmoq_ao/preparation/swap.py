@@ -22,14 +22,25 @@ def swap_modules(prepared: PreparedModel, found: Discovery, fixed: set[str]) -> 
     swaps: dict[nn.Module, nn.Module] = {}
     for name in found.calls:
         module = prepared.model.get_submodule(name)
-        site: PreparedSite | None = None
-        if type(module) is nn.Linear:
-            site = _linear_site(prepared, name, module, name in fixed)
-        elif isinstance(module, nn.Conv2d):
-            site = _conv_site(prepared, name, module, found.macs.get(name, 0))
+        site = module_site(prepared, name, module, name in fixed, found.macs.get(name, 0))
         if site is not None:
             swaps[module] = site
     replace_modules(prepared.model, swaps)
+
+
+def module_site(prepared: PreparedModel, name: str, module: nn.Module, fixed: bool, macs: int) -> PreparedSite | None:
+    """The site of a linear layer or a convolution; None, and perhaps a line in the report, where it stays float.
+
+    Args:
+        prepared: Its configuration decides, its report is added to.
+        name: Of the module.
+        module: Any module.
+        fixed: Its input does not depend on the image.
+        macs: Its multiply-accumulates on the example image.
+    """
+    if type(module) is nn.Linear:
+        return _linear_site(prepared, name, module, fixed)
+    return _conv_site(prepared, name, module, macs) if isinstance(module, nn.Conv2d) else None
 
 
 def _linear_site(prepared: PreparedModel, name: str, linear: nn.Linear, fixed: bool) -> PreparedLinear | None:

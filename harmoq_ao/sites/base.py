@@ -5,20 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.quant.bounds import weight_bounds
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
-from harmoq_ao.quant.observers import OBSERVERS
-from harmoq_ao.quant.observers.base import OperandObserver
 from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, normalized
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.report import SiteRow, site_row
 from harmoq_ao.sites.site import FloatCause, FloatReason, Site
+
+if TYPE_CHECKING:  # torchao takes longer to import than torch, and a converted model needs none of it
+    from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+    from harmoq_ao.quant.observers.base import OperandObserver
 
 _quiet: ContextVar[bool] = ContextVar("harmoq_quiet_sites", default=False)
 """Whether prepared sites neither observe nor round, per thread: set by :func:`quiet`, read by :func:`is_quiet`."""
@@ -127,9 +128,13 @@ class PreparedSite(nn.Module):
             device: Where the model is.
         """
         settings = config.settings(self.site.name, self.site.kind)
-        self.site.reason = None if settings.reason is None else FloatReason(FloatCause.SETTINGS, settings.reason)
+        self.settle(settings)
         self.attach(*self._new_quantizers(settings, config))
         self.to(device)
+
+    def settle(self, settings: SiteSettings) -> None:
+        """Take note of what the settings alone decide."""
+        self.site.reason = None if settings.reason is None else FloatReason(FloatCause.SETTINGS, settings.reason)
 
     def attach(self, act: HarmoqFakeQuantize | None, weight: HarmoqFakeQuantize | None) -> None:
         """Install the fake-quantizers; with neither, the site stays in float."""
@@ -157,6 +162,8 @@ class PreparedSite(nn.Module):
         """Fake-quantizer of an operand contracted along `axis`, whose observer may tell `channels` apart."""
         if not spec.enabled:
             return None
+        from harmoq_ao.quant.observers import OBSERVERS
+
         quantizer = self._fake_quantizer(spec)
         if channels or not spec.dynamic:  # a dynamic range alone needs no statistics
             observer = OBSERVERS[config.observer](spec, contracted_axis=axis, track_channels=channels, seed=config.seed)
@@ -165,6 +172,8 @@ class PreparedSite(nn.Module):
         return quantizer
 
     def _fake_quantizer(self, spec: QuantizerSpec, shape: tuple[int, ...] = ()) -> HarmoqFakeQuantize:
+        from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+
         quantizer = HarmoqFakeQuantize(spec, shape)
         quantizer.site_name = self.site.name
         quantizer.disable_fake_quant()

@@ -65,6 +65,7 @@ class PreparedModel(nn.Module):
         traits: Scale, size requirements and architecture.
         order: Paths of the sites in execution order.
         history: How its sites were solved, or None before.
+        fingerprint: Of the float model (:func:`harmoq_ao.preparation.fingerprint.fingerprint`), or None.
     """
 
     def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
@@ -76,6 +77,7 @@ class PreparedModel(nn.Module):
         self.order: list[str] = []
         self.traits = traits
         self.history: History | None = None
+        self.fingerprint: str | None = None
 
     def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the model on an image batch `[B, C, H, W]` in 0..1.

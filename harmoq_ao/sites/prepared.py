@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +15,8 @@ from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.graph.contractions import contraction_macs
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.joint_scale import joint_scale
 from harmoq_ao.quant.joint_shift import joint_shift
-from harmoq_ao.quant.observers.base import OperandObserver
 from harmoq_ao.quant.quantizer import Scheme, widen
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized
 from harmoq_ao.sites import sqnr
@@ -27,7 +25,11 @@ from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from harmoq_ao.sites.site import Site
 
-_Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
+if TYPE_CHECKING:
+    from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
+    from harmoq_ao.quant.observers.base import OperandObserver
+
+    _Quantizers = tuple[HarmoqFakeQuantize | None, HarmoqFakeQuantize | None]
 _Rounding = Callable[[Tensor], Tensor]
 
 
@@ -222,8 +224,12 @@ class PreparedMatmul(PreparedSite):
         if self.site.shape != (left.shape[-1],):
             self.site.shape = (0,)
 
-    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
+    def settle(self, settings: SiteSettings) -> None:
+        """Also whether the left operand is quantized as an attention map."""
+        super().settle(settings)
         self.relative = self.site.wants_relative_map(settings)
+
+    def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
         scheme = Scheme.INTEGER_ZERO_POINT if self.relative else settings.act.scheme  # zero is a level
         channels = self.site.wants_joint_scale(settings)
         act = replace(settings.act, scheme=scheme)

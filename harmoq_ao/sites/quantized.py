@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,13 +22,15 @@ from harmoq_ao.kernels.float_matmul import MatmulContraction
 from harmoq_ao.kernels.linear import LinearContraction
 from harmoq_ao.kernels.select import Backend, Contraction, UniformContraction, select_kernel
 from harmoq_ao.quant import integer_reference
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, exact_floats
 from harmoq_ao.quant.packing import pack, packed_length, unpack_signed
 from harmoq_ao.quant.quantizer import QuantizerSpec, Scheme, quantize, step_size
 from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.sites.forms import MatmulForm
 from harmoq_ao.sites.site import Site
+
+if TYPE_CHECKING:
+    from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 
 Rounding = Callable[[Tensor], Tensor]
 _HALF_FLOAT = "float (one operand quantized)"

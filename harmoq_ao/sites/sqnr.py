@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 from harmoq_ao.quant.quantizer import normalized
+
+if TYPE_CHECKING:
+    from harmoq_ao.quant.fake_quant import HarmoqFakeQuantize
 
 _ROWS = 512  # rows of the sample that the ratio is measured on
 _VALUES = _ROWS * 64  # the same where the sample is of single values

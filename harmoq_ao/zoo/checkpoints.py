@@ -15,17 +15,18 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
-import spandrel
 import torch
-from spandrel import MAIN_REGISTRY, ImageModelDescriptor, ModelDescriptor
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CheckpointError
 from harmoq_ao.zoo.architectures import first_lines, spandrel_version
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
+
+if TYPE_CHECKING:  # spandrel imports every architecture it knows, and torchvision
+    from spandrel import ModelDescriptor
 
 _REMEDY_RESAVE = (
     "save the weights alone, torch.save(model.state_dict(), path), where you trust the file, or use safetensors"
@@ -192,7 +193,9 @@ def _tensors_of(loaded: object, path: Path) -> dict[str, Tensor]:
         raise refuse(f"an object of type {type(loaded).__name__}")
     if not all(isinstance(key, str) for key in loaded):
         raise refuse("keys that are not names")
-    state = spandrel.canonicalize_state_dict(dict(loaded))
+    from spandrel import canonicalize_state_dict
+
+    state = canonicalize_state_dict(dict(loaded))
     odd = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
     if not state or odd:
         raise refuse(f"an entry {odd[0]!r} that is no tensor" if odd else "no entries")
@@ -218,6 +221,8 @@ def _check_plausible(state: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _load_descriptor(state: dict[str, Tensor], path: Path) -> ModelDescriptor:
+    from spandrel import MAIN_REGISTRY
+
     for support in MAIN_REGISTRY.architectures("detection"):
         if not support.detect(state):
             continue
@@ -241,6 +246,8 @@ def _load_descriptor(state: dict[str, Tensor], path: Path) -> ModelDescriptor:
 
 
 def _described(descriptor: ModelDescriptor, path: Path) -> LoadedModel:
+    from spandrel import ImageModelDescriptor
+
     if not isinstance(descriptor, ImageModelDescriptor):
         raise CheckpointError(
             f"The checkpoint {path} is of {descriptor.architecture.id}, which needs a mask beside the image",

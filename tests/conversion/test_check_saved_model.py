@@ -20,7 +20,7 @@ from torch import Tensor
 import harmoq_ao as h
 from harmoq_ao.common.errors import HarmoqError, SavedModelError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.format import SCHEMA_VERSION, canonical_json
+from harmoq_ao.conversion.format import OLDEST_VERSION, SCHEMA_VERSION, canonical_json
 from tests.conversion.helpers import CONFIG, SMALL, tensors_of, weights_of
 from tests.models import build, converted, run
 
@@ -45,20 +45,32 @@ def _put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
-def _rename_site(measured: dict[str, Any]) -> dict[str, Any]:
-    first, *rest = measured
-    return {name: measured[name] for name in rest} | {"elsewhere": measured[first]}
+def _first(change: Callable[[Any], Any]) -> Callable[[list[Any]], list[Any]]:
+    """A list whose first entry is changed."""
+    return lambda entries: [change(entries[0]), *entries[1:]]
 
 
-def _measured(value: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    return lambda measured: dict.fromkeys(measured, value)
+def _entry(at: int, value: Any) -> Callable[[list[Any]], list[Any]]:
+    """A list whose first entry has another member."""
+    return _first(lambda entry: [*entry[:at], value, *entry[at + 1 :]])
 
 
-SIZES = ([1, 3, 16], [1, 3, 0, 16], [1, 3, -16, -16], [1, 3, 10**9, 10**9], [1, 7, 16, 16], [1, 3, 16.0, 16])
+def _fact(name: str, value: Any) -> Callable[[list[Any]], list[Any]]:
+    """Plans of which the first contraction's site has another fact."""
+    return _first(_first(lambda spot: [*spot[:5], {**spot[5], name: value}]))
+
+
+def _ratio(value: Any) -> Callable[[list[Any]], list[Any]]:
+    """Sites whose quantized ones have another SQNR."""
+    return lambda sites: [[*site[:3], *([value] if len(site) > 3 else [])] for site in sites]
+
+
+HUGE = "9" * 5000
+SIZES = ([1, 3, 16], [1, 3, 0, 16], [1, 3, -16, -16], [1, 3, 10**9, 10**9], [1, 3, 16.0, 16])
 PAPER = {"act_bits": 4, "profile": "paper"}
 FORGED_VALUES: dict[str, list[Any]] = {
     "format": ["other"],
-    "schema_version": [SCHEMA_VERSION + 1, None, "1"],
+    "schema_version": [SCHEMA_VERSION + 1, OLDEST_VERSION - 1, OLDEST_VERSION, None, "1", True],
     "traits": [{}],
     "traits.scale": [-1, 2.5],
     "traits.extra": [1],
@@ -83,8 +95,39 @@ FORGED_VALUES: dict[str, list[Any]] = {
     "quantization_config.rules": [[{"sites": "nowhere"}], [{"sites": ["*"]}]],
     "quantization_config.__class__": ["x"],
     "float_dtype": ["float64", ["float32"]],
-    "sqnr_db": [[], {}, _rename_site, *map(_measured, (float("nan"), 10**400, True))],
-    "sqnr_db.x": [1.0],
+    "found": [[], {}, None],
+    "found.x": [1.0],
+    "found.fingerprint": ["", "0", 3, "g" * 64, ["0" * 64]],
+    "found.torch": [2, HUGE],
+    "found.sites": [
+        *([], {}, [[]], [[0, "elsewhere", 3]], lambda sites: sites[1:], lambda sites: [*sites, sites[0]]),
+        *(_entry(0, 99), _entry(0, -1), _entry(1, "elsewhere"), _entry(1, HUGE), _entry(1, None)),
+        *(_entry(2, -1), _entry(2, 10**400), _entry(2, 1.0), _first(lambda site: site[:2])),
+        *map(_ratio, (float("nan"), 10**400, True, "1")),
+    ],
+    "found.floats": [None, _entry(3, 10**6), _entry(3, -1), _entry(2, "x"), _entry(0, 5)],
+    "found.reasons": [None, [], _entry(1, "because"), _entry(2, 7), _entry(0, None)],
+    "found.islands": [
+        [],
+        _entry(2, 99),
+        _entry(1, "elsewhere"),
+        _entry(1, ""),
+        lambda islands: [*islands, islands[-1]],
+    ],
+    "found.plans": [
+        *([], None, _first(lambda plan: [])),
+        *(
+            _first(_entry(at, value))
+            for at, value in ((0, "conv2d"), (0, "os"), (1, -1), (1, 7), (2, 3), (3, -1), (4, 0.5))
+        ),
+        *(_fact("shape", shape) for shape in ([], [1, 2, 3], [-1], [10**12], "x", None, [True])),
+        *(
+            _fact(*fact)
+            for fact in (("role", "none"), ("equation", "ij,jk->ik"), ("weight", 3), ("x", 1), ("location", 5))
+        ),
+    ],
+    "found.mlps": [None, [["", "x", "y", "erf"]], [["layers", "0", "1", "erf"]], [[1, 2, 3, 4]], [["a", "b"]]],
+    "found.kept": [None, ["elsewhere"], [3], [""]],
     "weights": [None],
     "weights.file": [
         *("../x", "/etc/passwd", "config.json", "model-0123456789ab.safetensors", "n" * 5000, "\0", "", ".."),
@@ -105,7 +148,7 @@ def test_a_forged_config_is_refused(change: Callable[[dict[str, Any]], Any], fol
         h.load_quantized(folder)
 
 
-FIELDS = ["quantization_config", "float_dtype", "traits", "example_shapes", "sqnr_db", "weights"]
+FIELDS = ["quantization_config", "float_dtype", "traits", "example_shapes", "found", "weights"]
 
 
 @pytest.mark.parametrize("key", FIELDS)

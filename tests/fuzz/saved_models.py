@@ -79,7 +79,7 @@ _NO_JSON = (
     b'{"format":NaN}',
 )
 _ELSEWHERE = ("../model-000000000000.safetensors", "/etc/passwd", "", "a\0b", "model-0.safetensors", "config.json")
-_PARTS = ("quantization_config", "traits", "weights", "sqnr_db")
+_PARTS = ("quantization_config", "traits", "weights", "found")
 _RESHAPED: tuple[Callable[[Tensor], Tensor], ...] = (
     lambda tensor: tensor.flatten()[:-1].clone(),
     lambda tensor: tensor[None].clone(),
@@ -104,7 +104,9 @@ def saved_models(folder: Folder) -> st.SearchStrategy[Folder]:
         st.builds(Folder, cut(folder.config) | flipped(folder.config), st.just(folder.weights)),
         st.builds(Folder, st.just(folder.config), cut(folder.weights) | flipped(folder.weights)),
         st.builds(Folder, any_of(*_NO_JSON), st.just(folder.weights)),
-        any_of(0, 1, 2, 4, 99, -1, "3", None, [3], 3.5, 10**30).map(lambda v: folder.with_field(v, "schema_version")),
+        any_of(0, 1, 2, 3, 5, 99, -1, "4", None, [4], 4.5, 10**30).map(
+            lambda v: folder.with_field(v, "schema_version")
+        ),
         any_of(*sorted(config)).map(folder.without_field),
         st.builds(folder.with_field, odd, any_of(*sorted(config))),
         st.builds(lambda value, path: folder.with_field(value, *path), odd, any_of(*within)),
