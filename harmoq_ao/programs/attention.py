@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
-from harmoq_ao.programs.attention_matching import Match, constant_of
+from harmoq_ao.programs.attention_matching import Match, constant_of, scaled
 from harmoq_ao.programs.channel_attention import lower_channel_attention
 from harmoq_ao.programs.heads import find_heads, result_index
 from harmoq_ao.programs.steps import Read, Value
@@ -22,7 +22,8 @@ def lower_attention(lowering: Lowering, match: Match) -> Value | None:
     found = lower_channel_attention(lowering, match)
     if found is not None:
         return found
-    operands = [lowering.known.get(node) for node in (match.query, match.key, match.value)]
+    query_node, q_factor = scaled(lowering.known, match.query)
+    operands = [lowering.known.get(node) for node in (query_node, match.key, match.value)]
     if not all(isinstance(value, Value) for value in operands):
         return None
     query, key, value = operands
@@ -40,7 +41,7 @@ def lower_attention(lowering: Lowering, match: Match) -> Value | None:
     if scores is None:
         return None
     quantizers = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
-    kernel = AttentionKernel(q, k, v, *scores, *quantizers, match.relative, lowering.half, query.matrix.rows)
+    kernel = AttentionKernel(q, k, v, q_factor, *scores, *quantizers, match.relative, lowering.half, query.matrix.rows)
     exact = match.scores is not None or not lowering.half
     reads = [
         Read(operand.matrix, part.first, part.heads * part.width, exact)

@@ -74,6 +74,7 @@ class AttentionKernel(nn.Module):
         query: Where queries are.
         key: Where keys are.
         value: Where values are.
+        q_factor: Of the queries, before anything else happens to them.
         factor: `[heads]`, of the scores.
         bias: `[heads, N, M]` float32, or None.
         mask: Or None.
@@ -89,6 +90,7 @@ class AttentionKernel(nn.Module):
         query: Heads,
         key: Heads,
         value: Heads,
+        q_factor: float,
         factor: Tensor,
         bias: Tensor | None,
         mask: Mask | None,
@@ -109,7 +111,7 @@ class AttentionKernel(nn.Module):
                 None if part is None else part.repeat(windows // len(part), *[1] * (part.dim() - 1)).contiguous()
                 for part in (mask.regions, mask.kinds)
             )
-        self.ones = torch.ones(query.heads)
+        self.q_factors = torch.full((query.heads,), q_factor)
         self.quantizers = self.reciprocals = None
         if scores is not None and products is not None:
             left, right = matmul_contraction(*scores[:5]), matmul_contraction(*products[:5])
@@ -136,7 +138,7 @@ class AttentionKernel(nn.Module):
             self.key.rows,
             self.query.heads,
             self.query.width,
-            self.ones,
+            self.q_factors,
             self.factor,
             self.packed_bias,
             self.regions,
@@ -155,6 +157,7 @@ class AttentionKernel(nn.Module):
     def reference(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The same in plain torch."""
         q, k, v = (_heads(m, h) for m, h in ((query, self.query), (key, self.key), (value, self.value)))
+        q = q * self.q_factors[:, None, None]
         kt = k.transpose(-2, -1)
         if self.half and self.scores is None:
             q, kt, v = (part.bfloat16().float() for part in (q, kt, v))

@@ -117,6 +117,17 @@ def _chain(node: Any, match: Match) -> fx.Node | None:
     return None
 
 
+def scaled(lookup: dict[fx.Node, Any], node: fx.Node) -> tuple[fx.Node, float]:
+    """What a number multiplies to give a node that nothing else uses, and the number; else the node and 1."""
+    if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and _is_inner(node):
+        source, number = node.args
+        constant = constant_of(lookup, number)
+        single = not isinstance(constant, Tensor) or constant.numel() == 1
+        if isinstance(source, fx.Node) and constant is not None and single:
+            return source, float(constant)
+    return node, 1.0
+
+
 @dataclass(frozen=True)
 class Normalized:
     """Rows divided by their lengths.

@@ -50,7 +50,7 @@ class Convolution(nn.Module):
 
     def forward(self, matrix: Tensor) -> Tensor:
         images, _, height, width = self.shape
-        x = matrix.to(self.weight.dtype).view(images, height, width, -1).permute(0, 3, 1, 2)
+        x = matrix.to(self.weight.dtype).contiguous().view(images, height, width, -1).permute(0, 3, 1, 2)
         y = torch.ops.aten.convolution.default(x, self.weight, self.bias, *self.geometry)
         return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
 

@@ -72,6 +72,9 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
         raise Unrecordable(f"it returns a {type(output).__name__} that is not computed from the image")
     recorder.graph.output(recorder.nodes[id(output)])
+    for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
+        if not node.users and node.op != "output" and node.op != "placeholder":
+            recorder.graph.erase_node(node)
     return Recorded(recorder.graph, recorder.root)
 
 

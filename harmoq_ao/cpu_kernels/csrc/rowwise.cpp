@@ -244,6 +244,13 @@ void add_matrix(Program& program, const at::Tensor& matrix, bool input) {
   program.slots.push_back({kept.data_ptr(), kept.size(0), kept.size(1), kept.stride(0), type, input, false});
 }
 
+// Rows that begin with a cache line, unless they are shorter than one: no vector lies across two lines.
+at::Tensor aligned_rows(int64_t rows, int64_t columns, at::ScalarType type) {
+  const int64_t line = type == at::kBFloat16 ? kLine / 2 : kLine / 4;
+  const int64_t stride = columns < line ? columns : padded(columns, line);
+  return at::empty({rows, stride}, at::TensorOptions(type)).narrow(1, 0, columns);
+}
+
 std::vector<at::Tensor> add_slots(Program& program, at::TensorList inputs, at::IntArrayRef columns,
                                   at::ArrayRef<at::ScalarType> types, at::IntArrayRef temporaries) {
   for (const at::Tensor& input : inputs) add_matrix(program, input, true);
@@ -251,7 +258,7 @@ std::vector<at::Tensor> add_slots(Program& program, at::TensorList inputs, at::I
   std::vector<at::Tensor> outputs;
   for (size_t i = 0; i < columns.size(); ++i) {
     TORCH_CHECK(columns[i] > 0, "rowwise: an output has at least one column, got ", columns[i]);
-    outputs.push_back(at::empty({program.rows, columns[i]}, at::TensorOptions(types[i])));
+    outputs.push_back(aligned_rows(program.rows, columns[i], types[i]));
     add_matrix(program, outputs.back(), false);
   }
   for (const int64_t width : temporaries) {
