@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block, window_attention
+from harmoq_ao.cpu_kernels.memory import token_rows
 from harmoq_ao.kernels.ops import matmul_contraction, of_map
 from harmoq_ao.quant import integer_reference
 
@@ -123,7 +124,7 @@ class AttentionKernel(nn.Module):
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         width = self.query.heads * self.query.width
         half = self.half and self.quantizers is None
-        out = torch.empty(self.length, width, dtype=torch.bfloat16 if half else torch.float32)
+        out = token_rows(self.length, width, torch.bfloat16 if half else torch.float32)
         window_attention(
             out,
             self.query.rows,

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "memory.h"
 #include "gemm.h"
 #include "rowwise/elementwise.h"
 
@@ -155,7 +156,7 @@ at::Tensor depthwise(const at::Tensor& x, int64_t col, int64_t channels, int64_t
   const Images sizes{height, width, channels, window_side(weight)};
   const at::Tensor rows = x.stride(1) == 1 || x.size(1) == 1 ? x : x.contiguous(), taps = weight.contiguous();
   const at::Tensor added = bias ? bias->contiguous() : at::Tensor();
-  at::Tensor result = at::empty({x.size(0), channels}, x.options().dtype(out));
+  at::Tensor result = token_rows(x.size(0), channels, out);
   const auto kind = activation < 0 ? std::nullopt : std::optional(static_cast<Unary>(activation));
   with_type(rows, col, [&](auto from) {
     const Rows<const std::remove_pointer_t<decltype(from.data)>> source{from.data, from.stride};

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 
+#include "memory.h"
 #include "rowwise/norm.h"
 #include "rowwise/program.h"
 
@@ -11,7 +12,6 @@ namespace harmoq {
 namespace {
 
 constexpr int64_t kBlock = 64;  // rows of a block
-constexpr int64_t kLine = 64;   // bytes of a cache line
 
 constexpr int64_t padded(int64_t n, int64_t unit) { return packed_rows(n, unit); }
 
@@ -59,6 +59,7 @@ class Worker {
 
   void run_block(int64_t begin) {
     begin_ = begin, rows_ = std::min(layout_.block, program_.rows - begin);
+    fetch(begin + layout_.block);
     for (const Step& step : program_.steps) {
       switch (step.op) {
         case Op::kCopy: copy(step); break;
@@ -71,6 +72,23 @@ class Worker {
   }
 
  private:
+  // Brings the rows of the next block closer while this one is worked on: address translation alone takes long.
+  void fetch(int64_t begin) const {
+    const int64_t rows = std::min(layout_.block, program_.rows - begin);
+    for (const Slot& slot : program_.slots) {
+      if (slot.temporary || slot.rows != program_.rows) continue;
+      const int64_t size = slot.type == at::kBFloat16 ? 2 : 4;
+      const char* at = static_cast<const char*>(slot.data) + begin * slot.stride * size;
+      for (const char* end = at + rows * slot.stride * size; at < end; at += kLine) {
+        if (slot.input) {
+          __builtin_prefetch(at, 0, 2);
+        } else {
+          __builtin_prefetch(at, 1, 2);
+        }
+      }
+    }
+  }
+
   void elementwise(const Step& s) {
     const Rows<const float> a = read(s.a, 0);
     const Rows<float> to = s.staged ? stage(2) : floats(s.to);
@@ -244,13 +262,6 @@ void add_matrix(Program& program, const at::Tensor& matrix, bool input) {
   program.slots.push_back({kept.data_ptr(), kept.size(0), kept.size(1), kept.stride(0), type, input, false});
 }
 
-// Rows that begin with a cache line, unless they are shorter than one: no vector lies across two lines.
-at::Tensor aligned_rows(int64_t rows, int64_t columns, at::ScalarType type) {
-  const int64_t line = type == at::kBFloat16 ? kLine / 2 : kLine / 4;
-  const int64_t stride = columns < line ? columns : padded(columns, line);
-  return at::empty({rows, stride}, at::TensorOptions(type)).narrow(1, 0, columns);
-}
-
 std::vector<at::Tensor> add_slots(Program& program, at::TensorList inputs, at::IntArrayRef columns,
                                   at::ArrayRef<at::ScalarType> types, at::IntArrayRef temporaries) {
   for (const at::Tensor& input : inputs) add_matrix(program, input, true);
@@ -258,7 +269,7 @@ std::vector<at::Tensor> add_slots(Program& program, at::TensorList inputs, at::I
   std::vector<at::Tensor> outputs;
   for (size_t i = 0; i < columns.size(); ++i) {
     TORCH_CHECK(columns[i] > 0, "rowwise: an output has at least one column, got ", columns[i]);
-    outputs.push_back(aligned_rows(program.rows, columns[i], types[i]));
+    outputs.push_back(token_rows(program.rows, columns[i], types[i]));
     add_matrix(program, outputs.back(), false);
   }
   for (const int64_t width : temporaries) {
@@ -280,9 +291,11 @@ std::vector<at::Tensor> rowwise(at::TensorList inputs, at::TensorList constants,
   Decoder(program, constants, code, numbers).decode();
   const Layout layout(program);
   const int64_t blocks = (program.rows + layout.block - 1) / std::max<int64_t>(layout.block, 1);
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(blocks, [&](const auto& next) {
     Worker worker(program, layout);
-    for (int64_t block = begin; block < end; ++block) worker.run_block(block * layout.block);
+    for (int64_t first, last; next(first, last);) {
+      for (int64_t block = first; block < last; ++block) worker.run_block(block * layout.block);
+    }
     gemm_done();
   });
   return outputs;

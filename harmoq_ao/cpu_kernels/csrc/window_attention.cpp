@@ -767,9 +767,11 @@ int64_t heads_of_a_pass(const Problem& p) {
 template <typename Element>
 void attend_all(const Problem& p) {
   const int64_t group = heads_of_a_pass(p), passes = (p.heads + group - 1) / group;
-  at::parallel_for(0, passes * p.windows, 1, [&](int64_t begin, int64_t end) {
+  share_tasks(passes * p.windows, [&](const auto& next) {
     Worker<Element> worker(p, group);
-    for (int64_t i = begin; i < end; ++i) worker.run(i % p.windows, i / p.windows * group);
+    for (int64_t first, last; next(first, last);) {
+      for (int64_t i = first; i < last; ++i) worker.run(i % p.windows, i / p.windows * group);
+    }
     gemm_done();
   });
 }

@@ -1,0 +1,33 @@
+"""Memory of matrices of tokens that is kept between calls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.cpu_kernels import library
+
+
+def token_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """A matrix `[rows, columns]`, not initialised, whose rows begin with a cache line (unless they are shorter than one).
+
+    Its memory goes back to a pool with the tensor: the system gives fresh memory page by page, which takes longer than
+    many a kernel. The pool keeps no more than was in use at one time.
+
+    Args:
+        rows: Number of tokens.
+        columns: Of each.
+        dtype: float32 or bfloat16.
+    """
+    namespace = library.kernels()
+    assert namespace is not None
+    made: Tensor = namespace.token_rows(rows, columns, dtype)
+    return made
+
+
+def register_fakes(namespace: str) -> None:
+    """Tell torch the shape of this file's operator in the namespace of an instruction set."""
+
+    @torch.library.register_fake(f"{namespace}::token_rows", allow_override=True)
+    def _(rows: int, columns: int, type: torch.dtype) -> Tensor:
+        return torch.empty(rows, columns, dtype=type)
