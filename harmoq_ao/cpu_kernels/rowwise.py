@@ -113,6 +113,10 @@ class RowProgram:
         self.temporaries.append(columns)
         return Columns(self.inputs + len(self.outputs) + len(self.temporaries) - 1)
 
+    def temporary_columns(self, slot: int) -> int:
+        """Columns of a temporary by its slot."""
+        return self.temporaries[slot - self.inputs - len(self.outputs)]
+
     def number(self, value: float) -> int:
         """The place of a number."""
         self.numbers.append(float(value))

@@ -132,9 +132,26 @@ class _RowGroup:
                 self.copies.append((matrix, slot))
                 temporaries.append(matrix)
         temporaries += [s.results[0] for s in self.group if s.results[0] not in self.outputs]
-        for matrix in temporaries:
-            self.slots[matrix] = len(self.inputs) + len(self.outputs) + len(self.program.temporaries)
-            self.program.temporaries.append(matrix.columns)
+        self._share(temporaries)
+
+    def _share(self, temporaries: list[Matrix]) -> None:
+        """Temporaries in as few slots as possible, so that a block of rows stays in the first-level cache."""
+        made = {step.results[0]: number for number, step in enumerate(self.group)}
+        last = dict(made)
+        for number, step in enumerate(self.group):
+            last.update({r.matrix: number for r in step.reads if r.matrix in made})
+        free: list[int] = []  # the one used last is the one still in the cache
+        for step in self.group:
+            matrix, now = step.results[0], made[step.results[0]]
+            if matrix in temporaries:
+                fitting = [slot for slot in reversed(free) if self.program.temporary_columns(slot) >= matrix.columns]
+                if fitting:
+                    self.slots[matrix] = fitting[0]
+                    free.remove(fitting[0])
+                else:
+                    self.slots[matrix] = self.program.temporary(matrix.columns).slot
+            # a step never writes where it reads from: that would cost a copy where columns differ
+            free += [self.slots[m] for m in temporaries if last[m] == now and m in self.slots and self.slots[m] not in free]
 
 
 def _needed(matrix: Matrix) -> list[Step]:

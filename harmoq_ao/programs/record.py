@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmoq_ao.common.tracing import recording
 
@@ -63,9 +62,9 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     recorder = _Recorder()
     try:
         with torch.no_grad(), recording(), _attributes_kept(model):
-            image = StandIn(torch.empty_like(example, device="meta", dtype=dtype))
+            image = StandIn(torch.empty_like(example, device="meta", dtype=dtype), recorder)
             recorder.place(image, recorder.graph.placeholder("image"))
-            with recorder, torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
                 output = model(image)
     except (NotImplementedError, RuntimeError) as error:  # what torch answers to questions about values
         raise Unrecordable(f"it asks for values: {error}") from error
@@ -93,32 +92,37 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
 
 
 class StandIn(torch.Tensor):
-    """A tensor without values that says it is on the CPU.
+    """A tensor without values that says it is on the CPU. Operators on it are recorded.
+
+    A subclass and not a dispatch mode: those import the whole compiler when they are first used.
 
     Args:
         shape: A meta tensor of its shape, strides and type.
+        recorder: What records operators on it.
     """
 
     shape_only: Tensor
+    recorder: _Recorder
 
     @staticmethod
-    def __new__(cls, shape: Tensor) -> StandIn:
+    def __new__(cls, shape: Tensor, recorder: _Recorder) -> StandIn:
         made: StandIn = torch.Tensor._make_wrapper_subclass(
             cls, shape.shape, strides=shape.stride(), storage_offset=shape.storage_offset(), dtype=shape.dtype, device="cpu"
         )
-        made.shape_only = shape
+        made.shape_only, made.recorder = shape, recorder
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise Unrecordable(f"a stand-in met {func} after the recording")
+        leaves = pytree.arg_tree_leaves(*args, **(kwargs or {}))
+        recorder = next(leaf.recorder for leaf in leaves if isinstance(leaf, StandIn))
+        return recorder.operator(func, args, kwargs or {})
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder:
     """Records every operator that has a stand-in among its operands."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.graph = fx.Graph()
         self.root = nn.Module()
         self.nodes: dict[int, fx.Node] = {}
@@ -126,15 +130,13 @@ class _Recorder(TorchDispatchMode):
         self._constants: dict[int, fx.Node] = {}
         self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
         self._large: list[tuple[Tensor, fx.Node]] = []
-        self._storages: dict[int, int] = {}  # how many recorded tensors lie in each
+        self._storages: dict[int, set[int]] = {}  # the recorded tensors that lie in each
+        self._stale: set[int] = set()  # those that an operator wrote into by another name
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Record an operator; its result."""
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
-        leaves = pytree.arg_tree_leaves(*args, **kwargs)
-        if not any(isinstance(leaf, Tensor) and id(leaf) in self.nodes for leaf in leaves):
-            return func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
@@ -144,7 +146,7 @@ class _Recorder(TorchDispatchMode):
         result = target(*meta_args, **meta_kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result  # an assertion that held
-        result = pytree.tree_map_only(Tensor, StandIn, result)
+        result = pytree.tree_map_only(Tensor, lambda shape: StandIn(shape, self), result)
         node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
         node = self.graph.call_function(target, node_args, node_kwargs)
         if target is not func:  # the tensor that was written to is the new value from here on
@@ -174,21 +176,25 @@ class _Recorder(TorchDispatchMode):
         storage = self._shape_only(tensor).untyped_storage()._cdata
         if id(tensor) not in self.nodes:
             self._alive.append(tensor)
-            self._storages[storage] = self._storages.get(storage, 0) + 1
+            self._storages.setdefault(storage, set()).add(id(tensor))
         self.nodes[id(tensor)] = node
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
 
     def _without_write(self, func: Any, args: Any) -> Any:
-        """The operator that gives what an in-place one writes, where nobody else sees the memory."""
+        """The operator that gives what an in-place one writes; other names of the memory may not be used any more."""
         name = func._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
         target = args[0] if args else None
-        alone = isinstance(target, Tensor) and self._storages.get(self._shape_only(target).untyped_storage()._cdata, 0) == 1
-        if packet is None or not alone or func._overloadname not in packet.overloads():
+        recorded = isinstance(target, Tensor) and id(target) in self.nodes
+        if packet is None or not recorded or func._overloadname not in packet.overloads():
             raise Unrecordable(f"it writes into a tensor: {func}")
+        storage = self._shape_only(target).untyped_storage()._cdata
+        self._stale |= self._storages[storage] - {id(target)}
         return getattr(packet, func._overloadname)
 
     def _node(self, tensor: Tensor) -> fx.Node:
+        if id(tensor) in self._stale:
+            raise Unrecordable("it reads a tensor that was written into by another name")
         known = self.nodes.get(id(tensor)) or self._constants.get(id(tensor)) or self._twin(tensor)
         if known is None:
             name = f"constant_{len(self._constants)}"

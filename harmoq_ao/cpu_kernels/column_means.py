@@ -1,0 +1,43 @@
+"""Means over all pixels of an image, channel by channel, of pixels that are rows of a matrix."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harmoq_ao.cpu_kernels import library
+
+
+def column_means_reference(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+    """What :func:`column_means` computes, in plain torch."""
+    part = x[:, first : first + columns].double().reshape(images, -1, columns)
+    return part.mean(1).float()
+
+
+def column_means(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+    """Means of some columns over the rows of each image; the same for any number of threads.
+
+    Args:
+        x: `[images * tokens, width]` float32 or bfloat16; the row stride may exceed the width.
+        first: First column.
+        columns: How many.
+        images: Images of the batch.
+
+    Returns:
+        `[images, columns]` float32.
+
+    Raises:
+        RuntimeError: The arguments do not fit each other.
+    """
+    namespace = library.kernels()
+    assert namespace is not None
+    means: Tensor = namespace.column_means(x, first, columns, images)
+    return means
+
+
+def register_fakes(namespace: str) -> None:
+    """Tell torch the shape of this file's operator in the namespace of an instruction set."""
+
+    @torch.library.register_fake(f"{namespace}::column_means", allow_override=True)
+    def _(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+        return x.new_empty(images, columns, dtype=torch.float32)
