@@ -57,7 +57,7 @@ class Programs:
     def __init__(self) -> None:
         self.refusal: str | None = None
         self._programs: OrderedDict[torch.Size, fx.GraphModule] = OrderedDict()
-        self._state: tuple[Any, ...] | None = None
+        self._watch: _Watch | None = None
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
@@ -79,10 +79,9 @@ class Programs:
         """
         if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or _is_watched():
             return None
-        state = _state(model)
-        if state is None or library.kernels() is None:
-            return None
-        program = self._program(model, image, dtype, state)
+        with self._lock:
+            watch = self._watched(model)
+            program = self._program(model, image, dtype) if watch.as_usual() and library.kernels() is not None else None
         if program is None:
             return None
         output: Tensor = program(image)
@@ -90,25 +89,29 @@ class Programs:
             raise nan_error()
         return output
 
-    def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype, state: Any) -> fx.GraphModule | None:
-        with self._lock:
-            if self._state != state:
-                self._programs.clear()
-                self._state, self.refusal = state, None
-            if self.refusal is not None:
+    def _watched(self, model: nn.Module) -> _Watch:
+        if self._watch is None or not self._watch.holds(model):
+            self._programs.clear()
+            self._watch, self.refusal = _Watch(model), None
+        return self._watch
+
+    def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
+        if self.refusal is not None:
+            return None
+        if image.shape not in self._programs:
+            try:
+                made = make_program(model, image, library.status().isa == HALF, dtype)
+            except Exception as error:  # whatever an author's forward does: it runs as it is then
+                self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+                logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
                 return None
-            if image.shape not in self._programs:
-                try:
-                    made = make_program(model, image, library.status().isa == HALF, dtype)
-                except Exception as error:  # whatever an author's forward does: it runs as it is then
-                    self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-                    logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
-                    return None
-                while len(self._programs) >= KEPT:
-                    self._programs.popitem(last=False)
-                self._programs[image.shape] = made
-            self._programs.move_to_end(image.shape)
-            return self._programs[image.shape]
+            while len(self._programs) >= KEPT:
+                self._programs.popitem(last=False)
+            self._programs[image.shape] = made
+            # graphs of islands may have been traced meanwhile, with tensors of their own
+            self._watch = _Watch(model)
+        self._programs.move_to_end(image.shape)
+        return self._programs[image.shape]
 
     def sentence(self) -> str:
         """What runs on a CPU, and what helps where that is not the fused kernels."""
@@ -122,17 +125,35 @@ def _is_watched() -> bool:
     return is_traced() or torch.jit.is_tracing() or torch.jit.is_scripting()  # type: ignore[attr-defined]
 
 
-def _state(model: nn.Module) -> tuple[Any, ...] | None:
-    """What a program was made from: it must not outlive it. None where the modules themselves must run."""
-    found: list[Any] = []
-    for module in model.modules():
-        if module._forward_hooks or module._forward_pre_hooks or module.training:
-            return None
-        if isinstance(module, QuantizedSite) and module.backend != "auto":
-            return None
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if tensor is not None:
-                found.append(tensor.data_ptr())
-                found.append(tensor._version)
-    return tuple(found)
+class _Watch:
+    """What a program was made from: it must not outlive it. Asking takes a fraction of a millisecond.
 
+    Args:
+        model: The model as it is now.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        modules = list(model.modules())
+        self._children = [(m._modules, n, c) for m in modules for n, c in m._modules.items()]
+        own = [d for m in modules for d in (m._parameters, m._buffers)]
+        self._named = [(d, n, t) for d in own for n, t in d.items()]
+        self._tensors = [t for _, _, t in self._named if t is not None]
+        self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
+        self._modules = modules
+        self._sites = [m for m in modules if isinstance(m, QuantizedSite)]
+        self._values = self._contents()
+
+    def _contents(self) -> list[int]:
+        return [n for t in self._tensors for n in (t.data_ptr(), t._version)]
+
+    def holds(self, model: nn.Module) -> bool:
+        """Whether the model is still the same, value for value."""
+        same = model is self.model and all(d.get(n) is c for d, n, c in self._children)
+        same = same and all(d.get(n) is t for d, n, t in self._named)
+        return same and self._contents() == self._values
+
+    def as_usual(self) -> bool:
+        """Whether the modules compute what they were made for, with nobody looking on."""
+        usual = not any(self._hooks) and not any(m.training for m in self._modules)
+        return usual and all(site.backend == "auto" for site in self._sites)
