@@ -66,7 +66,8 @@ class QuantizedModel(nn.Module):
             InputError: Not an image batch, not finite, or of another number of channels.
         """
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
-        # On a CPU, a program of fused kernels for the size. Else the author's forward, who may create float32 masks: autocast brings the operands of each product to one type.
+        # On a CPU, a program of fused kernels for the size. Else the author's forward, who may create float32 masks:
+        # autocast brings the operands of each product to one type.
         fused = None if args or kwargs else self.programs.run(self.model, image, self.float_dtype)
         if fused is not None:
             return fused.to(image.dtype)
