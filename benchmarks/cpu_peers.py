@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection
@@ -40,8 +41,9 @@ from benchmarks.measuring import (
     read_results,
     write_results,
 )
-from benchmarks.peers import Run, bfloat16_run, for_size, swinir_light, torchao_int8
+from benchmarks.peers import Run, bfloat16_run, for_size, hat_s, swinir_light, torchao_int8
 from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.config import Profile
 from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
 from harmoq_ao.recipes.documents import markdown_table
@@ -50,6 +52,8 @@ from harmoq_ao.runtime.tiling import pad_to_multiple
 
 SCALE = 2
 CROPS = 32
+UNTRAINED_CROPS = 2  # of models whose weights are random: ranges are needed, good ones are not
+MODELS = ("dat-light", "swinir-light", "hat-s")
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
 _RATIOS = tuple(f"vs {name}" for name in YARDSTICKS)
 PACKAGES = ("openvino", "nncf", "onnxruntime", "onnx", "torchao", "spandrel")
@@ -60,21 +64,23 @@ class Job:
     """What is measured.
 
     Attributes:
-        model: ``dat-light`` (trained weights) or ``swinir-light`` (random weights: no PSNR).
+        model: ``dat-light`` (trained weights), ``swinir-light`` or ``hat-s`` (random weights: no PSNR).
         size: Side of the image in pixels.
         work: Folder of quantized models, kept between contenders.
+        isa: Instruction set that torch and our kernels are held to; None for all that the CPU has.
     """
 
     model: str
     size: int
     work: Path
+    isa: str | None = None
 
     def build(self) -> nn.Module:
         """The float model."""
         if self.model == "dat-light":
             return h.load_demo_model(SCALE).model
         torch.manual_seed(0)
-        return swinir_light(SCALE).eval()
+        return (hat_s if self.model == "hat-s" else swinir_light)(SCALE).eval()
 
     def fixed(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The float model with its masks ready for the size."""
@@ -83,7 +89,8 @@ class Job:
     def crops(self) -> list[Tensor]:
         """Calibration crops `[3, size, size]`, the same for all."""
         photographs = list(skimage_photographs("calibration").values())
-        return list(h.CalibrationCrops(photographs, size=self.size, count=CROPS, downscale=SCALE))
+        count = CROPS if self.model == "dat-light" else UNTRAINED_CROPS
+        return list(h.CalibrationCrops(photographs, size=self.size, count=count, downscale=SCALE))
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
@@ -168,20 +175,15 @@ def _nncf(job: Job, precision: str) -> Run:
     return _openvino_run(model, precision)
 
 
-def _quantized(job: Job, bits: int, per_token: bool = False) -> h.QuantizedModel:
+def _quantized(job: Job, bits: int, per_token: bool = False, profile: Profile = "deploy") -> h.QuantizedModel:
     """Our model, from the work folder where it was made before."""
-    folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{'-token' if per_token else ''}"
+    kind = "-token" if per_token else "" if profile == "deploy" else f"-{profile}"
+    folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{kind}"
     if not folder.exists():
         rules = [h.SiteRule(kind="linear", dynamic=True)] if per_token else []
-        prepared = h.prepare_harmoq(job.build(), h.HarmoqConfig(bits, bits, rules=rules))
+        prepared = h.prepare_harmoq(job.build(), h.HarmoqConfig(bits, bits, rules=rules, profile=profile))
         h.save_quantized(h.convert_harmoq(h.calibrate(prepared, job.crops(), show_progress=False)), folder)
     return h.load_quantized(folder)
-
-
-def _native(job: Job, bits: int) -> Run:
-    quantized = _quantized(job, bits).set_float_dtype(torch.bfloat16)
-    for_size(quantized.model, (job.size, job.size))
-    return quantized
 
 
 def _native_compiled(job: Job, bits: int) -> Run:
@@ -204,7 +206,8 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "OpenVINO bf16": lambda job: _openvino_run(_openvino_model(job), "bf16"),
     "NNCF int8": partial(_nncf, precision="f32"),
     "NNCF int8, bf16 rest": partial(_nncf, precision="bf16"),
-    **{f"harmoq W{b}A{b}": partial(_native, bits=b) for b in (8, 4, 2)},
+    **{f"harmoq W{b}A{b}": partial(_quantized, bits=b) for b in (8, 4, 2)},
+    "harmoq W4A4, paper": partial(_quantized, bits=4, profile="paper"),
     **{f"harmoq W{b}A{b}, torch.compile": partial(_native_compiled, bits=b) for b in (8, 4, 2)},
     **{f"harmoq W{b}A{b}, OpenVINO": partial(_lowered, bits=b) for b in (8, 4, 2)},
     "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),
@@ -215,7 +218,8 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
 
 
 def serve(name: str, job: Job, set5: Path | None, threads: int, pipe: Connection) -> None:
-    """Build a contender, then answer questions: the seed of an image with seconds, ``psnr`` with decibels.
+    """Build a contender, then answer questions: the seed of an image with seconds, ``psnr`` with decibels, ``memory``
+    with the peak of resident memory since it was built, in MiB.
 
     The first answer comes when it is built; an answer that is text is the error that ended it.
     """
@@ -236,16 +240,30 @@ def serve(name: str, job: Job, set5: Path | None, threads: int, pipe: Connection
 def _answers(name: str, job: Job, set5: Path | None, pipe: Connection) -> Iterator[float]:
     model = CONTENDERS[name](job)
     model(random_image(job.size, 0))
+    _forget_peak()
     yield 0.0
     while True:
         question = pipe.recv()
         if question == "psnr":
             yield float("nan") if set5 is None else _psnr(model, job, set5)
+        elif question == "memory":
+            yield _peak_mebibytes()
         else:
             image = random_image(job.size, question)
             start = time.perf_counter()
             model(image)
             yield time.perf_counter() - start
+
+
+def _forget_peak() -> None:
+    """Let the system count the peak of resident memory anew: building a contender is not what is measured."""
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_mebibytes() -> float:
+    status = Path("/proc/self/status").read_text()
+    return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def _psnr(model: Run, job: Job, set5: Path) -> float:
@@ -319,6 +337,7 @@ def measure(worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | 
     found: dict[str, Any] = percentiles(times[worker.name])
     for name in YARDSTICKS:
         found[f"speed_vs_{name.replace(' ', '_')}"] = round(paired_ratio(times[name], times[worker.name]), 3)
+    found["peak_mib"] = round(worker.ask("memory"))
     psnr = None if set5 is None else round(worker.ask("psnr"), 3)
     return {**found, "psnr_y": psnr, "seconds": times}
 
@@ -328,7 +347,9 @@ def measure(worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | 
 
 def run(job: Job, options: Any) -> None:
     """Measure what is not measured yet, storing after each contender."""
-    path = options.output / f"cpu_peers_{job.model}.jsonl"
+    other = "" if (job.size, options.threads, job.isa) == (128, 2, None) else f"-{job.size}-{options.threads}"
+    other += f"-{job.isa}" if job.isa else ""
+    path = options.output / f"cpu_peers_{job.model}{other}.jsonl"
     set5 = options.set5 if job.model == "dat-light" else None
     about, known = read_results(path)
     rows = {row["contender"]: row for row in known}
@@ -361,9 +382,11 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         if "error" not in row:
             cells |= {f"{p} ms": f"{row[f'{p}_ms']:.1f}" for p in ("p20", "p50", "p80")}
             cells |= {f"vs {y}": f"{row[f'speed_vs_{y}'.replace(' ', '_')]:.2f}" for y in YARDSTICKS}
+            cells["MiB"] = str(row["peak_mib"])
             cells["PSNR dB"] = "" if row["psnr_y"] is None else f"{row['psnr_y']:.3f}"
         lines.append(cells)
-    table = pd.DataFrame(lines, columns=["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "PSNR dB"]).fillna("")
+    columns = ["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "MiB", "PSNR dB"]
+    table = pd.DataFrame(lines, columns=columns).fillna("")
     head = f"## {about['model']}, {about['image'][2]}x{about['image'][3]} input"
     return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}"
 
@@ -403,20 +426,24 @@ def write_pages(folder: Path) -> str:
 def main() -> None:
     """Measure, and write JSON lines, Markdown and a chart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("dat-light", "swinir-light"), action="append")
+    parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contenders", type=lambda text: text.split(";"), default=list(CONTENDERS), help="A;B;C")
     parser.add_argument("--set5", type=Path, help="benchmark root with HR and LR_bicubic/X2")
+    parser.add_argument("--isa", choices=("avx2",), help="hold torch and our kernels to it")
     parser.add_argument("--work", type=Path, default=Path("build/cpu_peers"))
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    if options.isa:  # read by the contenders' processes when they start
+        for name in ("ATEN_CPU_CAPABILITY", "HARMOQ_CPU_KERNELS", "ONEDNN_MAX_CPU_ISA"):
+            os.environ[name] = options.isa
     if unknown := [name for name in options.contenders if name not in CONTENDERS]:
         parser.error(f"unknown contenders: {', '.join(unknown)}; known: {'; '.join(CONTENDERS)}")
-    for name in options.model or ["dat-light", "swinir-light"]:
-        run(Job(name, options.size, options.work), options)
+    for name in options.model or MODELS:
+        run(Job(name, options.size, options.work, options.isa), options)
     print(write_pages(options.output))
 
 

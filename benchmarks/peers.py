@@ -29,6 +29,15 @@ def swinir_light(scale: int) -> nn.Module:
     )  # fmt: skip
 
 
+def hat_s(scale: int) -> nn.Module:
+    """HAT-S with random weights."""
+    return HAT(
+        upscale=scale, img_size=64, patch_size=1, window_size=16, depths=(6,) * 6, embed_dim=144, num_heads=(6,) * 6,
+        compress_ratio=24, squeeze_factor=24, conv_scale=0.01, overlap_ratio=0.5, mlp_ratio=2, img_range=1.0,
+        upsampler="pixelshuffle", resi_connection="1conv",
+    )  # fmt: skip
+
+
 def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
     """Change a SwinIR, HAT or DAT so that it finds its masks ready; others are left as they are.
 

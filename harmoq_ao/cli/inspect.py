@@ -37,6 +37,8 @@ def inspect(
         return
     out.print(_site_table(report, every))
     out.print(summary(report), highlight=False)
+    for note in report.notes:
+        out.print(escape(note), highlight=False)
     if size is not None:
         out.print(f"{size:,} bytes on disk", highlight=False)
     else:

@@ -66,11 +66,10 @@ class QuantizedModel(nn.Module):
             InputError: Not an image batch, not finite, or of another number of channels.
         """
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
-        # On a CPU, a program of fused kernels for the size. Else the author's forward, who may create float32 masks:
-        # autocast brings the operands of each product to one type.
         fused = None if args or kwargs else self.programs.run(self.model, image, self.float_dtype)
         if fused is not None:
             return fused.to(image.dtype)
+        # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
         mixed = self.float_dtype is not torch.float32
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
             output = self.model(image.to(self.float_dtype), *args, **kwargs)
@@ -101,16 +100,16 @@ class QuantizedModel(nn.Module):
         if device not in (None, "cpu", "cuda"):
             raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
         sites = self.sites()
-        first = next(self.model.parameters(), None)
-        here = "cpu" if first is None else first.device.type
-        if any(s.backend == "triton" for s in sites.values()) or (device or here) == "cuda":
+        if any(s.backend == "triton" for s in sites.values()) or (device or self._place().type) == "cuda":
             return survey(self.model, sites, self._example_run)
         return {name: Lowering(module.kernel) for name, module in sites.items()}
 
     def _example_run(self) -> None:
         """Run the first example's size once."""
-        place = next((p.device for p in self.parameters()), torch.device("cpu"))
-        self(torch.rand(self.example_shapes[0]).to(place))
+        self(torch.rand(self.example_shapes[0]).to(self._place()))
+
+    def _place(self) -> torch.device:
+        return next((p.device for p in self.parameters()), torch.device("cpu"))
 
     def use_reference(self, enabled: bool = True) -> None:
         """Run every site on the plain integer reference (slow) instead of the device's kernels."""
@@ -154,4 +153,6 @@ class QuantizedModel(nn.Module):
         measured = {} if self.history is None else self.history.sensitivities
         for row in report.rows:
             row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
+        if (device or self._place().type) == "cpu":
+            report.notes.append(self.programs.sentence())
         return report

@@ -117,7 +117,10 @@ class Programs:
         """What runs on a CPU, and what helps where that is not the fused kernels."""
         if self.refusal is not None:
             return f"The CPU kernels are not used: {self.refusal}."
-        return library.status().sentence
+        status = library.status()
+        if not status.available:
+            return status.sentence
+        return f"Images of at least {SMALLEST} pixels run in fused kernels, whatever a site's own is. {status.sentence}"
 
 
 def _is_watched() -> bool:

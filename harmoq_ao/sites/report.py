@@ -81,10 +81,12 @@ class Report:
     Args:
         title: What the report is about.
         rows: One per site.
+        notes: Sentences about all of them.
     """
 
     title: str
     rows: list[SiteRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def sites(self) -> list[SiteRow]:
@@ -104,7 +106,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
-        return {"title": self.title, "macs_share": self.macs_share, "sites": [r.to_dict() for r in self.rows]}
+        sites = [r.to_dict() for r in self.rows]
+        return {"title": self.title, "macs_share": self.macs_share, "sites": sites, "notes": self.notes}
 
     def __str__(self) -> str:
         lines = [
@@ -112,6 +115,7 @@ class Report:
             f"{100 * self.macs_share:.1f} % of multiply-accumulates"
         ]
         lines += [f"  {_describe(row)}" for row in self.rows]
+        lines += self.notes
         return "\n".join(lines)
 
 
