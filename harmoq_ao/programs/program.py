@@ -40,8 +40,9 @@ def make_program(model: nn.Module, example: Tensor, half: bool, dtype: torch.dty
     Raises:
         Unrecordable: The model's forward cannot be followed.
     """
-    lowering = Lowering(record(model, example, dtype), half)
-    with torch.no_grad():
+    # In inference mode torch does not take composite operators apart.
+    with torch.inference_mode(False), torch.no_grad():
+        lowering = Lowering(record(model, example, dtype), half)
         output = lowering.run()
         assert lowering.image is not None
         return emit(output, lowering.image, len(example))
@@ -84,7 +85,8 @@ class Programs:
             program = self._program(model, image, dtype) if watch.as_usual() and library.kernels() is not None else None
         if program is None:
             return None
-        output: Tensor = program(image)
+        with torch.no_grad():
+            output: Tensor = program(image)
         if bool(output.isnan().any()):  # codes have no NaN, but what is added to them keeps it
             raise nan_error()
         return output
@@ -148,7 +150,8 @@ class _Watch:
         self._values = self._contents()
 
     def _contents(self) -> list[int]:
-        return [n for t in self._tensors for n in (t.data_ptr(), t._version)]
+        # tensors made in inference mode have no version
+        return [n for t in self._tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version)]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model is still the same, value for value."""
