@@ -146,6 +146,9 @@ class _Watch:
         self._tensors = [t for _, _, t in self._named if t is not None]
         self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._modules = modules
+        self._modes = [m.training for m in modules]
+        # Copies of layers that hold nothing, such as einops', are in training mode; what is random is not recorded.
+        self._training = [m for m in modules if m._parameters or m._buffers or m._modules]
         self._sites = [m for m in modules if isinstance(m, QuantizedSite)]
         self._values = self._contents()
 
@@ -157,9 +160,10 @@ class _Watch:
         """Whether the model is still the same, value for value."""
         same = model is self.model and all(d.get(n) is c for d, n, c in self._children)
         same = same and all(d.get(n) is t for d, n, t in self._named)
+        same = same and [m.training for m in self._modules] == self._modes
         return same and self._contents() == self._values
 
     def as_usual(self) -> bool:
         """Whether the modules compute what they were made for, with nobody looking on."""
-        usual = not any(self._hooks) and not any(m.training for m in self._modules)
+        usual = not any(self._hooks) and not any(m.training for m in self._training)
         return usual and all(site.backend == "auto" for site in self._sites)
