@@ -14,7 +14,7 @@ from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.programs.emit import emit
 from harmoq_ao.programs.lower import Lowering
-from harmoq_ao.programs.record import Unrecordable, record
+from harmoq_ao.programs.record import Unrecordable, record, version_of
 from harmoq_ao.quant.integer_reference import nan_error
 from harmoq_ao.sites.quantized import QuantizedSite
 
@@ -145,7 +145,7 @@ class _Watch:
         self._values = self._contents()
 
     def _contents(self) -> list[int]:
-        return [n for t in self._tensors for n in (t.data_ptr(), t._version)]
+        return [n for t in self._tensors for n in (t.data_ptr(), version_of(t))]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model is still the same, value for value."""
