@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
 
 _FUNCTIONAL = {"relu_": "relu", "leaky_relu_": "leaky_relu", "hardtanh_": "hardtanh", "silu_": "silu", "gelu_": "gelu"}
@@ -67,6 +68,8 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
             recorder.place(image, recorder.graph.placeholder("image"))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
                 output = model(image)
+    except TraceError as error:
+        raise Unrecordable(f"a part of it cannot be traced: {error}") from error
     except (NotImplementedError, RuntimeError) as error:  # what torch answers to questions about values
         raise Unrecordable(f"it asks for values: {error}") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
@@ -78,6 +81,13 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     return Recorded(recorder.graph, recorder.root)
 
 
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator is random for its dropout alone, and drops nothing."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    defaults = {a.name: a.default_value for a in func._schema.arguments}
+    return (defaults | given).get("dropout_p") == 0
+
+
 def version_of(tensor: Tensor) -> int:
     """How often a tensor was written into; tensors of inference mode do not tell, and give 0."""
     return 0 if tensor.is_inference() else tensor._version
@@ -86,9 +96,10 @@ def version_of(tensor: Tensor) -> int:
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
     """Undo what a forward keeps in its modules: it would be a stand-in (``self.mean = self.mean.type_as(x)``)."""
-    own = vars(nn.Module()).keys() - {"_buffers"}
+    own = vars(nn.Module()).keys()
     modules = list(model.modules())
     attributes = [(vars(module), dict(vars(module))) for module in modules]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
     inner = [d for module in modules for n, d in vars(module).items() if n not in own and type(d) in (dict, list)]
     containers = [(container, container.copy()) for container in inner]
     try:
@@ -98,6 +109,10 @@ def _attributes_kept(model: nn.Module) -> Iterator[None]:
             for name in present.keys() - before.keys():
                 del present[name]
             present.update(before)
+        for kept, before in buffers:
+            for name in [n for n, b in kept.items() if n not in before and isinstance(b, StandIn)]:
+                del kept[name]  # others belong to graphs that islands have traced meanwhile
+            kept.update(before)
         for container, content in containers:
             container.clear()
             container.update(content) if isinstance(container, dict) else container.extend(content)
@@ -150,7 +165,7 @@ class _Recorder:
         """Record an operator; its result."""
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
         meta_args, meta_kwargs = pytree.tree_map_only(Tensor, self._shape_only, (args, kwargs))
