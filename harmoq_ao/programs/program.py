@@ -84,8 +84,12 @@ class Programs:
             program = self._program(model, image, dtype) if watch.as_usual() and library.kernels() is not None else None
         if program is None:
             return None
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            output: Tensor = program(image)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                output: Tensor = program(image)
+        except (RuntimeError, TypeError, IndexError) as error:  # an operator that shapes alone did not speak for
+            self._refuse(error)
+            return None
         if bool(output.isnan().any()):  # codes have no NaN, but what is added to them keeps it
             raise nan_error()
         return output
@@ -104,8 +108,7 @@ class Programs:
             try:
                 made = make_program(model, image, library.status().isa == HALF, dtype)
             except Exception as error:  # whatever an author's forward does: it runs as it is then
-                self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-                logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
+                self._refuse(error)
                 return None
             while len(self._programs) >= KEPT:
                 self._programs.popitem(last=False)
@@ -114,6 +117,10 @@ class Programs:
             self._watch = _Watch(model)
         self._programs.move_to_end(key)
         return self._programs[key]
+
+    def _refuse(self, error: Exception) -> None:
+        self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+        logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
 
     def sentence(self) -> str:
         """What runs on a CPU, and what helps where that is not the fused kernels."""
