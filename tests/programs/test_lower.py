@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 
 import pytest
 import torch
@@ -117,11 +116,12 @@ def test_what_networks_consist_of_becomes_kernels() -> None:
     assert sum(len(chain.program.constants) for chain in chains) > 3 * len(chains)
 
 
-@pytest.mark.parametrize("profile", ["deploy", "paper"])
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light", "forms"])
+@pytest.mark.parametrize(
+    ("name", "profile"), [("SwinIR/light", "paper"), ("DAT/light", "deploy"), ("forms", "deploy"), ("forms", "paper")]
+)
 def test_quantized_models(name: str, profile: str) -> None:
     """A sum in another order may move a value to the next code: few of them, and no further."""
-    config = replace(HarmoqConfig(4, 4), profile=profile)
+    config = HarmoqConfig(4, 4, profile, observer="minmax")
     quantized = models.converted(name, config)
     quantized.use_reference()
     image = models.images(1, (24, 16), seed=5)[0]
