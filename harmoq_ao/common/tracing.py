@@ -33,5 +33,5 @@ def is_traced() -> bool:
 
 
 def storage_of(tensor: Tensor) -> int:
-    """What tensors that share memory have in common; a recorder's stand-ins (`shape_only`) have no memory of their own."""
+    """What tensors that share memory have in common; a recorder's stand-ins (`shape_only`) have none of their own."""
     return getattr(tensor, "shape_only", tensor).untyped_storage()._cdata

@@ -65,16 +65,16 @@ def channel_gram(q: Operand, k: Operand, heads: int, head_dim: int, images: int)
         images: Images of the batch, of as many tokens each.
 
     Raises:
-        RuntimeError: The operands do not fit each other.
+        RuntimeError: The operands do not fit each other, or there are no CPU kernels.
     """
-    return Gram(*library.kernels().channel_gram(*q, *k, heads, head_dim, images))
+    return Gram(*library.required().channel_gram(*q, *k, heads, head_dim, images))
 
 
 def channel_gram_codes(
     q: Operand, k: Operand, heads: int, head_dim: int, images: int, q_codes: Quantizer, k_codes: Quantizer
 ) -> Gram:
     """Products and sums of codes, exact for any number of tokens; arguments and errors as :func:`channel_gram`."""
-    return Gram(*library.kernels().channel_gram_codes(*q, *k, heads, head_dim, images, *q_codes, *k_codes))
+    return Gram(*library.required().channel_gram_codes(*q, *k, heads, head_dim, images, *q_codes, *k_codes))
 
 
 def channel_gram_reference(q: Operand, k: Operand, heads: int, head_dim: int, images: int) -> Gram:

@@ -27,11 +27,9 @@ def column_means(x: Tensor, first: int, columns: int, images: int) -> Tensor:
         `[images, columns]` float32.
 
     Raises:
-        RuntimeError: The arguments do not fit each other.
+        RuntimeError: The arguments do not fit each other, or there are no CPU kernels.
     """
-    namespace = library.kernels()
-    assert namespace is not None
-    means: Tensor = namespace.column_means(x, first, columns, images)
+    means: Tensor = library.required().column_means(x, first, columns, images)
     return means
 
 

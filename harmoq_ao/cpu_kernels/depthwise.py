@@ -72,10 +72,10 @@ def depthwise(
         `[images * height * width, channels]` of type ``out``.
 
     Raises:
-        RuntimeError: The arguments do not fit each other.
+        RuntimeError: The arguments do not fit each other, or there are no CPU kernels.
     """
     kind = -1 if activation is None else int(activation)
-    return library.kernels().depthwise(x, col, channels, images, height, width, weight, bias, kind, out)
+    return library.required().depthwise(x, col, channels, images, height, width, weight, bias, kind, out)
 
 
 def register_fakes(namespace: str) -> None:

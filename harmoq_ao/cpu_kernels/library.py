@@ -70,6 +70,19 @@ def kernels(isa: str | None = None) -> ModuleType | None:
     return _outcome(isa)[0]
 
 
+def required() -> ModuleType:
+    """The operators of the instruction set in use, for callers that have asked whether there are any.
+
+    Raises:
+        ConfigError: ``HARMOQ_CPU_KERNELS`` is unknown.
+        RuntimeError: There are none.
+    """
+    namespace, status = _outcome(None)
+    if namespace is None:
+        raise RuntimeError(status.sentence)
+    return namespace
+
+
 def status(isa: str | None = None) -> Status:
     """What `kernels` returns for the same argument, and why; calls it.
 

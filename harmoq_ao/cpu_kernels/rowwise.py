@@ -220,11 +220,15 @@ class _Run:
             contraction = contraction + shift * acc[:, n : n + 1].float()
         self.write(to, at, contraction * scale + constant)
 
-    def quantize(self, to: int, at: int, source: int, first: int, width: int, bits: int, factor: int, offset: int) -> None:
+    def quantize(
+        self, to: int, at: int, source: int, first: int, width: int, bits: int, factor: int, offset: int
+    ) -> None:
         reciprocal, added = self.vector(factor), self.vector(offset)
         assert reciprocal is not None
         assert added is not None
-        self.write(to, at, integer_reference.quantize_codes(self.read(source, first, width), reciprocal, added, bits).float())
+        self.write(
+            to, at, integer_reference.quantize_codes(self.read(source, first, width), reciprocal, added, bits).float()
+        )
 
     def layer_norm(self, to: int, at: int, source: int, first: int, width: int, w: int, b: int, eps: int) -> None:
         x = self.read(source, first, width)
@@ -297,10 +301,10 @@ def rowwise(inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> l
         The outputs, `[T, columns]`.
 
     Raises:
-        RuntimeError: The program is malformed or does not fit the inputs.
+        RuntimeError: The program is malformed or does not fit the inputs, or there are no CPU kernels.
     """
     columns, types = [n for n, _ in program.outputs], [dtype for _, dtype in program.outputs]
-    return library.kernels().rowwise(
+    return library.required().rowwise(
         inputs, program.constants, program.code, program.numbers, columns, types, program.temporaries, rows_per_image
     )
 

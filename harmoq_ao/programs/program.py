@@ -40,8 +40,9 @@ def make_program(model: nn.Module, example: Tensor, half: bool, dtype: torch.dty
     Raises:
         Unrecordable: The model's forward cannot be followed.
     """
-    lowering = Lowering(record(model, example, dtype), half)
-    with torch.no_grad():
+    # In inference mode torch does not take composite operators apart.
+    with torch.inference_mode(False), torch.no_grad():
+        lowering = Lowering(record(model, example, dtype), half)
         output = lowering.run()
         assert lowering.image is not None
         return emit(output, lowering.image, len(example))

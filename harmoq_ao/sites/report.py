@@ -110,13 +110,12 @@ class Report:
         return {"title": self.title, "macs_share": self.macs_share, "sites": sites, "notes": self.notes}
 
     def __str__(self) -> str:
-        lines = [
+        head = (
             f"{self.title}: {len(self.quantized)} of {len(self.rows)} contractions quantized, "
             f"{100 * self.macs_share:.1f} % of multiply-accumulates"
-        ]
-        lines += [f"  {_describe(row)}" for row in self.rows]
-        lines += self.notes
-        return "\n".join(lines)
+        )
+        # All that is said of the whole is in the first line: after it comes one line per site.
+        return "\n".join([". ".join([head, *self.notes]), *(f"  {_describe(row)}" for row in self.rows)])
 
 
 def _describe(row: SiteRow) -> str:
