@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from harmoq_ao.common.errors import TraceError
+from harmoq_ao.common.tracing import is_recording
 from harmoq_ao.graph.calls import copies, copy_structure, dynamic_leaves, leaf_shapes, same_random, same_values
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
@@ -167,7 +168,7 @@ class IslandState(Replacement):
                     _verify(module, variant, args, kwargs)
                 variant = _passed(module, variant, self.passes)
         except TraceError as error:
-            if self.strict:
+            if self.strict or is_recording():  # stand-ins without values say nothing about real calls
                 raise
             logger.warning("%s stays float: %s", type(module).__name__, error)
             if not self.variants:  # else only calls like this one run as their author wrote them

@@ -40,7 +40,7 @@ def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
     q, k, v = parts
     if not q.heads == k.heads == v.heads or not q.width == k.width == v.width:
         return None
-    if len(q.rows) != len(v.rows) or len(k.rows) != len(v.rows):
+    if not len(q.rows) == len(k.rows) == len(v.rows) == lowering.images:
         return None
     factor = _factor(lowering, match, q.heads)
     quantizers = _quantizers(lowering, match)

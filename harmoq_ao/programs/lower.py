@@ -25,7 +25,7 @@ from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
 
 _aten = torch.ops.aten
-_SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten._to_copy.default, _aten.contiguous.default}
+_SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.contiguous.default}
 _UNARY = {
     _aten.sigmoid.default: Unary.SIGMOID,
     _aten.relu.default: Unary.RELU,
@@ -53,6 +53,8 @@ class Lowering:
 
     Attributes:
         known: What each node is.
+        image: The matrix of the image batch, once it was met.
+        images: Size of the batch.
     """
 
     def __init__(self, recorded: Recorded, half: bool) -> None:
@@ -64,6 +66,7 @@ class Lowering:
         self.matches: dict[fx.Node, Match] = {match.values: match for match in found if match is not None}
         self.absorbed = {node for match in self.matches.values() for node in match.absorbed}
         self.image: Matrix | None = None
+        self.images = 0
         self.masks: list[tuple[Tensor, Any]] = []
 
     def run(self) -> Value:
@@ -71,7 +74,7 @@ class Lowering:
         for node in self.recorded.graph.nodes:
             if node.op == "placeholder":
                 self.known[node] = self.place_value(node.meta["shape"], None)
-                self.image = self.known[node].matrix
+                self.image, self.images = self.known[node].matrix, node.meta["shape"][0]
             elif node.op == "get_attr":
                 constant = self.recorded.constant(node)
                 self.known[node] = constant.float() if constant.is_floating_point() else constant
@@ -100,7 +103,7 @@ class Lowering:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.known[n])
         if node.target is operator.getitem:
             return args[0][args[1]]
-        handler = _HANDLERS.get(node.target)
+        handler = _HANDLERS.get(node.target) if _all_float(node) else None
         found = None
         if node.target in MOVEMENTS and isinstance(args[0], Value):
             found = self.movement(node.target, args, kwargs)
@@ -245,6 +248,8 @@ class Lowering:
         span = left.index.span()
         if met is None or ((span.padded or spread.span().padded) and kind is not Binary.MUL):
             return None
+        if met.mode is Broadcast.IMAGE and right.matrix.rows != self.images:
+            return None  # a row for something else than an image
         return Value(self._combined(kind, left.matrix, right.matrix, span, met), left.index.shifted(span.first))
 
     def _combined(self, kind: Binary, left: Matrix, right: Matrix, span: Any, met: Aligned) -> Matrix:
@@ -370,7 +375,7 @@ class Lowering:
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
         """A convolution of a value with its channels last in memory."""
         natural = self.roots.channels_first(tuple(x.shape))
-        if x.index is not natural and not _same(x.index, natural):
+        if x.matrix.columns != x.shape[1] or (x.index is not natural and not _same(x.index, natural)):
             x = self.reordered(x, natural)
         read = Read(x.matrix, 0, x.matrix.columns, exact)
         return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
@@ -407,6 +412,12 @@ class Lowering:
         index = self.roots.channels_first(shape)
         (found,) = self.module_step(module, [Read(x.matrix, channels.first, width)], [((width,), index)])
         return found if keepdim else self.movement(_aten.reshape.default, (found, [images, width]), {})
+
+
+def _all_float(node: fx.Node) -> bool:
+    """Whether neither operands nor result of a call are whole numbers, truth values or complex."""
+    types = [n.meta["dtype"] for n in (node, *node.all_input_nodes) if "dtype" in n.meta]
+    return all(dtype.is_floating_point for dtype in types)
 
 
 def _same(a: Index, b: Index) -> bool:
@@ -455,6 +466,7 @@ _HANDLERS: dict[Any, Callable[..., Known]] = {
     _aten.mean.dim: Lowering.mean,
     _aten.cat.default: Lowering.cat,
     _aten.as_strided.default: Lowering.as_strided,
+    _aten._to_copy.default: lambda lowering, node, x, **options: x if isinstance(x, Value) else None,
     _aten.gelu.default: lambda lowering, node, x, approximate="none": lowering.unary(
         x, Unary.GELU if approximate == "none" else Unary.GELU_TANH
     ),

@@ -120,12 +120,13 @@ class TorchOperator(nn.Module):
         self.gathers = [Gather(v.index, v.matrix.columns) for v in self.values]
         self.values = []
 
-    def forward(self, *matrices: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(self, *operands: Tensor) -> Tensor | tuple[Tensor, ...]:
         leaves = list(self.leaves)
-        for place, gather, matrix in zip(self.places, self.gathers, matrices, strict=True):
-            leaves[place] = gather(matrix.float())
+        for place, gather, matrix in zip(self.places, self.gathers, operands, strict=True):
+            leaves[place] = gather(matrix.float() if matrix.is_floating_point() else matrix)
         args, kwargs = pytree.tree_unflatten(leaves, self.tree)
         result = self.target(*args, **kwargs)
         if self.parts is None:
             return to_matrix(result)
-        return tuple(to_matrix(result[part]) for part in self.parts)
+        matrices = tuple(to_matrix(result[part]) for part in self.parts)
+        return matrices[0] if len(matrices) == 1 else matrices  # as every module with one result

@@ -14,7 +14,7 @@ from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.programs.emit import emit
 from harmoq_ao.programs.lower import Lowering
-from harmoq_ao.programs.record import Unrecordable, record
+from harmoq_ao.programs.record import Unrecordable, record, version_of
 from harmoq_ao.quant.integer_reference import nan_error
 from harmoq_ao.sites.quantized import QuantizedSite
 
@@ -57,7 +57,7 @@ class Programs:
 
     def __init__(self) -> None:
         self.refusal: str | None = None
-        self._programs: OrderedDict[torch.Size, fx.GraphModule] = OrderedDict()
+        self._programs: OrderedDict[tuple[torch.Size, torch.dtype], fx.GraphModule] = OrderedDict()
         self._watch: _Watch | None = None
         self._lock = threading.Lock()
 
@@ -78,15 +78,19 @@ class Programs:
         Raises:
             InputError: A value on the way was not a number.
         """
-        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or _is_watched():
+        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or _is_watched(image):
             return None
         with self._lock:
             watch = self._watched(model)
             program = self._program(model, image, dtype) if watch.as_usual() and library.kernels() is not None else None
         if program is None:
             return None
-        with torch.no_grad():
-            output: Tensor = program(image)
+        try:
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
+                output: Tensor = program(image)
+        except (RuntimeError, TypeError, IndexError) as error:  # an operator that shapes alone did not speak for
+            self._refuse(error)
+            return None
         if bool(output.isnan().any()):  # codes have no NaN, but what is added to them keeps it
             raise nan_error()
         return output
@@ -100,20 +104,24 @@ class Programs:
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
         if self.refusal is not None:
             return None
-        if image.shape not in self._programs:
+        key = image.shape, dtype
+        if key not in self._programs:
             try:
                 made = make_program(model, image, library.status().isa == HALF, dtype)
             except Exception as error:  # whatever an author's forward does: it runs as it is then
-                self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-                logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
+                self._refuse(error)
                 return None
             while len(self._programs) >= KEPT:
                 self._programs.popitem(last=False)
-            self._programs[image.shape] = made
+            self._programs[key] = made
             # graphs of islands may have been traced meanwhile, with tensors of their own
             self._watch = _Watch(model)
-        self._programs.move_to_end(image.shape)
-        return self._programs[image.shape]
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _refuse(self, error: Exception) -> None:
+        self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+        logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
 
     def sentence(self) -> str:
         """What runs on a CPU, and what helps where that is not the fused kernels."""
@@ -125,9 +133,12 @@ class Programs:
         return f"Images of at least {SMALLEST} pixels run in fused kernels, whatever a site's own is. {status.sentence}"
 
 
-def _is_watched() -> bool:
+def _is_watched(image: Tensor) -> bool:
     """Whether somebody records what runs: then modules and operators are to be seen."""
-    return is_traced() or torch.jit.is_tracing() or torch.jit.is_scripting()  # type: ignore[attr-defined]
+    if is_traced() or torch.jit.is_tracing() or torch.jit.is_scripting():  # type: ignore[attr-defined]
+        return True
+    hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
+    return type(image) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or any(hooks)
 
 
 class _Watch:
@@ -146,24 +157,19 @@ class _Watch:
         self._tensors = [t for _, _, t in self._named if t is not None]
         self._hooks = [d for m in modules for d in (m._forward_hooks, m._forward_pre_hooks)]
         self._modules = modules
-        self._modes = [m.training for m in modules]
-        # Copies of layers that hold nothing, such as einops', are in training mode; what is random is not recorded.
-        self._training = [m for m in modules if m._parameters or m._buffers or m._modules]
         self._sites = [m for m in modules if isinstance(m, QuantizedSite)]
         self._values = self._contents()
+        self._training = [m.training for m in modules]  # some that have no say in it are never told
 
     def _contents(self) -> list[int]:
-        # tensors made in inference mode have no version
-        return [n for t in self._tensors for n in (t.data_ptr(), 0 if t.is_inference() else t._version)]
+        return [n for t in self._tensors for n in (t.data_ptr(), version_of(t))]
 
     def holds(self, model: nn.Module) -> bool:
         """Whether the model is still the same, value for value."""
         same = model is self.model and all(d.get(n) is c for d, n, c in self._children)
         same = same and all(d.get(n) is t for d, n, t in self._named)
-        same = same and [m.training for m in self._modules] == self._modes
-        return same and self._contents() == self._values
+        return same and self._contents() == self._values and [m.training for m in self._modules] == self._training
 
     def as_usual(self) -> bool:
         """Whether the modules compute what they were made for, with nobody looking on."""
-        usual = not any(self._hooks) and not any(m.training for m in self._training)
-        return usual and all(site.backend == "auto" for site in self._sites)
+        return not self.model.training and not any(self._hooks) and all(site.backend == "auto" for site in self._sites)

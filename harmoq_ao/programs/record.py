@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
 
 _FUNCTIONAL = {"relu_": "relu", "leaky_relu_": "leaky_relu", "hardtanh_": "hardtanh", "silu_": "silu", "gelu_": "gelu"}
@@ -61,34 +62,60 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     """
     recorder = _Recorder()
     try:
-        with torch.no_grad(), recording(), _attributes_kept(model):
+        # in inference mode operators would show themselves before torch takes them apart
+        with torch.inference_mode(False), torch.no_grad(), recording(), _attributes_kept(model):
             image = StandIn(torch.empty_like(example, device="meta", dtype=dtype), recorder)
             recorder.place(image, recorder.graph.placeholder("image"))
             with torch.autocast("cpu", torch.bfloat16, enabled=dtype is not torch.float32):
                 output = model(image)
+    except TraceError as error:
+        raise Unrecordable(f"a part of it cannot be traced: {error}") from error
     except (NotImplementedError, RuntimeError) as error:  # what torch answers to questions about values
         raise Unrecordable(f"it asks for values: {error}") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
         raise Unrecordable(f"it returns a {type(output).__name__} that is not computed from the image")
-    recorder.graph.output(recorder.nodes[id(output)])
+    recorder.finish(output)
     for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
         if not node.users and node.op != "output" and node.op != "placeholder":
             recorder.graph.erase_node(node)
     return Recorded(recorder.graph, recorder.root)
 
 
+def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether an operator is random for its dropout alone, and drops nothing."""
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    defaults = {a.name: a.default_value for a in func._schema.arguments}
+    return (defaults | given).get("dropout_p") == 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written into; tensors of inference mode do not tell, and give 0."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def _attributes_kept(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward assigns to its modules: it would be a stand-in (``self.mean = self.mean.type_as(x)``)."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    """Undo what a forward keeps in its modules: it would be a stand-in (``self.mean = self.mean.type_as(x)``)."""
+    own = vars(nn.Module()).keys()
+    modules = list(model.modules())
+    attributes = [(vars(module), dict(vars(module))) for module in modules]
+    buffers = [(module._buffers, dict(module._buffers)) for module in modules]
+    inner = [d for module in modules for n, d in vars(module).items() if n not in own and type(d) in (dict, list)]
+    containers = [(container, container.copy()) for container in inner]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            for name in vars(module).keys() - attributes.keys():
-                del vars(module)[name]
-            vars(module).update(attributes)
-            module._buffers.update(buffers)
+        for present, before in attributes:
+            for name in present.keys() - before.keys():
+                del present[name]
+            present.update(before)
+        for kept, before in buffers:
+            for name in [n for n, b in kept.items() if n not in before and isinstance(b, StandIn)]:
+                del kept[name]  # others belong to graphs that islands have traced meanwhile
+            kept.update(before)
+        for container, content in containers:
+            container.clear()
+            container.update(content) if isinstance(container, dict) else container.extend(content)
 
 
 class StandIn(torch.Tensor):
@@ -130,6 +157,7 @@ class _Recorder:
         self._constants: dict[int, fx.Node] = {}
         self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
         self._large: list[tuple[Tensor, fx.Node]] = []
+        self._versions: list[tuple[Tensor, int]] = []  # of constants, when they were met
         self._storages: dict[int, set[int]] = {}  # the recorded tensors that lie in each
         self._stale: set[int] = set()  # those that an operator wrote into by another name
 
@@ -137,7 +165,7 @@ class _Recorder:
         """Record an operator; its result."""
         if func is torch.ops.prim.device.default:
             return torch.device("cpu")
-        if torch.Tag.nondeterministic_seeded in func.tags:
+        if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
         meta_args, meta_kwargs = pytree.tree_map_only(Tensor, self._shape_only, (args, kwargs))
@@ -154,6 +182,16 @@ class _Recorder:
             return args[0]
         self._place_results(result, node)
         return result
+
+    def finish(self, output: Tensor) -> None:
+        """Let a tensor be the graph's result.
+
+        Raises:
+            Unrecordable: It, or a constant, was written into by another name.
+        """
+        self.graph.output(self._node(output))
+        if any(version_of(tensor) != version for tensor, version in self._versions):
+            raise Unrecordable("it writes into a tensor that it has read, and that does not depend on the image")
 
     def _shape_only(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, StandIn):
@@ -200,6 +238,7 @@ class _Recorder:
             name = f"constant_{len(self._constants)}"
             self.root.register_buffer(name, tensor.detach(), persistent=False)
             self._alive.append(tensor)
+            self._versions.append((tensor, version_of(tensor)))
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 known = self._constants[id(tensor)] = self.graph.get_attr(name)
             if tensor.numel() >= _LARGE:
