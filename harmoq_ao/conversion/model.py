@@ -66,7 +66,9 @@ class QuantizedModel(nn.Module):
             InputError: Not an image batch, not finite, or of another number of channels.
         """
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
-        fused = None if args or kwargs else self.programs.run(self.model, image, self.float_dtype)
+        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
+        modules = args or kwargs or not any(row.quantized for row in self.rows)
+        fused = None if modules else self.programs.run(self.model, image, self.float_dtype)
         if fused is not None:
             return fused.to(image.dtype)
         # Authors create float32 masks in forward; autocast brings the operands of each product to one type.

@@ -300,12 +300,14 @@ def test_rules_choose_sites() -> None:
     assert {(s.settings.weight.bits, s.settings.act.bits) for s in sites.values()} == {(3, 5)}
 
 
-def test_everything_off_is_the_float_model() -> None:
+@pytest.mark.parametrize("size", [(16, 16), (64, 64)])
+def test_everything_off_is_the_float_model(size: tuple[int, int]) -> None:
     config = HarmoqConfig(32, 32, **EXACT)
     assert not converted("SwinIR/light", config).sites()
     # Not bit for bit: float attention runs in one fused call.
-    expected = run(build("SwinIR/light"))
-    torch.testing.assert_close(run(converted("SwinIR/light", config)), expected, atol=1e-5, rtol=1e-5)
+    (image,) = images(1, size)
+    expected = run(build("SwinIR/light"), image)
+    torch.testing.assert_close(run(converted("SwinIR/light", config), image), expected, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 24), (19, 13)])

@@ -209,7 +209,11 @@ REPEATABLE = [a for a in ARCHITECTURES if a.name != "GFPGAN"]
 
 
 @pytest.mark.parametrize("architecture", REPEATABLE, ids=lambda a: a.name)
-def test_every_architecture_computes_the_same_when_lowered(architecture: Architecture) -> None:
+def test_every_architecture_computes_the_same_when_lowered(
+    architecture: Architecture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Some examples are large enough for programs, whose products of floats are bfloat16; the modules' are not.
+    monkeypatch.setenv("HARMOQ_CPU_KERNELS", "off")
     example = architecture.example()
     prepared = h.prepare_harmoq(architecture.build(), HarmoqConfig(8, 8), [example])
     quantized = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
