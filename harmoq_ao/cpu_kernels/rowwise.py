@@ -220,11 +220,15 @@ class _Run:
             contraction = contraction + shift * acc[:, n : n + 1].float()
         self.write(to, at, contraction * scale + constant)
 
-    def quantize(self, to: int, at: int, source: int, first: int, width: int, bits: int, factor: int, offset: int) -> None:
+    def quantize(
+        self, to: int, at: int, source: int, first: int, width: int, bits: int, factor: int, offset: int
+    ) -> None:
         reciprocal, added = self.vector(factor), self.vector(offset)
         assert reciprocal is not None
         assert added is not None
-        self.write(to, at, integer_reference.quantize_codes(self.read(source, first, width), reciprocal, added, bits).float())
+        self.write(
+            to, at, integer_reference.quantize_codes(self.read(source, first, width), reciprocal, added, bits).float()
+        )
 
     def layer_norm(self, to: int, at: int, source: int, first: int, width: int, w: int, b: int, eps: int) -> None:
         x = self.read(source, first, width)
