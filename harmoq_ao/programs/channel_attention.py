@@ -102,7 +102,7 @@ def _factor(lowering: Lowering, match: Match, heads: int) -> Tensor | None:
 Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 
-def _quantizers(lowering: Lowering, match: Match) -> Quantizers | None | bool:
+def _quantizers(lowering: Lowering, match: Match) -> Quantizers | bool | None:
     """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
     if match.scores is None or match.products is None:
         return None
