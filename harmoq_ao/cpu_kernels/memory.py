@@ -9,7 +9,7 @@ from harmoq_ao.cpu_kernels import library
 
 
 def token_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """A matrix `[rows, columns]`, not initialised, whose rows begin with a cache line (unless they are shorter than one).
+    """A matrix `[rows, columns]`, not initialised, whose rows begin with a cache line unless they are shorter than one.
 
     Its memory goes back to a pool with the tensor: the system gives fresh memory page by page, which takes longer than
     many a kernel. The pool keeps no more than was in use at one time.

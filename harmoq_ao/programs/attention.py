@@ -73,7 +73,7 @@ def _once(rows: Tensor) -> bool:
 def _scores(
     lowering: Lowering, match: Match, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Mask | None] | None:
-    """Factor `[heads]`, bias `[heads, N, M]` and mask of scores `[windows, heads, N, M]`; None where they are others."""
+    """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
     windows, heads, queries, keys = shape
     view: tuple[int, ...] = (*tuple(match.query.meta["shape"][:-1]), keys)
     factor, bias, mask = torch.ones(heads), None, None
