@@ -70,10 +70,12 @@ def _once(rows: Tensor) -> bool:
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
-def _scores(lowering: Lowering, match: Match, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None, Mask | None] | None:
-    """Factor `[heads]`, bias `[heads, N, M]` and mask of scores `[windows, heads, N, M]`; None where they are others."""
+def _scores(
+    lowering: Lowering, match: Match, shape: tuple[int, ...]
+) -> tuple[Tensor, Tensor | None, Mask | None] | None:
+    """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
     windows, heads, queries, keys = shape
-    view: tuple[int, ...] = tuple(match.query.meta["shape"][:-1]) + (keys,)
+    view: tuple[int, ...] = (*tuple(match.query.meta["shape"][:-1]), keys)
     factor, bias, mask = torch.ones(heads), None, None
     for kind, operand in match.terms:
         if kind == "view":
@@ -115,10 +117,9 @@ def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tupl
     lead = [n if term.stride(i) else 1 for i, n in enumerate(term.shape[:-3])]
     if all(n == 1 for n in lead):
         return term[(0,) * len(lead)], None
-    if term.shape[-3] > 1 and term.stride(-3):
-        if not bool((term == term[..., :1, :, :]).all()):
-            flat = term.expand(*view[:-3], *term.shape[-3:]).reshape(-1, *term.shape[-3:])
-            return (flat[0], None) if bool((flat == flat[:1]).all()) else None
+    if term.shape[-3] > 1 and term.stride(-3) and not bool((term == term[..., :1, :, :]).all()):
+        flat = term.expand(*view[:-3], *term.shape[-3:]).reshape(-1, *term.shape[-3:])
+        return (flat[0], None) if bool((flat == flat[:1]).all()) else None
     table = term[..., 0, :, :].expand(*view[:-3], queries, keys)
     return None, table.reshape(-1, queries, keys)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block, window_attention
 from harmoq_ao.cpu_kernels.memory import token_rows
+from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block, window_attention
 from harmoq_ao.kernels.ops import matmul_contraction, of_map
 from harmoq_ao.quant import integer_reference
 

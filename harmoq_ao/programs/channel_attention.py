@@ -29,7 +29,11 @@ _TURN = (torch.ops.aten.transpose.int, (-2, -1), {})
 
 def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
     """Token-wise products with maps from one pass over the tokens; None where the attention is another."""
-    query, key, value = _normalized(lowering, match.query), _normalized(lowering, match.key), lowering.known.get(match.value)
+    query, key, value = (
+        _normalized(lowering, match.query),
+        _normalized(lowering, match.key),
+        lowering.known.get(match.value),
+    )
     if query is None or key is None or not isinstance(value, Value):
         return None
     (q_matrix, q_index, q_eps), (k_matrix, k_index, k_eps) = query, key
@@ -98,7 +102,7 @@ def _factor(lowering: Lowering, match: Match, heads: int) -> Tensor | None:
 Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 
-def _quantizers(lowering: Lowering, match: Match) -> Quantizers | None | bool:
+def _quantizers(lowering: Lowering, match: Match) -> Quantizers | bool | None:
     """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
     if match.scores is None or match.products is None:
         return None

@@ -47,7 +47,9 @@ class _Emission:
                 self.rows(rows, group)  # type: ignore[arg-type]
             else:
                 self.kernel(group[0])  # type: ignore[arg-type]
-        value = self.module("output", Gather(self.output.index, self.output.matrix.columns), self.nodes[self.output.matrix])
+        value = self.module(
+            "output", Gather(self.output.index, self.output.matrix.columns), self.nodes[self.output.matrix]
+        )
         self.graph.output(value)
         return fx.GraphModule(self.root, self.graph)
 
@@ -68,7 +70,9 @@ class _Emission:
 
     def rows(self, rows: int, group: Sequence[RowStep]) -> None:
         kernel = _RowGroup(group, self.readers, self.output.matrix)
-        node = self.module("rowwise", Rowwise(kernel.program, rows // self.images or 1), *(self.nodes[m] for m in kernel.inputs))
+        node = self.module(
+            "rowwise", Rowwise(kernel.program, rows // self.images or 1), *(self.nodes[m] for m in kernel.inputs)
+        )
         for number, matrix in enumerate(kernel.outputs):
             self.nodes[matrix] = self.graph.call_function(_item, (node, number))
 
@@ -151,7 +155,9 @@ class _RowGroup:
                 else:
                     self.slots[matrix] = self.program.temporary(matrix.columns).slot
             # a step never writes where it reads from: that would cost a copy where columns differ
-            free += [self.slots[m] for m in temporaries if last[m] == now and m in self.slots and self.slots[m] not in free]
+            free += [
+                self.slots[m] for m in temporaries if last[m] == now and m in self.slots and self.slots[m] not in free
+            ]
 
 
 def _needed(matrix: Matrix) -> list[Step]:
@@ -166,7 +172,9 @@ def _needed(matrix: Matrix) -> list[Step]:
         if step in found:
             continue
         stack.append((step, True))
-        stack += [(r.matrix.step, False) for r in step.reads if r.matrix.step is not None and r.matrix.step not in found]
+        stack += [
+            (r.matrix.step, False) for r in step.reads if r.matrix.step is not None and r.matrix.step not in found
+        ]
     return list(found)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -230,9 +229,7 @@ class Lowering:
         """``value * scale + shift``, each a number per column from the first one of the value on."""
 
         def make(width: int) -> Emit:
-            return lambda p, to, at: p.emit(
-                Op.AFFINE, to, at[0], width, p.constant(scale), p.constant(shift)
-            )
+            return lambda p, to, at: p.emit(Op.AFFINE, to, at[0], width, p.constant(scale), p.constant(shift))
 
         return self.elementwise(value, shift is None, make)
 
@@ -255,7 +252,10 @@ class Lowering:
     def _combined(self, kind: Binary, left: Matrix, right: Matrix, span: Any, met: Aligned) -> Matrix:
         width = span.last - span.first + 1
         one = met.mode is Broadcast.COLUMN
-        reads = [Read(left, span.first, width), Read(right, met.offset if one else span.first + met.offset, 1 if one else width)]
+        reads = [
+            Read(left, span.first, width),
+            Read(right, met.offset if one else span.first + met.offset, 1 if one else width),
+        ]
 
         def emit(p: RowProgram, to: Columns, at: Any) -> None:
             p.emit(Op.BINARY, kind, to, at[0], at[1], width, met.mode)
@@ -269,7 +269,10 @@ class Lowering:
         channels = [part.index.channels(axis) for part in parts]
         if any(c is None or c.padded for c in channels):
             return None
-        if any(not torch.equal(c.rows, channels[0].rows) or p.matrix.rows != parts[0].matrix.rows for c, p in zip(channels, parts, strict=True)):
+        if any(
+            not torch.equal(c.rows, channels[0].rows) or p.matrix.rows != parts[0].matrix.rows
+            for c, p in zip(channels, parts, strict=True)
+        ):
             return None
         widths = [part.shape[axis] for part in parts]
         reads = [Read(p.matrix, c.first, w) for p, c, w in zip(parts, channels, widths, strict=True)]
@@ -383,7 +386,12 @@ class Lowering:
     def reordered(self, value: Value, natural: Index) -> Value:
         """The same value as all of a matrix in natural order."""
         channels = value.index.channels(1)
-        if channels is not None and channels.in_order and channels.first == 0 and value.matrix.columns == value.shape[1]:
+        if (
+            channels is not None
+            and channels.in_order
+            and channels.first == 0
+            and value.matrix.columns == value.shape[1]
+        ):
             return Value(value.matrix, natural)
         module = Reordered(value, natural)
         read = Read(value.matrix, 0, value.matrix.columns)

@@ -1,4 +1,4 @@
-"""The programs of a quantized model: recorded, lowered and kept for the last few sizes, dropped when the model changes."""
+"""The programs of a quantized model: made for a size when it first comes, dropped when the model changes."""
 
 from __future__ import annotations
 

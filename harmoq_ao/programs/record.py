@@ -134,7 +134,12 @@ class StandIn(torch.Tensor):
     @staticmethod
     def __new__(cls, shape: Tensor, recorder: _Recorder) -> StandIn:
         made: StandIn = torch.Tensor._make_wrapper_subclass(
-            cls, shape.shape, strides=shape.stride(), storage_offset=shape.storage_offset(), dtype=shape.dtype, device="cpu"
+            cls,
+            shape.shape,
+            strides=shape.stride(),
+            storage_offset=shape.storage_offset(),
+            dtype=shape.dtype,
+            device="cpu",
         )
         made.shape_only, made.recorder = shape, recorder
         return made

@@ -116,7 +116,7 @@ class Value:
 
 
 #: What a node of the recorded graph is: entries of a matrix, a constant, a list of such, or a plain Python value.
-Known = Value | Tensor | list[Any] | Any
+Known = Any
 
 
 def row_level(rows: int, reads: Sequence[Read]) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmoq_ao.cpu_kernels import library
-from harmoq_ao.cpu_kernels.column_means import column_means, column_means_reference
+from harmoq_ao.cpu_kernels.column_means import column_means, column_means_reference, register_fakes
 from tests.strategies import SEEDS
 
 pytestmark = pytest.mark.skipif(not library.status().available, reason="the C++ kernels cannot be built here")
@@ -77,6 +77,7 @@ def test_other_types_and_layouts() -> None:
 
 
 def test_shape_without_values() -> None:
+    register_fakes(library.kernels().name)
     with FakeTensorMode():
         got = column_means(torch.empty(12, 8, dtype=torch.bfloat16), 1, 5, 3)
     assert got.shape == (3, 5)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.cpu_kernels import library, rowwise
 from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram, Unary
+from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands
 from tests.strategies import SEEDS
 
@@ -87,6 +88,13 @@ class Case:
             self.normal(k) if draw(st.booleans()) else None,
         )
 
+    def quantize(self) -> None:
+        width, bits = self.width(), self.draw(st.sampled_from((2, 3, 4, 8)))
+        factor = self.normal(width) * ((1 << bits) / 4)
+        offset = torch.rand(width, generator=self.generator) * (1 << bits)
+        places = [self.program.constant(c) for c in (factor, offset)]
+        self.program.emit(Op.QUANTIZE, self.place(WRITABLE, width), self.place(PER_ROW, width), width, bits, *places)
+
     def layer_norm(self) -> None:
         width = self.width()
         to, source = self.place(WRITABLE, width), self.place(PER_ROW, width)
@@ -147,6 +155,7 @@ def test_chains_of_exact_instructions_equal_the_reference_bit_for_bit(data: st.D
     steps: tuple[Callable[[], None], ...] = (
         case.copy,
         case.linear,
+        case.quantize,
         case.binary,
         case.scalar,
         case.affine,
@@ -390,3 +399,23 @@ def test_inputs_that_do_not_fit_are_refused(flaw: str) -> None:
     program.emit(Op.COPY, Columns(2), Columns(1), 8)
     with pytest.raises(RuntimeError, match="rowwise"):
         rowwise.rowwise([torch.ones(5, 8), x], program, 5)
+
+
+@given(SEEDS, st.sampled_from((2, 3, 4, 8)), st.integers(1, 200), st.sampled_from((torch.float32, torch.bfloat16)))
+@settings(max_examples=40, deadline=None)
+def test_codes_equal_those_of_the_reference(seed: int, bits: int, width: int, dtype: torch.dtype) -> None:
+    """Halves are rounded to even, and what is far out is clamped."""
+    generator = torch.Generator().manual_seed(seed)
+    program = RowProgram(1, [(width, torch.float32)])
+    factor, offset = torch.rand(width, generator=generator) + 0.5, torch.rand(width, generator=generator)
+    places = program.constant(factor), program.constant(offset)
+    program.emit(Op.QUANTIZE, Columns(1), Columns(0), width, bits, *places)
+    x = (torch.randn(33, width, generator=generator) * (1 << bits)).to(dtype)
+    factor[0], offset[0] = 1.0, 0.0
+    x[:, 0] = torch.arange(33).to(dtype) / 2 - 4
+    x[0], x[1] = 1e30, -1e30
+    (got,) = rowwise.rowwise([x], program, len(x))
+    want = integer_reference.quantize_codes(x.float(), factor, offset, bits)
+    assert torch.equal(got, want.float())
+    assert int(got.min()) == 0
+    assert int(got.max()) == (1 << bits) - 1

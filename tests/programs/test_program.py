@@ -42,7 +42,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
         return make(model, example, *args, **kwargs)
 
     monkeypatch.setattr(programs, "make_program", counting)
-    yield sizes
+    return sizes
 
 
 def image(size: tuple[int, int] = LARGE, seed: int = 11) -> Tensor:
