@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -10,25 +10,23 @@ from torch import Tensor, fx
 from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
 from harmoq_ao.programs.attention_matching import Match, constant_of, scaled
 from harmoq_ao.programs.channel_attention import lower_channel_attention
+from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import find_heads, result_index
 from harmoq_ao.programs.steps import Read, Value
 
-if TYPE_CHECKING:
-    from harmoq_ao.programs.lower import Lowering
 
-
-def lower_attention(lowering: Lowering, match: Match) -> Value | None:
+def lower_attention(lowering: Context, match: Match) -> Value | None:
     """The kernel for an attention; None where it does not take it."""
     found = lower_channel_attention(lowering, match)
     if found is not None:
         return found
     query_node, q_factor = scaled(lowering.known, match.query)
-    operands = [lowering.known.get(node) for node in (query_node, match.key, match.value)]
+    operands: list[Any] = [lowering.known.get(node) for node in (query_node, match.key, match.value)]
     if not all(isinstance(value, Value) for value in operands):
         return None
     query, key, value = operands
     turned = key.index.moved(torch.ops.aten.transpose.int, (-2, -1), {})
-    parts = find_heads(query.index), find_heads(turned), find_heads(value.index)
+    parts: list[Any] = [find_heads(index) for index in (query.index, turned, value.index)]
     if any(part is None for part in parts):
         return None
     q, k, v = parts
@@ -54,7 +52,7 @@ def lower_attention(lowering: Lowering, match: Match) -> Value | None:
     return lowering.module_step(kernel, reads, results, dtype)[0]
 
 
-def _resolved(lowering: Lowering, arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+def _resolved(lowering: Context, arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
     """Arguments of a product with the constants themselves."""
     if arguments is None:
         return None
@@ -71,7 +69,7 @@ def _once(rows: Tensor) -> bool:
 
 
 def _scores(
-    lowering: Lowering, match: Match, shape: tuple[int, ...]
+    lowering: Context, match: Match, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Mask | None] | None:
     """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
     windows, heads, queries, keys = shape
@@ -124,7 +122,7 @@ def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tupl
     return None, table.reshape(-1, queries, keys)
 
 
-def lowering_mask(lowering: Lowering, table: Tensor, windows: int) -> Mask | None:
+def lowering_mask(lowering: Context, table: Tensor, windows: int) -> Mask | None:
     """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
     for other, mask in lowering.masks:
         if other.shape == table.shape and torch.equal(other, table):

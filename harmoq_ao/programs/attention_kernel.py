@@ -14,7 +14,7 @@ from harmoq_ao.kernels.ops import matmul_contraction, of_map
 from harmoq_ao.quant import integer_reference
 
 if TYPE_CHECKING:
-    from harmoq_ao.programs.attention import Heads
+    from harmoq_ao.programs.heads import Heads
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Mask:
             if torch.equal(table, torch.where(apart, value, 0.0)):
                 return Mask(regions.contiguous(), value, None, None)
         kinds: dict[bytes, int] = {}
-        numbers, kept = [], []
+        numbers: list[int] = []
+        kept: list[Tensor] = []
         for own in table:
             key = own.contiguous().numpy().tobytes()
             if not own.any():
@@ -119,11 +120,11 @@ class AttentionKernel(nn.Module):
             self.quantizers, self.reciprocals = pack_quantizers(*left, *right, query.width)
         self.query, self.key, self.value = query, key, value
         self.factor, self.bias, self.mask = factor, bias, mask
-        self.scores, self.products, self.relative, self.half, self.length = scores, products, relative, half, length
+        self.scores, self.products, self.relative, self.in_half, self.length = scores, products, relative, half, length
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         width = self.query.heads * self.query.width
-        half = self.half and self.quantizers is None
+        half = self.in_half and self.quantizers is None
         out = token_rows(self.length, width, torch.bfloat16 if half else torch.float32)
         window_attention(
             out,
@@ -160,7 +161,7 @@ class AttentionKernel(nn.Module):
         q, k, v = (_heads(m, h) for m, h in ((query, self.query), (key, self.key), (value, self.value)))
         q = q * self.q_factors[:, None, None]
         kt = k.transpose(-2, -1)
-        if self.half and self.scores is None:
+        if self.in_half and self.scores is None:
             q, kt, v = (part.bfloat16().float() for part in (q, kt, v))
         scores = q @ kt if self.scores is None else _integer(q, kt, self.scores)
         scores = scores * self.factor[:, None, None]
@@ -181,7 +182,7 @@ class AttentionKernel(nn.Module):
         rows, tokens = self.query.rows.reshape(-1).long(), mixed.transpose(1, 2).flatten(2).flatten(0, 1)
         out = torch.zeros(self.length + 1, tokens.shape[1])
         out[torch.where(rows < 0, self.length, rows)] = tokens
-        return out[:-1].to(torch.bfloat16 if self.half and self.scores is None else torch.float32)
+        return out[:-1].to(torch.bfloat16 if self.in_half and self.scores is None else torch.float32)
 
 
 def _heads(matrix: Tensor, heads: Heads) -> Tensor:

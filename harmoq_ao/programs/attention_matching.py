@@ -52,7 +52,7 @@ class Match:
     absorbed: list[fx.Node] = field(default_factory=list)
 
 
-def match_attention(node: fx.Node) -> Match | None:
+def match_attention(node: Any) -> Match | None:
     """The attention whose result a node is, or None."""
     if node.target is float_attention._opoverload:
         query, key, value, terms = node.args
@@ -62,7 +62,7 @@ def match_attention(node: fx.Node) -> Match | None:
     match = Match(node, node, node, node.args[1], relative=node.target is _MAP_PRODUCT)
     if node.target not in _FLOAT:
         match.products = tuple(node.args[2:])
-    softmax = _through(node.args[0], match, _VIEWS)
+    softmax: Any = _through(node.args[0], match, _VIEWS)
     if softmax.target is not _aten._softmax.default or not _is_inner(softmax):
         return None
     if softmax.args[1] not in (-1, len(softmax.meta["shape"]) - 1) or softmax.args[2]:
@@ -86,11 +86,11 @@ def _is_inner(node: Any) -> bool:
     return isinstance(node, fx.Node) and len(node.users) == 1
 
 
-def _through(node: fx.Node, match: Match, targets: set[Any]) -> fx.Node:
+def _through(node: Any, match: Match, targets: set[Any]) -> fx.Node:
     """What lies behind a chain of views that nothing else uses."""
     while node.target in targets and _is_inner(node):
         match.absorbed.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     return node
 
 
@@ -98,7 +98,7 @@ def _chain(node: Any, match: Match) -> fx.Node | None:
     """Walk from the softmax up to the score product, noting what is done to the scores."""
     while _is_inner(node):
         if node.target in (_MATMUL, *_FLOAT):
-            return node  # type: ignore[no-any-return]
+            return node
         operation = {_aten.add.Tensor: "add", _aten.mul.Tensor: "mul", _aten.div.Tensor: "div"}.get(node.target)
         if node.target in _VIEWS:
             match.terms.append(("view", tuple(node.meta["shape"])))
@@ -117,7 +117,7 @@ def _chain(node: Any, match: Match) -> fx.Node | None:
     return None
 
 
-def scaled(lookup: dict[fx.Node, Any], node: fx.Node) -> tuple[fx.Node, float]:
+def scaled(lookup: dict[fx.Node, Any], node: Any) -> tuple[fx.Node, float]:
     """What a number multiplies to give a node that nothing else uses, and the number; else the node and 1."""
     if node.target in (_aten.mul.Tensor, _aten.mul.Scalar) and _is_inner(node):
         source, number = node.args
@@ -145,12 +145,12 @@ class Normalized:
     axis: int
 
 
-def match_normalized(node: fx.Node) -> Normalized | None:
+def match_normalized(node: Any) -> Normalized | None:
     """``F.normalize`` behind a node and its moves, or None."""
     moves: list[fx.Node] = []
     while node.target in _MOVES:
         moves.append(node)
-        node = node.args[0]  # type: ignore[assignment]
+        node = node.args[0]
     if node.target is not _aten.div.Tensor or not isinstance(node.args[1], fx.Node):
         return None
     source, expanded = node.args

@@ -7,7 +7,7 @@ map makes of the values is then token-wise: every token times one small matrix o
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,18 +16,16 @@ from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram,
 from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized
+from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
 from harmoq_ao.programs.indices import Index
 from harmoq_ao.programs.steps import Matrix, Read, Value
 from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
 
-if TYPE_CHECKING:
-    from harmoq_ao.programs.lower import Lowering
-
-_TURN = (torch.ops.aten.transpose.int, (-2, -1), {})
+_TURN: tuple[Any, Any, Any] = (torch.ops.aten.transpose.int, (-2, -1), {})
 
 
-def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
+def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
     """Token-wise products with maps from one pass over the tokens; None where the attention is another."""
     query, key, value = (
         _normalized(lowering, match.query),
@@ -38,7 +36,7 @@ def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
         return None
     (q_matrix, q_index, q_eps), (k_matrix, k_index, k_eps) = query, key
     turned = value.index.moved(*_TURN)
-    parts = find_heads(q_index.moved(*_TURN)), find_heads(k_index), find_heads(turned)
+    parts: list[Any] = [find_heads(index) for index in (q_index.moved(*_TURN), k_index, turned)]
     if any(p is None or not _whole_images(p, value.matrix.rows) for p in parts):
         return None
     q, k, v = parts
@@ -47,7 +45,7 @@ def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
     if not len(q.rows) == len(k.rows) == len(v.rows) == lowering.images:
         return None
     factor = _factor(lowering, match, q.heads)
-    quantizers = _quantizers(lowering, match)
+    quantizers: Any = _quantizers(lowering, match)
     if factor is None or quantizers is False:
         return None
     maps = ChannelMaps(q, k, (q_eps, k_eps), factor, quantizers)
@@ -61,11 +59,11 @@ def lower_channel_attention(lowering: Lowering, match: Match) -> Value | None:
     return Value(mixed, index)
 
 
-def _rows(lowering: Lowering, rows: int, columns: int) -> Index:
+def _rows(lowering: Context, rows: int, columns: int) -> Index:
     return lowering.roots.rows_last((rows, columns))
 
 
-def _normalized(lowering: Lowering, node: fx.Node) -> tuple[Matrix, Index, float] | None:
+def _normalized(lowering: Context, node: fx.Node) -> tuple[Matrix, Index, float] | None:
     """What a normalized operand is made from, moved as the operand is."""
     found = match_normalized(node)
     source = None if found is None else lowering.known.get(found.source)
@@ -83,7 +81,7 @@ def _whole_images(heads: Heads, length: int) -> bool:
     return torch.equal(heads.rows.reshape(-1), torch.arange(length, dtype=torch.int32))
 
 
-def _factor(lowering: Lowering, match: Match, heads: int) -> Tensor | None:
+def _factor(lowering: Context, match: Match, heads: int) -> Tensor | None:
     """`[heads]` factor of the scores; None where something else happens to them."""
     factor = torch.ones(heads)
     for kind, operand in match.terms:
@@ -102,7 +100,7 @@ def _factor(lowering: Lowering, match: Match, heads: int) -> Tensor | None:
 Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 
-def _quantizers(lowering: Lowering, match: Match) -> Quantizers | bool | None:
+def _quantizers(lowering: Context, match: Match) -> Quantizers | bool | None:
     """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
     if match.scores is None or match.products is None:
         return None
@@ -171,7 +169,7 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
     return whole.reshape(images * heads * width, heads * width)
 
 
-def _mixed(lowering: Lowering, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
+def _mixed(lowering: Context, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
     """Each token's values times the matrix of its image."""
     width = heads.heads * heads.width
     reads = [Read(values, heads.first, width), Read(results[0], 0, width)]

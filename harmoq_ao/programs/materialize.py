@@ -28,7 +28,8 @@ class Gather(nn.Module):
         self.shape = tuple(index.shape)
         self.axes: tuple[int, ...] | None = None
         self.first = 0
-        self.rows = self.flat = None
+        self.rows: Tensor | None = None
+        self.flat: Tensor | None = None
         if not self._as_rows(index):
             flat = index.rows.long() * columns + index.columns
             self.flat = torch.where(index.rows < 0, index.length * columns, flat).reshape(-1)

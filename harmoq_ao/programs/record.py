@@ -145,7 +145,7 @@ class StandIn(torch.Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         leaves = pytree.arg_tree_leaves(*args, **(kwargs or {}))
         recorder = next(leaf.recorder for leaf in leaves if isinstance(leaf, StandIn))
         return recorder.operator(func, args, kwargs or {})
@@ -227,7 +227,7 @@ class _Recorder:
         """The operator that gives what an in-place one writes; other names of the memory may not be used any more."""
         name = func._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
-        target = args[0] if args else None
+        target: Any = args[0] if args else None
         recorded = isinstance(target, Tensor) and id(target) in self.nodes
         if packet is None or not recorded or func._overloadname not in packet.overloads():
             raise Unrecordable(f"it writes into a tensor: {func}")
