@@ -38,8 +38,10 @@ def lower_attention(lowering: Context, match: Match) -> Value | None:
     scores = _scores(lowering, match, shape)
     if scores is None:
         return None
-    quantizers = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
-    kernel = AttentionKernel(q, k, v, q_factor, *scores, *quantizers, match.relative, lowering.half, query.matrix.rows)
+    quantizers: list[Any] = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
+    kernel = AttentionKernel(
+        q, k, v, q_factor, *scores, quantizers[0], quantizers[1], match.relative, lowering.half, query.matrix.rows
+    )
     exact = match.scores is not None or not lowering.half
     reads = [
         Read(operand.matrix, part.first, part.heads * part.width, exact)

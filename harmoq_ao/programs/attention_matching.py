@@ -68,7 +68,7 @@ def match_attention(node: Any) -> Match | None:
     if softmax.args[1] not in (-1, len(softmax.meta["shape"]) - 1) or softmax.args[2]:
         return None
     match.absorbed.append(softmax)
-    product = _chain(softmax.args[0], match)
+    product: Any = _chain(softmax.args[0], match)
     if product is None:
         return None
     match.query, match.key = product.args[:2]

@@ -36,17 +36,17 @@ class _Emission:
     def run(self) -> fx.GraphModule:
         placeholder = self.graph.placeholder("image")
         self.nodes[self.image] = self.module("image_rows", ImageRows(), placeholder)
-        groups: dict[tuple[int, int, int], list[RowStep] | list[ModuleStep]] = {}
+        groups: dict[tuple[int, int, int], list[Any]] = {}
         for number, step in enumerate(self.steps):
             if isinstance(step, RowStep):
-                groups.setdefault((step.level, 0, step.results[0].rows), []).append(step)  # type: ignore[arg-type]
+                groups.setdefault((step.level, 0, step.results[0].rows), []).append(step)
             else:
-                groups[step.level, 1, number] = [step]  # type: ignore[list-item]
+                groups[step.level, 1, number] = [step]
         for (_, kind, rows), group in sorted(groups.items(), key=lambda item: item[0]):
             if kind == 0:
-                self.rows(rows, group)  # type: ignore[arg-type]
+                self.rows(rows, group)
             else:
-                self.kernel(group[0])  # type: ignore[arg-type]
+                self.kernel(group[0])
         value = self.module(
             "output", Gather(self.output.index, self.output.matrix.columns), self.nodes[self.output.matrix]
         )
@@ -96,7 +96,7 @@ class Rowwise(nn.Module):
         self.program, self.rows_per_image = program, rows_per_image
 
     def forward(self, *inputs: Tensor) -> list[Tensor]:
-        return rowwise(inputs, self.program, self.rows_per_image)
+        return rowwise(list(inputs), self.program, self.rows_per_image)
 
 
 class _RowGroup:
@@ -184,7 +184,3 @@ def _readers(steps: Sequence[Step]) -> dict[Matrix, list[tuple[Step, Read]]]:
         for read in step.reads:
             readers.setdefault(read.matrix, []).append((step, read))
     return readers
-
-
-__all__: list[str] = ["ImageRows", "Rowwise", "emit"]
-_ = Any

@@ -7,7 +7,7 @@ torch runs it on values brought into shape (`materialize.py`). No handler change
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -99,7 +99,8 @@ class Lowering:
 
     def lower(self, node: fx.Node) -> Known:
         """What a call makes."""
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.known[n])
+        found_args: Any = fx.node.map_arg((node.args, node.kwargs), lambda n: self.known[n])
+        args, kwargs = found_args
         if node.target is operator.getitem:
             return args[0][args[1]]
         handler = _HANDLERS.get(node.target) if _all_float(node) else None
@@ -125,7 +126,9 @@ class Lowering:
         module = TorchOperator(node.target, args, kwargs)
         if "shape" in node.meta:
             return self.module_step(module, module.reads, [(node.meta["shape"], None)])[0]
-        parts = {user.args[1]: user.meta["shape"] for user in node.users}  # several results, taken by their numbers
+        parts: dict[Any, Any] = {
+            user.args[1]: user.meta["shape"] for user in node.users
+        }  # several results, taken by their numbers
         module.parts = tuple(parts)
         values = self.module_step(module, module.reads, [(shape, None) for shape in parts.values()])
         return dict(zip(parts, values, strict=True))
@@ -134,7 +137,7 @@ class Lowering:
         self,
         module: nn.Module,
         reads: list[Read],
-        results: list[tuple[tuple[int, ...], Index | None]],
+        results: Sequence[tuple[tuple[int, ...], Index | None]],
         dtype: torch.dtype = torch.float32,
     ) -> list[Value]:
         """A step that is no chain of token-wise operations; the values that it makes."""
@@ -196,7 +199,8 @@ class Lowering:
     # --- two values -----------------------------------------------------------------------------------------------
 
     def binary(self, node: fx.Node, left: Any, right: Any, **options: Any) -> Known:
-        kind = _BINARY[node.target]
+        target: Any = node.target
+        kind = _BINARY[target]
         if options.get("alpha", 1) != 1 or options.get("rounding_mode"):
             return None
         if kind is Binary.MUL and "div" in str(node.target):
@@ -307,7 +311,8 @@ class Lowering:
         if not isinstance(x, Value) or tensors[3] is None or backend != "auto":
             return None
         k = x.shape[-1]
-        operands = linear_operands(*tensors, k, weight_bits, act_bits, weight_shift)
+        arguments: Any = (*tensors, k, weight_bits, act_bits, weight_shift)
+        operands = linear_operands(*arguments)
         n = len(operands.weight)
         constants = linear_constants(operands)
 

@@ -139,7 +139,7 @@ class StandIn(torch.Tensor):
             strides=shape.stride(),
             storage_offset=shape.storage_offset(),
             dtype=shape.dtype,
-            device="cpu",
+            device=torch.device("cpu"),
         )
         made.shape_only, made.recorder = shape, recorder
         return made

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, RowProgram
 from harmoq_ao.programs.indices import Index

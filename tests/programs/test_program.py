@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -32,7 +32,7 @@ Change = Callable[[h.QuantizedModel], Any]
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Size]]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
     """Sizes for which programs were made."""
     sizes: list[torch.Size] = []
     make = programs.make_program
