@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harmoq_ao.cpu_kernels import library
-from harmoq_ao.cpu_kernels.memory import register_fakes, token_rows
+from harmoq_ao.cpu_kernels.memory import token_rows
 
 pytestmark = pytest.mark.skipif(not library.status().available, reason="the C++ kernels cannot be built here")
 LINE = 64  # bytes
@@ -50,11 +49,3 @@ def test_matrices_do_not_share_memory() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(filled, range(0, 80, 4)))
-
-
-def test_shape_without_values() -> None:
-    register_fakes(library.kernels().name)
-    with FakeTensorMode():
-        got = token_rows(3, 5, torch.bfloat16)
-    assert got.shape == (3, 5)
-    assert got.dtype == torch.bfloat16

@@ -58,5 +58,6 @@ at::Tensor column_means(const at::Tensor& x, int64_t first, int64_t columns, int
 }  // namespace harmoq
 
 TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
-  m.def("column_means(Tensor x, int first, int columns, int images) -> Tensor", &harmoq::column_means);
+  m.def("column_means(Tensor x, int first, int columns, int images) -> Tensor",
+        torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(harmoq::column_means)));
 }
