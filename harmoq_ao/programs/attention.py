@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from harmoq_ao.common.errors import KernelError
 from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
 from harmoq_ao.programs.attention_matching import Match, constant_of, scaled
 from harmoq_ao.programs.channel_attention import lower_channel_attention
@@ -39,9 +40,12 @@ def lower_attention(lowering: Context, match: Match) -> Value | None:
     if scores is None:
         return None
     quantizers: list[Any] = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
-    kernel = AttentionKernel(
-        q, k, v, q_factor, *scores, quantizers[0], quantizers[1], match.relative, lowering.half, query.matrix.rows
-    )
+    try:
+        kernel = AttentionKernel(
+            q, k, v, q_factor, *scores, quantizers[0], quantizers[1], match.relative, lowering.half, query.matrix.rows
+        )
+    except KernelError:  # bounds from the data, a joint scale of the values
+        return None
     exact = match.scores is not None or not lowering.half
     reads = [
         Read(operand.matrix, part.first, part.heads * part.width, exact)
