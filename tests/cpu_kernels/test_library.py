@@ -583,7 +583,7 @@ def test_the_command(place: Path, monkeypatch: pytest.MonkeyPatch, value: str, c
 def test_sources_are_installed() -> None:
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
     patterns = project["tool"]["setuptools"]["package-data"]["harmoq_ao.cpu_kernels"]
-    files = [path.relative_to(compiler.SOURCES.parent) for path in compiler.SOURCES.iterdir()]
+    files = [p.relative_to(compiler.SOURCES.parent) for p in compiler.SOURCES.rglob("*") if p.is_file()]
     assert {path.suffix for path in files} == {".cpp", ".h", ".map"}
     assert all(any(path.match(pattern) for pattern in patterns) for path in files)
 
