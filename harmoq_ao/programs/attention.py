@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
-from harmoq_ao.programs.attention_matching import Match, constant_of, scaled
+from harmoq_ao.programs.attention_matching import Match, constant_of, resolved, scaled
 from harmoq_ao.programs.channel_attention import lower_channel_attention
 from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import find_heads, result_index
@@ -39,7 +39,7 @@ def lower_attention(lowering: Context, match: Match) -> Value | None:
     scores = _scores(lowering, match, shape)
     if scores is None:
         return None
-    quantizers: list[Any] = [_resolved(lowering, arguments) for arguments in (match.scores, match.products)]
+    quantizers: list[Any] = [resolved(lowering.known, arguments) for arguments in (match.scores, match.products)]
     try:
         kernel = AttentionKernel(
             q, k, v, q_factor, *scores, quantizers[0], quantizers[1], match.relative, lowering.half, query.matrix.rows
@@ -58,13 +58,6 @@ def lower_attention(lowering: Context, match: Match) -> Value | None:
     return lowering.module_step(kernel, reads, results, dtype)[0]
 
 
-def _resolved(lowering: Context, arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
-    """Arguments of a product with the constants themselves."""
-    if arguments is None:
-        return None
-    return tuple(lowering.known[a] if isinstance(a, fx.Node) else a for a in arguments)
-
-
 def _once(rows: Tensor) -> bool:
     """Whether no token is in two windows."""
     real = rows[rows >= 0]
@@ -78,7 +71,7 @@ def _scores(
     lowering: Context, match: Match, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor | None, Mask | None] | None:
     """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
-    windows, heads, queries, keys = shape
+    _, heads, queries, keys = shape
     view: tuple[int, ...] = (*tuple(match.query.meta["shape"][:-1]), keys)
     factor, bias, mask = torch.ones(heads), None, None
     for kind, operand in match.terms:
@@ -98,7 +91,7 @@ def _scores(
         elif of_windows is not None:
             if mask is not None:
                 return None
-            mask = lowering_mask(lowering, of_windows, windows)
+            mask = _mask(lowering, of_windows)
         elif of_heads is not None:
             bias = of_heads if bias is None else bias + of_heads
     whole = None if bias is None else bias.expand(heads, queries, keys).float().contiguous()
@@ -128,10 +121,10 @@ def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tupl
     return None, table.reshape(-1, queries, keys)
 
 
-def lowering_mask(lowering: Context, table: Tensor, windows: int) -> Mask | None:
+def _mask(lowering: Context, table: Tensor) -> Mask | None:
     """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
     for other, mask in lowering.masks:
         if other.shape == table.shape and torch.equal(other, table):
             return mask
-    lowering.masks.append((table, Mask.of(table, windows)))
+    lowering.masks.append((table, Mask.of(table)))
     return lowering.masks[-1][1]

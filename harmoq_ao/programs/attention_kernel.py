@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.cpu_kernels import window_attention
 from harmoq_ao.cpu_kernels.memory import token_rows
-from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block, window_attention
-from harmoq_ao.kernels.ops import matmul_contraction, of_map
-from harmoq_ao.quant import integer_reference
+from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block
+from harmoq_ao.kernels.ops import matmul_contraction
 
 if TYPE_CHECKING:
     from harmoq_ao.programs.heads import Heads
@@ -34,7 +35,7 @@ class Mask:
     kinds: Tensor | None
 
     @staticmethod
-    def of(table: Tensor, windows: int) -> Mask | None:
+    def of(table: Tensor) -> Mask | None:
         """A mask `[windows, N, M]`; None where it is all zeros."""
         value = float(table.min())
         if value == 0 and float(table.max()) == 0:
@@ -57,16 +58,6 @@ class Mask:
                 kept.append(own)
             numbers.append(kinds[key])
         return Mask(None, value, torch.stack(kept).contiguous(), torch.tensor(numbers, dtype=torch.int32))
-
-    def scores(self, keys: int) -> Tensor:
-        """What is added, `[windows, 1, N, M]`."""
-        if self.regions is not None:
-            apart = self.regions[:, :, None] != self.regions[:, None, :]
-            return torch.where(apart, self.value, 0.0)[:, None]
-        assert self.tables is not None
-        assert self.kinds is not None
-        padded = torch.cat([self.tables, torch.zeros_like(self.tables[:1])])
-        return padded[self.kinds.long()][:, None]
 
 
 class AttentionKernel(nn.Module):
@@ -119,14 +110,20 @@ class AttentionKernel(nn.Module):
             left, right = matmul_contraction(*scores[:5]), matmul_contraction(*products[:5])
             self.quantizers, self.reciprocals = pack_quantizers(*left, *right, query.width)
         self.query, self.key, self.value = query, key, value
-        self.factor, self.bias, self.mask = factor, bias, mask
-        self.scores, self.products, self.relative, self.in_half, self.length = scores, products, relative, half, length
+        self.factor, self.mask, self.relative, self.length = factor, mask, relative, length
+        self.in_half = half and self.quantizers is None
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self._attend(window_attention.window_attention, query, key, value)
+
+    def reference(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The same in plain torch, without the rounding of `half`."""
+        return self._attend(window_attention.reference, query, key, value)
+
+    def _attend(self, attention: Callable[..., None], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         width = self.query.heads * self.query.width
-        half = self.in_half and self.quantizers is None
-        out = token_rows(self.length, width, torch.bfloat16 if half else torch.float32)
-        window_attention(
+        out = token_rows(self.length, width, torch.bfloat16 if self.in_half else torch.float32)
+        attention(
             out,
             self.query.rows,
             0,
@@ -149,51 +146,9 @@ class AttentionKernel(nn.Module):
             self.packed_tables,
             self.kinds,
             block=self.block,
-            half=half,
+            half=self.in_half,
             quantizers=self.quantizers,
             reciprocals=self.reciprocals,
             relative=self.relative,
         )
         return out
-
-    def reference(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The same in plain torch."""
-        q, k, v = (_heads(m, h) for m, h in ((query, self.query), (key, self.key), (value, self.value)))
-        q = q * self.q_factors[:, None, None]
-        kt = k.transpose(-2, -1)
-        if self.in_half and self.scores is None:
-            q, kt, v = (part.bfloat16().float() for part in (q, kt, v))
-        scores = q @ kt if self.scores is None else _integer(q, kt, self.scores)
-        scores = scores * self.factor[:, None, None]
-        if self.bias is not None:
-            scores = scores + self.bias
-        if self.mask is not None:
-            added = self.mask.scores(k.shape[2])
-            scores = scores + added.repeat(len(scores) // len(added), 1, 1, 1)
-        weights = torch.softmax(scores, -1)
-        if self.products is None:
-            mixed = weights @ v
-        elif self.relative:
-            act = matmul_contraction(*self.products[:5]).left.act
-            assert act is not None
-            mixed = of_map(weights, act, lambda r: _integer(r, v, self.products))
-        else:
-            mixed = _integer(weights, v, self.products)
-        rows, tokens = self.query.rows.reshape(-1).long(), mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-        out = torch.zeros(self.length + 1, tokens.shape[1])
-        out[torch.where(rows < 0, self.length, rows)] = tokens
-        return out[:-1].to(torch.bfloat16 if self.in_half and self.scores is None else torch.float32)
-
-
-def _heads(matrix: Tensor, heads: Heads) -> Tensor:
-    """`[windows, heads, tokens, width]` float32."""
-    part = matrix[:, heads.first : heads.first + heads.heads * heads.width].float()
-    padded = torch.cat([part, part.new_zeros(1, part.shape[1])])
-    rows = torch.where(heads.rows < 0, len(part), heads.rows).long()
-    return padded[rows].unflatten(-1, (heads.heads, heads.width)).transpose(1, 2)
-
-
-def _integer(left: Tensor, right: Tensor, quantizers: tuple[Any, ...] | None) -> Tensor:
-    assert quantizers is not None
-    contraction = matmul_contraction(*quantizers[:5])
-    return integer_reference.quantized_matmul(left, right, *contraction)

@@ -170,3 +170,10 @@ def constant_of(lookup: dict[fx.Node, Any], operand: Any) -> Tensor | float | No
     """The constant behind an operand: a tensor, a number, or None."""
     found = lookup.get(operand) if isinstance(operand, fx.Node) else operand
     return found if isinstance(found, (Tensor, int, float)) else None
+
+
+def resolved(lookup: dict[fx.Node, Any], arguments: tuple[Any, ...] | None) -> tuple[Any, ...] | None:
+    """Arguments of a product with the constants themselves; None for None."""
+    if arguments is None:
+        return None
+    return tuple(lookup[a] if isinstance(a, fx.Node) else a for a in arguments)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram, channel_gram_codes
 from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
-from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized
+from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized, resolved
 from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
 from harmoq_ao.programs.indices import Index
@@ -102,11 +102,11 @@ Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 def _quantizers(lowering: Context, match: Match) -> Quantizers | bool | None:
     """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
-    if match.scores is None or match.products is None:
-        return None
     found: list[Any] = []
     for arguments in (match.scores, match.products):
-        own = [lowering.known[a] if isinstance(a, fx.Node) else a for a in arguments]
+        own = resolved(lowering.known, arguments)
+        if own is None:
+            return None
         left_bounds, right_bounds, joint_scale, left_bits, right_bits, backend = own
         if left_bounds is None or right_bounds is None or joint_scale is not None or backend != "auto":
             return False

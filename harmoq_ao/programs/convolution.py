@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.cpu_kernels.column_means import column_means
-from harmoq_ao.cpu_kernels.depthwise import depthwise
+from harmoq_ao.cpu_kernels.depthwise import depthwise, depthwise_weight
+from harmoq_ao.programs.materialize import to_matrix
 
 
 def _plain(geometry: tuple[Any, ...]) -> bool:
@@ -51,8 +52,7 @@ class Convolution(nn.Module):
     def forward(self, matrix: Tensor) -> Tensor:
         images, _, height, width = self.shape
         x = matrix.to(self.weight.dtype).contiguous().view(images, height, width, -1).permute(0, 3, 1, 2)
-        y = torch.ops.aten.convolution.default(x, self.weight, self.bias, *self.geometry)
-        return y.permute(0, 2, 3, 1).reshape(-1, y.shape[1])
+        return to_matrix(torch.ops.aten.convolution.default(x, self.weight, self.bias, *self.geometry))
 
 
 class Depthwise(nn.Module):
@@ -60,8 +60,7 @@ class Depthwise(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, first: int, images: int, height: int, width: int) -> None:
         super().__init__()
-        taps = weight.flatten(1).t().float().contiguous()
-        self.weight = nn.Parameter(taps, requires_grad=False)
+        self.weight = nn.Parameter(depthwise_weight(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.first, self.size = first, (images, height, width)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise
-from harmoq_ao.programs.materialize import Gather, TorchOperator
+from harmoq_ao.programs.materialize import Gather, TorchOperator, to_matrix
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step, Value
 
 
@@ -85,7 +85,7 @@ class ImageRows(nn.Module):
     """An image batch `[B, C, H, W]` as a matrix of pixels."""
 
     def forward(self, image: Tensor) -> Tensor:
-        return image.permute(0, 2, 3, 1).reshape(-1, image.shape[1]).float()
+        return to_matrix(image).float()
 
 
 class Rowwise(nn.Module):
@@ -109,14 +109,14 @@ class _RowGroup:
         self.outputs = [step.results[0] for step in group if self._leaves(step)]
         self.program = RowProgram(len(self.inputs))
         self.slots: dict[Matrix, int] = {matrix: slot for slot, matrix in enumerate(self.inputs)}
-        self.copies: list[tuple[Matrix, int]] = []
+        self.copies: dict[Matrix, int] = {}
         self._place()
         for step in group:
             sources = [Columns(self.slots[r.matrix], r.first) for r in step.reads]
-            step.emit(self.program, Columns(self.slots[step.results[0]]), sources)
-            for matrix, slot in self.copies:
-                if matrix is step.results[0]:
-                    self.program.emit(Op.COPY, Columns(slot), Columns(self.slots[matrix]), matrix.columns)
+            (matrix,) = step.results
+            step.emit(self.program, Columns(self.slots[matrix]), sources)
+            if matrix in self.copies:
+                self.program.emit(Op.COPY, Columns(self.copies[matrix]), Columns(self.slots[matrix]), matrix.columns)
 
     def _leaves(self, step: RowStep) -> bool:
         matrix = step.results[0]
@@ -133,7 +133,7 @@ class _RowGroup:
             if exact or not read_here:
                 self.slots[matrix] = slot
             else:
-                self.copies.append((matrix, slot))
+                self.copies[matrix] = slot
                 temporaries.append(matrix)
         temporaries += [s.results[0] for s in self.group if s.results[0] not in self.outputs]
         self._share(temporaries)

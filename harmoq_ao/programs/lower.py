@@ -126,9 +126,8 @@ class Lowering:
         module = TorchOperator(node.target, args, kwargs)
         if "shape" in node.meta:
             return self.module_step(module, module.reads, [(node.meta["shape"], None)])[0]
-        parts: dict[Any, Any] = {
-            user.args[1]: user.meta["shape"] for user in node.users
-        }  # several results, taken by their numbers
+        # several results, taken by their numbers
+        parts: dict[Any, Any] = {user.args[1]: user.meta["shape"] for user in node.users}
         module.parts = tuple(parts)
         values = self.module_step(module, module.reads, [(shape, None) for shape in parts.values()])
         return dict(zip(parts, values, strict=True))
@@ -297,10 +296,10 @@ class Lowering:
 
     # --- channels -------------------------------------------------------------------------------------------------
 
-    def channel_step(self, value: Value, axis: int, width: int, make: Emit, keeps_zero: bool = False) -> Known:
+    def channel_step(self, value: Value, axis: int, width: int, make: Emit) -> Known:
         """A token-wise operation from all channels along an axis to `width` channels."""
         channels = value.index.channels(axis)
-        if channels is None or (channels.padded and not keeps_zero):
+        if channels is None or channels.padded:
             return None
         reads = [Read(value.matrix, channels.first, value.shape[axis])]
         matrix = self.row_step(value.matrix.rows, width, reads, make)
@@ -383,20 +382,15 @@ class Lowering:
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
         """A convolution of a value with its channels last in memory."""
         natural = self.roots.channels_first(tuple(x.shape))
-        if x.matrix.columns != x.shape[1] or (x.index is not natural and not _same(x.index, natural)):
-            x = self.reordered(x, natural)
+        x = self.reordered(x, natural)
         read = Read(x.matrix, 0, x.matrix.columns, exact)
         return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
 
     def reordered(self, value: Value, natural: Index) -> Value:
         """The same value as all of a matrix in natural order."""
         channels = value.index.channels(1)
-        if (
-            channels is not None
-            and channels.in_order
-            and channels.first == 0
-            and value.matrix.columns == value.shape[1]
-        ):
+        whole = value.matrix.columns == value.shape[1]
+        if whole and channels is not None and channels.in_order and channels.first == 0:
             return Value(value.matrix, natural)
         module = Reordered(value, natural)
         read = Read(value.matrix, 0, value.matrix.columns)
@@ -431,10 +425,6 @@ def _all_float(node: fx.Node) -> bool:
     """Whether neither operands nor result of a call are whole numbers, truth values or complex."""
     types = [n.meta["dtype"] for n in (node, *node.all_input_nodes) if "dtype" in n.meta]
     return all(dtype.is_floating_point for dtype in types)
-
-
-def _same(a: Index, b: Index) -> bool:
-    return a.length == b.length and torch.equal(a.rows, b.rows) and torch.equal(a.columns, b.columns)
 
 
 def _column_vector(index: Index, constant: Tensor) -> Tensor | None:

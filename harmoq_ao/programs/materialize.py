@@ -44,9 +44,8 @@ class Gather(nn.Module):
             if channels is None:
                 continue
             others = [a for a in axes if a != last]
-            orders = itertools.permutations(others) if channels.rows is not None else [tuple(others)]
             self.first = channels.first
-            for order in orders:
+            for order in itertools.permutations(others):
                 rows = index.rows.select(last, 0).permute([others.index(a) for a in order]).reshape(-1)
                 if len(rows) == index.length and torch.equal(rows, torch.arange(len(rows), dtype=rows.dtype)):
                     self.axes = (*order, last)

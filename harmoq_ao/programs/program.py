@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.common.tracing import is_traced
 from harmoq_ao.cpu_kernels import library
+from harmoq_ao.lowering.fusing import is_traced
 from harmoq_ao.programs.emit import emit
 from harmoq_ao.programs.lower import Lowering
 from harmoq_ao.programs.record import Unrecordable, record, version_of
@@ -135,7 +135,7 @@ class Programs:
 
 def _is_watched(image: Tensor) -> bool:
     """Whether somebody records what runs: then modules and operators are to be seen."""
-    if is_traced() or torch.jit.is_tracing() or torch.jit.is_scripting():  # type: ignore[attr-defined]
+    if is_traced():
         return True
     hooks = nn.modules.module._global_forward_hooks, nn.modules.module._global_forward_pre_hooks
     return type(image) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or any(hooks)

@@ -1,6 +1,6 @@
 """What a model computes for images of one size: its operators as one flat graph, recorded without computing them.
 
-The model runs once on stand-ins that know shapes alone (`torch`'s fake tensors). Whatever does not depend on the image
+The model runs once on stand-ins that know shapes alone (:class:`StandIn`). Whatever does not depend on the image
 runs for real at that time and becomes a constant: masks, coordinates, tables of indices. Quantized sites and attention
 show themselves as one operator each (`common/tracing.py`).
 """
@@ -19,8 +19,6 @@ from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
-
-_FUNCTIONAL = {"relu_": "relu", "leaky_relu_": "leaky_relu", "hardtanh_": "hardtanh", "silu_": "silu", "gelu_": "gelu"}
 
 _LARGE = 1 << 16  # values of a constant that is looked for among others
 

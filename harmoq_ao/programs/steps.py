@@ -90,7 +90,6 @@ class ModuleStep(Step):
     Args:
         module: Takes a tensor `[rows, columns]` for each read, whole matrices.
         dtype: Type of the results.
-        values: Results are values in a shape of their own, which `to_matrix` turns into matrices.
     """
 
     module: nn.Module = field(default_factory=nn.Identity)

@@ -1,7 +1,7 @@
 // What attention does with vectors: tokens to floats, floats to elements, exponentials, codes, words of a map.
 #pragma once
 
-#include "common.h"
+#include "rowwise/vectors.h"
 
 #include <cstdint>
 #include <type_traits>
@@ -38,17 +38,7 @@ inline Vec load_floats(const BFloat16* p, const Lanes& lanes) {
 #endif
 }
 
-inline Vec load_floats(const int32_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-  return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
-#elif defined(CPU_CAPABILITY_AVX2)
-  return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#else
-  alignas(64) float values[kLanes];
-  for (int64_t i = 0; i < kLanes; ++i) values[i] = static_cast<float>(p[i]);
-  return Vec::loadu(values);
-#endif
-}
+inline Vec load_floats(const int32_t* p) { return load_int(p); }
 
 inline void store_elements(float* p, Vec x) { x.store(p); }
 
