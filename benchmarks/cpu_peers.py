@@ -175,7 +175,7 @@ def _nncf(job: Job, precision: str) -> Run:
     return _openvino_run(model, precision)
 
 
-def _quantized(job: Job, bits: int, per_token: bool = False, profile: Profile = "deploy") -> h.QuantizedModel:
+def quantized_model(job: Job, bits: int, per_token: bool = False, profile: Profile = "deploy") -> h.QuantizedModel:
     """Our model, from the work folder where it was made before."""
     kind = "-token" if per_token else "" if profile == "deploy" else f"-{profile}"
     folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{kind}"
@@ -187,11 +187,11 @@ def _quantized(job: Job, bits: int, per_token: bool = False, profile: Profile = 
 
 
 def _native_compiled(job: Job, bits: int) -> Run:
-    return h.compile_model(_quantized(job, bits).set_float_dtype(torch.bfloat16), keep=1)
+    return h.compile_model(quantized_model(job, bits).set_float_dtype(torch.bfloat16), keep=1)
 
 
 def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
-    return h.lower_openvino(_quantized(job, bits, per_token), keep=1)
+    return h.lower_openvino(quantized_model(job, bits, per_token), keep=1)
 
 
 CONTENDERS: dict[str, Callable[[Job], Run]] = {
@@ -206,8 +206,8 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "OpenVINO bf16": lambda job: _openvino_run(_openvino_model(job), "bf16"),
     "NNCF int8": partial(_nncf, precision="f32"),
     "NNCF int8, bf16 rest": partial(_nncf, precision="bf16"),
-    **{f"harmoq W{b}A{b}": partial(_quantized, bits=b) for b in (8, 4, 2)},
-    "harmoq W4A4, paper": partial(_quantized, bits=4, profile="paper"),
+    **{f"harmoq W{b}A{b}": partial(quantized_model, bits=b) for b in (8, 4, 2)},
+    "harmoq W4A4, paper": partial(quantized_model, bits=4, profile="paper"),
     **{f"harmoq W{b}A{b}, torch.compile": partial(_native_compiled, bits=b) for b in (8, 4, 2)},
     **{f"harmoq W{b}A{b}, OpenVINO": partial(_lowered, bits=b) for b in (8, 4, 2)},
     "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),
