@@ -89,8 +89,12 @@ class Job:
     def crops(self) -> list[Tensor]:
         """Calibration crops `[3, size, size]`, the same for all."""
         photographs = list(skimage_photographs("calibration").values())
-        count = CROPS if self.model == "dat-light" else UNTRAINED_CROPS
-        return list(h.CalibrationCrops(photographs, size=self.size, count=count, downscale=SCALE))
+        return list(h.CalibrationCrops(photographs, size=self.size, count=self.crop_count, downscale=SCALE))
+
+    @property
+    def crop_count(self) -> int:
+        """Number of calibration crops."""
+        return CROPS if self.model == "dat-light" else UNTRAINED_CROPS
 
 
 # --- contenders -------------------------------------------------------------------------------------------------------
@@ -357,7 +361,7 @@ def run(job: Job, options: Any) -> None:
     if not missing:
         return
     about |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, job.size, job.size], "rounds": options.rounds}
-    about |= {"calibration_crops": CROPS, **environment(PACKAGES)}
+    about |= {"calibration_crops": job.crop_count, **environment(PACKAGES)}
     with ExitStack() as stack:
         start = partial(Worker, job=job, set5=set5, threads=options.threads)
         yardsticks = {name: stack.enter_context(closing(start(name))) for name in YARDSTICKS}
