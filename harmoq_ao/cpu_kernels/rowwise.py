@@ -127,11 +127,10 @@ def linear_constants(operands: LinearOperands) -> tuple[Tensor, ...]:
     """Constants of :attr:`Op.LINEAR` for a linear with static bounds.
 
     Returns:
-        reciprocal `[K]`, offset `[K]`, weight codes `[K4 / 4, N', 4]` int8 (see :func:`pack_groups`), scale `[N]`,
+        reciprocal `[K]`, offset `[K]`, weight codes `[K64 / 4, N16, 4]` int8 (see :func:`pack_tiles`), scale `[N]`,
         constant `[N]` and, where weight codes do not have their zero at a whole number, shift `[N]`:
         ``y = (acc + shift * row_sum) * scale + constant``. With a shift the packed weight has a column of ones after
-        the others, whose accumulator is the sum of the row's codes. Zeros follow up to a multiple of 16 columns, a
-        cache line: matrix units load rows that begin within a line at half the speed.
+        the others, whose accumulator is the sum of the row's codes.
     """
     assert operands.act is not None
     codes, scale, shift = operands.weight, operands.weight_scale, operands.weight_shift
@@ -142,22 +141,24 @@ def linear_constants(operands: LinearOperands) -> tuple[Tensor, ...]:
     rows = [codes]
     if bool((shift != 0).any()):
         rows.append(torch.ones(1, columns, dtype=torch.int8))
-    stacked = torch.cat(rows)
-    packed = pack_groups(F.pad(stacked, (0, 0, 0, -len(stacked) % 16)).t().contiguous(), 4)
+    packed = pack_tiles(torch.cat(rows))
     vectors = factor.expand(columns).contiguous(), offset.expand(columns).contiguous()
     return (*vectors, packed, scale * operands.act.step, constant, *([shift] if len(rows) == 2 else []))
 
 
-def pack_groups(matrix: Tensor, group: int) -> Tensor:
-    """`[K, N]` to `[ceil(K / group), N, group]`: what one instruction of the CPU multiplies, side by side."""
-    rows, columns = matrix.shape
-    padded = F.pad(matrix, (0, 0, 0, -rows % group))
-    return padded.reshape(-1, group, columns).transpose(1, 2).contiguous()
+def pack_tiles(codes: Tensor) -> Tensor:
+    """`[N, K]` to `[K64 / 4, N16, 4]`: what one instruction of the CPU multiplies side by side, in whole tiles of AMX.
+
+    K64 and N16 are K and N up to a multiple of 64 and 16; what pads is zero.
+    """
+    rows, columns = codes.shape
+    padded = F.pad(codes, (0, -columns % 64, 0, -rows % 16))
+    return padded.reshape(len(padded), -1, 4).transpose(0, 1).contiguous()
 
 
-def unpack_groups(packed: Tensor, rows: int) -> Tensor:
-    """Inverse of :func:`pack_groups`."""
-    return packed.transpose(1, 2).reshape(-1, packed.shape[1])[:rows]
+def unpack_tiles(packed: Tensor, columns: int) -> Tensor:
+    """Inverse of :func:`pack_tiles` but for the rows that pad: `[N16, K]`."""
+    return packed.transpose(0, 1).reshape(packed.shape[1], -1)[:, :columns]
 
 
 # --- the reference ----------------------------------------------------------------------------------------------------
@@ -214,7 +215,7 @@ class _Run:
         assert scale is not None
         assert constant is not None
         codes = integer_reference.quantize_codes(self.read(source, first, k), reciprocal, offset, bits)
-        acc = integer_reference.linear_accumulate(codes, unpack_groups(packed, k).t().contiguous())
+        acc = integer_reference.linear_accumulate(codes, unpack_tiles(packed, k).contiguous())
         contraction = acc[:, :n].float()
         if shift is not None:
             contraction = contraction + shift * acc[:, n : n + 1].float()

@@ -350,7 +350,6 @@ MALFORMED = {
     "linear without a scale": [Op.LINEAR, 13, 1, 0, 0, 0, 8, 8, 8, 0, 0, 2, -1, 0, -1],
     "linear without a weight": [Op.LINEAR, 13, 1, 0, 0, 0, 8, 8, 8, 0, 0, -1, 0, 0, -1],
     "packed for another width": [Op.LINEAR, 13, 1, 0, 0, 0, 8, 8, 8, 0, 0, 3, 0, 0, -1],
-    "packed without its column of ones": [Op.LINEAR, 13, 1, 0, 0, 0, 8, 8, 8, 0, 0, 2, 0, 0, 0],
     "sixteen bits": [Op.LINEAR, 13, 1, 0, 0, 0, 8, 8, 16, 0, 0, 2, 0, 0, -1],
     "contracts nothing": [Op.LINEAR, 13, 1, 0, 0, 0, 0, 8, 8, 0, 0, 2, 0, 0, -1],
     "float weight of another shape": [Op.FLOAT_LINEAR, 8, 1, 0, 0, 0, 8, 8, 0, -1],
@@ -362,7 +361,7 @@ MALFORMED = {
 
 def run_code(code: list[int], rows_per_image: int = 5) -> list[Tensor]:
     vector, short = torch.ones(8), torch.ones(7)
-    packed, other = torch.ones(2, 8, 4, dtype=torch.int8), torch.ones(1, 8, 4, dtype=torch.int8)
+    packed, other = torch.ones(16, 16, 4, dtype=torch.int8), torch.ones(16, 8, 4, dtype=torch.int8)
     program = RowProgram(3, [], [8], list(map(int, code)), [vector, short, packed, other], [0.5])
     program.inputs, program.outputs = 1, [(8, torch.float32)]
     inputs = [torch.randn(5, 8), torch.randn(3, 8)] if code[0] == Op.PRODUCT else [torch.randn(5, 8)]

@@ -1,8 +1,9 @@
-// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between two
-// shapes of K: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
+// Products of whole tiles on AMX, C[rows, columns] = A[rows, K] B[K, columns], for kernels that alternate between
+// shapes: torch's `brgemm` configures the tiles anew at each change, which costs more than a small product.
 //
 // Rows and columns come in tiles of 16; what lies beyond is multiplied with the rest, so buffers are padded and padded
-// values only meet padded results. `B` is packed as in gemm.h. Elements are uint8 or bfloat16, four or two to a word.
+// values only meet padded results. `B` is packed as in gemm.h. Elements are 8-bit integers or bfloat16, four or two to a
+// word.
 #pragma once
 
 #include "common.h"
@@ -33,7 +34,7 @@ inline void finish_stores() { asm volatile("" ::: "memory"); }
 // The tiles of a thread: 0 to 3 accumulate, 4 and 5 are A and B of `amx_tall`, 6 and 7 those of `amx_wide`.
 class AmxTiles {
  public:
-  HARMOQ_AMX_TARGET explicit AmxTiles(int64_t tall_words) : tall_words(tall_words) {
+  HARMOQ_AMX_TARGET explicit AmxTiles(int64_t tall_words) {
     alignas(64) struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {};
@@ -49,27 +50,31 @@ class AmxTiles {
   HARMOQ_AMX_TARGET ~AmxTiles() { _tile_release(); }
   AmxTiles(const AmxTiles&) = delete;
   AmxTiles& operator=(const AmxTiles&) = delete;
-
-  const int64_t tall_words;
 };
 
-#define HARMOQ_TILE_DOT(c, a, b) \
-  if constexpr (sizeof(Element) == 2) { _tile_dpbf16ps(c, a, b); } else { _tile_dpbuud(c, a, b); }
+#define HARMOQ_TILE_DOT(c, a, b)                 \
+  if constexpr (sizeof(A) == 2) {                \
+    _tile_dpbf16ps(c, a, b);                     \
+  } else if constexpr (std::is_signed_v<B>) {    \
+    _tile_dpbusd(c, a, b);                       \
+  } else {                                       \
+    _tile_dpbuud(c, a, b);                       \
+  }
 
 struct AmxStrides {  // of A, in bytes
   int64_t row, group;
 };
 
-// Many rows, K of `groups` of `chunks` times `tall_words` words: B stays while A passes. Strides in bytes.
-template <typename Element, typename C>
-HARMOQ_AMX_TARGET inline void amx_tall(const AmxTiles& tiles, const Element* a, const AmxStrides& a_stride,
-                                       const Element* b, int64_t b_stride, C* c, int64_t c_stride, int64_t rows,
+// Many rows, K of `groups` of `chunks` times `words` words, the tall ones of the tiles: B stays while A passes. Strides in bytes.
+template <typename A, typename B, typename C>
+HARMOQ_AMX_TARGET inline void amx_tall(int64_t words, const A* a, const AmxStrides& a_stride,
+                                       const B* b, int64_t b_stride, C* c, int64_t c_stride, int64_t rows,
                                        int64_t columns, int64_t groups, int64_t chunks) {
   finish_stores();
   const char *a_bytes = reinterpret_cast<const char*>(a), *b_bytes = reinterpret_cast<const char*>(b);
   char* c_bytes = reinterpret_cast<char*>(c);
   const int64_t a_tile = 16 * a_stride.row, c_tile = 16 * c_stride;
-  const int64_t a_step = 4 * tiles.tall_words, b_step = tiles.tall_words * b_stride;
+  const int64_t a_step = 4 * words, b_step = words * b_stride;
   for (int64_t n = 0; n < columns / 16; ++n) {
     int64_t m = 0;
     for (; m + 4 <= rows / 16; m += 4) {
@@ -114,8 +119,8 @@ HARMOQ_AMX_TARGET inline void amx_tall(const AmxTiles& tiles, const Element* a, 
 }
 
 // Few rows, K of `chunks` whole tiles: A stays while B passes. Strides in bytes.
-template <typename Element, typename C>
-HARMOQ_AMX_TARGET inline void amx_wide(const Element* a, int64_t a_stride, const Element* b, int64_t b_stride, C* c,
+template <typename A, typename B, typename C>
+HARMOQ_AMX_TARGET inline void amx_wide(const A* a, int64_t a_stride, const B* b, int64_t b_stride, C* c,
                                        int64_t c_stride, int64_t rows, int64_t columns, int64_t chunks) {
   finish_stores();
   const char *a_bytes = reinterpret_cast<const char*>(a), *b_bytes = reinterpret_cast<const char*>(b);

@@ -3,6 +3,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <optional>
 
 #include "memory.h"
 #include "rowwise/norm.h"
@@ -55,7 +56,11 @@ struct Layout {
 class Worker {
  public:
   Worker(const Program& program, const Layout& layout)
-      : program_(program), layout_(layout), scratch_(thread_scratch(layout.bytes)) {}
+      : program_(program), layout_(layout), scratch_(thread_scratch(layout.bytes)) {
+#ifdef HARMOQ_AMX
+    if (program.longest > 0 && amx_available()) tiles_.emplace(kTileLength / 4);
+#endif
+  }
 
   void run_block(int64_t begin) {
     begin_ = begin, rows_ = std::min(layout_.block, program_.rows - begin);
@@ -129,10 +134,14 @@ class Worker {
 
   void integer_linear(const Step& s) {
     const LinearScratch scratch{{at<uint8_t>(layout_.codes), layout_.code_stride},
-                                {at<int32_t>(layout_.acc), kLinearColumns},
-                                at<float>(layout_.sums)};
+                                at<int32_t>(layout_.acc),
+                                at<float>(layout_.sums),
+                                has_tiles()};
     const Rows<const float> from = read(s.a, 0);
-    with_rows(s.to, begin_, [&](auto to) { linear_rows(s.linear, from, to, rows_, layout_.block, scratch); });
+    const bool temporary = program_.slots[s.to.slot].temporary;
+    // memory takes whole rows more than twice as fast as columns of half a cache line
+    linear_rows(s.linear, from, temporary ? floats(s.to) : stage(2), rows_, layout_.block, scratch);
+    if (!temporary) write(constant(stage(2)), s.to);
   }
 
   void float_linear(const Step& s) {
@@ -174,6 +183,14 @@ class Worker {
   }
 
   // --- operands -----------------------------------------------------------------------------------------------------
+
+  bool has_tiles() const {
+#ifdef HARMOQ_AMX
+    return tiles_.has_value();
+#else
+    return false;
+#endif
+  }
 
   template <typename T>
   T* at(int64_t offset) const {
@@ -233,6 +250,9 @@ class Worker {
   const Layout& layout_;
   std::byte* scratch_;
   int64_t begin_ = 0, rows_ = 0;
+#ifdef HARMOQ_AMX
+  std::optional<AmxTiles> tiles_;  // no product of torch's that needs tiles may run meanwhile: all others are float32
+#endif
 };
 
 // Inputs that a PRODUCT multiplies with have rows of their own; every other input has one for each token or image.

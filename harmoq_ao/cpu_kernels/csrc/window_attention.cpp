@@ -434,7 +434,7 @@ class Worker {
     std::memset(static_cast<void*>(values_), 0, (group * value_stride_ + kTile) * keys_ * sizeof(Element));
 #ifdef HARMOQ_AMX
     if constexpr (sizeof(Element) <= 2) {
-      if (amx_available()) amx_.emplace(std::min(stride_, kLine) / kPack);
+      if (amx_available()) amx_.emplace(tall_words());
     }
 #endif
     if constexpr (kCodes<Element>) fill_ones();
@@ -459,6 +459,8 @@ class Worker {
  private:
   static constexpr int64_t kPack = kGroup<Element>;
   static constexpr int64_t kLine = 64 / sizeof(Element);  // elements of a row of a tile
+
+  int64_t tall_words() const { return std::min(stride_, kLine) / kPack; }
 
   int64_t zeros() const { return std::max(group_ * p_.head_dim, p_.block); }
 
@@ -576,7 +578,7 @@ class Worker {
   void products_with_ones(int64_t value_columns) {
 #ifdef HARMOQ_AMX
     if (amx_) {
-      amx_tall(*amx_, keys_rows_, {key_stride_, keys_ * key_stride_}, head_ones_, sum_columns_ * 4, key_sums_,
+      amx_tall(tall_words(), keys_rows_, {key_stride_, keys_ * key_stride_}, head_ones_, sum_columns_ * 4, key_sums_,
                sum_columns_ * 4, round_up(p_.keys, kTile), sum_columns_, heads_, (stride_ + kLine - 1) / kLine);
       amx_wide(values_, keys_, ones_, kTile * 4, value_sums_, kTile * 4, round_up(value_columns, kTile), kTile,
                keys_ / kLine);
@@ -656,7 +658,7 @@ class Worker {
 #ifdef HARMOQ_AMX
     if constexpr (sizeof(Element) <= 2) {
       if (amx_)
-        return amx_tall(*amx_, k, {key_stride_ * int64_t(sizeof(Element)), 0}, q, queries_ * 4, products_, p_.block * 4,
+        return amx_tall(tall_words(), k, {key_stride_ * int64_t(sizeof(Element)), 0}, q, queries_ * 4, products_, p_.block * 4,
                         round_up(count, kTile), width, 1, (stride_ + kLine - 1) / kLine);
     }
 #endif

@@ -1,6 +1,7 @@
 // Linears of a block of rows: quantize, integer product, epilogue; and the float ones.
 #pragma once
 
+#include "../amx.h"
 #include "../gemm.h"
 #include "elementwise.h"
 
@@ -8,13 +9,15 @@ namespace harmoq {
 
 constexpr int64_t kMaxLinearLength = 65793;  // (2^31 - 1) / (255 * 128): beyond it int32 could overflow
 constexpr int64_t kLinearColumns = 192;      // accumulators of a block of rows and so many columns stay in L1
+constexpr int64_t kTileColumns = 16;           // of AMX
+constexpr int64_t kTileLength = 64;            // elements that a tile of AMX contracts
 constexpr int64_t kNarrow = 4;               // float linears of at most so many columns are dot products
 
 struct IntegerLinear {
   int64_t k, n;
   float top;                         // largest code
   const float *reciprocal, *offset;  // [k]
-  const signed char* weight;         // [k4 / 4, columns, 4]
+  const int8_t* weight;              // [k64 / 4, columns, 4]: whole tiles of AMX
   int64_t columns, products;         // of the packed weight; multiplied: n, and one of ones if there is a shift
   const float *scale, *constant, *shift;  // [n], shift may be null
 };
@@ -56,26 +59,42 @@ inline void epilogue_rows(const IntegerLinear& linear, int64_t first, int64_t wi
 
 struct LinearScratch {
   Rows<uint8_t> codes;  // at least `block` rows
-  Rows<int32_t> acc;
+  int32_t* acc;         // [block, kLinearColumns]
   float* sums;
+  bool tiles;           // those of AMX are configured
 };
 
+// Accumulators of `width` columns from `first` on, their rows `stride` apart.
+inline void multiply_codes(const IntegerLinear& linear, int64_t first, int64_t width, int64_t stride, int64_t block,
+                           const LinearScratch& scratch) {
+  const int8_t* weight = linear.weight + first * 4;
+#ifdef HARMOQ_AMX
+  if (scratch.tiles) {
+    return amx_tall(kTileLength / 4, scratch.codes.data, {scratch.codes.stride, 0}, weight, linear.columns * 4,
+                    scratch.acc, stride * 4, block, kTileColumns, 1, (linear.k + kTileLength - 1) / kTileLength);
+  }
+#endif
+  gemm(block, width, packed_rows(linear.k, 4), scratch.codes.stride, linear.columns, stride, scratch.codes.data, weight,
+       scratch.acc);
+}
+
 // Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` stay as they are.
-// Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need.
+// Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need. On AMX so
+// few at a time that their accumulators go from tiles to results through lines that stay in L1.
 template <typename To>
 inline void linear_rows(const IntegerLinear& linear, Rows<const float> from, Rows<To> to, int64_t rows, int64_t block,
                         const LinearScratch& scratch) {
   quantize_rows(linear, from, scratch.codes, rows);
-  const int64_t k4 = packed_rows(linear.k, 4), blocks = (linear.products + kLinearColumns - 1) / kLinearColumns;
-  for (int64_t first = (blocks - 1) * kLinearColumns; first >= 0; first -= kLinearColumns) {
-    const int64_t width = std::min(kLinearColumns, linear.products - first);
-    gemm(block, width, k4, scratch.codes.stride, linear.columns, scratch.acc.stride, scratch.codes.data,
-         linear.weight + first * 4, scratch.acc.data);
+  const int64_t some = scratch.tiles ? kTileColumns : kLinearColumns;
+  for (int64_t first = (linear.products - 1) / some * some; first >= 0; first -= some) {
+    const int64_t width = std::min(some, linear.products - first);
+    const Rows<const int32_t> acc{scratch.acc, some};
+    multiply_codes(linear, first, width, some, block, scratch);
     const int64_t results = std::min(width, linear.n - first);
     if (results < width) {
-      for (int64_t r = 0; r < rows; ++r) scratch.sums[r] = static_cast<float>(scratch.acc[r][results]);
+      for (int64_t r = 0; r < rows; ++r) scratch.sums[r] = static_cast<float>(acc[r][results]);
     }
-    epilogue_rows(linear, first, results, {scratch.acc.data, scratch.acc.stride}, scratch.sums, to, rows);
+    epilogue_rows(linear, first, results, acc, scratch.sums, to, rows);
   }
 }
 

@@ -143,12 +143,11 @@ class Decoder {
     const at::Tensor packed = constant(next("weight"), at::kChar);
     l.scale = needed(vector(s.n)), l.constant = needed(vector(s.n)), l.shift = vector(s.n);
     l.products = s.n + (l.shift ? 1 : 0);
-    const bool fits = packed.dim() == 3 && packed.size(0) == packed_rows(s.k, 4) / 4 && packed.size(1) >= l.products &&
-                      packed.size(2) == 4;
-    TORCH_CHECK(fits, "rowwise: the packed weight of a ", s.k, " to ", s.n, " linear has shape [",
-                packed_rows(s.k, 4) / 4, ", ", l.products, " or more, 4], got ", packed.sizes());
-    l.columns = packed.size(1);
-    l.weight = reinterpret_cast<const signed char*>(packed.const_data_ptr());
+    const int64_t groups = packed_rows(s.k, kTileLength) / 4, columns = packed_rows(l.products, kTileColumns);
+    TORCH_CHECK(packed.sizes() == at::IntArrayRef({groups, columns, 4}), "rowwise: the packed weight of a ", s.k, " to ",
+                s.n, " linear has shape [", groups, ", ", columns, ", 4], got ", packed.sizes());
+    l.columns = columns;
+    l.weight = static_cast<const int8_t*>(packed.const_data_ptr());
     program_.longest = std::max(program_.longest, s.k);
   }
 
