@@ -31,7 +31,7 @@ class SiteRow:
 
     Args:
         name: Site name.
-        kind: ``linear``, ``matmul``, ``conv2d`` or ``module`` (a whole module left float).
+        kind: ``linear``, ``matmul``, ``conv2d`` or ``conv`` (another convolution, which stays float).
         shape: Weight shape, or the contracted length of a product of activations (0: depends on the image).
         weight_bits: Bits of the weight or right operand; 32 is float.
         act_bits: Bits of the activation or left operand; 32 is float.

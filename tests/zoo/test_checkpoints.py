@@ -94,7 +94,7 @@ def test_traits_are_everything_but_the_module(tmp_path: Path, swinir_bytes: byte
     path = tmp_path / "model.pth"
     path.write_bytes(swinir_bytes)
     loaded = checkpoints.load_model(path)
-    assert checkpoints.LoadedModel(model=loaded.model, **json.loads(json.dumps(loaded.traits()))) == loaded
+    assert checkpoints.LoadedModel(model=loaded.model, **loaded.traits()) == loaded
 
 
 @needs_demo
