@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from harmoq_ao.common.errors import ConfigError, InputError, SavedModelError
 from harmoq_ao.common.structure import image_of, image_path
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import Discovery, IslandState, is_island, leave_fast_path, make_island
+from harmoq_ao.preparation.baking import bake_weights, copied
 from harmoq_ao.preparation.fingerprint import fingerprint
 from harmoq_ao.preparation.first_runs import first_runs
 from harmoq_ao.preparation.measure import measure, report_unreached
@@ -61,12 +61,13 @@ def prepare_harmoq(
             image cannot be told.
     """
     config = config or HarmoqConfig()
-    copied = _float_copy(model)
-    made_of = fingerprint(copied)  # before a run leaves something in it
-    leave_fast_path(copied)
+    own = _float_copy(model)
+    made_of = fingerprint(own)  # before a run leaves something in it
+    leave_fast_path(own)
+    bake_weights(own)
     with torch.no_grad():
-        first = first_runs(copied, example_inputs)
-        prepared = PreparedModel(copied, config, _traits(model, copied, *first.runs[0], output))
+        first = first_runs(own, example_inputs)
+        prepared = PreparedModel(own, config, _traits(model, own, *first.runs[0], output))
         prepared.fingerprint = made_of
         prepared.example_shapes = [tuple(example.shape) for example, _ in first.runs]
         _make_islands(prepared, first.found, strict)
@@ -104,7 +105,7 @@ def _float_copy(model: Any) -> nn.Module:
         raise InputError("prepare_harmoq takes a torch model", found=type(model).__name__, expected="torch.nn.Module")
     if any(isinstance(m, PreparedSite) or is_island(m) for m in model.modules()):
         raise InputError("This model is prepared already", remedy="prepare the float model it was made from")
-    return copy.deepcopy(model).eval()
+    return copied(model).eval()
 
 
 def _traits(given: Any, model: nn.Module, example: Tensor, output: Any, named: str | int | None) -> ModelTraits:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.tracing import is_recording, is_traced
 from harmoq_ao.config import SiteSettings
+from harmoq_ao.graph.namespaces import active_tracer
 from harmoq_ao.kernels import compiler_view, ops
 from harmoq_ao.kernels.float_matmul import MatmulContraction
 from harmoq_ao.kernels.linear import LinearContraction
@@ -203,7 +204,10 @@ class WeightedSite(QuantizedSite):
             codes = vars(self).get("_buffers", {}).get("codes")
             if name != "weight" or codes is None:
                 raise
-        return WeightFacts(torch.Size(self.site.shape), codes.device)
+        shape = torch.Size(self.site.shape)
+        if active_tracer() is None:
+            return WeightFacts(shape, codes.device)
+        return torch.zeros((), device=codes.device).expand(shape)  # tied to a functional call, whose site has its own
 
     def _register_weight(self, rows: int, columns: int) -> None:
         spec = self.settings.weight

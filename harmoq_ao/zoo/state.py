@@ -27,6 +27,8 @@ _COUNTERS = frozenset(
     {"n_averaged", "num_updates", "decay", "initted", "step", "total_ops", "total_params", "ema_decay", "global_step"}
 )
 _DEEPEST = 5
+_DRCT_MASK = "layers.0.swin2.attn_mask"
+_WINDOWS = 16  # of the training image: any number above one; it decides the size of the mask that is made beforehand
 _NORM = (("weight_g", "weight_v"), ("parametrizations.weight.original0", "parametrizations.weight.original1"))
 
 
@@ -140,6 +142,10 @@ def with_index_tables(state: dict[str, Tensor]) -> Iterator[tuple[dict[str, Tens
     if overlaps:
         rooted["relative_position_index_OCA"] = torch.zeros(window**2, overlaps[0] ** 2, dtype=torch.long)
     own = {f"{name}index": torch.zeros(w**2, w**2, dtype=torch.long) for name, w in windows.items()}
+    if _DRCT_MASK.replace("attn_mask", "attn.relative_position_bias_table") in state:
+        own[_DRCT_MASK] = torch.zeros(
+            _WINDOWS, window**2, window**2
+        )  # without it spandrel takes windows as not shifted
     for empty in (rooted, own):
         missing = {name: t for name, t in empty.items() if name not in state}
         if missing:
