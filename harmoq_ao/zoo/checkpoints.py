@@ -137,10 +137,9 @@ def _of_folder(folder: Path) -> LoadedModel:
         raise CheckpointError(
             f"{folder} is no float checkpoint", found=kind.found, expected="a checkpoint file", remedy=kind.remedy
         )
-    model, scale, channels = load_transformers(resolved)
+    model, known = load_transformers(resolved)
     _check_finite(model, folder)
-    parts = {"input_channels": channels[0], "output_channels": channels[1], "output": "reconstruction"}
-    return LoadedModel(model=model, architecture=type(model).__name__, scale=scale, **parts)  # type: ignore[arg-type]
+    return LoadedModel(model=model, **known)
 
 
 def demo_checkpoint(scale: int = 2) -> Path:

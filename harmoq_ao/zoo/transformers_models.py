@@ -43,8 +43,8 @@ def _class_of(folder: Path) -> str | None:
     return next((name for name in named if isinstance(name, str) and name in CLASSES), None)
 
 
-def load_transformers(folder: Path) -> tuple[nn.Module, int, tuple[int, int]]:
-    """The model in a folder that `save_pretrained` wrote, its scale, and the channels of its input and output.
+def load_transformers(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model in a folder that `save_pretrained` wrote, and what :class:`LoadedModel` says of it.
 
     Raises:
         CheckpointError: transformers is not installed, or the folder does not fit it.
@@ -74,7 +74,14 @@ def load_transformers(folder: Path) -> tuple[nn.Module, int, tuple[int, int]]:
             f"The weights in {folder} are not complete", found=f"{len(lacking)} missing, such as {lacking[0]}"
         )
     config = model.config
-    return model.eval(), int(config.upscale), (int(config.num_channels), int(config.num_channels_out))
+    return model.eval(), {
+        "architecture": name,
+        "scale": int(config.upscale),
+        "input_channels": int(config.num_channels),
+        "output_channels": int(config.num_channels_out),
+        "size_multiple": int(config.window_size * config.patch_size),  # its own padding misses the unembedding
+        "output": "reconstruction",
+    }
 
 
 def hyperparameters_of(model: nn.Module) -> dict[str, Any]:
