@@ -71,7 +71,7 @@ class TwoImages(Tokens):
 
 
 class KeywordOnly(Tokens):
-    def forward(self, *, lr: Tensor, factor: float | None = None) -> Any:
+    def forward(self, *, lr: Tensor, factor: float | None = None) -> Any:  # type: ignore[override]
         return self.parts(lr)[0] * (factor or 1.0)
 
 

@@ -382,7 +382,7 @@ def _own_tables(empty: frozenset[str], made: list[str]) -> Iterator[None]:
         return plain(module, {**rest, **lacking}, strict=strict, assign=assign)
 
     with _loading:
-        nn.Module.load_state_dict = load  # type: ignore[method-assign]
+        nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

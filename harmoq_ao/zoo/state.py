@@ -115,7 +115,9 @@ def _without_weight_norm(state: dict[str, Tensor]) -> dict[str, Tensor]:
                 continue
             others = [d for d in range(g.dim()) if g.shape[d] == 1]
             state = {n: t for n, t in state.items() if n not in (name, f"{base}{direction}")}
-            state[f"{base}weight"] = pair * (g / pair.float().norm(dim=others, keepdim=True))
+            state[f"{base}weight"] = (pair * (g / torch.linalg.vector_norm(pair.float(), dim=others, keepdim=True))).to(
+                pair.dtype
+            )
     return state
 
 

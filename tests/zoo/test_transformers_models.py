@@ -22,7 +22,7 @@ needs_transformers = pytest.mark.skipif(not INSTALLED, reason="transformers is n
 
 def swin2sr(upsampler: str = "pixelshuffledirect") -> nn.Module:
     """A small Swin2SR with random weights."""
-    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution
+    from transformers import Swin2SRConfig, Swin2SRForImageSuperResolution  # type: ignore[import-not-found]
 
     small = {"image_size": 16, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
     with torch.random.fork_rng(devices=[]):
