@@ -63,6 +63,8 @@ def map_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def image_path(output: Any, example: Tensor, named: str | int | None = None) -> str | None:
     """Which tensor of an output is the image: the largest one of the input's sides, times a whole number.
 
+    Of several the one that is not within a list of others, such as the images of earlier stages.
+
     Args:
         output: What the model returned for `example`.
         example: An image batch `[B, C, H, W]`.
@@ -83,7 +85,9 @@ def image_path(output: Any, example: Tensor, named: str | int | None = None) -> 
         return None
     fitting = {path: tensor for path, tensor in tensors.items() if _factor(tensor, example)}
     largest = max((_factor(tensor, example) for tensor in fitting.values()), default=0)
-    candidates = {path: tensor for path, tensor in fitting.items() if _factor(tensor, example) == largest}
+    largest_ones = {path: tensor for path, tensor in fitting.items() if _factor(tensor, example) == largest}
+    depth = min((path.count(".") for path in largest_ones), default=0)
+    candidates = {path: tensor for path, tensor in largest_ones.items() if path.count(".") == depth}
     distinct = {id(tensor): path for path, tensor in reversed(candidates.items())}
     if len(distinct) != 1:
         raise InputError(

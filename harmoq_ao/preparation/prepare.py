@@ -110,7 +110,9 @@ def _float_copy(model: Any) -> nn.Module:
 
 def _traits(given: Any, model: nn.Module, example: Tensor, output: Any, named: str | int | None) -> ModelTraits:
     """Traits of a loaded model or a descriptor as they come; of a bare module, what its output and its class tell."""
-    path = image_path(output, example, getattr(given, "output", None) if named is None else named)
+    if named is None and isinstance(given, LoadedModel):
+        named = given.output
+    path = image_path(output, example, named)
     try:
         architecture = architecture_spec(model)
     except SavedModelError:

@@ -35,4 +35,6 @@ def test_the_largest_image_is_taken_and_features_are_none() -> None:
     small, large = torch.zeros(2, 3, 8, 12), torch.zeros(2, 3, 16, 24)
     assert image_path(small, example) is None
     assert image_path((small, large, torch.zeros(2, 64, 32, 48), torch.zeros(2, 3, 16, 36)), example) == "1"
-    assert image_path({"x": {"y": small}, "same": small}, example) in ("x.y", "same")
+    assert image_path((large, [large + 1, large + 2]), example) == "0"
+    assert image_path({"x": {"y": small}, "same": small}, example) == "same"
+    assert image_path({"x": {"y": small}}, example) == "x.y"
