@@ -193,9 +193,10 @@ def _print_error(error: HarmoqError) -> None:
 
 
 def summary(report: Report) -> str:
-    """The share of a model that is quantized, in a line."""
+    """The share of a model that is quantized, in a line, and what stays float for which reason, in another."""
     quantized = sum(row.quantized for row in report.sites)
     return (
         f"{quantized} of {len(report.sites)} sites (linears and attention products) quantized, "
         f"{100 * report.macs_share:.1f} % of all multiply-accumulates"
+        + "".join(f"\n{sentence}" for sentence in [report.float_sentence()] if sentence)
     )

@@ -25,8 +25,10 @@ def inspect(
     device: KernelDeviceOption = "cpu",
 ) -> None:
     """List the sites of a model and how they are quantized; of a float checkpoint, how they would be."""
+    from harmoq_ao.zoo.file_kinds import is_saved_model
+
     with err.status("Reading the model"):
-        if Path(model).is_dir():
+        if is_saved_model(Path(model)):
             report = harmoq_ao.load_quantized(model).report(device)
             size: int | None = harmoq_ao.folder_bytes(model)
         else:

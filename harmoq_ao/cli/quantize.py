@@ -32,7 +32,8 @@ _KINDS = ("linear", "matmul", "conv2d")
 def quantize(
     ctx: typer.Context,
     checkpoint: Annotated[
-        str, typer.Argument(help="A .pth or .safetensors that spandrel recognizes, or demo:x2, x3, x4.")
+        str,
+        typer.Argument(help="A .pth or .safetensors that spandrel recognizes, a folder of transformers, or demo:x2."),
     ],
     output: Annotated[Path, typer.Argument(help="Folder for the saved model.")],
     calibration: Annotated[
@@ -85,6 +86,10 @@ def quantize(
             help="Photographs are high-resolution (default), or low-resolution already.",
         ),
     ] = True,
+    weights: Annotated[
+        str,
+        typer.Option(help="Of a checkpoint that holds several: ema (averaged), model, or auto: ema if it is there."),
+    ] = "auto",
     column: Annotated[str | None, typer.Option(help="Image column of a data set that has several.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of crops and of the observers' samples.")] = 0,
     float_dtype: Annotated[
@@ -119,7 +124,9 @@ def quantize(
     settings = preset_of(chosen)
     count = crops or settings.crops
     photographs = harmoq_ao.find_images(calibration, learned=count, column=column)
-    loaded = harmoq_ao.open_float(checkpoint)
+    loaded = harmoq_ao.open_float(checkpoint, weights=weights)  # type: ignore[arg-type]
+    for note in loaded.notes:
+        out.print(escape(f"{checkpoint}: {note}."), highlight=False, soft_wrap=True)
     loaded.model.to(place)
     learned, held_out = harmoq_ao.split_photographs(photographs, seed)
     cut = _Cutter(loaded, crop_size, loaded.scale if downscale else 1, seed)

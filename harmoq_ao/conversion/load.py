@@ -7,7 +7,6 @@ filled with the stored tensors, each of which is checked for its shape, type and
 
 from __future__ import annotations
 
-import copy
 import gc
 import logging
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from harmoq_ao.conversion.convert import replace_sites
 from harmoq_ao.conversion.format import CONFIG_NAME, REMEDY, storable_state, unflatten_floats
 from harmoq_ao.conversion.found_format import Description, check_exchanged, description_of
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.preparation.baking import copied
 from harmoq_ao.preparation.fingerprint import fingerprint
 from harmoq_ao.preparation.prepare import prepare_harmoq
 from harmoq_ao.preparation.restore import restore
@@ -129,7 +129,7 @@ def _restored(
     if fingerprint(skeleton) != found.fingerprint:
         logger.info("the model's source is not that of the saved model, which is therefore prepared anew")
         return None
-    skeleton = skeleton if given is None else copy.deepcopy(given).eval()
+    skeleton = skeleton if given is None else copied(given).eval()
     return restore(skeleton, config, found, traits)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common.calling import call_with_image
 from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.common.structure import image_of, map_tensors
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.passes import Exchanged, finalize
 from harmoq_ao.images import check_image_tensor
@@ -16,15 +19,19 @@ from harmoq_ao.kernels.select import check_backend
 from harmoq_ao.lowering.survey import survey
 from harmoq_ao.programs.program import Programs
 from harmoq_ao.sites.history import History
-from harmoq_ao.sites.model import ModelTraits
+from harmoq_ao.sites.model import AuthorModel, ModelTraits
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.report import Lowering, Report, SiteRow, quantized_report
 
+logger = logging.getLogger(__name__)
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16)
 
 
-class QuantizedModel(nn.Module):
-    """A model whose sites compute on integers; call it as the original.
+class QuantizedModel(AuthorModel):
+    """A model whose sites compute on integers; call it as the original. It is for inference alone.
+
+    It can be copied, pickled and sent to other processes, which import the author's classes as for any module. Its
+    float type follows :meth:`bfloat16`, :meth:`float` and :meth:`to`; codes, scales and ranges do not.
 
     Attributes:
         model: The author's model, with quantized modules at its sites.
@@ -47,39 +54,90 @@ class QuantizedModel(nn.Module):
         example_shapes: list[tuple[int, ...]],
         traits: ModelTraits,
     ) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
+        super().__init__(model, config, traits)
         self.rows = rows
         self.example_shapes = example_shapes
-        self.traits = traits
         self.float_dtype = torch.float32
         self.history: History | None = None
         self.programs = Programs()
         self.fingerprint: str | None = None
         self.exchanged: Exchanged | None = None
+        self._only_image: tuple[nn.Module, ...] = ()  # no submodule: it would be in the state twice
 
-    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Upscale an image batch `[B, C, H, W]` in 0..1; the result has the type of the input.
+    def forward(self, image: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Upscale an image batch `[B, C, H, W]` in 0..1, given by position or by its author's name.
+
+        Returns:
+            What the original returns, its float tensors in the type of the input.
 
         Raises:
-            InputError: Not an image batch, not finite, or of another number of channels.
+            InputError: No image, not an image batch, not finite, or of another number of channels.
         """
-        check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
-        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
-        modules = args or kwargs or not any(row.quantized for row in self.rows)
-        fused = None if modules else self.programs.run(self.model, image, self.float_dtype)
-        if fused is not None:
-            return fused.to(image.dtype)
+        image = self._checked(image, kwargs)
+        if self.traits.output is None and not args and not kwargs:
+            fused = self._fused(image)
+            if fused is not None:
+                return fused
         # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
         mixed = self.float_dtype is not torch.float32
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
-            output = self.model(image.to(self.float_dtype), *args, **kwargs)
-        return output.to(image.dtype) if isinstance(output, Tensor) else output
+            output = self._call(image.to(self.float_dtype), args, kwargs)
+        return map_tensors(output, lambda t: t.to(image.dtype) if t.is_floating_point() else t)
+
+    def image(self, image: Tensor) -> Tensor:
+        """The image within the output, by the kernels that are fastest also where the output holds more than that."""
+        if self.traits.output is not None:
+            fused = self._fused(self._checked(image, {}))
+            if fused is not None:
+                return fused
+        return super().image(image)
+
+    def image_module(self) -> nn.Module:
+        """The author's model as a module from image to image: itself, or one that calls it and takes out its image."""
+        if self.traits.output is None and self.traits.keyword is None:
+            return self.model
+        if not self._only_image:
+            self._only_image = (_OnlyImage(self.model, self.traits).eval(),)
+        return self._only_image[0]
+
+    def _checked(self, image: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        image = self._given(image, kwargs)
+        check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
+        if self.model.training:
+            self.train()  # somebody told the author's model past us
+        return image
+
+    def _fused(self, image: Tensor) -> Tensor | None:
+        """The image by fused kernels; None where the modules are to run."""
+        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
+        if not any(row.quantized for row in self.rows):
+            return None
+        fused = self.programs.run(self.image_module(), image, self.float_dtype)
+        return None if fused is None else fused.to(image.dtype)
+
+    def train(self, mode: bool = True) -> QuantizedModel:
+        """Stay in evaluation mode, and say so: statistics of norms and dropout would change what it computes."""
+        if mode:
+            logger.warning(
+                "A quantized model cannot be trained and stays in evaluation mode; refine the prepared model "
+                "(harmonize), or train the float model and quantize it anew"
+            )
+        super().train(False)
+        return self
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
-        """``nn.Module._apply``, except for released weights, which have no memory on any device."""
+        """``nn.Module._apply``, except for released weights, which have no memory on any device.
+
+        Raises:
+            ConfigError: It asks for a float type that there are no kernels for (``half()``, ``double()``).
+        """
+        wanted = fn(torch.empty(0, dtype=self.float_dtype, device=self._place())).dtype
+        if wanted is not self.float_dtype:
+            _check_float_dtype(wanted)
         super()._apply(lambda tensor: tensor if tensor.is_meta else fn(tensor), recurse)
+        if wanted is not self.float_dtype:  # islands have forgotten what was folded in the former type
+            self.float_dtype = wanted
+            self.finalize()
         return self
 
     def sites(self) -> dict[str, QuantizedSite]:
@@ -111,7 +169,7 @@ class QuantizedModel(nn.Module):
         self(torch.rand(self.example_shapes[0]).to(self._place()))
 
     def _place(self) -> torch.device:
-        return next((p.device for p in self.parameters()), torch.device("cpu"))
+        return next((p.device for p in self.parameters() if not p.is_meta), torch.device("cpu"))
 
     def use_reference(self, enabled: bool = True) -> None:
         """Run every site on the plain integer reference (slow) instead of the device's kernels."""
@@ -133,12 +191,8 @@ class QuantizedModel(nn.Module):
         Raises:
             ConfigError: Another type.
         """
-        if dtype not in _FLOAT_DTYPES:
-            raise ConfigError("Unsupported float type", found=dtype, expected="torch.float32 or torch.bfloat16")
-        self.model.to(dtype)  # islands forget what was folded in the former type
-        self.float_dtype = dtype
-        self.finalize()
-        return self
+        _check_float_dtype(dtype)
+        return self.to(dtype)
 
     def finalize(self) -> None:
         """Fold constants and fuse kernels, once all tensors have their final values and types."""
@@ -158,3 +212,25 @@ class QuantizedModel(nn.Module):
         if (device or self._place().type) == "cpu":
             report.notes.append(self.programs.sentence())
         return report
+
+
+def _check_float_dtype(dtype: torch.dtype) -> None:
+    if dtype not in _FLOAT_DTYPES:
+        raise ConfigError(
+            "A quantized model has no such float type",
+            found=dtype,
+            expected="torch.float32 or torch.bfloat16",
+            remedy="call bfloat16(); images may be of any float type, and the result has that of the image",
+        )
+
+
+class _OnlyImage(nn.Module):
+    """An author's model as a function from image to image."""
+
+    def __init__(self, model: nn.Module, traits: ModelTraits) -> None:
+        super().__init__()
+        self.model = model
+        self.traits = traits
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image_of(call_with_image(self.model, self.traits.keyword, image), self.traits.output)

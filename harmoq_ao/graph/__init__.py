@@ -14,13 +14,15 @@ Imports ``common`` alone.
 
 from harmoq_ao.graph.calls import same_values
 from harmoq_ao.graph.contractions import Contraction, einsum_form
-from harmoq_ao.graph.discovery import Discovery, discovering
+from harmoq_ao.graph.discovery import Discovery, FunctionCall, discovering
 from harmoq_ao.graph.island import IslandState, Phase, finish_graphs, is_island, island_state, make_island
+from harmoq_ao.graph.torch_attention import leave_fast_path, without_fast_path
 from harmoq_ao.graph.variant import Variant
 
 __all__ = [
     "Contraction",
     "Discovery",
+    "FunctionCall",
     "IslandState",
     "Phase",
     "Variant",
@@ -29,6 +31,8 @@ __all__ = [
     "finish_graphs",
     "is_island",
     "island_state",
+    "leave_fast_path",
     "make_island",
     "same_values",
+    "without_fast_path",
 ]

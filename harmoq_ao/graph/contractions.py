@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import string
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,6 +159,22 @@ def einsum_form(equation: str) -> EinsumForm | None:
     if not contracted or summed_alone or set(output) != set(batch + rows + columns):
         return None
     return EinsumForm(left, right, batch, rows, columns, contracted, output)
+
+
+def is_einops_einsum(function: Any) -> bool:
+    """Whether a function is ``einops.einsum``, which comes down to torch's."""
+    return getattr(function, "__name__", "") == "einsum" and getattr(function, "__module__", "").startswith("einops.")
+
+
+def einsum_letters(pattern: str) -> str:
+    """The equation of torch's einsum for one of ``einops.einsum``, whose axes are words."""
+    letters: dict[str, str] = {}
+
+    def letter(axis: str) -> str:
+        return axis if axis == "..." else letters.setdefault(axis, string.ascii_letters[len(letters)])
+
+    sides = [[part.split() for part in side.split(",")] for side in pattern.split("->")]
+    return "->".join(",".join("".join(map(letter, axes)) for axes in side) for side in sides)
 
 
 def contraction_macs(op: str, args: tuple[Any, ...], output: torch.Tensor) -> int:

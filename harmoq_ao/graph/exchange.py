@@ -6,9 +6,10 @@ for the new forward lies in one typed object, the module's :class:`Replacement`;
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, SupportsIndex, TypeVar
 
 import torch
 from torch import nn
@@ -43,6 +44,14 @@ class Replacement:
     def forget(self, module: nn.Module) -> None:
         """Drop what was computed from the module's tensors; called when their type changes."""
 
+    def to_pickle(self) -> Replacement:
+        """What of it another process can use; the rest is made again there."""
+        return self
+
+    def own_buffers(self) -> list[str]:
+        """Names of the buffers that it put into the module, and makes again."""
+        return []
+
     def findings(self, module: nn.Module) -> list[Finding]:
         """Which fused kernels were tried on `module`, in order; of two about one site the later one holds."""
         return []
@@ -65,6 +74,8 @@ def _members(cls: type[nn.Module]) -> dict[str, Any]:
         "__module__": cls.__module__,
         "forward": _forward,
         "_apply": _apply,
+        "__reduce_ex__": _reduce,
+        "__deepcopy__": getattr(cls, "__deepcopy__", _deepcopy),
         "harmoq_original_class": cls,
         "harmoq_replacement": None,  # a slice of a sequence is of its class, and has no replacement of its own
         SELF: property(lambda self: self, doc="The island itself, for opaque method calls in its graphs."),
@@ -86,6 +97,32 @@ def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse:
     if replacement is not None and before != [t.dtype for t in self.parameters()] + [t.dtype for t in self.buffers()]:
         replacement.forget(self)
     return result
+
+
+def _reduce(self: nn.Module, protocol: SupportsIndex) -> tuple[Any, ...]:
+    """Pickled as its author's class, which another process can import, and what replaces its forward."""
+    replacement = replacement_of(self, Replacement)
+    state = {name: value for name, value in vars(self).items() if name != "harmoq_replacement"}
+    if replacement is not None:
+        derived = replacement.own_buffers()
+        state["_buffers"] = {name: value for name, value in self._buffers.items() if name not in derived}
+        state["_non_persistent_buffers_set"] = self._non_persistent_buffers_set.difference(derived)
+    return _restored, (original_class(self), replacement and replacement.to_pickle()), state
+
+
+def _restored(cls: type[nn.Module], replacement: Replacement | None) -> nn.Module:
+    module = cls.__new__(cls)
+    if replacement is not None:
+        exchange(module, replacement)
+    return module
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A copy with everything that its replacement keeps, unlike a pickle."""
+    twin = type(self).__new__(type(self))
+    memo[id(self)] = twin
+    vars(twin).update(copy.deepcopy(vars(self), memo))
+    return twin
 
 
 def original_class(module: nn.Module) -> type[Any]:

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -24,6 +24,7 @@ from harmoq_ao.graph.calls import copies, copy_structure, dynamic_leaves, leaf_s
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
 from harmoq_ao.graph.proxies import GuardFailed
+from harmoq_ao.graph.torch_attention import without_fast_path
 from harmoq_ao.graph.trace import trace_island
 from harmoq_ao.graph.tracer import SiteFactory
 from harmoq_ao.graph.variant import Pass, Variant
@@ -58,6 +59,7 @@ class IslandState(Replacement):
         passes: What each new graph goes through, such as constant folding.
         variants: Graphs by calling pattern, with what fused kernels found of each.
         float_reason: Why the author's forward runs instead, if it does.
+        refused: Why it did in some call, beside others that have a graph.
         memo: The graph that fitted a call, by pattern, shapes and numbers.
         derived: Buffers that belong to the graphs.
         packed: Operands of fused kernels, by the names of the sites that they are made from.
@@ -71,6 +73,7 @@ class IslandState(Replacement):
     passes: tuple[Pass, ...] = ()
     variants: dict[Any, list[Variant]] = field(default_factory=dict)
     float_reason: str | None = None
+    refused: str | None = None
     memo: OrderedDict[Any, Variant] = field(default_factory=OrderedDict)
     derived: DerivedBuffers = field(default_factory=DerivedBuffers)
     packed: dict[tuple[str, ...], Any] = field(default_factory=dict)
@@ -81,6 +84,14 @@ class IslandState(Replacement):
 
     def findings(self, module: nn.Module) -> list[Finding]:
         return [finding for variant in self.all_variants() for finding in variant.findings(module)]
+
+    def to_pickle(self) -> IslandState:
+        """Without graphs, which hold generated code, and what was made for them: they are traced when needed."""
+        empty: dict[str, Any] = {"variants": {}, "memo": OrderedDict(), "derived": DerivedBuffers(), "packed": {}}
+        return replace(self, **empty)
+
+    def own_buffers(self) -> list[str]:
+        return [*self.derived.constants, *self.derived.folded]
 
     def forget(self, module: nn.Module) -> None:
         """Drop the graphs, their constants and what kernels made of them; they are traced again when needed."""
@@ -162,7 +173,7 @@ class IslandState(Replacement):
     def _new_variant(self, module: nn.Module, group: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Trace the call, check the graph and keep it; False if this call runs as its author wrote it."""
         try:
-            with self._quiet(), same_random((args, kwargs)):
+            with self._quiet(), same_random((args, kwargs)), without_fast_path():
                 variant = trace_island(module, args, kwargs, self.site_factory, self.derived)
                 if self.phase is Phase.OBSERVING:
                     _verify(module, variant, args, kwargs)
@@ -173,6 +184,8 @@ class IslandState(Replacement):
             logger.warning("%s stays float: %s", type(module).__name__, error)
             if not self.variants:  # else only calls like this one run as their author wrote them
                 self.float_reason = str(error)
+            else:
+                self.refused = str(error)
             return False
         known = self.variants.setdefault(group, [])
         known.append(variant)

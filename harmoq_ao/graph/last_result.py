@@ -31,6 +31,9 @@ class LastResult(Replacement):
         self.last = (x.detach().clone(), result, result._version)
         return result
 
+    def to_pickle(self) -> LastResult:
+        return LastResult()
+
     def forget(self, module: nn.Module) -> None:
         self.last = None
 

@@ -199,50 +199,96 @@ _patched: set[str] = set()
 _MISSING = object()
 
 
+class _Exchanges:
+    """Entries of namespaces that are exchanged for a while."""
+
+    def __init__(self) -> None:
+        self._saved: list[tuple[dict[str, Any], str, Any]] = []
+        self._modules: list[str] = []
+
+    def put(self, namespace: dict[str, Any], name: str, value: Any) -> None:
+        """Exchange one entry."""
+        self._saved.append((namespace, name, namespace.get(name, _MISSING)))
+        namespace[name] = value
+
+    def patch(self, module: types.ModuleType, home: str) -> None:
+        """Exchange the globals of an author's module; nothing where that was done."""
+        if module.__name__ in _patched:
+            return
+        _patched.add(module.__name__)
+        self._modules.append(module.__name__)
+        for name, value in _plan(module, home).items():
+            self.put(vars(module), name, value)
+
+    def undo(self) -> None:
+        """Put everything back."""
+        for namespace, name, value in reversed(self._saved):
+            if value is _MISSING:
+                namespace.pop(name, None)
+            else:
+                namespace[name] = value
+        _patched.difference_update(self._modules)
+
+
 @contextmanager
 def traced_globals(cls: type, opaque: list[tuple[dict[str, Any], str]]) -> Iterator[None]:
     """Exchange the globals of every author module that ``cls`` can reach; nested use patches each module once.
+
+    What an author's function imports when it runs is exchanged as well, for the thread that traces.
 
     Args:
         cls: Class whose forward is traced.
         opaque: Author helpers to treat as one node, as (globals, name).
     """
     home = package_of(cls.__module__)
-    saved: list[tuple[dict[str, Any], str, Any]] = []
-    mine: list[str] = []
+    exchanges = _Exchanges()
     try:
         for module in author_modules(cls):
-            if module.__name__ in _patched:
-                continue
-            _patched.add(module.__name__)
-            mine.append(module.__name__)
-            for name, value in _plan(module, home).items():
-                saved.append((vars(module), name, vars(module).get(name, _MISSING)))
-                vars(module)[name] = value
+            exchanges.patch(module, home)
         for namespace, name in opaque:
-            saved.append((namespace, name, namespace[name]))
-            namespace[name] = TracedFunction(namespace[name])
+            exchanges.put(namespace, name, TracedFunction(namespace[name]))
+        exchanges.put(vars(builtins), "__import__", _importing(exchanges, home, builtins.__import__))
         yield
     finally:
-        for namespace, name, value in reversed(saved):
-            if value is _MISSING:
-                namespace.pop(name, None)
-            else:
-                namespace[name] = value
-        _patched.difference_update(mine)
+        exchanges.undo()
+
+
+def _importing(exchanges: _Exchanges, home: str, plain: Callable[..., Any]) -> Callable[..., Any]:
+    """``import`` within an author's function that is traced: of a library its namespace, of the author's the same."""
+
+    def traced_import(
+        name: str,
+        globals: dict[str, Any] | None = None,
+        locals: dict[str, Any] | None = None,
+        fromlist: tuple[str, ...] | None = (),
+        level: int = 0,
+    ) -> Any:
+        module = plain(name, globals, locals, fromlist, level)
+        importer = (globals or {}).get("__name__", "")
+        if active_tracer() is None or home == "torch" or package_of(importer) != home:
+            return module
+        if package_of(module.__name__) != home:
+            return TracedNamespace(module)
+        for part in (module, *(vars(module).get(n) for n in fromlist or ())):
+            found = part if isinstance(part, types.ModuleType) else sys.modules.get(getattr(part, "__module__", ""))
+            if found is not None and package_of(found.__name__) == home:
+                exchanges.patch(found, home)
+        return module
+
+    return traced_import
 
 
 def inlined(function: Callable[..., Any]) -> Callable[..., Any]:
     """A copy of a composite torch function that runs its Python body on proxies instead of dispatching on them."""
     home = importlib.import_module(function.__module__)
     scope = dict(vars(home))
-    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
-        scope[name] = lambda *_: False
     for name in _PYTHON_BUILTINS:
         scope[name] = _python_builtin(name)
     for name, value in vars(home).items():
         if isinstance(value, (types.BuiltinFunctionType, types.ModuleType)):
             scope[name] = wrap_library_value(value)
+    for name in ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic"):
+        scope[name] = lambda *_: False
     code = function.__code__
     copy = types.FunctionType(code, scope, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__

@@ -21,17 +21,22 @@ from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import storage_of
-from harmoq_ao.graph.contractions import CONTRACTION_FUNCTIONS, Contraction, SourceKey, contraction_op
+from harmoq_ao.graph.contractions import (
+    CONTRACTION_FUNCTIONS,
+    Contraction,
+    SourceKey,
+    contraction_op,
+    einsum_letters,
+    is_einops_einsum,
+)
 from harmoq_ao.graph.derived import DerivedBuffers
 from harmoq_ao.graph.handles import ModuleHandle
-from harmoq_ao.graph.namespaces import FACTORIES, activate, inlined, plain_type
+from harmoq_ao.graph.namespaces import FACTORIES, activate, inlined, package_of, plain_type
 from harmoq_ao.graph.nodes import SELF, ancestors, calls_site, comes_from_softmax, depends_on_input, writes_by_name
 from harmoq_ao.graph.proxies import QUESTIONS, ValueProxy, check_guard, find_tracer, type_name
 from harmoq_ao.graph.variant import unchanged
 
 _INLINED = {F.multi_head_attention_forward: inlined(F.multi_head_attention_forward)}
-#: Attention in one call, which torch takes in evaluation mode without gradients where query, key and value are one.
-_FUSED = frozenset({"_native_multi_head_attention", "_transformer_encoder_layer_fwd"})
 
 SiteFactory = Callable[[nn.Module, Contraction], str | None]
 
@@ -207,6 +212,8 @@ class IslandTracer(fx.Tracer):
         """A library function met in the author's code: a node if a proxy or a model tensor is involved."""
         if function in _INLINED:
             return _INLINED[function](*args, **kwargs)
+        if is_einops_einsum(function) and find_tracer(args) is not None:
+            return self.create_proxy("call_function", torch.einsum, (einsum_letters(args[-1]), *args[:-1]), {})
         if find_tracer((args, kwargs)) is None:
             constant_data = any(isinstance(a, np.ndarray) for a in args)
             if function not in FACTORIES or constant_data:
@@ -215,12 +222,10 @@ class IslandTracer(fx.Tracer):
 
     def _evaluate(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         with activate(None), torch.no_grad():
-            if kind == "call_function" and target in self.opaque:
+            if kind == "call_function" and (target in self.opaque or _of_library(target)):
                 with _Hidden(self.hidden, getattr(target, "__name__", repr(target))):
                     return target(*args, **kwargs)
             if kind == "call_function":
-                if getattr(target, "__name__", "") in _FUSED:
-                    self.hidden.append(f"{target.__name__}: fused attention")
                 return target(*args, **kwargs)
             if kind == "call_method":
                 return getattr(args[0], target)(*args[1:], **kwargs)
@@ -329,8 +334,18 @@ def _tensors(structure: Any) -> list[ValueProxy]:
     return found
 
 
+def _of_library(function: Any) -> bool:
+    """Whether a function is of another package than torch, such as einops: what it calls in turn becomes no node."""
+    return package_of(getattr(function, "__module__", None) or "torch") not in (
+        "torch",
+        "_operator",
+        "builtins",
+        "math",
+    )
+
+
 class _Hidden(TorchFunctionMode):
-    """Notes the contractions inside an opaque helper."""
+    """Notes the contractions inside a call that is one node: of an opaque helper, or of a library."""
 
     def __init__(self, found: list[str], helper: str) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from harmoq_ao.common.errors import CheckpointError
+from harmoq_ao.common.errors import CheckpointError, shown
 from harmoq_ao.common.output import atomic_write
 
 Progress = tuple[dict[str, Tensor], dict[str, Any]]
@@ -55,23 +56,29 @@ class Checkpoint:
             with safe_open(str(self.path), framework="pt") as file:
                 stored = json.loads((file.metadata() or {})[_KEY])
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            identity, data = dict(stored["identity"]), dict(stored["data"])
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} is not a progress file",
                 found=f"{type(error).__name__}: {error}",
                 expected="a file that harmonization has saved",
                 remedy="delete it to start over",
             ) from error
-        if stored["identity"] != self.identity:
+        if identity != self.identity:
             raise CheckpointError(
                 f"{self.path} holds the progress of other work",
-                found=_difference(stored["identity"], self.identity),
-                expected="the same model, data and settings",
-                remedy="delete it to start over, or repeat the settings it was made with",
+                found="; ".join(_differences(identity, self.identity))[:400],
+                expected="the same model, images, bits and settings",
+                remedy="delete it to start over, or repeat what it was made with",
             )
-        return tensors, stored["data"]
+        return tensors, data
 
 
-def _difference(stored: dict[str, Any], given: dict[str, Any]) -> str:
-    keys = [key for key in {**stored, **given} if stored.get(key) != given.get(key)]
-    return "; ".join(f"{key}: {stored.get(key)!r} instead of {given.get(key)!r}" for key in sorted(keys))[:400]
+def _differences(stored: dict[str, Any], given: dict[str, Any], path: str = "") -> Iterator[str]:
+    """What differs, entry by entry."""
+    for key in sorted({**stored, **given}):
+        before, now = stored.get(key), given.get(key)
+        if isinstance(before, dict) and isinstance(now, dict):
+            yield from _differences(before, now, f"{path}{key}.")
+        elif before != now:
+            yield f"{path}{key}: {shown(before)} in the file, {shown(now)} now"

@@ -81,7 +81,7 @@ def held_out_psnr(prepared: PreparedModel, targets: Sequence[tuple[Tensor, Tenso
     """
     total = 0.0
     for image, target in targets:
-        output = first_tensor(prepared(image[None].to(like))).float()
+        output = prepared.image(image[None].to(like)).float()
         error = float((output.clamp(0, 1) - target.float().clamp(0, 1)).double().square().mean())
         total += 10.0 * math.log10(_PEAK**2 / max(error, _TINY))
     return total / len(targets)

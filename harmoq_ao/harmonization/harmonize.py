@@ -97,6 +97,7 @@ def harmonize(
             settings.refine,
             teacher=teacher,
             held_out=held_out,
+            algorithm=settings.algorithm,
             checkpoint=checkpoint,
             show_progress=show_progress,
         )

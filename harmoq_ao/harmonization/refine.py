@@ -22,11 +22,13 @@ from harmoq_ao.common import distributed
 from harmoq_ao.common.errors import CalibrationError, CheckpointError
 from harmoq_ao.harmonization.checkpoint import Checkpoint, Progress
 from harmoq_ao.harmonization.distillation import feature_error, features_of, held_out_psnr, shared_variances
+from harmoq_ao.harmonization.identity import work_identity
 from harmoq_ao.harmonization.learner import Learner, trainable_rest
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.progress import open_progress
 from harmoq_ao.harmonization.sampling import allowed_side, check_crops, detailed_cut, mirrored, sample_order
 from harmoq_ao.harmonization.settings import Rates, RefineSettings
-from harmoq_ao.harmonization.stages import find_stages, first_tensor
+from harmoq_ao.harmonization.stages import find_stages
 from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.harmonization.weights import frozen
 from harmoq_ao.quant.fused_rounding import fused_rounding
@@ -65,6 +67,7 @@ def refine(
     *,
     teacher: Teacher | None = None,
     held_out: Sequence[Tensor] = (),
+    algorithm: AlgorithmSettings | None = None,
     checkpoint: Path | None = None,
     show_progress: bool | None = None,
 ) -> RefineTrace:
@@ -85,7 +88,9 @@ def refine(
             made from `prepared` as it is.
         held_out: Images like `crops` that are not learned from: the state that is best on them is kept, the one before
             the first step included. Without any, the last state is kept.
-        checkpoint: File to resume from, if it exists, and to save the progress in.
+        algorithm: Settings of Algorithm 1, if it ran before: a checkpoint is of both.
+        checkpoint: File to resume from, if it exists, and to save the progress in. It belongs to these weights, images,
+            bits and settings (:func:`work_identity`).
         show_progress: Show a progress bar; by default where standard error is a terminal.
 
     Returns:
@@ -93,7 +98,7 @@ def refine(
 
     Raises:
         CalibrationError: No crops, crops of different sizes, no bounds yet, or a loss that is not finite.
-        CheckpointError: The checkpoint belongs to another model or other settings, or not every rank can read it.
+        CheckpointError: The checkpoint is of other weights, images, bits or settings, or not every rank can read it.
         RankLostError: Another rank failed.
     """
     settings = settings or RefineSettings()
@@ -103,7 +108,7 @@ def refine(
     enable_fake_quant(prepared)
     disable_observers(prepared)
     with frozen(prepared), fused_rounding(settings.fused):
-        store = Checkpoint(checkpoint, {"refine": asdict(settings), "crops": len(crops), "held_out": len(held_out)})
+        store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, settings, algorithm))
         run = _Refinement(prepared, teacher, crops, settings, held_out)
         run.resume(_same_everywhere(store.load(), prepared))
         every = max(1, settings.steps // settings.checks)
@@ -188,12 +193,12 @@ class _Refinement:
         if images:
             batch = torch.stack(images).to(self.like)
             with torch.no_grad(), features_of(self.reference, self.blocks) as wanted:
-                target = first_tensor(self.reference(batch))
+                target = self.reference.image(batch)
         variances = shared_variances(wanted, self.blocks, self.like) if distributed.is_distributed() else None
         if not images:
             return torch.zeros((), device=self.like.device)
         with self._mixed(batch), features_of(self.prepared, self.blocks) as reached:
-            output = first_tensor(self.prepared(batch))
+            output = self.prepared.image(batch)
         loss = (output.float() - target.float()).abs().mean()
         if self.blocks:
             loss = loss + self.settings.feature_weight * feature_error(reached, wanted, variances)
@@ -261,7 +266,7 @@ class _Refinement:
         """This rank's share of the held-out images, and the float network's outputs."""
         own = [image for index, image in enumerate(self.held_out) if distributed.is_mine(index)]
         with torch.no_grad():
-            return [(image, first_tensor(self.reference(image[None].to(self.like)))) for image in own]
+            return [(image, self.reference.image(image[None].to(self.like))) for image in own]
 
     def _held_out_psnr(self) -> float:
         """Mean over all held-out images; summed in their order, whichever rank measured them, so that it is exact."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from harmoq_ao.common.structure import tensors_in
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.model import PreparedModel
 from harmoq_ao.sites.prepared import PreparedLinear
@@ -53,7 +54,5 @@ def _blocks(module: nn.Module, name: str, listed: bool, order: dict[int, int]) -
 
 
 def first_tensor(output: Any) -> Tensor:
-    """The output of a module; of a tuple or list the first tensor."""
-    if isinstance(output, Tensor):
-        return output
-    return first_tensor(output[0])
+    """The output of a module; of a container or an object the first tensor in it."""
+    return next(iter(tensors_in(output).values()))

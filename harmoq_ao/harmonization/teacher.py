@@ -32,7 +32,7 @@ class FloatNetwork(PreparedModel):
             site.joint_scale = site.joint_shift = None
         self.requires_grad_(False)
 
-    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, image: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """The float output for an image batch `[B, C, H, W]`."""
         with quiet():  # sites first met at another image size get quantizers, which have to stay off
             return super().forward(image, *args, **kwargs)

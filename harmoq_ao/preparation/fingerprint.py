@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 #: To be raised with every change of what becomes an island or a site, and of how sites are named and found again.
-RULES = 1
+RULES = 2
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.Size)
 _FOREIGN = frozenset({"builtins", "collections", "typing", "abc", "torch", "numpy"})

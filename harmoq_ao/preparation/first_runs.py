@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common.calling import call_with_image, image_parameter
 from harmoq_ao.common.errors import HarmoqError, InputError
-from harmoq_ao.graph import Discovery, discovering
+from harmoq_ao.graph import Discovery, discovering, without_fast_path
+from harmoq_ao.graph.exchange import original_class
 from harmoq_ao.images import check_image_tensor
 
 logger = logging.getLogger(__name__)
@@ -108,15 +110,16 @@ def _checked_example(example: Tensor) -> Tensor:
 
 
 def run(model: nn.Module, image: Tensor) -> Any:
-    """The model's output for `[B, C, H, W]`, from a fixed random state.
+    """The model's output for `[B, C, H, W]`, from a fixed random state, with torch's attention taken apart.
 
     Raises:
         InputError: The model does not accept it.
     """
+    keyword = image_parameter(original_class(model)).keyword
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), without_fast_path():
             torch.manual_seed(0)
-            return model(image)
+            return call_with_image(model, keyword, image)
     except HarmoqError:
         raise
     except Exception as error:
@@ -151,14 +154,15 @@ def _input_prints(model: nn.Module) -> Iterator[_Prints]:
     prints: _Prints = {}
 
     def hook(name: str) -> Callable[..., None]:
-        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            x = inputs[0].detach()
+        def record(module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = (*inputs, *kwargs.values())[0].detach()
             values = x.sum(dtype=torch.float64), torch.linalg.vector_norm(x, dtype=torch.float64)
             prints.setdefault(name, []).append((tuple(x.shape), *(v.item() for v in values)))
 
         return record
 
-    handles = [m.register_forward_pre_hook(hook(n)) for n, m in model.named_modules() if type(m) is nn.Linear]
+    linears = [(n, m) for n, m in model.named_modules() if type(m) is nn.Linear]
+    handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in linears]
     try:
         yield prints
     finally:

@@ -9,8 +9,9 @@ from torch import nn
 
 from harmoq_ao.common.errors import SavedModelError, shown
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.graph import IslandState, is_island, island_state, make_island
+from harmoq_ao.graph import IslandState, is_island, island_state, leave_fast_path, make_island
 from harmoq_ao.graph.exchange import original_class
+from harmoq_ao.preparation.baking import bake_weights
 from harmoq_ao.preparation.found import Found, FoundIsland, FoundSite, Spot
 from harmoq_ao.preparation.site_factory import SiteFactory, without_folders
 from harmoq_ao.preparation.swap import module_site, replace_modules
@@ -40,6 +41,8 @@ def restore(model: nn.Module, config: HarmoqConfig, found: Found, traits: ModelT
         SavedModelError: `found` is of another model.
         ConfigError: A rule matches no site.
     """
+    leave_fast_path(model)
+    bake_weights(model)
     prepared = PreparedModel(model, config, traits)
     prepared.fingerprint = found.fingerprint
     prepared.floats = list(found.floats)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
+from harmoq_ao.common.errors import TraceError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.graph import Contraction, einsum_form, island_state
 from harmoq_ao.graph.contractions import SourceKey
@@ -165,5 +166,11 @@ def _linear_weight(root: nn.Module, spot: Spot, computed: Tensor | None) -> nn.P
 
 def _parameter(root: nn.Module, path: str) -> nn.Parameter:
     owner, _, name = path.rpartition(".")
-    parameter: nn.Parameter = getattr(root.get_submodule(owner), name)
+    parameter = getattr(root.get_submodule(owner), name)
+    if not isinstance(parameter, nn.Parameter):
+        raise TraceError(
+            f"A weight is used in a place that preparation did not meet: {path}",
+            found="codes alone, as the model is converted",
+            remedy="prepare with example_inputs that reach this place",
+        )
     return parameter

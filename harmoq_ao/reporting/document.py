@@ -193,6 +193,7 @@ def _summary(scene: Scene, report: Report) -> dict[str, str]:
         else "not recorded",
         "Bytes": size,
         "Sites quantized": f"{done} of {len(report.sites)} (linears and attention products)",
+        "In float": report.float_sentence() or "nothing",
         "Multiply-accumulates": f"{100 * report.macs_share:.1f} % on quantized operands",
         "Rest of the model": str(model.float_dtype).removeprefix("torch."),
     }

@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.sites.model import AuthorModel
 
 _KEPT = 2.0  # a constant may take this many times the memory of what it is made from
 
@@ -89,7 +90,7 @@ class SingleInput(nn.Module):
         self.model = model
 
     def forward(self, image: Tensor) -> Tensor:
-        result: Tensor = self.model(image)
+        result: Tensor = self.model.image(image) if isinstance(self.model, AuthorModel) else self.model(image)
         return result
 
 

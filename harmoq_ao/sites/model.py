@@ -7,36 +7,38 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harmoq_ao.common.errors import SavedModelError
+from harmoq_ao.common.calling import call_with_image, image_parameter
+from harmoq_ao.common.errors import InputError, SavedModelError
+from harmoq_ao.common.structure import image_of
+from harmoq_ao.common.traits import TILINGS, ImageTraits
 from harmoq_ao.config import HarmoqConfig, SiteSettings
+from harmoq_ao.graph.exchange import original_class
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.sites.base import PreparedSite
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.report import Report, float_rows
 from harmoq_ao.sites.site import FloatSite, Site
 
+_LONGEST_NAME = 200
+_DEFAULTS = ImageTraits().image_traits()
+
 
 @dataclass(frozen=True)
-class ModelTraits:
+class ModelTraits(ImageTraits):
     """Image requirements of a model, and how to build it.
 
     Args:
         scale: Output pixels per input pixel along each side.
-        size_multiple: Sides of the input must be multiples of this (1: any size).
-        size_minimum: Sides of the input must be at least this.
-        square: The input must be square.
-        architecture: Description from :func:`architecture_spec`, or None if spandrel does not know it.
+        architecture: Description from :func:`architecture_spec`, or None if it cannot be built from one.
     """
 
     scale: int = 1
-    size_multiple: int = 1
-    size_minimum: int = 0
     architecture: dict[str, Any] | None = None
-    square: bool = False
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; ``square`` only where it holds, since older readers do not know it."""
-        return {name: value for name, value in asdict(self).items() if name != "square" or value}
+        """JSON-able form; what older readers do not know only where it differs from the default."""
+        always = ("scale", "size_multiple", "size_minimum", "architecture")
+        return {name: v for name, v in asdict(self).items() if name in always or v != _DEFAULTS[name]}
 
     @classmethod
     def from_dict(cls, data: Any) -> ModelTraits:
@@ -45,16 +47,66 @@ class ModelTraits:
         Raises:
             SavedModelError: Unknown or ill-typed entries.
         """
-        numbers = ("scale", "size_multiple", "size_minimum")
-        valid = isinstance(data, dict) and set(data) - {"square"} == {*numbers, "architecture"}
-        valid = valid and all(type(data[n]) is int and 0 <= data[n] <= 1024 for n in numbers)
-        valid = valid and type(data.get("square", False)) is bool
-        if not valid or not isinstance(data["architecture"], (dict, type(None))):
+        if not isinstance(data, dict) or not _valid(data):
             raise SavedModelError("The traits of a saved model are not valid", found=repr(data)[:200])
-        return cls(**data)
+        return cls(**data | {"size_multiple": max(1, data["size_multiple"])})
 
 
-class PreparedModel(nn.Module):
+def _valid(data: dict[str, Any]) -> bool:
+    """Whether these are entries of :meth:`ModelTraits.to_dict`, each of its kind."""
+    numbers = ("scale", "size_multiple", "size_minimum")
+    names = [data.get(name) for name in ("output", "keyword")]
+    return (
+        {*numbers, "architecture"} <= set(data) <= {*numbers, "architecture", *_DEFAULTS}
+        and all(type(data[n]) is int and 0 <= data[n] <= 1024 for n in numbers)
+        and type(data.get("square", False)) is bool
+        and data.get("tiling", _DEFAULTS["tiling"]) in TILINGS
+        and all(n is None or (isinstance(n, str) and 0 < len(n) <= _LONGEST_NAME) for n in names)
+        and isinstance(data["architecture"], (dict, type(None)))
+    )
+
+
+class AuthorModel(nn.Module):
+    """An author's model with modules of ours in it, called as the original is.
+
+    Attributes:
+        model: The author's model.
+        config: What to quantize.
+        traits: What its images are like, and how it is called.
+        example_shapes: Shapes of the image batches it was prepared on.
+    """
+
+    def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.traits = traits
+        self.example_shapes: list[tuple[int, ...]] = []
+        self._parameter = image_parameter(original_class(model)).name
+
+    def image(self, image: Tensor) -> Tensor:
+        """The image `[B, C, sH, sW]` within the model's output for `[B, C, H, W]`, whatever else that holds.
+
+        Raises:
+            InputError: See :meth:`forward`; or the output holds no image where it did when the model was prepared.
+        """
+        return image_of(self(image), self.traits.output)
+
+    def _given(self, image: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
+        """The image of a call, taken out of the keywords where it was given by its author's name."""
+        if image is not None:
+            return image
+        if self._parameter not in kwargs:
+            raise InputError("This call has no image", expected=f"model(x) or model({self._parameter}=x)")
+        given: Tensor = kwargs.pop(self._parameter)
+        return given
+
+    def _call(self, image: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the author's model returns."""
+        return call_with_image(self.model, self.traits.keyword, image, *args, **kwargs)
+
+
+class PreparedModel(AuthorModel):
     """A model with a site at every contraction; call it as the original.
 
     Attributes:
@@ -69,24 +121,21 @@ class PreparedModel(nn.Module):
     """
 
     def __init__(self, model: nn.Module, config: HarmoqConfig, traits: ModelTraits) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
+        super().__init__(model, config, traits)
         self.floats: list[FloatSite] = []
-        self.example_shapes: list[tuple[int, ...]] = []
         self.order: list[str] = []
-        self.traits = traits
         self.history: History | None = None
         self.fingerprint: str | None = None
 
-    def forward(self, image: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the model on an image batch `[B, C, H, W]` in 0..1.
+    def forward(self, image: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Run the model on an image batch `[B, C, H, W]` in 0..1, given by position or by its author's name.
 
         Raises:
-            InputError: Not an image batch, or not finite.
+            InputError: No image, not an image batch, or not finite.
         """
+        image = self._given(image, kwargs)
         check_image_tensor(image)
-        return self.model(image, *args, **kwargs)
+        return self._call(image, args, kwargs)
 
     def sites(self) -> list[PreparedSite]:
         """Site modules in execution order; sites met later, at other image sizes, come last."""

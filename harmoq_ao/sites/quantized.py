@@ -6,7 +6,6 @@ is derived on first use and never stored. Prepared sites make these modules: ``t
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.tracing import is_recording, is_traced
 from harmoq_ao.config import SiteSettings
+from harmoq_ao.graph.namespaces import active_tracer
 from harmoq_ao.kernels import compiler_view, ops
 from harmoq_ao.kernels.float_matmul import MatmulContraction
 from harmoq_ao.kernels.linear import LinearContraction
@@ -49,6 +49,25 @@ class Derived:
     linear: LinearContraction | None = None
     matmul: MatmulContraction | None = None
     float_weight: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What is known of a weight without its values; to compute with it is a type error.
+
+    Args:
+        shape: As its author's.
+        device: Of its codes.
+    """
+
+    shape: torch.Size
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    requires_grad: bool = False
+
+    def size(self, dim: int | None = None) -> torch.Size | int:
+        """As ``Tensor.size``."""
+        return self.shape if dim is None else self.shape[dim]
 
 
 class ActivationOperand(NamedTuple):
@@ -153,12 +172,9 @@ class QuantizedSite(nn.Module):
         self._derived = Derived()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> QuantizedSite:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        twin.__dict__.update({k: copy.deepcopy(v, memo) for k, v in self.__dict__.items() if k != "_derived"})
-        twin._derived = Derived()
-        return twin
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and pickles, which derive anew."""
+        return {**self.__dict__, "_derived": Derived()}
 
 
 class WeightedSite(QuantizedSite):
@@ -179,6 +195,19 @@ class WeightedSite(QuantizedSite):
     bias: Tensor | None
     act_bounds: Tensor | None
     joint_shift: Tensor | None
+
+    def __getattr__(self, name: str) -> Any:
+        """What its author asks of a weight (``x.to(self.fc.weight.dtype)``), where there are only codes of it."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            codes = vars(self).get("_buffers", {}).get("codes")
+            if name != "weight" or codes is None:
+                raise
+        shape = torch.Size(self.site.shape)
+        if active_tracer() is None:
+            return WeightFacts(shape, codes.device)
+        return torch.zeros((), device=codes.device).expand(shape)  # tied to a functional call, whose site has its own
 
     def _register_weight(self, rows: int, columns: int) -> None:
         spec = self.settings.weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -10,6 +11,13 @@ from harmoq_ao.config import SiteSettings
 from harmoq_ao.quant.quantizer import QuantizerSpec
 from harmoq_ao.sites.quantized import QuantizedSite
 from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite, Site
+
+_WORDS = {
+    FloatCause.UNSUPPORTED: "have no integer form here",
+    FloatCause.UNREACHED: "were reached by no example image",
+    FloatCause.UNTRACED: "could not be traced",
+}
+"""Causes whose text says where; of all others the text is the same for many."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +39,7 @@ class SiteRow:
 
     Args:
         name: Site name.
-        kind: ``linear``, ``matmul``, ``conv2d`` or ``module`` (a whole module left float).
+        kind: ``linear``, ``matmul``, ``conv2d`` or ``conv`` (another convolution, which stays float).
         shape: Weight shape, or the contracted length of a product of activations (0: depends on the image).
         weight_bits: Bits of the weight or right operand; 32 is float.
         act_bits: Bits of the activation or left operand; 32 is float.
@@ -104,10 +112,31 @@ class Report:
         total = sum(r.macs for r in self.rows)
         return sum(r.macs for r in self.quantized) / total if total else 0.0
 
+    @property
+    def left_float(self) -> dict[str, int]:
+        """How many contractions that depend on the image stay float, convolutions included, by what keeps them so."""
+        reasons = [r.reason for r in self.rows if r.reason is not None and r.depends_on_image]
+        return dict(Counter(_WORDS.get(reason.cause, reason.text) for reason in reasons).most_common())
+
+    def float_sentence(self) -> str:
+        """:attr:`left_float` in words; empty where nothing stays float."""
+        counts = self.left_float
+        if not counts:
+            return ""
+        return f"{sum(counts.values())} contractions stay float: " + "; ".join(
+            f"{n} {why}" for why, n in counts.items()
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         sites = [r.to_dict() for r in self.rows]
-        return {"title": self.title, "macs_share": self.macs_share, "sites": sites, "notes": self.notes}
+        return {
+            "title": self.title,
+            "macs_share": self.macs_share,
+            "left_float": self.left_float,
+            "sites": sites,
+            "notes": self.notes,
+        }
 
     def __str__(self) -> str:
         head = (
@@ -115,7 +144,12 @@ class Report:
             f"{100 * self.macs_share:.1f} % of multiply-accumulates"
         )
         # All that is said of the whole is in the first line: after it comes one line per site.
-        return "\n".join([". ".join([head, *self.notes]), *(f"  {_describe(row)}" for row in self.rows)])
+        return "\n".join(
+            [
+                ". ".join(filter(None, [head, self.float_sentence(), *self.notes])),
+                *(f"  {_describe(row)}" for row in self.rows),
+            ]
+        )
 
 
 def _describe(row: SiteRow) -> str:

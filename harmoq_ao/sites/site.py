@@ -141,7 +141,7 @@ class FloatSite:
 
     Args:
         name: Qualified name of the module.
-        kind: ``linear``, ``conv2d``, ``matmul`` or ``module``.
+        kind: ``linear``, ``conv2d``, ``matmul`` or ``conv`` (another convolution).
         reason: Why.
         macs: Multiply-accumulates on the example input, where known.
     """

@@ -10,7 +10,7 @@ import importlib.metadata
 import inspect
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,12 @@ from torch import nn
 from harmoq_ao.common.errors import SavedModelError, shown
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
 from harmoq_ao.zoo.spandrel_import import import_architecture
+from harmoq_ao.zoo.transformers_models import (
+    CLASSES,
+    hyperparameters_of,
+    transformers_class,
+    transformers_version,
+)
 
 MAX_INTEGER = 4096
 """Largest integer accepted as a hyperparameter (images' sides, channels, depths)."""
@@ -39,6 +45,13 @@ def architecture_spec(model: nn.Module) -> dict[str, Any]:
         SavedModelError: The model is not of spandrel, or was constructed with something JSON cannot hold.
     """
     cls = type(model)
+    if cls.__module__.startswith("transformers.") and cls.__name__ in CLASSES:
+        return {
+            "architecture": cls.__name__,
+            "class": f"transformers:{cls.__name__}",
+            "hyperparameters": {name: _encode(value, name) for name, value in hyperparameters_of(model).items()},
+            "transformers": transformers_version(),
+        }
     reference = f"{cls.__module__}:{cls.__qualname__}"
     if not _CLASS_PATTERN.fullmatch(reference) or not _keeps_hyperparameters(cls):
         raise SavedModelError(
@@ -78,15 +91,14 @@ def build_architecture(spec: object, *, random: bool = True) -> nn.Module:
     """
     if not isinstance(spec, Mapping):
         raise _malformed("is no table", found=type(spec).__name__, expected="a JSON object")
-    cls = _architecture_class(spec.get("class"))
     encoded = spec.get("hyperparameters")
     if not isinstance(encoded, Mapping):
         raise _malformed("has no hyperparameters", found=shown(encoded), expected="a JSON object")
     arguments = {name: _decode(value, str(name)) for name, value in encoded.items()}
-    _check_arguments(cls, arguments)
+    cls, construct = _constructor(spec.get("class"), arguments)
     try:
         with torch.random.fork_rng(devices=[]), ConstructionBudget(random):
-            model = cls(**arguments)
+            model = construct()
     except Exception as error:  # the author's constructor, on arguments that only look right
         raise SavedModelError(
             f"The architecture {cls.__name__} cannot be constructed from its description",
@@ -95,6 +107,27 @@ def build_architecture(spec: object, *, random: bool = True) -> nn.Module:
             remedy="save the model again, or install the version of spandrel that saved it",
         ) from error
     return model.eval()
+
+
+def _constructor(reference: object, arguments: dict[str, Any]) -> tuple[type[nn.Module], Callable[[], nn.Module]]:
+    """The class that a description names, and what constructs it with arguments that are checked."""
+    if reference not in [f"transformers:{name}" for name in CLASSES]:
+        cls = _architecture_class(reference)
+        _check_arguments(cls, arguments)
+        return cls, lambda: cls(**arguments)
+    try:
+        model, config, names = transformers_class(str(reference).partition(":")[2])
+    except (ImportError, AttributeError) as error:
+        raise SavedModelError(
+            "The model is of the package transformers, which is not there or of another version",
+            found=first_lines(error),
+            expected=f"a version of transformers with {reference}",
+            remedy="pip install transformers",
+        ) from error
+    _check_arguments(config, arguments)
+    if not set(arguments) <= set(names):
+        raise _malformed("has settings of no architecture", found=sorted(set(arguments) - set(names)), expected=names)
+    return model, lambda: model(config(**arguments))
 
 
 def _architecture_class(reference: object) -> type[nn.Module]:
@@ -124,7 +157,7 @@ def _keeps_hyperparameters(cls: type) -> bool:
     return "hyperparameters" in vars(cls) and hasattr(vars(cls).get("__init__"), "__wrapped__")
 
 
-def _check_arguments(cls: type[nn.Module], arguments: Mapping[str, Any]) -> None:
+def _check_arguments(cls: type[Any], arguments: Mapping[str, Any]) -> None:
     parameters = inspect.signature(cls).parameters
     unknown = sorted(set(arguments) - set(parameters))
     missing = sorted(n for n, p in parameters.items() if p.default is p.empty and n not in arguments)

@@ -9,10 +9,13 @@ import importlib
 import importlib.metadata
 import importlib.util
 import itertools
+import logging
 import pickle
 import re
+import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,32 +24,35 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from harmoq_ao.common.errors import CheckpointError
+from harmoq_ao.common.errors import CheckpointError, shown
+from harmoq_ao.common.traits import ImageTraits
 from harmoq_ao.zoo.architectures import first_lines, spandrel_version
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
+from harmoq_ao.zoo.file_kinds import kind_of_file, kind_of_folder
+from harmoq_ao.zoo.state import WEIGHTS, Candidate, Weights, candidates, with_index_tables, wrapper_parts
+from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model, load_transformers
 
 if TYPE_CHECKING:  # spandrel imports every architecture it knows, and torchvision
     from spandrel import ModelDescriptor
 
+logger = logging.getLogger(__name__)
+_loading = threading.RLock()
 _REMEDY_RESAVE = (
     "save the weights alone, torch.save(model.state_dict(), path), where you trust the file, or use safetensors"
 )
 
 
 @dataclass(frozen=True)
-class LoadedModel:
+class LoadedModel(ImageTraits):
     """A float model and what is known about the images it takes and makes.
 
     Attributes:
         model: The module, float32, in evaluation mode.
-        architecture: spandrel's id of the architecture.
+        architecture: Id of the architecture.
         scale: Output pixels per input pixel along each side.
         input_channels: Channels of the input image.
         output_channels: Channels of the output image.
-        size_multiple: Sides of the input must be multiples of this (1: any size).
-        size_minimum: Sides of the input must be at least this.
-        square: The input must be square.
-        tiling: `supported`, `discouraged` (global statistics: seams) or `internal` (the model tiles by itself).
+        notes: What was decided while it was read, in sentences: prefixes stripped, which of several weights was taken.
     """
 
     model: nn.Module
@@ -54,35 +60,86 @@ class LoadedModel:
     scale: int
     input_channels: int
     output_channels: int
-    size_multiple: int = 1
-    size_minimum: int = 0
-    square: bool = False
-    tiling: str = "supported"
+    notes: tuple[str, ...] = ()
 
     @property
     def hyperparameters(self) -> dict[str, Any]:
         """Arguments the model was constructed with."""
         return dict(self.model.hyperparameters)  # type: ignore[arg-type]
 
-    def traits(self) -> dict[str, str | int | bool]:
+    def traits(self) -> dict[str, Any]:
         """Everything but the module, ready for JSON."""
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "model"}
 
 
-def load_model(path: str | Path) -> LoadedModel:
-    """Load a float checkpoint of any architecture that spandrel recognizes.
+def image_traits_of(given: Any) -> dict[str, Any]:
+    """What a loaded model or a descriptor of spandrel says of its images, as for :class:`ImageTraits`; else nothing."""
+    if isinstance(given, ImageTraits):
+        return given.image_traits()
+    from spandrel import ImageModelDescriptor
+
+    if not isinstance(given, ImageModelDescriptor):
+        return {}
+    needs, tiling = given.size_requirements, given.tiling.name.lower()
+    return {"size_multiple": needs.multiple_of, "size_minimum": needs.minimum, "square": needs.square, "tiling": tiling}
+
+
+def load_model(path: str | Path, *, weights: Weights = "auto") -> LoadedModel:
+    """Load a float checkpoint of any architecture that spandrel recognizes, or a model of transformers.
 
     Args:
         path: A `.safetensors` file, or a file written by `torch.save` (`.pth`, `.pt`, `.ckpt`, ...) that holds a state
-            dict, bare or under one of the usual keys (`params_ema`, `state_dict`, ...).
+            dict: bare, under the keys of a trainer (`params_ema`, `state_dict`, ...), with the prefixes of wrappers
+            (`module.`, `_orig_mod.`, `model.`, `net_g.`, ...), with or without its tables of indices. Or a folder as
+            `save_pretrained` writes it, or the hub's cache of one (needs `transformers`).
+        weights: Which of several: `ema`, those averaged over the training; `model`, those that were trained; `auto`,
+            the averaged ones if there are any.
+
+    Returns:
+        The model; its ``notes`` say what was taken, stripped, left out and made again.
 
     Raises:
-        CheckpointError: The file is missing, empty, truncated or corrupt, needs code to be unpickled, belongs to no
-            known architecture, does not fit the architecture it resembles, or holds weights that are not finite.
+        CheckpointError: The file is missing, empty, truncated, corrupt or of another kind, needs code to be unpickled,
+            belongs to no known architecture, does not fit the architecture it resembles, holds weights that are not
+            finite, or none of the kind that is asked for.
     """
     path = Path(path)
-    state = _tensors_of(_read_state(path), path)
-    return _described(_load_descriptor(state, path), path)
+    if weights not in WEIGHTS:
+        raise CheckpointError("There are no such weights", found=weights, expected=" or ".join(WEIGHTS))
+    if path.is_dir():
+        return _of_folder(path)
+    loaded = _read_state(path)
+    found = _candidates_in(loaded, path)
+    wanted = [c for c in found if weights == "auto" or c.is_ema == (weights == "ema")]
+    if not wanted:
+        raise CheckpointError(
+            f"The checkpoint {path} holds no {'averaged' if weights == 'ema' else 'trained'} weights",
+            found="; ".join(c.label for c in found[:6]),
+            remedy="leave out the choice of weights",
+        )
+    wanted.sort(key=lambda c: not c.is_ema)  # stable: the shortest path stays first
+    chosen, descriptor, tables = _recognized(wanted, path)
+    notes = (*_notes(chosen, found, loaded), *tables)
+    for note in notes:
+        logger.info("%s: %s", path, note)
+    return _described(descriptor, path, notes)
+
+
+def _of_folder(folder: Path) -> LoadedModel:
+    """The model of transformers in a folder.
+
+    Raises:
+        CheckpointError: It holds something else, or transformers is not installed.
+    """
+    resolved = hub_snapshot(folder)
+    if not is_transformers_model(resolved):
+        kind = kind_of_folder(resolved)
+        raise CheckpointError(
+            f"{folder} is no float checkpoint", found=kind.found, expected="a checkpoint file", remedy=kind.remedy
+        )
+    model, known = load_transformers(resolved)
+    _check_finite(model, folder)
+    return LoadedModel(model=model, **known)
 
 
 def demo_checkpoint(scale: int = 2) -> Path:
@@ -127,7 +184,7 @@ def _read_state(path: Path) -> object:
     if not path.is_file():
         raise CheckpointError(
             f"Cannot read the checkpoint {path}",
-            found="a folder" if path.is_dir() else "no such file",
+            found="no regular file" if path.exists() else "no such file",
             expected="a checkpoint file",
             remedy="check the path",
         )
@@ -162,6 +219,11 @@ def _unreadable(path: Path, error: Exception) -> CheckpointError:
             expected="a state dict",
             remedy="load it with torch.jit.load where you trust it, and save its state_dict()",
         )
+    kind = kind_of_file(path)
+    if kind is not None:
+        return CheckpointError(
+            f"{path} is no checkpoint", found=kind.found, expected="a state dict of PyTorch", remedy=kind.remedy
+        )
     return CheckpointError(
         f"The checkpoint {path} is damaged, or no checkpoint at all",
         found=f"{path.stat().st_size} bytes that do not parse ({_parser_words(error)})",
@@ -178,29 +240,79 @@ def _parser_words(error: Exception) -> str:
     return first_lines(error)
 
 
-def _tensors_of(loaded: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside `loaded`, unwrapped from the keys that training codes put around it."""
+def _candidates_in(loaded: object, path: Path) -> list[Candidate]:
+    """The weights that a file may mean."""
 
-    def refuse(found: str) -> CheckpointError:
+    def refuse(found: str, remedy: str = _REMEDY_RESAVE) -> CheckpointError:
         return CheckpointError(
             f"The checkpoint {path} holds no state dict",
             found=found,
             expected="a dict from parameter names to tensors",
-            remedy=_REMEDY_RESAVE,
+            remedy=remedy,
         )
 
     if not isinstance(loaded, Mapping):
         raise refuse(f"an object of type {type(loaded).__name__}")
     if not all(isinstance(key, str) for key in loaded):
         raise refuse("keys that are not names")
-    from spandrel import canonicalize_state_dict
+    if {"state", "param_groups"} <= set(loaded):
+        raise refuse("the state of an optimizer", "give the file with the weights beside it")
+    found = candidates(loaded)
+    if not found:
+        raise refuse(f"the entries {', '.join(map(shown, list(loaded)[:4]))}" if loaded else "no entries")
+    return found
 
-    state = canonicalize_state_dict(dict(loaded))
-    odd = [key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))]
-    if not state or odd:
-        raise refuse(f"an entry {odd[0]!r} that is no tensor" if odd else "no entries")
-    _check_plausible(state, path)
-    return state
+
+def _notes(chosen: Candidate, found: list[Candidate], loaded: object) -> list[str]:
+    """What was decided on the way to the weights, in sentences."""
+    notes = []
+    if chosen.path:
+        notes.append(f"took the weights at {chosen.label}")
+    others = [c for c in found if c.is_ema != chosen.is_ema and len(c.state) >= len(chosen.state) // 2 and c.path]
+    if chosen.is_ema:
+        notes.append(
+            "these are averaged over the training (EMA)" + ("; --weights model takes the others" * bool(others))
+        )
+    elif any(c.is_ema for c in others):
+        notes.append("there are weights averaged over the training (EMA) as well; --weights ema takes them")
+    wrappers = wrapper_parts(loaded) if isinstance(loaded, Mapping) else []
+    if wrappers:
+        notes.append(f"stripped {', '.join(wrappers)} from the names")
+    if chosen.left_out:
+        more = f" and {len(chosen.left_out) - 5} more" * (len(chosen.left_out) > 5)
+        notes.append(f"left out what is not of the network: {', '.join(chosen.left_out[:5])}{more}")
+    return notes
+
+
+def _recognized(wanted: list[Candidate], path: Path) -> tuple[Candidate, ModelDescriptor, list[str]]:
+    """The first weights that spandrel knows, loaded, and what was made again for them.
+
+    Raises:
+        CheckpointError: None is of a known architecture, or the first that is does not fit it.
+    """
+    from spandrel import MAIN_REGISTRY
+
+    misfit: CheckpointError | None = None
+    for candidate in wanted:
+        _check_plausible(candidate.state, path)
+        for state, empty in with_index_tables(candidate.state):
+            try:
+                loaded = _load_descriptor(state, empty, path)
+            except CheckpointError as error:
+                misfit = misfit or error
+                continue
+            if loaded is not None:
+                return candidate, *loaded
+        if misfit is not None:
+            raise misfit
+    state = wanted[0].state
+    known = ", ".join(sorted(str(support.architecture.id) for support in MAIN_REGISTRY))
+    raise CheckpointError(
+        f"The checkpoint {path} belongs to no architecture that spandrel {spandrel_version()} knows",
+        found=f"{len(state)} tensors, the first named {', '.join(list(state)[:3])}",
+        expected=f"one of {known}",
+        remedy="build the model yourself and give the module instead of a path",
+    )
 
 
 def _check_plausible(state: Mapping[str, Tensor], path: Path) -> None:
@@ -220,15 +332,23 @@ def _check_plausible(state: Mapping[str, Tensor], path: Path) -> None:
         )
 
 
-def _load_descriptor(state: dict[str, Tensor], path: Path) -> ModelDescriptor:
+def _load_descriptor(
+    state: dict[str, Tensor], empty: frozenset[str], path: Path
+) -> tuple[ModelDescriptor, list[str]] | None:
+    """The model of a state dict and what was made again for it; None if spandrel does not know it.
+
+    Raises:
+        CheckpointError: It does not fit the architecture it resembles.
+    """
     from spandrel import MAIN_REGISTRY
 
     for support in MAIN_REGISTRY.architectures("detection"):
         if not support.detect(state):
             continue
+        made: list[str] = []
         try:
-            with ConstructionBudget():
-                return support.architecture.load(dict(state))
+            with ConstructionBudget(), _own_tables(empty, made):
+                descriptor = support.architecture.load(dict(state))
         except Exception as error:  # spandrel infers hyperparameters with plain indexing and arithmetic
             raise CheckpointError(
                 f"The checkpoint {path} resembles {support.architecture.id} but does not fit it",
@@ -236,16 +356,45 @@ def _load_descriptor(state: dict[str, Tensor], path: Path) -> ModelDescriptor:
                 expected=f"a complete state dict of {support.architecture.id}",
                 remedy="check that the file is complete and belongs to an unmodified architecture",
             ) from error
-    known = ", ".join(sorted(str(support.architecture.id) for support in MAIN_REGISTRY))
-    raise CheckpointError(
-        f"The checkpoint {path} belongs to no architecture that spandrel {spandrel_version()} knows",
-        found=f"{len(state)} tensors, the first named {', '.join(list(state)[:3])}",
-        expected=f"one of {known}",
-        remedy="build the model yourself and give the module instead of a path",
-    )
+        kinds = sorted({name.rpartition(".")[2] for name in made})
+        return descriptor, [f"made {len(made)} tables again that it lacks: {', '.join(kinds)}"] if made else []
+    return None
 
 
-def _described(descriptor: ModelDescriptor, path: Path) -> LoadedModel:
+@contextmanager
+def _own_tables(empty: frozenset[str], made: list[str]) -> Iterator[None]:
+    """Context manager in which a module that loads a state dict keeps the tables that it lacks or has empty.
+
+    Only what a constructor computes: masks, indices, coordinates. Statistics of norms are learned, and must be there.
+
+    Args:
+        empty: Names of the tables that stand there without values.
+        made: Is given the names of those that were kept.
+    """
+    plain = nn.Module.load_state_dict
+
+    def load(module: nn.Module, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        saved = module.state_dict().keys()
+        own = {n: b for n, b in module.named_buffers() if n in saved and not _is_learned(n, module)}
+        lacking = {n: b for n, b in own.items() if n not in state or n in empty}
+        made.extend(lacking)
+        rest = {name: value for name, value in state.items() if name not in empty}
+        return plain(module, {**rest, **lacking}, strict=strict, assign=assign)
+
+    with _loading:
+        nn.Module.load_state_dict = load  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.load_state_dict = plain  # type: ignore[method-assign]
+
+
+def _is_learned(name: str, module: nn.Module) -> bool:
+    """Whether a buffer belongs to a norm, whose statistics come from training."""
+    return isinstance(module.get_submodule(name.rpartition(".")[0]), nn.modules.batchnorm._NormBase)
+
+
+def _described(descriptor: ModelDescriptor, path: Path, notes: tuple[str, ...] = ()) -> LoadedModel:
     from spandrel import ImageModelDescriptor
 
     if not isinstance(descriptor, ImageModelDescriptor):
@@ -256,17 +405,14 @@ def _described(descriptor: ModelDescriptor, path: Path) -> LoadedModel:
         )
     model = descriptor.model.float().eval()  # spandrel leaves it in training mode
     _check_finite(model, path)
-    needs = descriptor.size_requirements
     return LoadedModel(
         model=model,
         architecture=str(descriptor.architecture.id),
         scale=descriptor.scale,
         input_channels=descriptor.input_channels,
         output_channels=descriptor.output_channels,
-        size_multiple=needs.multiple_of,
-        size_minimum=needs.minimum,
-        square=needs.square,
-        tiling=descriptor.tiling.name.lower(),
+        notes=notes,
+        **image_traits_of(descriptor),
     )
 
 

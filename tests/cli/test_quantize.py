@@ -138,3 +138,34 @@ def test_rules() -> None:
     for text in ("W8A8", "*:W8", "*:A8W8", ":W8A8", "*:W99A8"):
         with pytest.raises(ConfigError):
             parse_rule(text)
+
+
+def test_what_a_trainer_left_is_told_and_which_weights_can_be_chosen(folder: Path, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    trained = {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}
+    path = tmp_path / "trained.pth"
+    torch.save({"params": {f"module.{name}": value for name, value in trained.items()}, "params_ema": state}, path)
+    given = ("quantize", path, tmp_path / "out", "--calibration", folder / "photographs", *QUICK)
+    printed = succeeds(*given)
+    assert "took the weights at params_ema" in printed
+    assert "contractions stay float" in printed
+    assert "took the weights at params.module" in succeeds(*given, "--weights", "model")
+    assert "Expected: auto or ema or model".casefold() in fails(*given, "--weights", "best").casefold()
+    assert "a quantized model that was saved here already" in fails("quantize", tmp_path / "out", *given[2:])
+
+
+@pytest.mark.usefixtures("two_steps")
+def test_a_progress_file_of_another_run_is_refused(given: Given, folder: Path, tmp_path: Path) -> None:
+    settings = ("--crops", 2, "--crop-size", 16, "--preset", "fast", "--profile", "paper")
+    keep = tmp_path / "kept"
+
+    def saved(path: Path, missing_ok: bool = False) -> None:
+        path.rename(keep)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "unlink", saved)
+        succeeds(*given, *settings, "--weight-bits", 3, "--act-bits", 3)
+    keep.rename(tmp_path / "out.progress.safetensors")
+    printed = fails(*given, *settings, "--weight-bits", 2, "--act-bits", 3)
+    assert "holds the progress of other work" in printed
+    assert "quantization.weight_bits: 3 in the file, 2 now" in printed

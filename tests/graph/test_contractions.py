@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmoq_ao.graph.contractions import contraction_macs, contraction_op, einsum_form
+from harmoq_ao.graph.contractions import contraction_macs, contraction_op, einsum_form, einsum_letters
 
 _LABELS = "abcdefghij"
 
@@ -102,3 +102,14 @@ def test_contractions_are_recognised_however_they_are_called() -> None:
     assert contraction_op("call_method", "softmax") is None
     assert contraction_op("call_module", "matmul") is None
     assert contraction_op("call_function", []) is None  # unhashable
+
+
+@pytest.mark.parametrize(
+    ("pattern", "equation"),
+    [
+        ("b heads i d, b heads j d -> b heads i j", "abcd,abed->abce"),
+        ("batch ... k, k n -> batch ... n", "a...b,bc->a...c"),
+    ],
+)
+def test_words_of_einops_become_letters(pattern: str, equation: str) -> None:
+    assert einsum_letters(pattern) == equation

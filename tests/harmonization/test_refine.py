@@ -5,14 +5,17 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.config import Profile
 from harmoq_ao.harmonization.learner import Learner
+from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.refine import RefineTrace, refine
 from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.teacher import Teacher
@@ -156,12 +159,51 @@ def test_a_cycle_begins_without_the_momentum_of_the_one_before() -> None:
     assert all(torch.equal(value, moved[1][name]) for name, value in moved[0].items())
 
 
-def test_a_checkpoint_of_other_work_or_damaged_is_refused(tmp_path: Path) -> None:
+def _other_weights() -> h.PreparedModel:
+    prepared = calibrated("DAT/light", W3A3)
+    site = prepared.sites()[0]
+    assert site.own_weight is not None
+    site.own_weight.data[0, 0] += 1e-3
+    return prepared
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"settings": replace(QUICK, steps=3)}, "refinement.steps: 2 in the file, 3 now"),
+        ({"crops": crops(2, seed=6)}, "calibration images: '2, "),
+        ({"crops": crops(3)}, "calibration images: '2, "),
+        ({"held_out": crops(1, 10)}, "held-out images: '1, "),
+        ({"prepared": lambda: calibrated("DAT/light", replace(W3A3, act_bits=4))}, "quantization.act_bits: 3 in"),
+        ({"prepared": lambda: calibrated("SwinIR/light", W3A3)}, "float weights: "),
+        ({"prepared": _other_weights}, "float weights: "),
+        ({"algorithm": AlgorithmSettings()}, "algorithm: None in the file"),
+    ],
+    ids=["settings", "images", "more images", "held out", "bits", "model", "weights", "algorithm"],
+)
+def test_a_checkpoint_of_other_work_is_refused(tmp_path: Path, changed: dict[str, Any], named: str) -> None:
+    state = tmp_path / "progress.safetensors"
+    work: dict[str, Any] = {"crops": crops(2), "settings": replace(QUICK, steps=2), "held_out": crops(1, 9)}
+    refine(calibrated("DAT/light", W3A3), **work, checkpoint=state)
+    prepared = changed.get("prepared", lambda: calibrated("DAT/light", W3A3))()
+    work |= {name: value for name, value in changed.items() if name != "prepared"}
+    before = {name: value.clone() for name, value in prepared.state_dict().items()}
+    with pytest.raises(CheckpointError, match="other work") as caught:
+        refine(prepared, **work, checkpoint=state)
+    assert named in str(caught.value.found)
+    learned = [name for name in before if not name.endswith("_enabled")]
+    assert all(torch.equal(prepared.state_dict()[name], before[name]) for name in learned)
+
+
+@pytest.mark.parametrize("content", ["first bytes", "another file", "another kind of entry"])
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path, content: str) -> None:
     state = tmp_path / "progress.safetensors"
     refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
-    with pytest.raises(CheckpointError, match="other work"):
-        refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=3), checkpoint=state)
-    state.write_bytes(state.read_bytes()[:100])
+    if content == "first bytes":
+        state.write_bytes(state.read_bytes()[:100])
+    else:
+        other = {} if content == "another file" else {"harmoq_ao_progress": "[1]"}
+        save_file({"weight": torch.zeros(1)}, state, other)
     with pytest.raises(CheckpointError, match="not a progress file"):
         refine(calibrated("DAT/light", W3A3), crops(2), replace(QUICK, steps=2), checkpoint=state)
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.sites import PreparedMatmul
+from harmoq_ao.sites.site import FloatCause
 from tests.preparation.helpers import Small
 
 
@@ -35,9 +36,10 @@ def test_layers_no_example_reaches_are_listed_and_do_not_stop_calibration() -> N
 def test_untraceable_modules_are_reported_or_raise() -> None:
     model, image = Small(traceable=False), torch.rand(1, 3, 6, 6)
     prepared = prepare_harmoq(model, None, image)
-    reasons = [f.reason.text for f in prepared.floats if f.kind == "module"]
-    assert len(reasons) == 1
-    assert "helpers.py:" in reasons[0]
+    left = [f for f in prepared.floats if f.reason.cause is FloatCause.UNTRACED]
+    assert [f.name for f in left] == ["::matmul_0", "::matmul_1"]
+    assert all(f.macs == 36 * 36 * 8 for f in left)
+    assert all("helpers.py:" in f.reason.text for f in left)
     assert not [m for m in prepared.sites() if isinstance(m, PreparedMatmul)]  # none is left over from the attempt
     calibrate(prepared, [image], show_progress=False)
     convert_harmoq(prepared)
@@ -52,4 +54,4 @@ def test_outputs_beyond_the_first_are_compared() -> None:
             return x * 2, x * self.calls
 
     with pytest.raises(TraceError):
-        prepare_harmoq(Two(), None, torch.rand(1, 3, 4, 4))
+        prepare_harmoq(Two(), None, torch.rand(1, 3, 4, 4), output=0)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harmoq_ao import HarmoqConfig, SiteRule, calibrate, prepare_harmoq
 from harmoq_ao.common.errors import ConfigError, InputError
@@ -186,3 +186,17 @@ def test_quantizers_lie_where_the_model_is() -> None:
         tensors = [t for q in site.quantizers() for t in (*q.parameters(), *q.buffers())]
         assert tensors
         assert all(t.is_meta for t in tensors)
+
+
+def test_a_module_that_its_author_called_output_is_no_name_of_one() -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(3, 3)
+            self.output = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            result: Tensor = self.output(self.inner(x.movedim(1, -1))).movedim(-1, 1)
+            return result
+
+    assert prepare_harmoq(Named(), None, torch.rand(1, 3, 4, 4)).traits.output is None

@@ -56,7 +56,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
     model = quantized_model()
     folder = save_quantized(model, tmp_path_factory.mktemp("saved") / "m")
     upscaler = of_quantized(model, f"{folder.parent}/<b>bold</b>")
-    reference = Upscaler(build("SwinIR/light"), "float", upscaler.scale, 3, upscaler.size_multiple)
+    reference = Upscaler(build("SwinIR/light"), "float", upscaler.scale, size_multiple=upscaler.size_multiple)
     return Scene(upscaler, folder_bytes(folder), [source(), source(HOSTILE, 1)], reference)
 
 

@@ -39,11 +39,17 @@ class Doubling(nn.Module):
 @pytest.mark.parametrize(
     ("multiple", "minimum", "square"), [(1, 0, False), (8, 0, False), (4, 30, False), (1, 16, False), (8, 24, True)]
 )
-@pytest.mark.parametrize("size", [(7, 5), (33, 20), (16, 16)])
-def test_any_size_fits_any_requirement(multiple: int, minimum: int, square: bool, size: tuple[int, int]) -> None:
-    upscaler = Upscaler(Doubling(multiple, minimum, square), "x", 2, 3, multiple, minimum, square)
+@pytest.mark.parametrize("size", [(7, 5), (33, 20), (16, 16), (100, 30)])
+@pytest.mark.parametrize("tile", [None, 32])
+def test_any_size_fits_any_requirement(
+    multiple: int, minimum: int, square: bool, size: tuple[int, int], tile: int | None
+) -> None:
+    upscaler = Upscaler(
+        Doubling(multiple, minimum, square), "x", 2, size_multiple=multiple, size_minimum=minimum, square=square
+    )
     image = torch.rand(1, 3, *size)
-    assert torch.equal(upscaler(image), image.repeat_interleave(2, -1).repeat_interleave(2, -2))
+    expected = image.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    assert torch.equal(upscaler(image, tile, 8), expected)
 
 
 def test_a_quantized_model_takes_square_images_where_its_float_one_does(tmp_path: Path) -> None:
@@ -75,7 +81,7 @@ def test_a_model_of_one_channel_keeps_colour_and_takes_gray_once() -> None:
 def test_decoded_images_and_rows_give_what_tensors_give(channels: int, kinds: int, dtype: type) -> None:
     array = np.random.default_rng(0).random((21, 18, kinds))
     record = image_from_array((array * (1 if dtype is np.float32 else np.iinfo(dtype).max)).astype(dtype))
-    upscaler = Upscaler(Doubling(4, 8), "x", 2, channels, 4, 8)
+    upscaler = Upscaler(Doubling(4, 8), "x", 2, channels, size_multiple=4, size_minimum=8)
     for tile in (None, 12):
         expected = upscaler(record.pixels[None], tile, 4)
         assert expected.shape[1] == (1 if channels == 1 and kinds < 3 else 3)

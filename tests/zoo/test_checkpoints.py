@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import os
 import pickle
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ def test_traits_are_everything_but_the_module(tmp_path: Path, swinir_bytes: byte
     path = tmp_path / "model.pth"
     path.write_bytes(swinir_bytes)
     loaded = checkpoints.load_model(path)
-    assert checkpoints.LoadedModel(model=loaded.model, **json.loads(json.dumps(loaded.traits()))) == loaded
+    assert checkpoints.LoadedModel(model=loaded.model, **loaded.traits()) == loaded
 
 
 @needs_demo
@@ -155,8 +155,8 @@ def test_code_in_a_checkpoint_is_refused_and_never_runs(tmp_path: Path, writer: 
 
 def test_files_that_are_no_checkpoint(tmp_path: Path) -> None:
     assert "no such file" in str(refused(tmp_path / "absent.pth"))
-    assert "a folder" in str(refused(tmp_path))
-    for content, what in ((b"", "empty"), (b"\x89PNG\r\n\x1a\n" + bytes(1000), "damaged, or no checkpoint")):
+    assert "a folder without weights" in str(refused(tmp_path))
+    for content, what in ((b"", "empty"), (b"\x93odd" + bytes(1000), "damaged, or no checkpoint")):
         (tmp_path / "odd.pth").write_bytes(content)
         assert what in refused(tmp_path / "odd.pth").what
 
@@ -192,6 +192,119 @@ def test_flipped_bytes_are_refused_or_harmless(
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
+def _shifted(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Other weights of the same network."""
+    return {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}
+
+
+def _prefixed(prefix: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in state.items()}
+
+
+STATE = state_of(SWINIR)
+OTHER = _shifted(STATE)
+ONE = torch.zeros(1)
+TRAINED: dict[str, tuple[dict[str, Any], str]] = {
+    "compiled": (_prefixed("_orig_mod.", STATE), "stripped _orig_mod"),
+    "compiled blocks": ({n.replace("blocks.0.", "blocks.0._orig_mod."): t for n, t in STATE.items()}, "_orig_mod"),
+    "parallel and compiled": (_prefixed("module._orig_mod.", STATE), "took the weights at module"),
+    "lightning": ({"state_dict": {**_prefixed("model.", STATE), "loss.vgg.0.weight": ONE}, "epoch": 3}, "loss.*"),
+    "lightning's average": ({"state_dict": _prefixed("model.", OTHER) | _prefixed("ema.module.", STATE)}, "(EMA)"),
+    "twice": ({"state_dict": _prefixed("module.model.", STATE)}, "state_dict.module.model"),
+    "gan by prefix": (_prefixed("net_g.", STATE) | {"net_d.conv.weight": ONE}, "net_d.*"),
+    "gan by key": ({"generator": STATE, "discriminator": {"conv.weight": ONE}}, "at generator"),
+    "averaged gan": ({"g": OTHER, "g_ema": STATE, "d": {"conv.weight": ONE}, "iter": 3}, "at g_ema"),
+    "basicsr": ({"params": OTHER, "params_ema": STATE}, "--weights model takes the others"),
+    "ema package": (_prefixed("online_model.", OTHER) | _prefixed("ema_model.", STATE) | {"initted": ONE}, "(EMA)"),
+    "swa": (_prefixed("module.", STATE) | {"n_averaged": torch.tensor(5)}, "n_averaged"),
+    "profiled": (STATE | {"total_ops": ONE, "layers.0.residual_group.total_params": ONE}, "total_ops"),
+    "with settings": (STATE | {"lr": 0.1, "name": "x"}, "lr, name"),
+    "trainer": ({"model": STATE, "optimizer": {"state": {}, "param_groups": []}}, "at model"),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_what_trainers_leave_is_read_and_said(name: str, tmp_path: Path) -> None:
+    content, said = TRAINED[name]
+    loaded = checkpoints.load_model(saved(tmp_path / "model.pth", content))
+    assert said in "; ".join(loaded.notes)
+    assert all(torch.equal(loaded.model.state_dict()[n], value) for n, value in STATE.items())
+
+
+def test_which_of_several_weights_can_be_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path / "model.pth", {"params": OTHER, "params_ema": STATE})
+    for weights, expected in (("auto", STATE), ("ema", STATE), ("model", OTHER)):
+        loaded = checkpoints.load_model(path, weights=weights)  # type: ignore[arg-type]
+        assert torch.equal(loaded.model.state_dict()["conv_first.weight"], expected["conv_first.weight"])
+    assert "--weights ema" in "".join(checkpoints.load_model(path, weights="model").notes)
+    with pytest.raises(CheckpointError, match="holds no averaged weights"):
+        checkpoints.load_model(saved(tmp_path / "bare.pth", STATE), weights="ema")
+    with pytest.raises(CheckpointError, match="no such weights"):
+        checkpoints.load_model(path, weights="best")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["SwinIR/light", "HAT", "DRCT"])
+def test_tables_that_a_constructor_computes_may_be_missing(name: str, tmp_path: Path) -> None:
+    entry = BY_NAME[name]
+    state = {n: t for n, t in state_of(entry).items() if "index" not in n and "mask" not in n}
+    loaded = checkpoints.load_model(saved(tmp_path / "model.pth", state))
+    assert "tables again that it lacks" in "".join(loaded.notes)
+    image = entry.example()
+    assert torch.equal(forward(loaded.model, image), forward(entry.build(), image))
+
+
+def test_statistics_that_were_learned_may_not_be_missing(tmp_path: Path) -> None:
+    state = state_of(BY_NAME["DAT"])
+    del state[[name for name in state if name.endswith("running_mean")][-1]]
+    assert "resembles DAT" in refused(saved(tmp_path / "model.pth", state)).what
+
+
+def test_weight_normalisation_is_multiplied_out(tmp_path: Path) -> None:
+    name = "conv_first.weight"
+    length = torch.linalg.vector_norm(STATE[name], dim=(1, 2, 3), keepdim=True)
+    for first, second in (("_g", "_v"), ("", "")):
+        keys = (f"{name}{first}", f"{name}{second}")
+        if not first:
+            keys = tuple(f"conv_first.parametrizations.weight.original{i}" for i in (0, 1))
+        state = {n: t for n, t in STATE.items() if n != name} | {keys[0]: length, keys[1]: STATE[name] * 3}
+        loaded = checkpoints.load_model(saved(tmp_path / "model.pth", state))
+        torch.testing.assert_close(loaded.model.state_dict()[name], STATE[name])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "found"),
+    [
+        ("a.onnx", b"\x08\x08\x12\x07pytorch", "an ONNX model"),
+        ("a.pth", b"\x08\x0a\x12\x07pytorch", "an ONNX model"),
+        ("a.pth", b"\n<!DOCTYPE html><html>", "an HTML page"),
+        ("a.pth", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3", "a Git LFS pointer"),
+        ("a.param", b"7767517\n3 3", "an ncnn network"),
+        ("a.pth", b'{"a": 1}', "a JSON file"),
+        ("a.pth", b"\x89PNG\r\n\x1a\n", "a PNG picture"),
+        ("a.pth", b"GGUF\x03", "a GGUF file"),
+    ],
+)
+def test_a_file_of_another_kind_is_called_what_it_is(file: str, content: bytes, found: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_bytes(content)
+    error = refused(tmp_path / file)
+    assert found in str(error.found)
+    assert "is no checkpoint" in error.what
+
+
+def test_archives_folders_and_devices_are_called_what_they_are(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("model/weights.txt", "x")
+    assert "a ZIP archive" in str(refused(tmp_path / "a.zip").found)
+    os.mkfifo(tmp_path / "fifo.pth")
+    assert "no regular file" in str(refused(tmp_path / "fifo.pth").found)
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"x")
+    assert "model.safetensors" in str(refused(folder).remedy)
+    (folder / "config.json").write_text('{"format":"harmoq-ao"}')
+    assert "a quantized model" in str(refused(folder).found)
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_torchscript_program(tmp_path: Path) -> None:
     path = tmp_path / "script.pt"
@@ -206,8 +319,8 @@ def test_torchscript_program(tmp_path: Path) -> None:
         ([1, 2], "type list"),
         ({}, "no entries"),
         ({3: torch.zeros(1)}, "not names"),
-        ({"params": {"a": 3}}, "'a'"),
-        ({"weight": torch.zeros(1), "lr": 0.1}, "'lr'"),
+        ({"params": {"a": 3}}, "'params'"),
+        ({"state": {}, "param_groups": []}, "state of an optimizer"),
     ],
 )
 def test_no_state_dict(tmp_path: Path, content: object, found: str) -> None:

@@ -52,7 +52,7 @@ def convert_at(quantized: QuantizedModel, size: Size) -> openvino.Model:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the tracer warns that sizes become constants, as intended
         decoder = TorchScriptPythonDecoder(
-            SingleInput(twin.model).eval(),
+            SingleInput(twin.image_module()).eval(),
             example_input=image,
             module_extensions=modules,
             trace_kwargs={"check_trace": False},  # it would run the model twice more
