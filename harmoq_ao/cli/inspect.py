@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,7 +26,7 @@ def inspect(
 ) -> None:
     """List the sites of a model and how they are quantized; of a float checkpoint, how they would be."""
     with err.status("Reading the model"):
-        if Path(model).is_dir():
+        if os.path.isdir(model):
             report = harmoq_ao.load_quantized(model).report(device)
             size: int | None = harmoq_ao.folder_bytes(model)
         else:

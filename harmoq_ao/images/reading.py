@@ -1,7 +1,8 @@
 """Reading image files: grayscale, alpha, palettes, 16 bits, and typed errors for damaged files.
 
 Files are decoded by Pillow. It holds colour at 8 bits only, so 16-bit colour is decoded in two passes (torchvision
-takes one for such a PNG, but crashed the process on a truncated file).
+takes one for such a PNG, but crashed the process on a truncated file). TIFF files that it does not know are left to
+tifffile.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from harmoq_ao.common.errors import ImageError
+from harmoq_ao.common.files import check_file
 from harmoq_ao.images.records import Array, ImageRecord, PathLike, record_of
+from harmoq_ao.images.tiff import is_tiff, read_tiff, tiff_size
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970
 """Largest image read by default, in pixels (Pillow's own limit against decompression bombs)."""
 
+_FILE_BYTES = 16, 64 << 20  # most bytes of a file: those of a pixel of four floats, and of all beside the pixels
 _BAND_PIXELS = 1 << 20
 _CONVERTIBLE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION_TAG = 0x0112
@@ -58,8 +62,8 @@ def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
         ImageError: The file is missing, empty, truncated, corrupt, not an image, without pixels, or too large.
     """
     path = Path(path)
-    _check_file(path)
-    return replace(_decoded(lambda: path, str(path), path.stat().st_size, max_pixels), path=path)
+    size = _check_file(path, max_pixels)
+    return replace(_decoded(lambda: path, str(path), size, max_pixels), path=path)
 
 
 @dataclass(frozen=True, order=True)
@@ -96,12 +100,7 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
     except Image.DecompressionBombError as error:
         raise _in_file(name, _too_large(str(error).rstrip("."), max_pixels)) from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is not an image",
-            found=f"{size} bytes of no known image format",
-            expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
-            remedy="check that the file was downloaded or copied as a whole, and is what its name says",
-        ) from error
+        return _unknown_to_pillow(opened, name, size, max_pixels, error)
     except ImageError as error:
         raise _in_file(name, error) from error
     except PermissionError as error:
@@ -113,6 +112,24 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
             expected="a complete image file",
             remedy="download or copy the file again, or leave it out",
         ) from error
+
+
+def _unknown_to_pillow(
+    opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int, error: UnidentifiedImageError
+) -> ImageRecord:
+    """Read a TIFF by tifffile; other files are no images."""
+    if not is_tiff(opened()):
+        raise ImageError(
+            f"{name} is not an image",
+            found=f"{size} bytes of no known image format",
+            expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
+            remedy="check that the file was downloaded or copied as a whole, and is what its name says",
+        ) from error
+    try:
+        array, orientation = read_tiff(opened(), max_pixels)
+        return record_of(_oriented(array, orientation))
+    except ImageError as refused:
+        raise _in_file(name, refused) from refused
 
 
 def image_from_pillow(image: Image.Image) -> ImageRecord:
@@ -142,7 +159,7 @@ def image_size(path: PathLike) -> tuple[int, int]:
         ImageError: The file is missing or its header is not an image's.
     """
     path = Path(path)
-    _check_file(path)
+    _check_file(path, MAX_PIXELS)
     try:
         with _without_bomb_warning(), Image.open(path) as image:
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
@@ -151,20 +168,27 @@ def image_size(path: PathLike) -> tuple[int, int]:
                 image.load()
                 sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
             width, height = image.size
+    except UnidentifiedImageError as error:
+        (height, width), orientation = _size_unknown_to_pillow(path, error)
+        sideways = 5 <= orientation <= 8
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
     return (width, height) if sideways else (height, width)
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ImageError(f"{path} does not exist", expected="an image file", remedy="check the path")
-    if not path.is_file():
-        raise ImageError(f"{path} is not a file", found="a folder or device", expected="an image file")
-    if path.stat().st_size == 0:
-        raise ImageError(
-            f"{path} is empty", found="0 bytes", expected="an image file", remedy="download or copy the file again"
-        )
+def _size_unknown_to_pillow(path: Path, error: UnidentifiedImageError) -> tuple[tuple[int, int], int]:
+    try:
+        if is_tiff(path):
+            return tiff_size(path)
+    except ImageError as refused:
+        raise _in_file(str(path), refused) from refused
+    raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+
+
+def _check_file(path: Path, max_pixels: int) -> int:
+    """The size of a regular file that may be an image of so many pixels, in bytes."""
+    of_a_pixel, of_the_rest = _FILE_BYTES
+    return check_file(path, ImageError, "an image file", of_a_pixel * max_pixels + of_the_rest)
 
 
 @contextmanager

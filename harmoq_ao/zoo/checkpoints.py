@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CheckpointError
+from harmoq_ao.common.files import check_file
 from harmoq_ao.zoo.architectures import first_lines, spandrel_version
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
 
 if TYPE_CHECKING:  # spandrel imports every architecture it knows, and torchvision
     from spandrel import ModelDescriptor
 
+_MAX_BYTES = 16 << 30
 _REMEDY_RESAVE = (
     "save the weights alone, torch.save(model.state_dict(), path), where you trust the file, or use safetensors"
 )
@@ -124,17 +126,9 @@ def load_demo_model(scale: int = 2) -> LoadedModel:
 
 def _read_state(path: Path) -> object:
     """The object a checkpoint file holds, read without executing anything in it."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"Cannot read the checkpoint {path}",
-            found="a folder" if path.is_dir() else "no such file",
-            expected="a checkpoint file",
-            remedy="check the path",
-        )
+    check_file(path, CheckpointError, "a checkpoint file", _MAX_BYTES)
     with path.open("rb") as file:
         head = file.read(9)
-    if not head:
-        raise CheckpointError(f"The checkpoint {path} is empty", found="0 bytes", remedy="download or copy it again")
     try:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)
