@@ -113,7 +113,7 @@ def _planned(inputs: list[str], naming: Naming) -> Plan:
         reasons.setdefault(reason, []).append(str(path))
     for reason, paths in reasons.items():
         more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-        named = escape(", ".join(paths[:_NAMED]))
+        named = escape(", ".join(sorted(paths)[:_NAMED]))
         err.print(f"[yellow]skipped[/] {named}{more}: {reason}", highlight=False, soft_wrap=True)
     return plan
 

@@ -125,12 +125,16 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
             to, or a name is too long.
     """
     path = Path(path)
-    found: str | None = found_at(path)
-    nearest = path.absolute()
-    while found == NOTHING and nearest != nearest.parent:
+    nearest, missing = path.absolute(), []
+    while found_at(nearest) == NOTHING and nearest != nearest.parent:
+        missing.append(nearest.name)
         nearest = nearest.parent
-        found = found_at(nearest)
-    found = _writable(nearest) if found == FOLDER else found if nearest == path.absolute() else f"{found}, {nearest}"
+    found: str | None = found_at(nearest)
+    if found == FOLDER:  # below a folder that is missing the system does not look at names
+        names = (found_at(nearest / name) for name in missing)
+        found = next((said for said in names if said not in (NOTHING, FOLDER, FILE)), None) or _writable(nearest)
+    elif missing:
+        found = f"{found}, {nearest}"
     if found is not None:
         raise OutputError(
             f"{path} cannot be written to",

@@ -6,7 +6,7 @@ May import ``common``.
 from harmoq_ao.common.output import atomic_write
 from harmoq_ao.images.columns import ImageColumn, as_record, from_hf_dataset
 from harmoq_ao.images.crops import CalibrationCrops
-from harmoq_ao.images.folders import IMAGE_SUFFIXES, Found, Listing, list_images
+from harmoq_ao.images.folders import IMAGE_SUFFIXES, PICTURE_SUFFIXES, Found, Listing, list_images
 from harmoq_ao.images.pairs import ImagePair, load_pairs
 from harmoq_ao.images.photographs import (
     CALIBRATION_PHOTOGRAPHS,
@@ -25,6 +25,7 @@ __all__ = [
     "EVALUATION_PHOTOGRAPHS",
     "IMAGE_SUFFIXES",
     "MAX_PIXELS",
+    "PICTURE_SUFFIXES",
     "WRITABLE",
     "CalibrationCrops",
     "EncodedImage",

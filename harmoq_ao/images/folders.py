@@ -39,6 +39,8 @@ _OTHER_IMAGES = {
     **dict.fromkeys((".mp4", ".mkv", ".mov", ".avi", ".webm"), "a video: extract its frames first"),
 }
 """Why files that hold pictures are skipped, by suffix."""
+PICTURE_SUFFIXES = frozenset({*IMAGE_SUFFIXES, *_OTHER_IMAGES})
+"""Suffixes that nobody gives to a folder."""
 _NO_IMAGE = "no image by its suffix"
 
 

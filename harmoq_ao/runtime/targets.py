@@ -10,7 +10,7 @@ from pathlib import Path
 
 from harmoq_ao.common.errors import ConfigError, DatasetError, OutputError
 from harmoq_ao.common.output import check_output_file, check_output_folder
-from harmoq_ao.images import IMAGE_SUFFIXES, WRITABLE, Found
+from harmoq_ao.images import PICTURE_SUFFIXES, WRITABLE, Found
 from harmoq_ao.runtime.file_jobs import Job
 
 
@@ -45,8 +45,7 @@ class Naming:
     @property
     def names_a_file(self) -> bool:
         """Whether the output is meant as a file: it has the suffix of an image, and is no folder."""
-        known = self.output.suffix.lower() in (*IMAGE_SUFFIXES, *WRITABLE)
-        return known and not os.path.isdir(self.output)
+        return self.output.suffix.lower() in PICTURE_SUFFIXES and not os.path.isdir(self.output)
 
 
 @dataclass
