@@ -189,6 +189,7 @@ def main(
     logging.getLogger("harmoq_ao").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:  # libraries warn about how they use one another
         warnings.filterwarnings("ignore", category=UserWarning)
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about a damaged file, it raises too
     if threads is not None:
         import torch
 

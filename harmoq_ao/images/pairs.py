@@ -151,7 +151,7 @@ def _of_root(root: Path, scale: int) -> tuple[Path, Path]:
     """The folders of references and of low-resolution images in a benchmark's root."""
     folders = _subfolders(root)
     for both in (root / f"image_SRF_{scale}", root):
-        if any(both.glob(f"*_SRF_{scale}_HR.*")):
+        if any(f"_SRF_{scale}_HR." in name for name in _names_in(both)):
             return both, both
     found = [
         next((folder for pattern in patterns for folder in _named_like(folders, pattern, scale)), None)
@@ -175,11 +175,14 @@ def _named_like(folders: Mapping[str, Path], pattern: str, scale: int) -> list[P
 
 def _subfolders(folder: Path) -> dict[str, Path]:
     """The folders below a folder by their names in lower case; none where it cannot be listed."""
+    return {name.lower(): folder / name for name in _names_in(folder) if os.path.isdir(folder / name)}
+
+
+def _names_in(folder: Path) -> list[str]:
     try:
-        with os.scandir(folder) as entries:
-            return {entry.name.lower(): Path(entry.path) for entry in entries if entry.is_dir()}
-    except (OSError, ValueError):
-        return {}
+        return os.listdir(folder)
+    except (OSError, ValueError):  # what is wrong with it is said where its images are listed
+        return []
 
 
 def _scale_folders(folder: Path) -> dict[int, Path]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +32,47 @@ class FileCase:
         return path
 
 
+class Hang(BaseException):
+    """What a case took too long for: no code may catch it as an error of its own."""
+
+
+@contextmanager
+def limited(seconds: float = 10.0) -> Iterator[None]:
+    """Context manager that raises `Hang` in what takes longer.
+
+    Half seconds are counted, not read from a clock: a process that the system has stopped gets no signals meanwhile.
+    """
+    if os.name != "posix":
+        yield
+        return
+    ticks = 0
+
+    def tick(*_: object) -> None:
+        nonlocal ticks
+        ticks += 1
+        if ticks > 2 * seconds:
+            raise Hang(f"{seconds} seconds")
+
+    former = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def run_cases(strategy: st.SearchStrategy[Made], count: int, test: Callable[[Made], None], offset: int = 0) -> None:
-    """Call a test with ``count`` cases, always the same for `HARMOQ_FUZZ_SEED`; a case that fails is shrunk."""
+    """Call a test with ``count`` cases, always the same for `HARMOQ_FUZZ_SEED`; a case that fails is shrunk.
+
+    Raises:
+        Hang: A case took more than ten seconds.
+    """
+
+    def in_time(case: Made) -> None:
+        with limited():
+            test(case)
+
     bounded = settings(
         max_examples=count * FACTOR,
         database=None,
@@ -40,7 +81,7 @@ def run_cases(strategy: st.SearchStrategy[Made], count: int, test: Callable[[Mad
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    seed(SEED + offset)(bounded(given(strategy)(lambda case: test(case))))()
+    seed(SEED + offset)(bounded(given(strategy)(lambda case: in_time(case))))()
 
 
 def any_of(*values: Made) -> st.SearchStrategy[Made]:
