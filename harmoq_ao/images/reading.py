@@ -42,6 +42,9 @@ _LOW_BYTES = {
     **{f"{colour};16{order}": f"{colour};16{other}" for colour in ("RGB", "RGBA") for order, other in ("BL", "LB")},
     **{f"{colour};16N": f"{colour};16{'B' if sys.byteorder == 'little' else 'L'}" for colour in ("RGB", "RGBA")},
 }
+# Most decoded bytes for one of the file, of PNG and of a TIFF's compressions; samples of gray and palettes may be bits.
+_DENSEST = {"PNG": 1100, "raw": 8, "packbits": 200, "tiff_lzw": 4096, "tiff_adobe_deflate": 1100, "tiff_deflate": 1100}
+_LEAST_BITS = {"RGB": 24, "RGBA": 32, "LA": 16, "I;16": 16, "CMYK": 32}
 # Raised by Pillow and its decoders for corrupt data.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
@@ -94,6 +97,7 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
     try:
         with _without_bomb_warning(), Image.open(opened()) as image:
             _check_size(image.size, max_pixels)
+            _check_held(image, size)
             rawmode = _colour_rawmode(image)
             deep = _read_deep_colour(opened, name, rawmode) if ";16" in rawmode else None
             return _record_from_pillow(image, name) if deep is None else deep
@@ -209,6 +213,22 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ImageError("the image has no pixels", found=f"{width}x{height}", expected="at least 1x1")
     if width * height > max_pixels:
         raise _too_large(f"{width}x{height} = {width * height} pixels", max_pixels)
+
+
+def _check_held(image: Image.Image, size: int) -> None:
+    """Refuse what the file cannot hold: where compressed data end early, Pillow leaves the rest of an image black."""
+    compression = image.info.get("compression") if image.format == "TIFF" else image.format
+    ratio = _DENSEST.get(compression or "")
+    if ratio is None:
+        return
+    least = image.width * image.height * _LEAST_BITS.get(image.mode, 1) // 8
+    if least > ratio * size:
+        raise ImageError(
+            "the file contradicts itself",
+            found=f"{image.width}x{image.height} pixels in {size} bytes",
+            expected=f"at least {least // ratio + 1} bytes for so many",
+            remedy="download or copy the file again, or leave it out",
+        )
 
 
 def _too_large(found: str, max_pixels: int) -> ImageError:
