@@ -6,12 +6,17 @@ imported on first use, everything else is imported inside the functions.
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
+import signal
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
-from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,7 +26,9 @@ from typer.core import TyperGroup
 
 from harmoq_ao.common.allocator import keep_memory
 from harmoq_ao.common.choices import FIXED_TILE, Runtime
-from harmoq_ao.common.errors import ConfigError, HarmoqError, OutputError
+from harmoq_ao.common.errors import ConfigError, HarmoqError
+from harmoq_ao.common.files import reason_of
+from harmoq_ao.common.output import check_output_file as check_output_file
 from harmoq_ao.common.version import __version__
 
 if TYPE_CHECKING:
@@ -33,8 +40,8 @@ EXIT_PARTIAL = 1
 """Some images failed, the others were written."""
 EXIT_ERROR = 2
 """Nothing was done; the message says why."""
-EXIT_INTERRUPTED = 130
-"""Ctrl-C, by the convention of shells."""
+EXIT_SIGNALLED = 128
+"""What a signal's number is added to, by the convention of shells: 130 after Ctrl-C, 143 after SIGTERM."""
 
 
 _PIPED = 160  # columns where there is no terminal: names of sites are long
@@ -58,21 +65,69 @@ class FloatDtype(StrEnum):
         return found
 
 
+class Stopped(KeyboardInterrupt):
+    """A signal asked the process to end: handled wherever Ctrl-C is, so that files are left whole."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """Context manager in which SIGTERM and the end of the terminal (unless nohup ignores it) raise `Stopped`."""
+
+    def stop(number: int, _: FrameType | None) -> None:
+        raise Stopped(number)
+
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    former = {number: signal.getsignal(number) for number in numbers}
+    try:
+        replaced = [number for number in numbers if former[number] is signal.SIG_DFL]
+        for number in replaced:
+            signal.signal(number, stop)
+    except ValueError:  # a thread other than the main one handles no signals
+        replaced = []
+    try:
+        yield
+    finally:
+        for number in replaced:
+            signal.signal(number, former[number])
+
+
 class _Group(TyperGroup):
     """Turns an error into one readable message and an exit code; with `--verbose` into the traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            err.print("[yellow]Interrupted; incomplete outputs were discarded.[/]")
-            raise typer.Exit(EXIT_INTERRUPTED) from None
+            with _signals_as_interrupts():
+                return super().invoke(ctx)
+        except KeyboardInterrupt as interrupt:
+            number = interrupt.number if isinstance(interrupt, Stopped) else signal.SIGINT
+            by = f" by {interrupt}" if isinstance(interrupt, Stopped) else ""
+            err.print(f"[yellow]Interrupted{by}; incomplete outputs were discarded.[/]")
+            raise typer.Exit(EXIT_SIGNALLED + number) from None
         except HarmoqError as error:
-            if ctx.params.get("verbose"):
-                err.print_exception()
-            else:
-                _print_error(error)
-            raise typer.Exit(EXIT_ERROR) from error
+            _end(error, ctx)
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone, which click handles
+                raise
+            _end(_of_system(error), ctx)
+
+
+def _end(error: HarmoqError, ctx: Any) -> None:
+    if ctx.params.get("verbose"):
+        err.print_exception()
+    else:
+        _print_error(error)
+    raise typer.Exit(EXIT_ERROR) from error
+
+
+def _of_system(error: OSError) -> HarmoqError:
+    """An error of the system that no room has put into words."""
+    name = error.filename if isinstance(error.filename, str | bytes) else None
+    what = "The system refused to read or write" if name is None else f"{os.fsdecode(name)[:200]} cannot be used"
+    return HarmoqError(what, found=reason_of(error), remedy="check the path, its mode and the space on the disk")
 
 
 app = typer.Typer(
@@ -134,11 +189,15 @@ def main(
     logging.getLogger("harmoq_ao").setLevel(logging.DEBUG if verbose else logging.WARNING)
     if not verbose:  # libraries warn about how they use one another
         warnings.filterwarnings("ignore", category=UserWarning)
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # what it logs about a damaged file, it raises too
     if threads is not None:
         import torch
 
         torch.set_num_threads(threads)
     keep_memory()
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show must not lose what follows it
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def chosen_runtime(openvino: bool, compiled: bool) -> Runtime:
@@ -155,18 +214,6 @@ def chosen_runtime(openvino: bool, compiled: bool) -> Runtime:
 def fixed_tile(tile: int | None, runtime: Runtime) -> int | None:
     """The given tile, or the default of a runtime that compiles for each size."""
     return tile or (None if runtime is Runtime.torch else FIXED_TILE)
-
-
-def check_output_file(path: Path) -> None:
-    """Raise OutputError unless a file can be created at ``path``."""
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        found = "a folder" if path.is_dir() else f"no folder {path.parent}"
-        raise OutputError(
-            f"{path} cannot be written",
-            found=found,
-            expected="a file name in an existing folder",
-            remedy="choose another output",
-        )
 
 
 def join_ranks(ctx: typer.Context) -> None:

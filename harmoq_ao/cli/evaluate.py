@@ -27,7 +27,7 @@ from harmoq_ao.cli.common import (
     out,
 )
 from harmoq_ao.common.errors import ConfigError
-from harmoq_ao.common.output import atomic_write
+from harmoq_ao.common.output import atomic_write, check_output_file
 
 if TYPE_CHECKING:
     from harmoq_ao import EvaluationTable, ImagePair, Upscaler
@@ -40,6 +40,10 @@ def evaluate_command(
     hr: Annotated[Path, typer.Argument(metavar="HR_FOLDER", help="References, or a root with HR and LR_bicubic/X2.")],
     lr: Annotated[
         Path | None, typer.Argument(metavar="[LR_FOLDER]", help="Low-resolution images of the same names.")
+    ] = None,
+    lr_name: Annotated[
+        str | None,
+        typer.Option(help="Low-resolution names, such as '{name}_small{scale}'; the usual ones need no pattern."),
     ] = None,
     scale: Annotated[int | None, typer.Option(min=1, help="Fail unless the model has this scale.")] = None,
     tile: TileOption = None,
@@ -55,6 +59,9 @@ def evaluate_command(
     """Measure PSNR and SSIM of 8-bit luma on pairs of images, without a border of `scale` pixels."""
     from harmoq_ao.images.metrics import bicubic_batch
 
+    for file in (json_file, csv_file):
+        if file is not None:
+            check_output_file(file)
     dtype = None if float_dtype is None else float_dtype.torch
     runtime = chosen_runtime(openvino, compiled)
     tile = fixed_tile(tile, runtime)
@@ -62,7 +69,7 @@ def evaluate_command(
     if reference is not None:
         upscalers.append(harmoq_ao.open_model(reference))
     factor = _common_scale(upscalers, scale)
-    pairs = harmoq_ao.load_pairs(hr, lr, factor)
+    pairs = harmoq_ao.load_pairs(hr, lr, factor, lr_name)
     names = [u.name for u in upscalers] + (["bicubic"] if bicubic else [])
     if len(set(names)) < len(names):
         raise ConfigError("A model is compared with itself", found=names[0], expected="two different models")
@@ -70,12 +77,12 @@ def evaluate_command(
     if bicubic:
         callables.append(partial(bicubic_batch, scale=factor))
     tables = {name: _evaluated(name, call, pairs, factor) for name, call in zip(names, callables, strict=True)}
-    out.print(_score_table(tables, factor, hr))
     if json_file is not None:
         results = {"scale": factor, "models": {name: table.to_dict() for name, table in tables.items()}}
         _write(json_file, json.dumps(results, indent=2) + "\n")
     if csv_file is not None:
         _write(csv_file, _csv(tables))
+    out.print(_score_table(tables, factor, hr))
 
 
 def _common_scale(upscalers: list[Upscaler], given: int | None) -> int:
@@ -127,4 +134,4 @@ def _csv(tables: dict[str, EvaluationTable]) -> str:
 
 def _write(path: Path, text: str) -> None:
     with atomic_write(path) as file:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # a file name may hold bytes that are no text

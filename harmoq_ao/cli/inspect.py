@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,10 +26,10 @@ def inspect(
     device: KernelDeviceOption = "cpu",
 ) -> None:
     """List the sites of a model and how they are quantized; of a float checkpoint, how they would be."""
-    from harmoq_ao.zoo.file_kinds import is_saved_model
+    from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model
 
     with err.status("Reading the model"):
-        if is_saved_model(Path(model)):
+        if os.path.isdir(model) and not is_transformers_model(hub_snapshot(Path(model))):
             report = harmoq_ao.load_quantized(model).report(device)
             size: int | None = harmoq_ao.folder_bytes(model)
         else:

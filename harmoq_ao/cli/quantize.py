@@ -15,6 +15,7 @@ import harmoq_ao
 from harmoq_ao.cli.common import FloatDtype, app, err, join_ranks, out, summary
 from harmoq_ao.common.choices import METHODS, PRESET_NAMES
 from harmoq_ao.common.errors import ConfigError, shown
+from harmoq_ao.common.output import check_output_file, make_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +104,7 @@ def quantize(
     """
     from harmoq_ao.baselines.methods import check_method
     from harmoq_ao.common.devices import device_named
+    from harmoq_ao.conversion.save import check_model_folder
     from harmoq_ao.harmonization.presets import preset as preset_of
 
     join_ranks(ctx)
@@ -119,6 +121,7 @@ def quantize(
         seed=seed,
     )
     check_method(method)
+    check_model_folder(output)
     place = device_named(device)
     chosen = _preset_for(preset, weight_bits, act_bits)
     settings = preset_of(chosen)
@@ -138,7 +141,8 @@ def quantize(
         mixture = harmoq_ao.mix_bits(loaded, seen, kept, config, max_drop=max_drop, max_bytes=target_size)
         config = replace(config, rules=(*config.rules, *mixture.rules()))
         out.print(mixture.describe(), highlight=False)
-    progress = output.with_name(f"{output.name}.progress.safetensors")
+    progress = make_folder(output.absolute().parent) / f"{output.name}.progress.safetensors"
+    check_output_file(progress)
     prepared = harmoq_ao.prepare_with(
         method,
         loaded,

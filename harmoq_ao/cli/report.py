@@ -9,8 +9,10 @@ import typer
 from rich.markup import escape
 
 import harmoq_ao
-from harmoq_ao.cli.common import KernelDeviceOption, OverlapOption, TileOption, app, check_output_file, err, out
+from harmoq_ao.cli.common import KernelDeviceOption, OverlapOption, TileOption, app, err, out
 from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.common.files import FOLDER, found_at
+from harmoq_ao.common.output import check_output_file
 
 if TYPE_CHECKING:
     from harmoq_ao.reporting import Source
@@ -71,8 +73,8 @@ def report_command(
 
 def _check_paths(model: Path, output: Path) -> None:
     """Check before any work, because a report takes a while."""
-    if not model.is_dir():
-        found = "a file" if model.exists() else "no such folder"
+    found = found_at(model)
+    if found != FOLDER:
         raise ConfigError(
             "This is not a saved model",
             found=f"{model}, {found}",

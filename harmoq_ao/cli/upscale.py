@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import replace
 from enum import StrEnum
 from functools import partial
@@ -28,14 +30,17 @@ from harmoq_ao.cli.common import (
     out,
 )
 from harmoq_ao.common.choices import Runtime
-from harmoq_ao.common.errors import ConfigError, DatasetError, OutputError
-from harmoq_ao.common.output import make_folder
+from harmoq_ao.common.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
-    from harmoq_ao.runtime.file_jobs import FileUpscaler
+    from harmoq_ao.runtime.file_jobs import Failure, FileUpscaler, Job
+    from harmoq_ao.runtime.targets import Naming, Plan
     from harmoq_ao.runtime.tiling import Progress
+
+
+_NAMED = 5  # skipped files in a line
 
 
 class Engine(StrEnum):
@@ -52,7 +57,12 @@ def upscale_command(
         list[str],
         typer.Argument(metavar="INPUT...", help="Image files, folders, glob patterns, or lists of paths (.txt)."),
     ],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the upscaled images.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="Folder for the upscaled images; for one image also a file.")
+    ],
+    recursive: Annotated[
+        bool, typer.Option("--recursive", "-r", help="Descend into subfolders, and repeat them in the output.")
+    ] = False,
     tile: TileOption = None,
     overlap: OverlapOption = 32,
     float_dtype: DtypeOption = None,
@@ -60,40 +70,68 @@ def upscale_command(
     compiled: CompileOption = False,
     suffix: Annotated[str, typer.Option(help="Text to append to each file name.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing images.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave images alone whose results exist: continues a run.")
+    ] = False,
     engine: Annotated[Engine, typer.Option(help="Upscale in this process or on a Ray cluster.")] = Engine.local,
     workers: Annotated[
         int | None,
         typer.Option(min=1, help="Number of Ray's worker processes, of one CPU each; by default one per CPU."),
     ] = None,
 ) -> None:
-    """Upscale images; transparency, gray and 16 bits are kept."""
+    """Upscale images; transparency, gray and 16 bits are kept. One that fails is named at the end."""
+    from harmoq_ao.runtime.targets import Naming
+
+    if workers is not None and engine is not Engine.ray:
+        raise ConfigError("Only Ray has workers", found=f"--workers with --engine {engine}", expected="--engine ray")
+    runtime = chosen_runtime(openvino, compiled)
+    plan = _planned(inputs, Naming(output, suffix, recursive, overwrite, skip_existing))
+    failures: list[Failure] = []
+    if plan.jobs:
+        name = str(Path(model).resolve()) if os.path.exists(model) else model  # workers may run in other folders
+        opened = partial(_open, name, float_dtype, runtime, fixed_tile(tile, runtime), overlap)
+        failures = _done(plan.jobs, opened, workers, engine)
+    kept = f", {len(plan.kept)} were there" if plan.kept else ""
+    told = f"{len(plan.jobs) - len(failures)} of {len(plan.jobs)} images written to {escape(str(output))}{kept}"
+    for image, message in failures:
+        err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False, soft_wrap=True)
+    out.print(told, highlight=False, soft_wrap=True)
+    if failures:
+        raise typer.Exit(EXIT_PARTIAL)
+
+
+def _planned(inputs: list[str], naming: Naming) -> Plan:
+    """The images and where they go; what is skipped is named."""
+    from harmoq_ao.images import list_sources
+    from harmoq_ao.runtime.targets import plan_jobs
+
+    with err.status("Listing images"):
+        listing = list_sources(inputs, naming.mirror, None if naming.names_a_file else naming.output)
+        plan = plan_jobs(listing.files, naming)
+    reasons: dict[str, list[str]] = {}
+    for path, reason in (*listing.skipped, *((path, "the result of another image") for path in plan.results)):
+        reasons.setdefault(reason, []).append(str(path))
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
+        named = escape(", ".join(sorted(paths)[:_NAMED]))
+        err.print(f"[yellow]skipped[/] {named}{more}: {reason}", highlight=False, soft_wrap=True)
+    return plan
+
+
+def _done(jobs: list[Job], opened: Callable[[], FileUpscaler], workers: int | None, engine: Engine) -> list[Failure]:
+    """Do all jobs under progress bars; returns those that failed."""
     from harmoq_ao.common.progress import progress_bar
     from harmoq_ao.runtime.file_jobs import Job, upscale_here
     from harmoq_ao.runtime.ray_jobs import upscale_on_ray
 
-    images = harmoq_ao.image_files(inputs)
-    jobs = list(map(Job, images, _targets(images, output, suffix, overwrite)))
-    if workers is not None and engine is not Engine.ray:
-        raise ConfigError("Only Ray has workers", found=f"--workers with --engine {engine}", expected="--engine ray")
-    runtime = chosen_runtime(openvino, compiled)
-    name = str(Path(model).resolve()) if Path(model).exists() else model  # workers may run in other folders
-    opened = partial(_open, name, float_dtype, runtime, fixed_tile(tile, runtime), overlap)
     upscale = opened()  # for Ray too: report a model that cannot be opened before anything starts
-    make_folder(output)
     with progress_bar() as progress:
         task = progress.add_task("Upscaling", total=len(jobs))
         if engine is Engine.ray:
             jobs = [Job(job.image.resolve(), job.target.resolve()) for job in jobs]
-            failures = upscale_on_ray(jobs, opened, lambda: progress.advance(task), workers=workers)
-        else:
-            upscale = replace(upscale, progress=_tiles_shown(progress))
-            failures = upscale_here(jobs, upscale, lambda: progress.advance(task))
-    told = f"{len(images) - len(failures)} of {len(images)} images written to {escape(str(output))}"
-    out.print(told, highlight=False, soft_wrap=True)
-    for image, message in failures:
-        err.print(f"[red]{escape(str(image))}[/]: {escape(message)}", highlight=False, soft_wrap=True)
-    if failures:
-        raise typer.Exit(EXIT_PARTIAL)
+            return upscale_on_ray(jobs, opened, lambda: progress.advance(task), workers=workers)
+        upscale = replace(upscale, progress=_tiles_shown(progress))
+        return upscale_here(jobs, upscale, lambda: progress.advance(task))
 
 
 def _open(model: str, float_dtype: FloatDtype | None, runtime: Runtime, tile: int | None, overlap: int) -> FileUpscaler:
@@ -113,34 +151,3 @@ def _tiles_shown(bar: Bar) -> Progress:
         bar.update(task, completed=done)
 
     return show
-
-
-def _targets(images: list[Path], output: Path, suffix: str, overwrite: bool) -> list[Path]:
-    """The output of each image.
-
-    Raises:
-        OutputError: An output exists already, or is the source of another.
-        DatasetError: Two images have the same output.
-    """
-    from harmoq_ao.images import WRITABLE
-
-    targets = [output / f"{p.stem}{suffix}{p.suffix if p.suffix.lower() in WRITABLE else '.png'}" for p in images]
-    if "/" in suffix or "\\" in suffix:
-        raise ConfigError("A suffix is part of a file name", found=suffix, expected="no slash")
-    twice = sorted({t.name for t in targets if targets.count(t) > 1})
-    if twice:
-        raise DatasetError(
-            "Two images would be written to one file", found=twice[0], remedy="upscale them into different folders"
-        )
-    sources = {p.resolve() for p in images}
-    own = next((t for t in targets if t.resolve() in sources), None)
-    if own is not None:
-        raise OutputError(
-            "An image would replace its own source", found=own, remedy="choose another --output, or give a --suffix"
-        )
-    there = [t for t in targets if t.exists()]
-    if there and not overwrite:
-        raise OutputError(
-            f"{len(there)} of the images exist already", found=there[0], remedy="pass --overwrite, or another --output"
-        )
-    return targets

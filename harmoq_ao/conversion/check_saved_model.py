@@ -14,6 +14,7 @@ from safetensors.torch import load as from_safetensors
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import SavedModelError, shown
+from harmoq_ao.common.files import FOLDER, NOTHING, check_file, found_at
 from harmoq_ao.conversion.format import (
     CONFIG_NAME,
     FORMAT,
@@ -35,12 +36,11 @@ def read_tensors(folder: Path, weights: dict[str, str]) -> dict[str, Tensor]:
             found=shown(name),
             expected="model-<12 digits>.safetensors",
         )
+    check_file(path, SavedModelError, "the weights of a saved model", _MAX_WEIGHTS_BYTES)
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise SavedModelError(
-            f"{folder} lacks its weights", found=error.strerror, expected=name, remedy=REMEDY
-        ) from error
+        raise SavedModelError(f"{path} cannot be read", found=error.strerror, remedy=REMEDY) from error
     if hashlib.sha256(data).hexdigest() != weights["sha256"]:
         raise SavedModelError(f"{path} is damaged", found=f"{len(data)} bytes of another SHA-256", remedy=REMEDY)
     try:
@@ -91,6 +91,9 @@ MAX_EXAMPLE_VALUES = 1 << 22
 _MAX_CONFIG_BYTES = 16 << 20
 
 
+_MAX_WEIGHTS_BYTES = 4 << 30
+
+
 _MAX_DB = 1e4
 
 
@@ -105,13 +108,14 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG_NAME
     try:
-        if not path.is_file():
-            found = "a folder without config.json" if folder.is_dir() else "no such folder"
+        if found_at(path) == NOTHING:
+            at = found_at(folder)
             raise SavedModelError(
-                f"{folder} is not a saved model", found=found, expected="a folder written by save_quantized"
+                f"{folder} is not a saved model",
+                found=f"a folder without {CONFIG_NAME}" if at == FOLDER else at,
+                expected="a folder written by save_quantized",
             )
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise SavedModelError(f"{path} is too large", found=f"{path.stat().st_size} bytes", remedy=REMEDY)
+        check_file(path, SavedModelError, "the config of a saved model", _MAX_CONFIG_BYTES)
         config = json.loads(path.read_bytes())
         # Written out here, since Python may refuse to (integers of many digits, deep nesting) what it has just read.
         body = canonical_json({k: v for k, v in config.items() if k != "sha256"}) if isinstance(config, dict) else b""

@@ -18,7 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import OutputError, SavedModelError
-from harmoq_ao.common.output import atomic_write, make_folder
+from harmoq_ao.common.output import atomic_write, check_output_folder, make_folder
 from harmoq_ao.common.version import __version__
 from harmoq_ao.conversion.check_saved_model import MAX_EXAMPLE_VALUES, are_example_shapes
 from harmoq_ao.conversion.format import (
@@ -81,7 +81,7 @@ def save_quantized(model: QuantizedModel, path: str | Path) -> Path:
     _check_that_it_loads(model, described, tensors)
     config = canonical_json(seal(described))
     try:
-        _check_target(folder)
+        check_model_folder(folder)
         make_folder(folder)
         _write_model(folder, entry["file"], weights, config)
     except OutputError:
@@ -215,9 +215,13 @@ def _config_of(model: QuantizedModel) -> dict[str, Any]:
     }
 
 
-def _check_target(folder: Path) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise OutputError(f"Cannot save to {folder}", found="a file", expected="a folder", remedy="choose another path")
+def check_model_folder(folder: Path) -> None:
+    """Whether a model can be saved to a folder; to be called before the work begins.
+
+    Raises:
+        OutputError: A file is in its place, it may not be written to, or it holds something else than a saved model.
+    """
+    check_output_folder(folder)
     if folder.is_dir() and not _may_replace(folder):
         raise OutputError(
             f"{folder} holds something else than a saved model",

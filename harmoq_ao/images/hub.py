@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -41,10 +42,10 @@ class DatasetName:
         Raises:
             DatasetError: The form is another.
         """
-        if exists(text):
+        if os.path.exists(text):
             return cls(text, text)
         path, _, split = text.rpartition(":")
-        if path and exists(path):
+        if path and os.path.exists(path):
             return cls(text, path, split=split)
         match = _NAME.fullmatch(text)
         if match is None:
@@ -206,11 +207,3 @@ def _explained(name: DatasetName, error: Exception) -> DatasetError:
 
 def _of_network(error: Exception) -> bool:
     return type(error).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "urllib3", "aiohttp")
-
-
-def exists(path: str | Path) -> bool:
-    """Whether a path exists; text that no system takes as a path does not."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False

@@ -1,7 +1,8 @@
 """Reading image files: grayscale, alpha, palettes, 16 bits, and typed errors for damaged files.
 
 Files are decoded by Pillow. It holds colour at 8 bits only, so 16-bit colour is decoded in two passes (torchvision
-takes one for such a PNG, but crashed the process on a truncated file).
+takes one for such a PNG, but crashed the process on a truncated file). TIFF files that it does not know are left to
+tifffile.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from harmoq_ao.common.errors import ImageError
+from harmoq_ao.common.files import check_file
 from harmoq_ao.images.records import Array, ImageRecord, PathLike, record_of
+from harmoq_ao.images.tiff import is_tiff, read_tiff, tiff_size
 
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 178_956_970
 """Largest image read by default, in pixels (Pillow's own limit against decompression bombs)."""
 
+_FILE_BYTES = 16, 64 << 20  # most bytes of a file: those of a pixel of four floats, and of all beside the pixels
 _BAND_PIXELS = 1 << 20
 _CONVERTIBLE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION_TAG = 0x0112
@@ -38,6 +42,9 @@ _LOW_BYTES = {
     **{f"{colour};16{order}": f"{colour};16{other}" for colour in ("RGB", "RGBA") for order, other in ("BL", "LB")},
     **{f"{colour};16N": f"{colour};16{'B' if sys.byteorder == 'little' else 'L'}" for colour in ("RGB", "RGBA")},
 }
+# Most decoded bytes for one of the file, of PNG and of a TIFF's compressions; samples of gray and palettes may be bits.
+_DENSEST = {"PNG": 1100, "raw": 8, "packbits": 200, "tiff_lzw": 4096, "tiff_adobe_deflate": 1100, "tiff_deflate": 1100}
+_LEAST_BITS = {"RGB": 24, "RGBA": 32, "LA": 16, "I;16": 16, "CMYK": 32}
 # Raised by Pillow and its decoders for corrupt data.
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError, struct.error, zlib.error)
 
@@ -58,8 +65,8 @@ def load_image(path: PathLike, max_pixels: int = MAX_PIXELS) -> ImageRecord:
         ImageError: The file is missing, empty, truncated, corrupt, not an image, without pixels, or too large.
     """
     path = Path(path)
-    _check_file(path)
-    return replace(_decoded(lambda: path, str(path), path.stat().st_size, max_pixels), path=path)
+    size = _check_file(path, max_pixels)
+    return replace(_decoded(lambda: path, str(path), size, max_pixels), path=path)
 
 
 @dataclass(frozen=True, order=True)
@@ -90,18 +97,14 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
     try:
         with _without_bomb_warning(), Image.open(opened()) as image:
             _check_size(image.size, max_pixels)
+            _check_held(image, size)
             rawmode = _colour_rawmode(image)
             deep = _read_deep_colour(opened, name, rawmode) if ";16" in rawmode else None
             return _record_from_pillow(image, name) if deep is None else deep
     except Image.DecompressionBombError as error:
         raise _in_file(name, _too_large(str(error).rstrip("."), max_pixels)) from error
     except UnidentifiedImageError as error:
-        raise ImageError(
-            f"{name} is not an image",
-            found=f"{size} bytes of no known image format",
-            expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
-            remedy="check that the file was downloaded or copied as a whole, and is what its name says",
-        ) from error
+        return _unknown_to_pillow(opened, name, size, max_pixels, error)
     except ImageError as error:
         raise _in_file(name, error) from error
     except PermissionError as error:
@@ -113,6 +116,24 @@ def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pi
             expected="a complete image file",
             remedy="download or copy the file again, or leave it out",
         ) from error
+
+
+def _unknown_to_pillow(
+    opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int, error: UnidentifiedImageError
+) -> ImageRecord:
+    """Read a TIFF by tifffile; other files are no images."""
+    if not is_tiff(opened()):
+        raise ImageError(
+            f"{name} is not an image",
+            found=f"{size} bytes of no known image format",
+            expected="PNG, JPEG, TIFF, WebP, BMP or another format that Pillow reads",
+            remedy="check that the file was downloaded or copied as a whole, and is what its name says",
+        ) from error
+    try:
+        array, orientation = read_tiff(opened(), max_pixels)
+        return record_of(_oriented(array, orientation))
+    except ImageError as refused:
+        raise _in_file(name, refused) from refused
 
 
 def image_from_pillow(image: Image.Image) -> ImageRecord:
@@ -142,7 +163,7 @@ def image_size(path: PathLike) -> tuple[int, int]:
         ImageError: The file is missing or its header is not an image's.
     """
     path = Path(path)
-    _check_file(path)
+    _check_file(path, MAX_PIXELS)
     try:
         with _without_bomb_warning(), Image.open(path) as image:
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
@@ -151,20 +172,27 @@ def image_size(path: PathLike) -> tuple[int, int]:
                 image.load()
                 sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
             width, height = image.size
+    except UnidentifiedImageError as error:
+        (height, width), orientation = _size_unknown_to_pillow(path, error)
+        sideways = 5 <= orientation <= 8
     except (*_DECODE_ERRORS, Image.DecompressionBombError) as error:
         raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
     return (width, height) if sideways else (height, width)
 
 
-def _check_file(path: Path) -> None:
-    if not path.exists():
-        raise ImageError(f"{path} does not exist", expected="an image file", remedy="check the path")
-    if not path.is_file():
-        raise ImageError(f"{path} is not a file", found="a folder or device", expected="an image file")
-    if path.stat().st_size == 0:
-        raise ImageError(
-            f"{path} is empty", found="0 bytes", expected="an image file", remedy="download or copy the file again"
-        )
+def _size_unknown_to_pillow(path: Path, error: UnidentifiedImageError) -> tuple[tuple[int, int], int]:
+    try:
+        if is_tiff(path):
+            return tiff_size(path)
+    except ImageError as refused:
+        raise _in_file(str(path), refused) from refused
+    raise ImageError(f"The size of {path} cannot be read", found=f"{type(error).__name__}: {error}") from error
+
+
+def _check_file(path: Path, max_pixels: int) -> int:
+    """The size of a regular file that may be an image of so many pixels, in bytes."""
+    of_a_pixel, of_the_rest = _FILE_BYTES
+    return check_file(path, ImageError, "an image file", of_a_pixel * max_pixels + of_the_rest)
 
 
 @contextmanager
@@ -185,6 +213,22 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         raise ImageError("the image has no pixels", found=f"{width}x{height}", expected="at least 1x1")
     if width * height > max_pixels:
         raise _too_large(f"{width}x{height} = {width * height} pixels", max_pixels)
+
+
+def _check_held(image: Image.Image, size: int) -> None:
+    """Refuse what the file cannot hold: where compressed data end early, Pillow leaves the rest of an image black."""
+    compression = image.info.get("compression") if image.format == "TIFF" else image.format
+    ratio = _DENSEST.get(compression or "")
+    if ratio is None:
+        return
+    least = image.width * image.height * _LEAST_BITS.get(image.mode, 1) // 8
+    if least > ratio * size:
+        raise ImageError(
+            "the file contradicts itself",
+            found=f"{image.width}x{image.height} pixels in {size} bytes",
+            expected=f"at least {least // ratio + 1} bytes for so many",
+            remedy="download or copy the file again, or leave it out",
+        )
 
 
 def _too_large(found: str, max_pixels: int) -> ImageError:

@@ -86,7 +86,15 @@ def evaluate(
         start = time.perf_counter()
         upscaled = upscale(model, low.pixels[None], scale, tile, overlap, window_multiple)
         table.seconds[name] = time.perf_counter() - start
-        table.scores[name] = score(upscaled, reference.to_uint8(), scale)
+        table.scores[name] = score(_without_rounding_up(upscaled, reference, scale), reference.to_uint8(), scale)
         if on_image is not None:
             on_image(name)
     return table
+
+
+def _without_rounding_up(upscaled: Tensor, reference: ImageRecord, scale: int) -> Tensor:
+    """What is compared of an image whose low-resolution size was rounded up: it ends beyond its reference."""
+    for axis, side in zip((-2, -1), reference.size, strict=True):
+        if upscaled.shape[axis] == -(-side // scale) * scale:
+            upscaled = upscaled.narrow(axis, 0, side - side % scale)
+    return upscaled

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from harmoq_ao.common.errors import ConfigError, HarmoqError
+from harmoq_ao.common.output import make_folder
 from harmoq_ao.images import load_image, save_rows
 from harmoq_ao.runtime.tiling import Progress
 from harmoq_ao.runtime.upscaler import Upscaler
+
+logger = logging.getLogger(__name__)
+
+_LONGEST_REASON = 300
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,13 @@ class FileUpscaler:
         """
         record = load_image(job.image)
         height, width = (side * self.upscaler.scale for side in record.size)
+        make_folder(job.target.parent)
         rows = self.upscaler.rows(record, self.tile, self.overlap, self.progress)
         save_rows(job.target, rows, (height, width), like=record)
 
 
 def upscale_here(jobs: Sequence[Job], upscale: UpscaleFile, advance: Callable[[], None]) -> list[Failure]:
-    """Do all jobs in this process.
+    """Do all jobs in this process. What goes wrong with one image, foreseen or not, leaves the others alone.
 
     Args:
         jobs: In this order.
@@ -79,7 +86,16 @@ def upscale_here(jobs: Sequence[Job], upscale: UpscaleFile, advance: Callable[[]
             upscale(job)
         except ConfigError:  # the same for every image
             raise
-        except HarmoqError as error:
-            failures.append((job.image, str(error)))
+        except Exception as error:
+            failures.append((job.image, reason_for(error)))
         advance()
     return failures
+
+
+def reason_for(error: Exception) -> str:
+    """Why an image was not upscaled; of an error that nobody foresaw, its type too, and the traceback is logged."""
+    if isinstance(error, HarmoqError):
+        return str(error)
+    logger.debug("an error that was not foreseen", exc_info=error)
+    first = (str(error).strip() or "no message").splitlines()[0][:_LONGEST_REASON]
+    return f"{type(error).__name__}: {first}. What to do: run it with --verbose, and report it."

@@ -17,7 +17,7 @@ import torch
 
 from harmoq_ao.common.errors import ConfigError, HarmoqError, RayError
 from harmoq_ao.common.optional import require
-from harmoq_ao.runtime.file_jobs import Failure, Job, UpscaleFile
+from harmoq_ao.runtime.file_jobs import Failure, Job, UpscaleFile, reason_for
 
 ATTEMPTS = 3
 """Workers that an image may cost before it counts as failed."""
@@ -110,7 +110,7 @@ class _Pool:
         try:
             error = self._ray.get(result)
         except errors.RayTaskError as bug:
-            self._failures[index] = str(bug.cause) or type(bug.cause).__name__
+            self._failures[index] = reason_for(bug.cause)
             return True, True
         except errors.RayActorError as death:
             return self._died(index, death), False

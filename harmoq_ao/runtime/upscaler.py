@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -56,7 +57,7 @@ def open_model(
         CheckpointError: See :func:`open_float`.
         ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
     """
-    if Path(name).is_dir() and not is_transformers_model(hub_snapshot(Path(name))):
+    if os.path.isdir(name) and not is_transformers_model(hub_snapshot(Path(name))):
         return _open_saved(str(name), float_dtype, runtime)
     if runtime is not Runtime.torch:
         raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")
@@ -103,7 +104,7 @@ def open_float(name: str | Path, *, weights: Weights = "auto") -> LoadedModel:
             architecture whose images do not lie in 0..1.
     """
     text = str(name)
-    if text.startswith("demo:") and not Path(text).exists():
+    if text.startswith("demo:") and not os.path.exists(text):
         if text not in EMBEDDED:
             raise CheckpointError("There is no such embedded model", found=text, expected=" or ".join(EMBEDDED))
         return load_demo_model(int(text[-1]))

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from harmoq_ao.common.errors import CheckpointError, shown
+from harmoq_ao.common.files import check_file
 from harmoq_ao.common.traits import ImageTraits
 from harmoq_ao.zoo.architectures import first_lines, spandrel_version
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # spandrel imports every architecture it knows, and torchvisi
 
 logger = logging.getLogger(__name__)
 _loading = threading.RLock()
+_MAX_BYTES = 16 << 30
 _REMEDY_RESAVE = (
     "save the weights alone, torch.save(model.state_dict(), path), where you trust the file, or use safetensors"
 )
@@ -181,17 +183,9 @@ def load_demo_model(scale: int = 2) -> LoadedModel:
 
 def _read_state(path: Path) -> object:
     """The object a checkpoint file holds, read without executing anything in it."""
-    if not path.is_file():
-        raise CheckpointError(
-            f"Cannot read the checkpoint {path}",
-            found="no regular file" if path.exists() else "no such file",
-            expected="a checkpoint file",
-            remedy="check the path",
-        )
+    check_file(path, CheckpointError, "a checkpoint file", _MAX_BYTES)
     with path.open("rb") as file:
         head = file.read(9)
-    if not head:
-        raise CheckpointError(f"The checkpoint {path} is empty", found="0 bytes", remedy="download or copy it again")
     try:
         if head[8:9] == b"{":  # safetensors: eight bytes of length, then a JSON header
             return safetensors.torch.load_file(path)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import pytest
 import torch
 
 from harmoq_ao import __version__
-from tests.cli.command import fails, harmoq, succeeds
+from tests.cli.command import fails, harmoq, photograph, succeeds
 
 
 def test_version_and_help() -> None:
@@ -31,3 +33,48 @@ def test_threads(tmp_path: Path) -> None:
         fails("--threads", 0, "inspect", tmp_path / "none.pth")
     finally:
         torch.set_num_threads(before)
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("upscale", LONG, "in", "-o", "out"),
+        ("upscale", "w4", LONG, "-o", "out"),
+        ("upscale", "w4", "in", "-o", LONG),
+        ("upscale", "w4", "in", "-o", f"new/{LONG}"),
+        ("evaluate", LONG, "in"),
+        ("evaluate", "w4", LONG),
+        ("evaluate", "w4", "in", "--json", LONG),
+        ("inspect", LONG),
+        ("report", LONG),
+        ("report", "w4", "-o", LONG),
+        ("report", "w4", "--images", LONG),
+        ("report", "w4", "-o", "none/page.html"),
+        ("export", LONG, "m.onnx"),
+        ("export", "w4", f"{LONG}.onnx"),
+        ("export", "w4", "none/m.onnx"),
+        ("quantize", LONG, "out", "--calibration", "in"),
+        ("quantize", "w4", "out", "--calibration", LONG),
+    ],
+    ids=lambda arguments: " ".join(word[:6] for word in arguments),
+)
+def test_what_the_system_refuses_is_told_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    photograph(tmp_path / "in" / "a.png", 12, 12)
+    message = fails(*arguments)
+    assert "Error:" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_errors_of_the_system_that_no_room_foresaw(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", "secret")
+
+    monkeypatch.setattr(os.path, "isdir", refused)
+    message = fails("inspect", "model")
+    assert "secret cannot be used. found: Permission denied" in message

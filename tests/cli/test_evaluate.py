@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
+import pytest
+
+from harmoq_ao.cli import evaluate
 from tests.cli.command import fails, succeeds
 
 
@@ -37,3 +41,30 @@ def test_evaluate_refuses_what_does_not_fit(folder: Path, tmp_path: Path) -> Non
             data[len(data) // 2] ^= 1
         (broken / file.name).write_bytes(data)
     assert "Error" in fails("evaluate", broken, folder / "set")
+
+
+def test_results_are_written_before_they_are_shown(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the terminal has gone")
+
+    monkeypatch.setattr(evaluate, "_score_table", broken)
+    fails("evaluate", folder / "w4", folder / "set", "--json", tmp_path / "r.json", "--csv", tmp_path / "r.csv")
+    assert json.loads((tmp_path / "r.json").read_text())["models"]
+    assert (tmp_path / "r.csv").read_text().count("\n") == 4
+
+
+def test_outputs_are_checked_before_the_model_is_opened(folder: Path, tmp_path: Path) -> None:
+    for option in ("--json", "--csv"):
+        assert "cannot be written" in fails("evaluate", tmp_path / "none", folder / "set", option, tmp_path)
+
+
+def test_other_names_by_a_pattern(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "set" / "HR", tmp_path / "HR")
+    for path in (folder / "set" / "LR_bicubic" / "X2").iterdir():
+        (tmp_path / "LR").mkdir(exist_ok=True)
+        shutil.copy(path, tmp_path / "LR" / f"small-{path.name.replace('x2', '')}")
+    assert "--lr-name" in fails("evaluate", folder / "w4", tmp_path)
+    succeeds("evaluate", folder / "w4", tmp_path, "--lr-name", "small-{name}")
+    assert "with {name} once" in fails("evaluate", folder / "w4", tmp_path, "--lr-name", "small")

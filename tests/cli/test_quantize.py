@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+import harmoq_ao
 from harmoq_ao import BASELINES, METHODS, PRESETS, load_quantized
 from harmoq_ao.cli.quantize import parse_rule
 from harmoq_ao.common.choices import PRESET_NAMES
@@ -129,6 +130,24 @@ def test_quantize_refuses_missing_files(given: Given, tmp_path: Path) -> None:
     assert "no such file" in fails("quantize", tmp_path / "none.pth", *given[2:])
     assert "demo:x2" in fails("quantize", "demo:x7", *given[2:])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("output", ["notes", "file", "file/below", "x" * 300, "new/" + "x" * 300])
+def test_an_output_that_cannot_be_one_is_known_before_the_work(
+    given: Given, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(harmoq_ao, "open_float", lambda *_: pytest.fail("the work has begun"))
+    message = fails(*given[:2], tmp_path / output, *given[3:])
+    assert "holds something else than a saved model" in message or "cannot be written to" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes"]
+
+
+def test_an_output_below_a_folder_that_is_missing(given: Given, tmp_path: Path) -> None:
+    succeeds(*given[:2], tmp_path / "new" / "deep", *given[3:], *QUICK)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["deep"]
 
 
 def test_rules() -> None:

@@ -27,7 +27,7 @@ def test_report_writes_a_page_of_the_images_it_is_given(folder: Path, tmp_path: 
     ("model", "options", "message"),
     [
         ("model.safetensors", (), "not a saved model"),
-        ("missing", (), "no such folder"),
+        ("missing", (), "no such file or folder"),
         ("w4", ("-o", "."), "cannot be written"),
         ("w4", ("-o", "a/b.html"), "cannot be written"),
         ("w4", ("--images", "set/HR/0.png", "--hr", "set/HR"), "one folder"),

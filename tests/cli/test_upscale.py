@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ from harmoq_ao.cli import common
 from harmoq_ao.cli.upscale import _tiles_shown
 from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.runtime import upscaler
-from tests.cli.command import fails, photograph, succeeds
+from tests.cli.command import fails, harmoq, photograph, succeeds
 
 
 def test_upscale_keeps_the_form_and_goes_on_after_a_bad_file(folder: Path, tmp_path: Path) -> None:
@@ -109,7 +113,8 @@ def test_upscale_replaces_nothing_unasked(folder: Path, tmp_path: Path) -> None:
     twin = photograph(tmp_path / "other" / "a.png", 16, 16)
     assert "one file" in fails("upscale", folder / "w4", source, twin, "-o", tmp_path / "both")
     assert "overlap" in fails(*given, tmp_path / "tiles", "--tile", 8, "--overlap", 8)
-    assert "cannot be created" in fails(*given, source)
+    assert "its own source" in fails(*given, source)
+    assert "cannot be written to" in fails(*given, tmp_path / "out" / "a.png" / "below")
 
 
 def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,8 +123,118 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr("harmoq_ao.runtime.file_jobs.save_rows", interrupted)
     message = fails("upscale", folder / "w4", folder / "photographs", "-o", tmp_path, code=130)
-    assert "Interrupted" in message
+    assert "Interrupted;" in message
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
+def test_signals_leave_quietly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
+) -> None:
+    """As Ctrl-C: in the middle of a file, which is removed; afterwards the process handles signals as before."""
+    number, real = signal.Signals[name], upscaler.upscale_rows
+    before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)]
+
+    def struck(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield next(real(*arguments, **options))
+        assert [path.suffix for path in tmp_path.iterdir()] == [".tmp"], "the file is begun"
+        os.kill(os.getpid(), number)
+        yield from ()
+
+    monkeypatch.setattr(upscaler, "upscale_rows", struck)
+    source = folder / "photographs" / "0.png"
+    message = fails("upscale", folder / "w4", source, "-o", tmp_path, "--tile", 16, "--overlap", 8, code=code)
+    assert ("Interrupted;" if name == "SIGINT" else f"Interrupted by {name};") in message
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+def test_nohup_is_heeded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harmoq_ao.cli.upscale.chosen_runtime", lambda *_: os.kill(os.getpid(), signal.SIGHUP))
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        succeeds("upscale", folder / "w4", folder / "photographs", "-o", tmp_path / "out")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_an_error_that_nobody_foresaw_leaves_the_others_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = upscaler.Upscaler.rows
+
+    def rows(self: Any, image: Any, *options: Any) -> Iterator[Any]:
+        if image.path.name == "1.png":
+            raise ZeroDivisionError("a bug\nin two lines")
+        return real(self, image, *options)
+
+    monkeypatch.setattr(upscaler.Upscaler, "rows", rows)
+    for index in range(3):
+        photograph(tmp_path / "in" / f"{index}.png", 12, 12)
+    message = fails("upscale", folder / "w4", tmp_path / "in", "-o", tmp_path / "out", code=1)
+    assert "1.png: ZeroDivisionError: a bug. What to do: run it with --verbose" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["0.png", "2.png"]
+
+
+def test_a_tree_is_mirrored_and_an_interrupted_run_continued(folder: Path, tmp_path: Path) -> None:
+    """With the results below the images, as people keep them."""
+    names = ["a.png", "s/a.png", "s/t/b.png", "s/t/a.gif"]
+    for name in names:
+        photograph(tmp_path / name, 12, 12)
+    (tmp_path / "s" / "notes.txt").write_text("x")
+    out = tmp_path / "large"
+    given = ("upscale", folder / "w4", tmp_path, "-r", "-o", out)
+    succeeds(*given)
+    expected = ["a.png", "s/a.png", "s/t/a.png", "s/t/b.png"]
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == expected
+    (out / "s" / "a.png").unlink()
+    kept = (out / "a.png").stat().st_mtime_ns
+    result = harmoq(*given, "--skip-existing")
+    assert result.exit_code == 0
+    assert "1 of 1 images written" in result.output
+    assert "3 were there" in result.output
+    assert "notes.txt: no image by its suffix" in result.output
+    assert "in the folder of the results" in result.output
+    assert (out / "a.png").stat().st_mtime_ns == kept
+    assert sorted(path.relative_to(out).as_posix() for path in out.rglob("*.*")) == expected
+
+
+def test_nothing_is_left_to_do(folder: Path, tmp_path: Path) -> None:
+    """The model is then not even opened."""
+    photograph(tmp_path / "in" / "a.png", 12, 12)
+    succeeds("upscale", folder / "w4", tmp_path / "in", "-o", tmp_path / "out")
+    again = succeeds("upscale", tmp_path / "none", tmp_path / "in", "-o", tmp_path / "out", "--skip-existing")
+    assert "0 of 0 images written" in again
+    assert "1 were there" in again
+
+
+def test_one_image_to_a_file_of_another_format(folder: Path, tmp_path: Path) -> None:
+    source = photograph(tmp_path / "a.png", 12, 12)
+    succeeds("upscale", folder / "w4", source, "-o", tmp_path / "b.jpg")
+    with Image.open(tmp_path / "b.jpg") as image:
+        assert (image.format, image.size) == ("JPEG", (24, 24))
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8", "cp1252"])
+def test_a_console_that_cannot_print_a_name_loses_nothing(folder: Path, tmp_path: Path, encoding: str) -> None:
+    for name in ("Größe 東京.png", os.fsdecode(b"caf\xe9.png"), "\N{GRINNING FACE}.png"):
+        photograph(tmp_path / "in" / name, 12, 12)
+        (tmp_path / "in" / f"broken {name}").write_bytes(b"x")
+    (tmp_path / "in" / "東.txt").touch()
+    command = [sys.executable, "-m", "harmoq_ao.cli", "upscale", str(folder / "w4"), str(tmp_path / "in")]
+    done = subprocess.run(
+        [*command, "-o", str(tmp_path / "東")],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        check=False,
+    )
+    assert b"Traceback" not in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert b"3 of 6 images written" in done.stdout
+    assert done.stderr.count(b"is not an image") == 3
+    assert len(list((tmp_path / "東").iterdir())) == 3
 
 
 def test_interrupt_in_the_middle_of_an_image_leaves_nothing(

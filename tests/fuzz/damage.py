@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,8 +33,49 @@ class FileCase:
         return path
 
 
+class Hang(BaseException):
+    """What a case took too long for: no code may catch it as an error of its own."""
+
+
+@contextmanager
+def limited(work: float = 10.0, waiting: float = 60.0) -> Iterator[None]:
+    """Context manager that raises `Hang` in what takes more CPU time than ``work``, or waits for longer, in seconds.
+
+    Waiting is counted in signals, not read from a clock: a process that the system has stopped gets none meanwhile. It
+    is allowed longer, because other processes may leave this one little of the processor.
+    """
+    if os.name != "posix":
+        yield
+        return
+    ticks, start = 0, time.process_time()
+
+    def tick(*_: object) -> None:
+        nonlocal ticks
+        ticks += 1
+        used = time.process_time() - start
+        if used > work or ticks > waiting:
+            raise Hang(f"{used:.1f} s of CPU time, {ticks} s in all")
+
+    former = signal.signal(signal.SIGALRM, tick)
+    signal.setitimer(signal.ITIMER_REAL, 1.0, 1.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, former)
+
+
 def run_cases(strategy: st.SearchStrategy[Made], count: int, test: Callable[[Made], None], offset: int = 0) -> None:
-    """Call a test with ``count`` cases, always the same for `HARMOQ_FUZZ_SEED`; a case that fails is shrunk."""
+    """Call a test with ``count`` cases, always the same for `HARMOQ_FUZZ_SEED`; a case that fails is shrunk.
+
+    Raises:
+        Hang: A case took too long, see `limited`.
+    """
+
+    def in_time(case: Made) -> None:
+        with limited():
+            test(case)
+
     bounded = settings(
         max_examples=count * FACTOR,
         database=None,
@@ -40,7 +84,7 @@ def run_cases(strategy: st.SearchStrategy[Made], count: int, test: Callable[[Mad
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    seed(SEED + offset)(bounded(given(strategy)(lambda case: test(case))))()
+    seed(SEED + offset)(bounded(given(strategy)(lambda case: in_time(case))))()
 
 
 def any_of(*values: Made) -> st.SearchStrategy[Made]:

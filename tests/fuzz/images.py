@@ -10,9 +10,11 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import tifffile
 from hypothesis import strategies as st
 from PIL import Image
 
+from harmoq_ao.images import IMAGE_SUFFIXES
 from tests.fuzz.damage import FileCase, any_of, damaged, flipped, noise
 
 _FORMATS = {
@@ -23,6 +25,8 @@ _FORMATS = {
     "BMP": (".bmp", ("1", "L", "P", "RGB")),
     "GIF": (".gif", ("L", "P")),
     "PPM": (".ppm", ("L", "RGB")),
+    "TGA": (".tga", ("L", "P", "RGB", "RGBA")),
+    **({"JPEG2000": (".jp2", ("L", "RGB", "RGBA"))} if ".jp2" in IMAGE_SUFFIXES else {}),
 }
 _ORIENTATION = 0x0112
 _ROWS = (b"\0" + bytes(33)) * 9  # of a black RGB image of 11x9
@@ -117,6 +121,15 @@ def _floats(value: float) -> FileCase:
     return FileCase(buffer.getvalue(), ".tif")
 
 
+@cache
+def _float_colour(options: tuple[tuple[str, Any], ...]) -> FileCase:
+    """A TIFF that Pillow does not know."""
+    buffer = io.BytesIO()
+    samples = np.random.default_rng(0).random((9, 11, 3), np.float32)
+    tifffile.imwrite(buffer, samples, photometric="rgb", **dict(options))
+    return FileCase(buffer.getvalue(), ".tif")
+
+
 def _flipped_directory(mode: str) -> st.SearchStrategy[FileCase]:
     data = encoded("TIFF", mode)
     return flipped(data[8:200], 4).map(lambda changed: FileCase(data[:8] + changed + data[200:], ".tif"))
@@ -181,4 +194,5 @@ IMAGES: st.SearchStrategy[FileCase] = st.one_of(
     any_of("GIF", "PNG", "WEBP", "TIFF").flatmap(_animated),
     st.builds(_floats, any_of(float("nan"), float("inf"), -1.0, 1e30)),
     any_of("RGB", "L", "P", "I;16").flatmap(_flipped_directory),
+    damaged(any_of((), (("compression", "zlib"),), (("tile", (16, 16)),)).map(_float_colour), header=400, most=4),
 )

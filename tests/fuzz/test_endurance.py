@@ -1,16 +1,21 @@
-"""Memory of large images in tiles, and of many calls."""
+"""Memory of large images in tiles and of many calls; a long run that is ended and continued."""
 
 from __future__ import annotations
 
 import gc
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -20,6 +25,8 @@ from harmoq_ao.images import image_size
 from harmoq_ao.runtime.file_jobs import FileUpscaler, Job
 from harmoq_ao.runtime.tiling import upscale
 from harmoq_ao.runtime.upscaler import Upscaler
+from tests.fuzz.checkpoints import state
+from tests.fuzz.damage import FACTOR
 from tests.models import converted
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -118,3 +125,54 @@ def test_memory_does_not_grow_with_calls(name: str, multiple: int, calls: int) -
     later_tensors, later_memory = run(calls)
     assert later_tensors <= tensors
     assert later_memory - memory < 8 * MIB
+
+
+IMAGES, BAD_SHARE = 100 * FACTOR, 50
+"""One image in fifty is bad. `HARMOQ_FUZZ_FACTOR=10` makes it 1,000, of which 20 are bad."""
+
+
+def _frames(folder: Path) -> set[str]:
+    """Write small images in several folders; returns the bad ones."""
+    kinds = (lambda data: b"", lambda data: data[: len(data) // 2], lambda data: b"text", lambda data: data[::-1])
+    rng = np.random.default_rng(0)
+    bad: set[str] = set()
+    for index in range(IMAGES):
+        path = folder / f"{index % 3}" / f"frame{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), np.uint8)).save(path)
+        if index % BAD_SHARE == BAD_SHARE - 1:
+            path.write_bytes(kinds[len(bad) % len(kinds)](path.read_bytes()))
+            bad.add(str(path))
+    return bad
+
+
+def _results(folder: Path) -> int:
+    return sum(path.suffix == ".png" for path in folder.rglob("*.*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_ended_twice_and_continued(tmp_path: Path) -> None:
+    bad, out = _frames(tmp_path / "in"), tmp_path / "out"
+    safetensors.torch.save_file(state(), tmp_path / "model.safetensors")
+    given = ["upscale", str(tmp_path / "model.safetensors"), str(tmp_path / "in"), "-r", "-o", str(out)]
+    command = [sys.executable, "-m", "harmoq_ao.cli", "--threads", "1", *given, "--tile", "16", "--overlap", "8"]
+    for share in (0.2, 0.6):
+        with subprocess.Popen([*command, "--skip-existing"], stderr=subprocess.PIPE, text=True) as run:
+            while _results(out) < share * IMAGES:
+                assert run.poll() is None, run.stderr
+                time.sleep(0.01)
+            os.kill(run.pid, signal.SIGTERM)
+            _, said = run.communicate()
+        assert run.returncode == 128 + signal.SIGTERM, said
+        assert "Interrupted by SIGTERM; incomplete outputs were discarded." in said
+        assert not list(out.rglob(".*")), "temporary files are left"
+        assert _results(out) < IMAGES - len(bad), "it ended before it was killed"
+    done = subprocess.run([*command, "--skip-existing"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    reasons = [line for line in done.stderr.splitlines() if "What to do" in line]
+    assert {line.partition(": ")[0] for line in reasons} == bad
+    assert len(reasons) == len(bad) == IMAGES // BAD_SHARE
+    assert "Traceback" not in done.stderr
+    files = [path for path in out.rglob("*") if path.is_file()]
+    assert len(files) == IMAGES - len(bad)
+    assert all(image_size(path) == (128, 128) for path in files)

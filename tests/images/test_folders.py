@@ -1,29 +1,22 @@
-"""Listing folders and pairing benchmarks, in both usual layouts."""
+"""Listing folders: what is taken, in which order, and what is said of the rest."""
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from harmoq_ao.common.errors import DatasetError, ImageError
-from harmoq_ao.images import list_images, load_pairs
+from harmoq_ao.common.errors import DatasetError
+from harmoq_ao.images import Listing, list_images
 
 
 def write(path: Path, width: int = 8, height: int = 6) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height)).save(path)
     return path
-
-
-def benchmark(root: Path, names: tuple[str, ...] = ("baby", "img10", "img2"), suffix: str = "x2") -> Path:
-    for name in names:
-        write(root / "HR" / f"{name}.png", 17, 12)
-        write(root / "LR_bicubic" / "X2" / f"{name}{suffix}.png")
-        write(root / "LR_bicubic" / "X3" / f"{name}{suffix and 'x3'}.png", 5, 4)
-    return root
 
 
 def test_natural_order(tmp_path: Path) -> None:
@@ -57,86 +50,68 @@ def test_files_keep_their_order_and_suffix(tmp_path: Path) -> None:
 def test_nothing_to_list(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no image in .* Found: 0 files .* Expected: files ending in .png, .jpg"):
         list_images(tmp_path)
-    with pytest.raises(DatasetError, match=r"nowhere does not exist. Expected: a folder of images or an image file"):
+    with pytest.raises(
+        DatasetError,
+        match=r"nowhere does not exist. Found: no such file or folder. Expected: a folder of images or an image file",
+    ):
         list_images(tmp_path / "nowhere")
     with pytest.raises(DatasetError, match=r"no image in an empty list"):
         list_images([])
 
 
-@pytest.mark.parametrize("suffix", ["x2", ""])
-def test_benchmark_root_and_folders(tmp_path: Path, suffix: str) -> None:
-    root = benchmark(tmp_path, suffix=suffix)
-    pairs = load_pairs(root, None, 2)
-    assert [pair.name for pair in pairs] == ["baby", "img2", "img10"]
-    assert pairs[1].hr == root / "HR" / "img2.png"
-    assert pairs[1].lr == root / "LR_bicubic" / "X2" / f"img2{suffix}.png"
-    assert load_pairs(root / "HR", root / "LR_bicubic" / "X2", 2) == pairs
-    assert load_pairs(root / "HR", root / "LR_bicubic", 2) == pairs
-    assert [pair.scale for pair in load_pairs(root, None, 3)] == [3, 3, 3]
-    lr, hr = pairs[0].load()
-    assert (lr.size, hr.size) == ((6, 8), (12, 17))
+def reasons(listing: Listing, folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): reason for path, reason in listing.skipped}
 
 
-def test_names_that_end_like_a_scale(tmp_path: Path) -> None:
-    root = benchmark(tmp_path, names=("a", "ax2"))
-    pairs = load_pairs(root, None, 2)
-    assert [pair.lr.name for pair in pairs] == ["ax2.png", "ax2x2.png"]
+@pytest.mark.parametrize("recursive", [True, False])
+def test_what_is_skipped_is_named_with_the_reason(tmp_path: Path, recursive: bool) -> None:
+    for name in ("a.png", "b.JFIF", "c.tga", "sub/d.png"):
+        write(tmp_path / "e.png").rename(tmp_path / "e")
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "e").rename(tmp_path / name)
+    for name in ("notes.txt", "Thumbs.db", "movie.mp4", "raw.NEF", ".DS_Store", "._a.png"):
+        (tmp_path / name).write_bytes(b"x")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "lost.png").symlink_to("nowhere")
+    (tmp_path / "up").symlink_to(tmp_path)
+    listing = Listing()
+    listing.add_folder(tmp_path, recursive)
+    taken = [file.below.as_posix() for file in listing.files]
+    assert taken == ["a.png", "b.JFIF", "c.tga", *(["sub/d.png"] if recursive else [])]
+    found = reasons(listing, tmp_path)
+    assert found.pop("sub", None) == (None if recursive else "a subfolder")
+    assert found == {
+        "notes.txt": "no image by its suffix",
+        "Thumbs.db": "no image by its suffix",
+        "movie.mp4": "a video: extract its frames first",
+        "raw.NEF": "a raw photograph",
+        "pipe.png": "a pipe",
+        "lost.png": "a link to nothing",
+        "up": "a link to a folder" if recursive else "a subfolder",
+    }
 
 
-def test_rotated_reference_is_measured_as_displayed(tmp_path: Path) -> None:
-    exif = Image.new("RGB", (1, 1)).getexif()
-    exif[0x0112] = 6
-    (tmp_path / "HR").mkdir()
-    Image.new("RGB", (12, 17)).save(tmp_path / "HR" / "a.png", exif=exif)
-    write(tmp_path / "LR" / "a.png", 8, 6)
-    assert len(load_pairs(tmp_path / "HR", tmp_path / "LR", 2)) == 1
+def test_formats_that_this_pillow_does_not_read(tmp_path: Path) -> None:
+    (tmp_path / "a.heic").write_bytes(b"x")
+    (tmp_path / "b.exr").write_bytes(b"x")
+    with pytest.raises(DatasetError, match=r"Found: 0 files with a known suffix; of other kinds 2 \(.exr, .heic\)"):
+        list_images(tmp_path)
 
 
-def test_unmatched_files_are_named(tmp_path: Path) -> None:
-    root = benchmark(tmp_path)
-    (root / "LR_bicubic" / "X2" / "babyx2.png").unlink()
-    write(root / "LR_bicubic" / "X2" / "extrax2.png")
-    with pytest.raises(DatasetError) as caught:
-        load_pairs(root, None, 2)
-    assert "without a partner: HR/baby.png, X2/extrax2.png. Expected: for every NAME of HR" in str(caught.value)
+def test_folders_that_may_not_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "a.png")
+    write(tmp_path / "closed" / "b.png")
+    real = os.scandir
 
+    def scandir(path: Path) -> object:
+        if Path(path).name == "closed":  # the superuser may read everything
+            raise PermissionError(13, "Permission denied")
+        return real(path)
 
-def test_many_unmatched_files_are_counted(tmp_path: Path) -> None:
-    for index in range(9):
-        write(tmp_path / "HR" / f"{index}.png")
-    write(tmp_path / "LR" / "0.png", 4, 3)
-    with pytest.raises(DatasetError, match=r"HR/5.png and 3 more"):
-        load_pairs(tmp_path / "HR", tmp_path / "LR", 2)
-
-
-@pytest.mark.parametrize("size", [(9, 6), (8, 5), (17, 12)])
-def test_wrong_sizes_are_named(tmp_path: Path, size: tuple[int, int]) -> None:
-    root = benchmark(tmp_path)
-    write(root / "LR_bicubic" / "X2" / "img2x2.png", *size)
-    with pytest.raises(DatasetError) as caught:
-        load_pairs(root, None, 2)
-    assert f"img2 ({size[1]}x{size[0]} for 12x17)" in str(caught.value)
-    assert "Sizes do not match at scale 2" in str(caught.value)
-    assert "after cropping to a multiple of 2" in str(caught.value)
-
-
-def test_folders_that_do_not_fit(tmp_path: Path) -> None:
-    root = benchmark(tmp_path / "bench")
-    with pytest.raises(DatasetError, match=r"is not a benchmark folder. Found: no subfolders HR and LR_bicubic"):
-        load_pairs(tmp_path, None, 2)
-    with pytest.raises(DatasetError, match=r"no images for scale 4. Found: X2, X3. Expected: a folder X4"):
-        load_pairs(root, None, 4)
-    with pytest.raises(DatasetError, match=r"not an upscaling factor. Found: 0"):
-        load_pairs(root, None, 0)
-    with pytest.raises(DatasetError, match=r"none does not exist"):
-        load_pairs(root / "HR", tmp_path / "none", 2)
-    write(root / "HR" / "baby.jpg")
-    with pytest.raises(DatasetError, match=r"share a name. Found: baby.jpg and baby.png"):
-        load_pairs(root, None, 2)
-
-
-def test_broken_header_is_named(tmp_path: Path) -> None:
-    root = benchmark(tmp_path)
-    (root / "HR" / "baby.png").write_bytes(b"text")
-    with pytest.raises(ImageError, match=r"The size of .*baby.png cannot be read"):
-        load_pairs(root, None, 2)
+    monkeypatch.setattr(os, "scandir", scandir)
+    listing = Listing()
+    listing.add_folder(tmp_path, recursive=True)
+    assert [file.path.name for file in listing.files] == ["a.png"]
+    assert reasons(listing, tmp_path) == {"closed": "Permission denied"}
+    with pytest.raises(DatasetError, match=r"closed cannot be listed. Found: Permission denied"):
+        list_images(tmp_path / "closed")

@@ -227,10 +227,29 @@ def test_truncated_and_flipped_bytes_never_escape(tmp_path: Path, suffix: str, d
     assert refused >= 5
 
 
+@pytest.mark.parametrize(("mode", "pixels"), [("RGB", (11, 90_000)), ("L", (11, 900_000)), ("LA", (11, 90_000))])
+def test_more_pixels_than_the_file_can_hold(tmp_path: Path, mode: str, pixels: tuple[int, int]) -> None:
+    """Where the compressed data end early, Pillow leaves the other pixels black."""
+    data = bytearray(png_bytes(Image.new(mode, (11, 9))))
+    data[16:24] = struct.pack(">II", *pixels)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(ImageError, match=rf"a.png: the file contradicts itself. Found: 11x{pixels[1]} pixels in"):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("mode", ["1", "L", "RGB"])
+def test_the_densest_files_are_read(tmp_path: Path, suffix: str, mode: str) -> None:
+    options: Any = {"compression": "tiff_lzw"} if suffix == "tif" else {"compress_level": 9}
+    Image.new(mode, (4000, 4000)).save(tmp_path / f"a.{suffix}", **options)
+    assert load_image(tmp_path / f"a.{suffix}").size == (4000, 4000)
+
+
 def test_missing_file_folder_and_limit(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"does not exist. Expected: an image file"):
+    with pytest.raises(ImageError, match=r"does not exist. Found: no such file or folder. Expected: an image file"):
         load_image(tmp_path / "none.png")
-    with pytest.raises(ImageError, match=r"is not a file. Found: a folder or device"):
+    with pytest.raises(ImageError, match=r"is not a file. Found: a folder"):
         load_image(tmp_path)
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match=r"Found: 10x10 = 100 pixels. Expected: at most 99 pixels. What to do: cut it"):

@@ -88,7 +88,7 @@ def test_lists_of_paths_keep_their_order(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", r"names no image. Found: only empty lines"),
+        (b"", r"is empty. Found: 0 bytes. Expected: a list of paths"),
         (b"# a\n\n", r"names no image. Found: only empty lines"),
         (b"a.png\nlost.png\n", r"Line 2 of .*list.txt names no file. Found: .*lost.png"),
         (b"a.png\n\xff\xfe\x00", r"cannot be read as a list of images. Found: UnicodeDecodeError"),
