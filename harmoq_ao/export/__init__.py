@@ -4,11 +4,11 @@ Imports ``runtime`` and what that may import; onnx and onnxscript only within ca
 """
 
 from harmoq_ao.export.checkpoint import checkpoint_state, export_checkpoint
-from harmoq_ao.export.onnx import OnnxExport, export_onnx
+from harmoq_ao.export.onnx import Exported, export_onnx
 from harmoq_ao.export.program import export_program, load_program
 
 __all__ = [
-    "OnnxExport",
+    "Exported",
     "checkpoint_state",
     "export_checkpoint",
     "export_onnx",
