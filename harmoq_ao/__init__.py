@@ -24,7 +24,7 @@ Rooms, in the order in which data flows; each imports only from those above it (
 ``conversion``     4. a prepared model becomes an integer one; saving and loading
 ``runtime``        5. tiles, upscaling, evaluation, OpenVINO, ``torch.compile``
 ``baselines``      published methods on the same sites, and mixed precision
-``export``         ONNX, ``torch.export``, float checkpoints
+``export``         ONNX, OpenVINO IR, ``torch.export``, float checkpoints
 ``reporting``      the HTML report
 ``cli``            the command ``harmoq``
 =================  ===================================================================================================
@@ -80,6 +80,7 @@ if TYPE_CHECKING:  # the public names, each from the room that defines it; `_hom
     from harmoq_ao.conversion.save import save_quantized as save_quantized
     from harmoq_ao.export import export_checkpoint as export_checkpoint
     from harmoq_ao.export import export_onnx as export_onnx
+    from harmoq_ao.export import export_openvino as export_openvino
     from harmoq_ao.export import export_program as export_program
     from harmoq_ao.harmonization.harmonize import HarmonizeTrace as HarmonizeTrace
     from harmoq_ao.harmonization.harmonize import harmonize as harmonize

@@ -23,29 +23,35 @@ class Format(StrEnum):
     """File format of an exported model."""
 
     onnx = "onnx"
+    openvino = "openvino"
     program = "program"
     checkpoint = "checkpoint"
 
 
-_SUFFIXES = {Format.onnx: ".onnx", Format.program: ".pt2", Format.checkpoint: ".safetensors"}
+_SUFFIXES = {
+    Format.onnx: ".onnx",
+    Format.openvino: ".xml",
+    Format.program: ".pt2",
+    Format.checkpoint: ".safetensors",
+}
 _SIZE = re.compile(r"(\d{1,5})(?:x(\d{1,5}))?")
 
 
 @app.command("export")
 def export_command(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder of a saved model.")],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A .onnx, .pt2 or .safetensors file.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="A .onnx, .xml, .pt2 or .safetensors file.")],
     kind: Annotated[
         Format | None,
         typer.Option(
             "--format",
-            help="ONNX with integer weights, torch.export program, or float checkpoint; by default by suffix.",
+            help="ONNX or OpenVINO IR with integer weights, torch.export program, or float checkpoint; by default by suffix.",
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            help="Input pixels, 128 or HEIGHTxWIDTH; by default 128, for ONNX any size if the graph allows it."
+            help="Input pixels, 128 or HEIGHTxWIDTH; by default 128, for ONNX and OpenVINO any size if the graph allows it."
         ),
     ] = None,
     check: Annotated[
@@ -54,10 +60,10 @@ def export_command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Export a quantized model: ONNX, a torch.export program, or a float checkpoint with the quantized weights."""
+    """Export a quantized model: ONNX, OpenVINO IR, a torch.export program, or a float checkpoint with the quantized weights."""
     kind = _format(output, kind)
     wanted = _size(size, kind)
-    _check_output(output, overwrite)
+    _check_output(output, kind, overwrite)
     if not Path(model).is_dir():
         raise ConfigError("Only quantized models are exported", found=model, expected="a folder from harmoq quantize")
     with err.status("Reading the model"):
@@ -91,8 +97,9 @@ def _exported(
     Returns:
         The fixed size of its images or None, the number that their sides are multiples of, and a remark.
     """
-    if kind is Format.onnx:
-        made = harmoq_ao.export_onnx(quantized, output, size)
+    if kind in (Format.onnx, Format.openvino):
+        write = harmoq_ao.export_onnx if kind is Format.onnx else harmoq_ao.export_openvino
+        made = write(quantized, output, size)
         remark = None if size is not None or made.note is None else f"One size only: {made.note}"
         return made.size, made.multiple, remark
     if kind is Format.program:
@@ -113,10 +120,12 @@ def _format(output: Path, given: Format | None) -> Format:
             "The suffix of the output names no format",
             found=output.name,
             expected=", ".join(known),
-            remedy="pass --format onnx, program or checkpoint",
+            remedy="pass --format onnx, openvino, program or checkpoint",
         )
-    if kind is Format.checkpoint and output.suffix.lower() != ".safetensors":
-        raise ConfigError("A checkpoint is written as safetensors", found=output.name, expected="a .safetensors file")
+    for demanding in (Format.checkpoint, Format.openvino):  # whose readers go by the suffix
+        suffix = _SUFFIXES[demanding]
+        if kind is demanding and output.suffix.lower() != suffix:
+            raise ConfigError(f"This format is written as {suffix}", found=output.name, expected=f"a {suffix} file")
     return kind
 
 
@@ -131,10 +140,11 @@ def _size(text: str | None, kind: Format) -> tuple[int, int] | None:
     return height, int(match[2] or height)
 
 
-def _check_output(output: Path, overwrite: bool) -> None:
-    check_output_file(output)
-    if output.exists() and not overwrite:
-        raise OutputError(f"{output} exists already", remedy="pass --overwrite, or another name")
+def _check_output(output: Path, kind: Format, overwrite: bool) -> None:
+    for path in (output, output.with_suffix(".bin")) if kind is Format.openvino else (output,):
+        check_output_file(path)
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists already", remedy="pass --overwrite, or another name")
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -57,8 +57,12 @@ def _openvino(path: Path) -> Run:
     import openvino as ov
 
     options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = ov.Core().compile_model(str(path), "CPU", options)
-    return lambda image: torch.from_numpy(compiled(image.contiguous().numpy())[0].copy())
+    core = ov.Core()
+    model = core.read_model(str(path))
+    # One image: with a free number, the plugin's passes fail on some transposes of windows.
+    model.reshape(ov.PartialShape([1, *model.input(0).partial_shape[1:]]))
+    compiled = core.compile_model(model, "CPU", options)
+    return lambda image: torch.cat([torch.from_numpy(compiled(one.numpy())[0].copy()) for one in image.split(1)])
 
 
 def engines(path: Path, kind: str) -> dict[str, Run]:
@@ -66,10 +70,12 @@ def engines(path: Path, kind: str) -> dict[str, Run]:
 
     Args:
         path: The file.
-        kind: ``onnx``, ``program`` or ``checkpoint``.
+        kind: ``onnx``, ``openvino``, ``program`` or ``checkpoint``.
     """
     if kind == "onnx":
         return onnx_engines(path)
+    if kind == "openvino":
+        return {"OpenVINO": _openvino(path)}
     if kind == "program":
         return {"torch.export": load_program(path)}
     return {"float checkpoint": open_float(path).model}
@@ -88,7 +94,7 @@ def compare(
 
     Args:
         path: The file.
-        kind: ``onnx``, ``program`` or ``checkpoint``.
+        kind: ``onnx``, ``openvino``, ``program`` or ``checkpoint``.
         upscaler: The model it was made from.
         size: Size of its images, which becomes that of the tiles, or None where it is free.
         pairs: Low-resolution images and their references.

@@ -21,6 +21,11 @@ from harmoq_ao.sites.model import AuthorModel
 
 _KEPT = 2.0  # a constant may take this many times the memory of what it is made from
 
+_MOVES = tuple(
+    getattr(torch.ops.aten, name).default
+    for name in ("expand", "view", "reshape", "_unsafe_view", "clone", "permute", "unsqueeze", "squeeze", "alias")
+)
+
 
 class FixedSizeModel(nn.Module):
     """A model for image batches of one shape, type and device.
@@ -59,16 +64,13 @@ class FixedSizeModel(nn.Module):
         return output
 
 
-def fixed_size(
-    quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None, keep: Collection[Any] = ()
-) -> FixedSizeModel:
+def fixed_size(quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None) -> FixedSizeModel:
     """Specialise a quantized model to one size.
 
     Args:
         quantized: A :class:`QuantizedModel`; left as it is, its weights are shared.
         example: Image batch `[B, C, H, W]` in 0..1 of the shape, type and device to specialise to.
         cuda_graph: Replay a CUDA graph; by default on GPUs.
-        keep: Operators (overloads) to leave in the graph even where their result is constant.
 
     Raises:
         InputError: The example is not an image batch for this model.
@@ -78,7 +80,7 @@ def fixed_size(
         program = torch.export.export(quantized, (example,), strict=False)
         program = program.run_decompositions({})  # makes autocast's conversions explicit: one flat graph
     module = program.module(check_guards=False)
-    fold_constants(module, keep)
+    fold_constants(module)
     return FixedSizeModel(module, example, example.is_cuda if cuda_graph is None else cuda_graph)
 
 
@@ -101,11 +103,14 @@ def float32_copy(quantized: QuantizedModel) -> QuantizedModel:
 
 
 @torch.no_grad()
-def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
+def fold_constants(module: fx.GraphModule, keep: Collection[Any] = (), growth: float | None = None) -> int:
     """Compute once, in place, what does not depend on the input; returns the number of removed operators.
 
-    Operators in `keep`, and what follows from them, stay in the graph. So does a constant that is much larger than what
-    it is computed from (an expanded mask).
+    Args:
+        module: The graph.
+        keep: Operators (overloads) to leave in the graph, with what follows from them.
+        growth: What takes more than this many times the memory of what it is computed from stays in the graph as well;
+            by default only views that do (an expanded mask).
     """
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
@@ -126,7 +131,7 @@ def fold_constants(module: fx.GraphModule, keep: Collection[Any] = ()) -> int:
         used = any(user not in values or user in computed for user in node.users)
         if node.op == "get_attr" or not used or not isinstance(value, Tensor):
             continue
-        if not _worth(node, value, values):
+        if not _worth(node, value, values, growth):
             computed.add(node)
             continue
         name = f"harmoq_constant_{node.name}"
@@ -148,12 +153,27 @@ def _pure(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
 
 
-def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
-    """Whether a constant is worth storing: not a view that takes much more memory once it is written out."""
-    sources = [values[n] for n in node.all_input_nodes if isinstance(values[n], Tensor)]
-    known = sum(t.untyped_storage().nbytes() for t in sources)
-    views = any(t.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for t in sources)
-    return not views or value.numel() * value.element_size() <= _KEPT * max(known, 1)
+def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any], growth: float | None) -> bool:
+    """Whether a constant is worth storing: it does not take much more memory than what it is computed from."""
+    sources = [n for n in node.all_input_nodes if isinstance(values[n], Tensor)]
+    if growth is not None:
+        return _bytes(value) <= growth * max(1, sum(_bytes(values[_moved(n, values)]) for n in sources))
+    storages = [values[n].untyped_storage() for n in sources]
+    views = any(storage.data_ptr() == value.untyped_storage().data_ptr() for storage in storages)
+    return not views or _bytes(value) <= _KEPT * max(1, sum(storage.nbytes() for storage in storages))
+
+
+def _bytes(value: Tensor) -> int:
+    return value.numel() * value.element_size()
+
+
+def _moved(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
+    """The node whose values a node only repeats or lays out anew; the smallest on the way."""
+    smallest = node
+    while node.target in _MOVES and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+        smallest = node if _bytes(values[node]) <= _bytes(values[smallest]) else smallest
+    return smallest
 
 
 class _Replay:

@@ -16,7 +16,7 @@ from harmoq_ao.common.errors import ExportError, OutputError
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.check import onnx_engines
-from harmoq_ao.export.onnx import OPSET, OnnxExport, export_onnx
+from harmoq_ao.export.onnx import OPSET, Exported, export_onnx
 from harmoq_ao.sites.quantized import QuantizedLinear
 from tests.models import PER_TOKEN, build, converted, images
 
@@ -26,7 +26,7 @@ pytest.importorskip("onnxscript", reason="needs ONNX: pip install harmoq-ao[onnx
 LEVEL = 1 / 255
 
 
-def exported(model: QuantizedModel, path: Path, size: tuple[int, int] | None = (16, 16)) -> tuple[OnnxExport, Any]:
+def exported(model: QuantizedModel, path: Path, size: tuple[int, int] | None = (16, 16)) -> tuple[Exported, Any]:
     written = export_onnx(model, path, size)
     proto = onnx.load(str(path))
     onnx.checker.check_model(proto, full_check=True)
