@@ -152,7 +152,7 @@ class _Fusing:
             packed = self.operands.attention(core.spec, sites, qkv.norm)
         except KernelError:
             return False
-        _becomes(step, WindowAttention(packed, windows, eps, sites, proj.width), [source.step.reads[0]])
+        _becomes(step, WindowAttention(core.spec, packed, windows, eps, sites, proj.width), [source.step.reads[0]])
         return True
 
     def norm_behind(self, step: Step) -> bool:

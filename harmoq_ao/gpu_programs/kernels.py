@@ -158,7 +158,8 @@ class WindowAttention(Producer):
     """Attention within windows, from its input to its projection.
 
     Args:
-        packed: Operands.
+        spec: What it computes.
+        packed: Its operands.
         windows: Where tokens are.
         eps: Of the norm in front, or None.
         sites: Its linears.
@@ -166,10 +167,16 @@ class WindowAttention(Producer):
     """
 
     def __init__(
-        self, packed: Packed, windows: Windows, eps: float | None, sites: tuple[Site, Site], width: int
+        self,
+        spec: AttentionSpec,
+        packed: Packed,
+        windows: Windows,
+        eps: float | None,
+        sites: tuple[Site, Site],
+        width: int,
     ) -> None:
         super().__init__(width, sites)
-        self.packed, self.windows, self.eps = packed, windows, eps
+        self.spec, self.packed, self.windows, self.eps = spec, packed, windows, eps
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
         """`[rows, width]`."""

@@ -15,7 +15,7 @@ from harmoq_ao.gpu_programs.layout import Operator, Reordered
 from harmoq_ao.gpu_programs.operands import AttentionSpec, Operands, Site, Table
 from harmoq_ao.gpu_programs.torch_steps import ChannelAttention, Convolution, Depthwise, FloatLinear, Means
 from harmoq_ao.kernels.ops import linear_operands, matmul_contraction
-from harmoq_ao.programs.attention_matching import Match, scaled
+from harmoq_ao.programs.attention_matching import Match, resolved, scaled
 from harmoq_ao.programs.channel_attention import find_channel_attention, normalized
 from harmoq_ao.programs.found_attention import Attention, find_attention
 from harmoq_ao.programs.lower import Lowering, Modules
@@ -35,6 +35,9 @@ class GpuLowering(Lowering):
         recorded: From :func:`record`, in float32.
         dtype: Type of tokens in memory; what has the channels of an image is float32.
         operands: Of the model.
+
+    Attributes:
+        missed: Attentions that no kernel takes: the sites of their products, and why.
     """
 
     modules = Modules(Operator, Convolution, Reordered, Depthwise, Means)
@@ -42,10 +45,9 @@ class GpuLowering(Lowering):
     def __init__(self, recorded: Recorded, dtype: torch.dtype, operands: Operands) -> None:
         super().__init__(recorded, half=True)
         self.dtype, self.operands = dtype, operands
-        self.missed: list[tuple[Match, str]] = []
+        self.missed: list[tuple[tuple[int, ...], str]] = []
         self._types: dict[Matrix, torch.dtype] = {}
         self._tables: list[Table] = []
-        self._numbers: list[Tensor] = []
 
     # --- types --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +127,7 @@ class GpuLowering(Lowering):
         try:
             return self._channels(match) or self._windows(match)
         except KernelError as error:
-            self.missed.append((match, str(error)))
+            self.missed.append((_keys(self, match), str(error)))
             return None
 
     def _channels(self, match: Match) -> Value | None:
@@ -154,7 +156,7 @@ class GpuLowering(Lowering):
                 raise KernelError("Both the queries and the scores are scaled", expected="one factor")
             scale = scale * found.factor
         spec = AttentionSpec(
-            found.q.heads, found.q.width, scale.float().contiguous(), found.bias, cosine, after, quantizers
+            found.q.heads, found.q.width, scale.float().contiguous(), found.bias, cosine, after, quantizers, _keys(self, match)
         )
         firsts = (found.q.first, found.k.first, found.v.first)
         module = AttentionCore(spec, self.operands.attention(spec), windows, firsts)
@@ -217,6 +219,12 @@ class GpuLowering(Lowering):
             return None
         left, right = matmul_contraction(*found.scores[:5]), matmul_contraction(*found.products[:5])
         return MatmulQuantizers(*left, *right, found.relative)
+
+
+def _keys(lowering: GpuLowering, match: Match) -> tuple[int, ...]:
+    """What tells the sites of an attention's quantized products: where the first range of each lies."""
+    both = (resolved(lowering.known, arguments) for arguments in (match.scores, match.products))
+    return tuple(own[0].data_ptr() for own in both if own is not None and isinstance(own[0], Tensor))
 
 
 def _of_image(rows: Tensor, images: int, length: int) -> Tensor:

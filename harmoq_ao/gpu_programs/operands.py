@@ -73,6 +73,7 @@ class AttentionSpec:
         cosine: Whether queries and keys are normalised.
         scale_after: Whether the product is scaled, not the queries.
         matmuls: Quantizers of both products, or None.
+        products: What tells the sites of both products from others: where their first ranges lie.
     """
 
     heads: int
@@ -82,6 +83,7 @@ class AttentionSpec:
     cosine: bool
     scale_after: bool
     matmuls: attention_kernels.MatmulQuantizers | None
+    products: tuple[int, ...] = ()
 
 
 class Packed(nn.Module):
