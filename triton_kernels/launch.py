@@ -114,3 +114,10 @@ __all__ = [
     "on_device",
     "power_of_two",
 ]
+
+
+def supported(device: torch.device) -> bool:
+    """Whether the kernels run on a GPU: NVIDIA's from capability 8.0 on, and AMD's."""
+    if device.type != "cuda":
+        return False
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

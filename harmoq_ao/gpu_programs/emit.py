@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.gpu_programs.layout import Operator, View
+from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.gpu_programs.tokenwise import Tokenwise, chains
 from harmoq_ao.programs.emit import needed, readers_of
 from harmoq_ao.programs.materialize import to_matrix
@@ -58,6 +59,8 @@ class _Emission:
         assert isinstance(step, ModuleStep)
         if isinstance(step.module, Operator):
             step.module.prepare()
+        elif isinstance(step.module, Contraction):
+            step.module.prepare(self.type_of(step.reads[0].matrix))
         node = self.module(type(step.module).__name__.lower(), step.module, *(self.nodes[r.matrix] for r in step.reads))
         if len(step.results) == 1:
             self.nodes[step.results[0]] = node

@@ -16,11 +16,11 @@ from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Op, RowProgram, Una
 from harmoq_ao.gpu_programs.kernels import AttentionCore, Linear, Mlp, Producer, WindowAttention
 from harmoq_ao.gpu_programs.lowering import GpuLowering, instructions
 from harmoq_ao.gpu_programs.operands import LayerNorm
-from harmoq_ao.gpu_programs.torch_steps import Convolution
+from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.programs.emit import needed, readers_of
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step
 from harmoq_ao.triton_kernels.launch import MAX_CHANNELS
-from harmoq_ao.triton_kernels.window_attention import FUSED_TOKENS
+from harmoq_ao.triton_kernels.window_attention import FUSED_CHANNELS, FUSED_TOKENS
 
 M = TypeVar("M", bound=nn.Module)
 _GELUS = {Unary.GELU: "erf", Unary.GELU_TANH: "tanh"}
@@ -34,7 +34,7 @@ def fuse(last: Matrix, lowering: GpuLowering) -> None:
         lowering: The walk that made it.
     """
     fusing = _Fusing(last, lowering)
-    front = (fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention)
+    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention)
     for join in (*front, fusing.norm_behind, fusing.residual):
         fusing.everywhere(join)
 
@@ -76,7 +76,7 @@ class _Fusing:
         assert isinstance(producer, ModuleStep)
         (matrix,) = step.results
         matrix.step, producer.results, producer.dtype = producer, [matrix], self.type_of(matrix)
-        if isinstance(producer.module, (Linear, Convolution)):
+        if isinstance(producer.module, (Linear, Contraction)):
             producer.module.out_dtype = producer.dtype
         return True
 
@@ -98,6 +98,22 @@ class _Fusing:
         assert source is not None
         step.reads[0] = source.reads[0]
         return True
+
+    def affine(self, step: Step) -> bool:
+        """A factor and a shift of each channel behind a contraction, which has weights and a bias to put them in."""
+        found = _single(step, Op.AFFINE)
+        source = step.reads[0].matrix if step.reads else self.last
+        module = _module(source.step, Linear) or _module(source.step, Contraction)
+        if found is None or module is None or not self.whole(step.reads[0]) or not self.alone(source, step):
+            return False
+        (*_, scale, shift), program = found
+        if isinstance(module, Linear):
+            if scale >= 0:
+                return False
+            module.shift(program.constants[shift], self.operands)
+        else:
+            module.fold(*(None if place < 0 else program.constants[place] for place in (scale, shift)))
+        return self.takes_over(source.step, step)
 
     def gelu(self, step: Step) -> bool:
         """GELU behind a linear."""
@@ -141,7 +157,7 @@ class _Fusing:
         width = core.heads * core.head_dim
         windows = core.windows
         usual = core.firsts == (0, width, 2 * width) and source.columns == 3 * width and windows.key_index is None
-        small = windows.index.tensor.shape[1] <= FUSED_TOKENS and max(qkv.columns, proj.width) <= MAX_CHANNELS
+        small = windows.index.tensor.shape[1] <= FUSED_TOKENS and max(qkv.columns, proj.width) <= FUSED_CHANNELS
         if not (usual and small and self.alone(source, mixed.step)):
             return False
         assert source.step is not None
@@ -178,9 +194,9 @@ class _Fusing:
             module = _module(mine.matrix.step, Producer)
             if module is None or module.adds or mine.matrix is other.matrix or not self.alone(mine.matrix, step):
                 continue
-            if isinstance(module, Convolution) and not module.ours:
+            if isinstance(module, Contraction) and not module.ours:
                 continue
-            typed = isinstance(module, (Linear, Convolution))
+            typed = isinstance(module, (Linear, Contraction))
             if not typed and self.type_of(step.results[0]) != self.type_of(mine.matrix):
                 continue
             assert mine.matrix.step is not None

@@ -6,6 +6,7 @@ together is put into it by :mod:`fusing`: the norm in front, GELU and norm behin
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,6 +77,13 @@ class Linear(Producer):
             KernelError: Its range is that of each token.
         """
         self.packed, self.norm = operands.linear(self.site, norm), norm
+
+    def shift(self, added: Tensor, operands: Operands) -> None:
+        """Add a vector to its bias."""
+        old = self.site.operands
+        bias = added.float() if old.bias is None else old.bias + added.float()
+        self.sites = (replace(self.site, operands=replace(old, bias=bias)),)
+        self.packed = operands.linear(self.site)
 
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """`[rows, N]`."""

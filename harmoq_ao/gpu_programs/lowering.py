@@ -13,7 +13,7 @@ from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram
 from harmoq_ao.gpu_programs.kernels import AttentionCore, Linear, Windows
 from harmoq_ao.gpu_programs.layout import Operator, Reordered
 from harmoq_ao.gpu_programs.operands import AttentionSpec, Operands, Site, Table
-from harmoq_ao.gpu_programs.torch_steps import ChannelAttention, Convolution, Depthwise, FloatLinear, Means
+from harmoq_ao.gpu_programs.torch_steps import ChannelAttention, Contraction, Convolution, Depthwise, FloatLinear, Means
 from harmoq_ao.kernels.ops import linear_operands, matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, resolved, scaled
 from harmoq_ao.programs.channel_attention import find_channel_attention, normalized
@@ -65,6 +65,8 @@ class GpuLowering(Lowering):
         dtype = self._widest(reads) if dtype is None else dtype
         if isinstance(module, Operator):
             module.dtype = dtype
+        elif isinstance(module, Contraction):
+            module.out_dtype = dtype
         values = super().module_step(module, reads, results, dtype)
         self._types.update({value.matrix: dtype for value in values})
         return values

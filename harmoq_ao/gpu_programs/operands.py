@@ -132,7 +132,7 @@ class Operands:
             packed = kernels.from_operands(*site.packing)
             return packed if norm is None else kernels.with_norm(packed, norm.weight, norm.bias)
 
-        return self._shared(("linear", site.key), _of(norm), make)
+        return self._shared(("linear", site.key), (site.operands.bias, *_of(norm)), make)
 
     def attention(
         self, spec: AttentionSpec, sites: tuple[Site, Site] | None = None, norm: LayerNorm | None = None
@@ -154,7 +154,8 @@ class Operands:
         keys = () if sites is None else tuple(site.key for site in sites)
         numbers = (spec.heads, spec.head_dim, spec.cosine, spec.scale_after)
         bounds = () if spec.matmuls is None else _bounds(spec.matmuls)
-        return self._shared(("attention", keys, numbers), (spec.scale, spec.bias, *bounds, *_of(norm)), make)
+        biases = () if sites is None else tuple(site.operands.bias for site in sites)
+        return self._shared(("attention", keys, numbers), (spec.scale, spec.bias, *biases, *bounds, *_of(norm)), make)
 
     def _shared(self, key: Hashable, tensors: tuple[Tensor | None, ...], make: Callable[[], Any]) -> Packed:
         """The operands that were made from these tensors before, or new ones."""

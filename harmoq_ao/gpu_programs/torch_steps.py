@@ -14,88 +14,111 @@ from harmoq_ao.programs.materialize import to_matrix
 from harmoq_ao.triton_kernels import convolution
 
 
-class FloatLinear(nn.Module):
-    """``x @ weight + bias`` of some columns.
+class Contraction(Producer):
+    """A contraction in floats, whose weights and bias take in what happens to each channel behind it.
 
     Args:
-        weight: `[K, N]`.
-        bias: `[N]`, or None.
-        first: First column.
-        out_dtype: Of operands and result.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, first: int, out_dtype: torch.dtype) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", weight.t().to(out_dtype).contiguous(), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.to(out_dtype), persistent=False)
-        self.first = first
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[rows, N]`."""
-        columns = x[:, self.first : self.first + self.weight.shape[1]]
-        return F.linear(columns.to(self.weight.dtype), self.weight, self.bias)
-
-
-class Convolution(Producer):
-    """A convolution of tokens as they lie in memory, channels last; arguments as in `programs/convolution.py`.
+        weight: Output channels first.
+        bias: Of each output channel, or None.
+        first: First column that it reads.
 
     Attributes:
         out_dtype: Of the result.
+        ours: Whether our kernel computes it, which adds a residual.
+        kernel: Height and width of that kernel's.
     """
 
     takes_norm = False
     out_dtype: torch.dtype = torch.float32
+    ours = False
+    kernel: tuple[int, ...] = (1, 1)
+    weight: Tensor
+    bias: Tensor | None
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, first: int) -> None:
+        super().__init__(len(weight))
+        self.register_buffer("weight", weight.float(), persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
+        self.first = first
+
+    def fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
+        """Multiply its result, then add: a number for each channel."""
+        if scale is not None:
+            self.weight = self.weight * scale.float().reshape(-1, *[1] * (self.weight.dim() - 1))
+            self.bias = None if self.bias is None else self.bias * scale.float()
+        if shift is not None:
+            self.bias = shift.float() if self.bias is None else self.bias + shift.float()
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Bring the weights into the form that they are used in, once all is folded into them.
+
+        Args:
+            dtype: Of the operand.
+        """
+        weight = self.weight.to(dtype)
+        if self.ours:
+            self.kernel = tuple(weight.shape[2:])
+            self.weight = convolution.pack(weight)
+        else:
+            self.weight = weight.to(memory_format=torch.channels_last)
+            self.bias = None if self.bias is None else self.bias.to(dtype)
+
+    def convolved(self, x: Tensor, size: tuple[int, int, int], residual: tuple[Tensor, ...]) -> Tensor:
+        """The kernel for a convolution of `[images * H * W, C]`."""
+        added = residual[0].contiguous() if self.adds else None
+        return convolution.convolution(x.contiguous(), self.weight, self.bias, size, self.kernel, added, self.out_dtype)
+
+
+class FloatLinear(Contraction):
+    """``x @ weight + bias`` of some columns; a convolution of one tap."""
+
+    ours = True
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, first: int, out_dtype: torch.dtype) -> None:
+        super().__init__(weight.t()[:, :, None, None], bias, first)
+        self.out_dtype, self.columns = out_dtype, len(weight)
+
+    def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
+        """`[rows, N]`."""
+        columns = x[:, self.first : self.first + self.columns]
+        return self.convolved(columns, (1, 1, len(x)), residual)
+
+
+class Convolution(Contraction):
+    """A convolution of tokens as they lie in memory, channels last; arguments as in `programs/convolution.py`."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, geometry: tuple[Any, ...], shape: tuple[int, ...], exact: bool
     ) -> None:
-        super().__init__(len(weight))
+        super().__init__(weight, bias, 0)
         self.ours = convolution.takes(weight, geometry)
-        kept = convolution.pack(weight) if self.ours else weight.to(memory_format=torch.channels_last)
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", kept, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        self.geometry, self.shape, self.kernel = geometry, shape, tuple(weight.shape[2:])
+        self.geometry, self.shape = geometry, shape
 
     def forward(self, matrix: Tensor, *residual: Tensor) -> Tensor:
         """`[pixels, N]`."""
         images, _, height, width = self.shape
-        added = residual[0].contiguous() if self.adds else None
         if self.ours:
-            size = (images, height, width)
-            return convolution.convolution(
-                matrix.contiguous(), self.weight, self.bias, size, self.kernel, added, self.out_dtype
-            )
+            return self.convolved(matrix, (images, height, width), residual)
         x = matrix.contiguous().view(images, height, width, -1).permute(0, 3, 1, 2)
-        weight, bias = (None if t is None else t.to(x.dtype) for t in (self.weight, self.bias))
-        y = to_matrix(torch.ops.aten.convolution.default(x, weight, bias, *self.geometry))
-        return (y if added is None else y + added).to(self.out_dtype)
+        y = torch.ops.aten.convolution.default(x, self.weight, self.bias, *self.geometry)
+        return to_matrix(y).to(self.out_dtype)
 
 
-class Depthwise(nn.Module):
+class Depthwise(Contraction):
     """A depthwise convolution of some columns of a matrix; arguments as in `programs/convolution.py`."""
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None, first: int, images: int, height: int, width: int
     ) -> None:
-        super().__init__()
-        self.weight: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", weight.to(memory_format=torch.channels_last), persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        self.first, self.size = first, (images, height, width)
+        super().__init__(weight, bias, first)
+        self.size = (images, height, width)
 
     def forward(self, matrix: Tensor) -> Tensor:
         """`[pixels, C]`."""
-        images, height, width = self.size
         channels = len(self.weight)
-        columns = matrix[:, self.first : self.first + channels]
-        x = columns.unflatten(0, (images, height, width)).permute(0, 3, 1, 2)
-        weight, bias = self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
-        return to_matrix(F.conv2d(x, weight, bias, padding=weight.shape[2] // 2, groups=channels))
+        x = matrix[:, self.first : self.first + channels].unflatten(0, self.size).permute(0, 3, 1, 2)
+        y = F.conv2d(x, self.weight, self.bias, padding=self.weight.shape[2] // 2, groups=channels)
+        return to_matrix(y).to(self.out_dtype)
 
 
 class Means(nn.Module):
