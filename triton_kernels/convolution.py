@@ -1,4 +1,4 @@
-"""Convolutions of tokens as they lie in memory, channels last, with bias and residual: ``y = conv(x) + bias + residual``.
+"""Convolutions of tokens as they lie in memory, channels last, with bias and residual: ``conv(x) + bias + residual``.
 
 Torch's own adds bias and residual in passes of their own, and writes 16 bits where pixels need more. Here a program
 takes a block of pixels and outputs, and sums the products of all taps and channels in float32. Plain torch:

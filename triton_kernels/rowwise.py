@@ -172,7 +172,7 @@ def rowwise_kernel(
             out_ptr = outputs[CODE[7 * i + 4]]
             places = tokens[:, None] * COLUMNS[CODE[7 * i + 4]] + CODE[7 * i + 5] + columns[None, :]
             tl.store(out_ptr + places, value.to(out_ptr.dtype.element_ty), mask=kept)
-        values = values + (value,)  # noqa: RUF005 - Triton knows no unpacking
+        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
 
 
 def launch_rowwise(

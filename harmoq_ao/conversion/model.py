@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +11,11 @@ from torch import Tensor, nn
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.passes import Exchanged, finalize
+from harmoq_ao.conversion.passes import Exchanged, exchanged_in, finalize
+from harmoq_ao.gpu_programs.program import GpuPrograms
+from harmoq_ao.gpu_programs.survey import survey
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.select import check_backend
-from harmoq_ao.lowering.survey import survey
 from harmoq_ao.programs.program import Programs
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import ModelTraits
@@ -35,6 +37,7 @@ class QuantizedModel(nn.Module):
         float_dtype: Type of the parts that stay float.
         history: How it was calibrated and refined; None if unknown.
         programs: The fused kernels for CPUs, made for each image size when it first comes.
+        gpu_programs: Likewise for GPUs.
         fingerprint: Of the float model it was prepared from; None if it has none.
         exchanged: Modules whose forward is known to be replaced; None to find them by a run.
     """
@@ -56,6 +59,7 @@ class QuantizedModel(nn.Module):
         self.float_dtype = torch.float32
         self.history: History | None = None
         self.programs = Programs()
+        self.gpu_programs = GpuPrograms()
         self.fingerprint: str | None = None
         self.exchanged: Exchanged | None = None
 
@@ -68,7 +72,7 @@ class QuantizedModel(nn.Module):
         check_image_tensor(image, channels=(self.example_shapes[0][1],), batched=True)
         # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
         modules = args or kwargs or not any(row.quantized for row in self.rows)
-        fused = None if modules else self.programs.run(self.model, image, self.float_dtype)
+        fused = None if modules else self._fused(image)
         if fused is not None:
             return fused.to(image.dtype)
         # Authors create float32 masks in forward; autocast brings the operands of each product to one type.
@@ -76,6 +80,19 @@ class QuantizedModel(nn.Module):
         with torch.no_grad(), torch.autocast(image.device.type, torch.bfloat16, enabled=mixed):
             output = self.model(image.to(self.float_dtype), *args, **kwargs)
         return output.to(image.dtype) if isinstance(output, Tensor) else output
+
+    def _fused(self, image: Tensor) -> Tensor | None:
+        """The output of fused kernels; None where the modules are to run."""
+        found = self.gpu_programs.run(self.model, self._float32_twin, image, self.float_dtype)
+        return self.programs.run(self.model, image, self.float_dtype) if found is None else found
+
+    def _float32_twin(self) -> nn.Module:
+        """A copy of the author's model on the CPU, whose float parts are float32, for kernels of its sites."""
+        twin = copy.deepcopy(self)
+        twin.exchanged = exchanged_in(self.model)  # what a run would find
+        nn.Module.to(twin, "cpu")
+        twin.use_backend("auto")
+        return twin.set_float_dtype(torch.float32).model
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
         """``nn.Module._apply``, except for released weights, which have no memory on any device."""
@@ -103,7 +120,9 @@ class QuantizedModel(nn.Module):
             raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
         sites = self.sites()
         if any(s.backend == "triton" for s in sites.values()) or (device or self._place().type) == "cuda":
-            return survey(self.model, sites, self._example_run)
+            twin = self._float32_twin()
+            known = {m.site.name: m for m in twin.modules() if isinstance(m, QuantizedSite)}
+            return survey(twin, known, torch.empty(self.example_shapes[0], device="meta"), self.float_dtype)
         return {name: Lowering(module.kernel) for name, module in sites.items()}
 
     def _example_run(self) -> None:
@@ -157,4 +176,6 @@ class QuantizedModel(nn.Module):
             row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
         if (device or self._place().type) == "cpu":
             report.notes.append(self.programs.sentence())
+        else:
+            report.notes.append(self.gpu_programs.sentence())
         return report

@@ -21,7 +21,7 @@ from harmoq_ao.gpu_programs.kernels import AttentionCore, Mlp, WindowAttention, 
 FUSED = (WindowAttention, AttentionCore, Mlp)
 """What counts as a fused island."""
 
-_OURS = ("window_attention", "attention", "mlp", "linear")
+_OURS = ("window_attention", "attention", "mlp", "fused_linear")
 _SAME_MEMORY = {torch.ops.aten.lift_fresh.default, torch.ops.aten.detach.default}
 
 

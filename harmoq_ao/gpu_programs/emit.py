@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.gpu_programs.layout import Operator, View
-from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.gpu_programs.tokenwise import Tokenwise, chains
+from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.programs.emit import needed, readers_of
 from harmoq_ao.programs.materialize import to_matrix
 from harmoq_ao.programs.steps import Matrix, ModuleStep, RowStep, Step, Value, row_level
@@ -28,9 +28,7 @@ def emit(output: Value, image: Matrix, images: int, type_of: Callable[[Matrix], 
 
 
 class _Emission:
-    def __init__(
-        self, output: Value, image: Matrix, images: int, type_of: Callable[[Matrix], torch.dtype]
-    ) -> None:
+    def __init__(self, output: Value, image: Matrix, images: int, type_of: Callable[[Matrix], torch.dtype]) -> None:
         self.output, self.images, self.type_of = output, images, type_of
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[Matrix, fx.Node] = {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Op, RowProgram, Unary
@@ -68,8 +69,8 @@ class _Fusing:
         if found is None or step is None or not self.whole(step.reads[0]):
             return None
         (*_, weight, bias, eps), program = found
-        constants = [None if place < 0 else program.constants[place] for place in (weight, bias)]
-        return LayerNorm(*constants, program.numbers[eps])
+        factor, shift = (None if place < 0 else program.constants[place] for place in (weight, bias))
+        return LayerNorm(factor, shift, program.numbers[eps])
 
     def takes_over(self, producer: Step | None, step: Step) -> bool:
         """Let a step make what another made of its result."""
@@ -101,18 +102,19 @@ class _Fusing:
 
     def affine(self, step: Step) -> bool:
         """A factor and a shift of each channel behind a contraction, which has weights and a bias to put them in."""
-        found = _single(step, Op.AFFINE)
+        scale, shift = _affine(step)
         source = step.reads[0].matrix if step.reads else self.last
         module = _module(source.step, Linear) or _module(source.step, Contraction)
-        if found is None or module is None or not self.whole(step.reads[0]) or not self.alone(source, step):
+        if (scale is None and shift is None) or module is None:
             return False
-        (*_, scale, shift), program = found
-        if isinstance(module, Linear):
-            if scale >= 0:
-                return False
-            module.shift(program.constants[shift], self.operands)
+        if not self.whole(step.reads[0]) or not self.alone(source, step):
+            return False
+        if isinstance(module, Contraction):
+            module.fold(scale, shift)
+        elif scale is None and shift is not None:
+            module.shift(shift, self.operands)
         else:
-            module.fold(*(None if place < 0 else program.constants[place] for place in (scale, shift)))
+            return False
         return self.takes_over(source.step, step)
 
     def gelu(self, step: Step) -> bool:
@@ -216,6 +218,18 @@ def _single(step: Step | None, op: Op) -> tuple[list[int], RowProgram] | None:
         return None
     found = instructions(step)
     return found[0][1:] if len(found) == 1 and found[0][0] is op else None
+
+
+def _affine(step: Step) -> tuple[Tensor | None, Tensor | None]:
+    """Factor and shift of each channel that a token-wise step is; None for both where it is another."""
+    vectors, number = _single(step, Op.AFFINE), _single(step, Op.SCALAR)
+    if vectors is not None:
+        (*_, scale, shift), program = vectors
+        return None if scale < 0 else program.constants[scale], None if shift < 0 else program.constants[shift]
+    if number is None or number[0][0] == Binary.SUB:
+        return None, None
+    value = torch.full((step.results[0].columns,), number[1].numbers[number[0][-1]])
+    return (value, None) if number[0][0] == Binary.MUL else (None, value)
 
 
 def _becomes(step: Step, module: Producer, reads: list[Read]) -> None:

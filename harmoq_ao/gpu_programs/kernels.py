@@ -158,8 +158,8 @@ class AttentionCore(nn.Module):
         if parts[1].stride() != parts[2].stride():
             parts = [part.contiguous() for part in parts]
         table = self.windows.key_index
-        keys = {} if table is None else {"key_index": table.tensor}
-        return ops.attention(*parts, self.packed.value, **self.windows.options(), **keys).flatten(0, 1)
+        options = {**self.windows.options(), **({} if table is None else {"key_index": table.tensor})}
+        return ops.attention(parts[0], parts[1], parts[2], self.packed.value, **options).flatten(0, 1)
 
 
 class WindowAttention(Producer):

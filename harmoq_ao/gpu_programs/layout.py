@@ -127,12 +127,13 @@ class Operator(TorchOperator):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Operator:
         self.leaves = [fn(leaf) if isinstance(leaf, Tensor) else leaf for leaf in self.leaves]
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
     def forward(self, *operands: Tensor) -> Tensor | tuple[Tensor, ...]:
         """The results as matrices."""
         dtype = torch.float32 if any(name in str(self.target) for name in _NEEDS_FLOAT32) else self.dtype
-        leaves = [self._constant(leaf, dtype, operands[0].device) for leaf in self.leaves] if operands else self.leaves
+        device = operands[0].device if operands else torch.device("cpu")
+        leaves = [self._constant(leaf, dtype, device) for leaf in self.leaves]
         for place, view, matrix in zip(self.places, self.views, operands, strict=True):
             value = view(matrix)
             leaves[place] = value.to(dtype) if value.is_floating_point() else value
@@ -143,9 +144,8 @@ class Operator(TorchOperator):
         matrices = tuple(self._matrix(result[part]) for part in self.parts)
         return matrices[0] if len(matrices) == 1 else matrices
 
-    @staticmethod
-    def _constant(leaf: Any, dtype: torch.dtype, device: torch.device) -> Any:
-        if isinstance(leaf, Tensor) and leaf.dtype is torch.float32:
+    def _constant(self, leaf: Any, dtype: torch.dtype, device: torch.device) -> Any:
+        if isinstance(leaf, Tensor) and leaf.dtype is torch.float32 and not str(self.target).startswith("harmoq"):
             return leaf.to(dtype)
         return device if isinstance(leaf, torch.device) else leaf
 

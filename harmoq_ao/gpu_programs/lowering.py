@@ -60,7 +60,7 @@ class GpuLowering(Lowering):
         types = {self.type_of(read.matrix) for read in reads} - {self.dtype}
         return torch.float32 if torch.float32 in types else self.dtype
 
-    def module_step(self, module: nn.Module, reads: Any, results: Any, dtype: torch.dtype | None = None) -> list[Value]:  # type: ignore[override]
+    def module_step(self, module: nn.Module, reads: Any, results: Any, dtype: torch.dtype | None = None) -> list[Value]:
         """A step of another kind; its results have the widest type among what it reads, unless one is given."""
         dtype = self._widest(reads) if dtype is None else dtype
         if isinstance(module, Operator):
@@ -115,7 +115,7 @@ class GpuLowering(Lowering):
 
     def convolution(self, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> Known:
         found = super().convolution(node, x, weight, bias, *geometry)
-        if found is None or not isinstance(found.matrix.step.module, Convolution):  # type: ignore[union-attr]
+        if found is None or not isinstance(found.matrix.step.module, Convolution):
             return found
         # what becomes pixels without another contraction is not rounded to 16 bits
         dtype = torch.float32 if node in self.last else self.dtype
@@ -134,8 +134,10 @@ class GpuLowering(Lowering):
 
     def _channels(self, match: Match) -> Value | None:
         found = find_channel_attention(self, match)
-        if found is None or found.quantizers is not None:
+        if found is None:
             return None
+        if found.quantizers is not None:
+            raise KernelError("Its quantized products sum over the pixels of an image", expected="windows of tokens")
         parts = (found.q, found.k, found.v)
         module = ChannelAttention(parts, found.eps, found.factor)
         width = found.v.heads * found.v.width
@@ -158,7 +160,14 @@ class GpuLowering(Lowering):
                 raise KernelError("Both the queries and the scores are scaled", expected="one factor")
             scale = scale * found.factor
         spec = AttentionSpec(
-            found.q.heads, found.q.width, scale.float().contiguous(), found.bias, cosine, after, quantizers, _keys(self, match)
+            found.q.heads,
+            found.q.width,
+            scale.float().contiguous(),
+            found.bias,
+            cosine,
+            after,
+            quantizers,
+            _keys(self, match),
         )
         firsts = (found.q.first, found.k.first, found.v.first)
         module = AttentionCore(spec, self.operands.attention(spec), windows, firsts)
@@ -177,7 +186,9 @@ class GpuLowering(Lowering):
         operands: list[Any] = [self.known.get(node) for node in (query_node, match.key, match.value)]
         plain = find_attention(self, match, operands, q_factor)
         if plain is None:
-            raise KernelError("Its operands are no heads of windows, or more happens to its scores than a bias and a mask")
+            raise KernelError(
+                "Its operands are no heads of windows, or more happens to its scores than a bias and a mask"
+            )
         return plain, False
 
     def _placed(self, found: Attention) -> Windows:
@@ -201,7 +212,9 @@ class GpuLowering(Lowering):
             raise KernelError("Its mask is none of regions", found=mask.value, expected=_REGION_VALUE)
         regions = mask.regions
         if len(regions) != windows:
-            if len(regions) % windows or not bool((regions.reshape(-1, *regions[:windows].shape) == regions[:windows]).all()):
+            if len(regions) % windows or not bool(
+                (regions.reshape(-1, *regions[:windows].shape) == regions[:windows]).all()
+            ):
                 raise KernelError("Its mask differs from image to image")
             regions = regions[:windows]
         return self._table(regions.to(torch.uint8))

@@ -95,7 +95,7 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         self.value = _mapped(self.value, fn)
-        return super()._apply(fn, recurse)  # type: ignore[return-value]
+        return super()._apply(fn, recurse)
 
 
 class Table(nn.Module):
@@ -111,7 +111,9 @@ def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return fn(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.replace(value, **{f.name: _mapped(getattr(value, f.name), fn) for f in dataclasses.fields(value)})
+        return dataclasses.replace(
+            value, **{f.name: _mapped(getattr(value, f.name), fn) for f in dataclasses.fields(value)}
+        )
     return value
 
 

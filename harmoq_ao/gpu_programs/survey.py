@@ -18,7 +18,9 @@ from harmoq_ao.sites.report import Lowering
 _ALONE = "part of nothing larger that one kernel computes"
 
 
-def survey(model: nn.Module, sites: Mapping[str, QuantizedSite], example: Tensor, dtype: torch.dtype) -> dict[str, Lowering]:
+def survey(
+    model: nn.Module, sites: Mapping[str, QuantizedSite], example: Tensor, dtype: torch.dtype
+) -> dict[str, Lowering]:
     """The kernel of each site on a GPU, found by making the program for one size; no GPU and no Triton run.
 
     Args:

@@ -83,7 +83,7 @@ class Tokenwise(nn.Module):
     def forward(self, *inputs: Tensor) -> list[Tensor]:
         """`[rows, columns]` each."""
         matrices = [x.contiguous() for x in inputs]
-        constants = [table.tensor for table in self.constants]  # type: ignore[union-attr]
+        constants = [table.tensor for table in self.constants]
         c = self.chain
         return rowwise(matrices, constants, c.code, c.numbers, c.columns, c.half, self.rows, self.rows_per_image)
 

@@ -107,9 +107,7 @@ class Convolution(Contraction):
 class Depthwise(Contraction):
     """A depthwise convolution of some columns of a matrix; arguments as in `programs/convolution.py`."""
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, first: int, images: int, height: int, width: int
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, first: int, images: int, height: int, width: int) -> None:
         super().__init__(weight, bias, first)
         self.size = (images, height, width)
 

@@ -7,7 +7,6 @@ for the new forward lies in one typed object, the module's :class:`Replacement`;
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,21 +15,6 @@ from torch import nn
 from harmoq_ao.graph.nodes import SELF
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Whether a fused kernel computes some sites of a module.
-
-    Args:
-        kernel: Its name.
-        sites: The sites' modules: those it computes, or those it was tried for.
-        reason: Why it does not take them; None if it does.
-    """
-
-    kernel: str
-    sites: list[nn.Module]
-    reason: str | None
 
 
 class Replacement:
@@ -42,10 +26,6 @@ class Replacement:
 
     def forget(self, module: nn.Module) -> None:
         """Drop what was computed from the module's tensors; called when their type changes."""
-
-    def findings(self, module: nn.Module) -> list[Finding]:
-        """Which fused kernels were tried on `module`, in order; of two about one site the later one holds."""
-        return []
 
 
 R = TypeVar("R", bound=Replacement)

@@ -84,9 +84,9 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     scores = _scores(lowering, match, shape)
     if scores is None:
         return None
-    quantizers: list[Any] = [resolved(lowering.known, arguments) for arguments in (match.scores, match.products)]
+    first, second = (resolved(lowering.known, arguments) for arguments in (match.scores, match.products))
     index = result_index(query.index, q, (*query.shape[:-1], value.shape[-1]))
-    return Attention(query, key, value, q, k, v, q_factor, *scores, *quantizers, match.relative, index)
+    return Attention(query, key, value, q, k, v, q_factor, *scores, first, second, match.relative, index)
 
 
 def _once(rows: Tensor) -> bool:

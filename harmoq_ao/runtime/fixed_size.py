@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.gpu_programs.replay import Replay
 
 _KEPT = 2.0  # a constant may take this many times the memory of what it is made from
 
@@ -37,7 +38,7 @@ class FixedSizeModel(nn.Module):
         super().__init__()
         self.graph = graph
         self._expected = (example.shape, example.dtype, example.device)
-        self._replay = _Replay(graph, example) if cuda_graph else None
+        self._replay = Replay(graph, example) if cuda_graph else None
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -153,29 +154,6 @@ def _worth(node: fx.Node, value: Tensor, values: dict[fx.Node, Any]) -> bool:
     known = sum(t.untyped_storage().nbytes() for t in sources)
     views = any(t.untyped_storage().data_ptr() == value.untyped_storage().data_ptr() for t in sources)
     return not views or value.numel() * value.element_size() <= _KEPT * max(known, 1)
-
-
-class _Replay:
-    """A captured CUDA graph with its own input and output."""
-
-    def __init__(self, graph: fx.GraphModule, example: Tensor) -> None:
-        if not example.is_cuda:
-            raise InputError("CUDA graphs are for GPUs", found=example.device, expected="an example on cuda")
-        self._input = example.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # kernels are compiled and workspaces allocated outside of the capture
-                graph(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            self._output = graph(self._input)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        self._input.copy_(image)
-        self._graph.replay()
-        return self._output.clone()
 
 
 def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:
