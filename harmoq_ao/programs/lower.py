@@ -19,7 +19,7 @@ from harmoq_ao.kernels.ops import linear_operands
 from harmoq_ao.programs.attention import lower_attention
 from harmoq_ao.programs.attention_matching import Match, match_attention
 from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
-from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots
+from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots, compact
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
@@ -460,8 +460,10 @@ def _column_vector(index: Index, constant: Tensor) -> Tensor | None:
     """A constant as a number per column of the value, from its first column on; None where rows differ."""
     span = index.span()
     vector = torch.zeros(span.last - span.first + 1)
-    columns = (index.columns - span.first).long()
-    vector[columns.reshape(-1)] = constant.float().reshape(-1)
+    columns = (compact(index.columns) - span.first).long()
+    constant = compact(constant).float()
+    one = constant[tuple(slice(0, n) for n in columns.shape)]  # of the entries that have columns of their own
+    vector[columns.reshape(-1)] = one.expand(columns.shape).reshape(-1)
     return vector if bool((vector[columns] == constant).all()) else None
 
 
