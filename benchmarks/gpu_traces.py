@@ -146,8 +146,11 @@ def published() -> Iterator[dict[str, Any]]:
 
 
 def keep(lines: Iterator[dict[str, Any]], path: Path) -> None:
-    """Write JSON lines."""
-    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    """Write JSON lines, each when it is there."""
+    kept = ""
+    for line in lines:
+        kept += json.dumps(line) + "\n"
+        write_text(path, kept)
 
 
 def load(path: Path = RESULTS) -> list[dict[str, Any]]:

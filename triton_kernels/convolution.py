@@ -37,6 +37,7 @@ def convolution_kernel(
     OUT: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
+    STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -47,24 +48,22 @@ def convolution_kernel(
     outputs = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     column, line = rows % width, rows // width % height
     acc = tl.zeros([BLOCK_M, BLOCK_O], tl.float32)
-    for tap in tl.static_range(KERNEL_H * KERNEL_W):
+    # One loop over taps and blocks of channels: what it loads ahead is one block of each operand.
+    for step in range(KERNEL_H * KERNEL_W * STEPS):
+        tap, channels = step // STEPS, step % STEPS * BLOCK_C + tl.arange(0, BLOCK_C)
         down, right = tap // KERNEL_W - KERNEL_H // 2, tap % KERNEL_W - KERNEL_W // 2
         inside = (line + down >= 0) & (line + down < height) & (column + right >= 0) & (column + right < width)
         inside &= rows < pixels
         source = rows + (down * width + right)
-        for first in tl.static_range(0, C, BLOCK_C):
-            channels = first + tl.arange(0, BLOCK_C)
-            left = tl.load(
-                x_ptr + source[:, None] * C + channels[None, :],
-                mask=inside[:, None] & (channels < C)[None, :],
-                other=0.0,
-            )
-            weight = tl.load(
-                weight_ptr + (tap * C + channels)[:, None] * OUT + outputs[None, :],
-                mask=(channels < C)[:, None] & (outputs < OUT)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(left, weight, acc, input_precision=PRECISION)
+        left = tl.load(
+            x_ptr + source[:, None] * C + channels[None, :], mask=inside[:, None] & (channels < C)[None, :], other=0.0
+        )
+        weight = tl.load(
+            weight_ptr + (tap * C + channels)[:, None] * OUT + outputs[None, :],
+            mask=(channels < C)[:, None] & (outputs < OUT)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(left, weight, acc, input_precision=PRECISION)
     kept = (rows < pixels)[:, None] & (outputs < OUT)[None, :]
     places = rows[:, None] * OUT + outputs[None, :]
     if bias_ptr is not None:
@@ -93,12 +92,10 @@ def pack(weight: Tensor) -> Tensor:
 
 
 def tile(channels: int, outputs: int) -> dict[str, int]:
-    """Block sizes of the kernel."""
-    return {
-        "BLOCK_M": BLOCK_M,
-        "BLOCK_C": min(power_of_two(channels, 16), 64),
-        "BLOCK_O": min(power_of_two(outputs, 16), 64),
-    }
+    """Block sizes of the kernel, and in how many steps it goes through the channels of a tap."""
+    block = min(power_of_two(channels, 16), 64)
+    steps = blocks(channels, block)
+    return {"BLOCK_M": BLOCK_M, "BLOCK_C": block, "STEPS": steps, "BLOCK_O": min(power_of_two(outputs, 16), 64)}
 
 
 def launch_convolution(

@@ -125,9 +125,9 @@ def _norm(x: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr, eps: tl.constexp
 
 @triton.jit
 def rowwise_kernel(
-    inputs: tuple[tl.tensor, ...],
-    outputs: tuple[tl.tensor, ...],
-    constants: tuple[tl.tensor, ...],
+    inputs: tl.tuple,
+    outputs: tl.tuple,
+    constants: tl.tuple,
     rows: int,
     rows_per_image: int,
     CODE: tl.constexpr,
