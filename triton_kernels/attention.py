@@ -278,6 +278,7 @@ def launch_attention(
         KernelError: Operands that the kernels do not take.
     """
     key_index, key_regions = index if key_index is None else key_index, regions if key_regions is None else key_regions
+    q, k, v = _evenly_spaced(q, k, v)
     tokens, keys = _check_heads(q, k, v, operands, index, key_index)
     windows = len(q) * (1 if index is None else len(index))
     check_scores(windows, tokens, keys, operands, regions, key_regions)
@@ -338,13 +339,12 @@ def _check_heads(
 ) -> tuple[int, int]:
     """Queries and keys of a window."""
     expected = (operands.heads, operands.head_dim)
-    same = k.shape == v.shape and k.stride() == v.stride() and q.shape[:1] == k.shape[:1]
-    fits = all(part.dim() == 4 and part.shape[2:] == expected and _is_flat(part) for part in (q, k, v))
-    if not (same and fits):
+    fits = all(part.dim() == 4 and part.shape[2:] == expected for part in (q, k, v))
+    if not fits or k.shape != v.shape or len(q) != len(k):
         raise KernelError(
             "q, k and v do not fit",
-            found=[(tuple(part.shape), part.stride()) for part in (q, k, v)],
-            expected=f"[windows, tokens, {expected[0]}, {expected[1]}], even strides, the last one 1, k and v alike",
+            found=[tuple(part.shape) for part in (q, k, v)],
+            expected=f"[windows, tokens, {expected[0]}, {expected[1]}], k and v alike",
         )
     if index is None or key_index is None:
         if index is not None or key_index is not None:
@@ -355,9 +355,17 @@ def _check_heads(
     return index.shape[1], key_index.shape[1]
 
 
-def _is_flat(part: Tensor) -> bool:
-    """Whether tokens of all windows are evenly spaced and channels of a head adjacent."""
-    return part.stride(3) == 1 and (len(part) <= 1 or part.stride(0) == part.shape[1] * part.stride(1))
+def _evenly_spaced(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with tokens of all windows evenly spaced, channels of a head adjacent, and k and v of equal strides."""
+
+    def is_even(part: Tensor) -> bool:
+        return part.stride(-1) == 1 and (len(part) <= 1 or part.stride(0) == part.shape[1] * part.stride(1))
+
+    if not is_even(q):
+        q = q.contiguous()
+    if not is_even(k) or not is_even(v) or k.stride() != v.stride():
+        k, v = k.contiguous(), v.contiguous()
+    return q, k, v
 
 
 def check_table(table: Tensor | None, windows: int, tokens: int, name: str, dtype: torch.dtype) -> None:

@@ -199,20 +199,22 @@ def _activation(
         half: tl.constexpr = 1 << (linear.ACT_BITS - 1)
         at = x_ptr + rows[:, None] * X_STRIDE + channels[None, :]
         # int16 between: an unsigned byte less 128 does not fit into a signed one.
-        return (tl.load(at, mask=mask, other=half).to(tl.int16) - half).to(tl.int8)
-    x = load_rows(x_ptr, rows, X_STRIDE, channels, mask)
-    if INPUT == "token":
+        codes = (tl.load(at, mask=mask, other=half).to(tl.int16) - half).to(tl.int8)
+    elif INPUT == "token":
+        x = load_rows(x_ptr, rows, X_STRIDE, channels, mask)
         if linear.reciprocal_ptr is not None:
             x = x * tl.load(linear.reciprocal_ptr + channels, mask=inside, other=0.0)[None, :]
-        codes = signed_codes(token_position(x, lower, step), linear.ACT_BITS)
         # No offset of a column can make padding the code 0 here.
-        return tl.where(inside[None, :], codes, 0)
-    if INPUT == "norm":
-        # The affine of the norm is part of the quantizer (`operands.with_norm`).
-        x = standardize(x, mask, K, eps)
-    if gate_ptr is not None:
-        x = x * load_rows(gate_ptr, rows, GATE_STRIDE, channels, mask)
-    return quantize_columns(x, linear, channels, inside, INPUT == "static")
+        codes = tl.where(inside[None, :], signed_codes(token_position(x, lower, step), linear.ACT_BITS), 0)
+    else:
+        x = load_rows(x_ptr, rows, X_STRIDE, channels, mask)
+        if INPUT == "norm":
+            # The affine of the norm is part of the quantizer (`operands.with_norm`).
+            x = standardize(x, mask, K, eps)
+        if gate_ptr is not None:
+            x = x * load_rows(gate_ptr, rows, GATE_STRIDE, channels, mask)
+        codes = quantize_columns(x, linear, channels, inside, INPUT == "static")
+    return codes
 
 
 def launch_lowbit_linear(
