@@ -135,14 +135,16 @@ def published() -> Iterator[dict[str, Any]]:
     """Models as published, and what the masks of the first take at a large size."""
     from importlib import import_module
 
+    first = None
     for item in track(MODELS, "Counting"):
         torch.manual_seed(0)
         constructor = getattr(import_module(f"spandrel.architectures.{item.architecture}"), item.architecture)
         model = converted(constructor(**item.arguments).eval(), torch.rand(1, 3, 64, 64))
+        first = model if first is None else first
         found = counted(item.name, model, (1, 3, _SIDE, _SIDE), torch.bfloat16)
         yield {**found, "budget": item.budget}
-        if item is MODELS[0]:
-            yield counted(f"{item.name}, {_LARGE}x{_LARGE}", model, (1, 3, _LARGE, _LARGE), torch.bfloat16)
+    assert first is not None
+    yield counted(f"{MODELS[0].name}, {_LARGE}x{_LARGE}", first, (1, 3, _LARGE, _LARGE), torch.bfloat16)
 
 
 def keep(lines: Iterator[dict[str, Any]], path: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
@@ -85,6 +85,12 @@ class QuantizedModel(nn.Module):
         """The output of fused kernels; None where the modules are to run."""
         found = self.gpu_programs.run(self.model, self._float32_twin, image, self.float_dtype)
         return self.programs.run(self.model, image, self.float_dtype) if found is None else found
+
+    def gpu_graph(self, image: Tensor) -> fx.GraphModule | None:
+        """The graph of fused kernels that computes images like this one on its device, a GPU; None where modules do."""
+        if not any(row.quantized for row in self.rows):
+            return None
+        return self.gpu_programs.graph(self.model, self._float32_twin, image, self.float_dtype)
 
     def _float32_twin(self) -> nn.Module:
         """A copy of the author's model on the CPU, whose float parts are float32, for kernels of its sites."""

@@ -111,17 +111,26 @@ class GpuPrograms:
             dtype: Type of the model's float parts.
         """
         with self._lock:
-            if is_watched(image):
-                return None
-            watch = self._watched(model)
-            asked = ("triton",) if image.device.type == "cpu" else ("auto", "triton")
-            if not watch.as_usual(asked) or (image.is_cuda and not supported(image.device)):
-                return None
-            program = self._program(twin, image, dtype)
+            program = self._of(model, twin, image, dtype)
             if program is None:
                 return None
             with torch.no_grad(), torch.autocast(image.device.type, enabled=False):
                 return program(image)
+
+    def graph(self, model: nn.Module, twin: Twin, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
+        """The program that :meth:`run` runs for an image, on its device; None where there is none."""
+        with self._lock:
+            program = self._of(model, twin, image, dtype)
+            return None if program is None else program.graph
+
+    def _of(self, model: nn.Module, twin: Twin, image: Tensor, dtype: torch.dtype) -> _Program | None:
+        if is_watched(image):
+            return None
+        watch = self._watched(model)
+        asked = ("triton",) if image.device.type == "cpu" else ("auto", "triton")
+        if not watch.as_usual(asked) or (image.is_cuda and not supported(image.device)):
+            return None
+        return self._program(twin, image, dtype)
 
     def _watched(self, model: nn.Module) -> Watch:
         if self._watch is None or not self._watch.holds(model):

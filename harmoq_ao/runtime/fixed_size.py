@@ -56,13 +56,13 @@ class FixedSizeModel(nn.Module):
                 remedy="make another with fixed_size, or call the quantized model itself",
             )
         output: Tensor = self.graph(image) if self._replay is None else self._replay(image)
-        return output
+        return output.to(image.dtype)
 
 
 def fixed_size(
     quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None, keep: Collection[Any] = ()
 ) -> FixedSizeModel:
-    """Specialise a quantized model to one size.
+    """Specialise a quantized model to one size: on a GPU the graph of its fused kernels, else an export.
 
     Args:
         quantized: A :class:`QuantizedModel`; left as it is, its weights are shared.
@@ -73,6 +73,9 @@ def fixed_size(
     Raises:
         InputError: The example is not an image batch for this model.
     """
+    fused = quantized.gpu_graph(example) if isinstance(quantized, QuantizedModel) else None
+    if fused is not None:
+        return FixedSizeModel(fused, example, example.is_cuda if cuda_graph is None else cuda_graph)
     with torch.no_grad():
         quantized(example)  # makes the graphs of islands for this size, which an export cannot
         program = torch.export.export(quantized, (example,), strict=False)
