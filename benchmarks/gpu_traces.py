@@ -132,7 +132,7 @@ def toys() -> Iterator[dict[str, Any]]:
 
 
 def published() -> Iterator[dict[str, Any]]:
-    """Models as published, and what the masks of the first take at a large size."""
+    """Models as published, and the first of them at a large size, for its masks."""
     from importlib import import_module
 
     first = None

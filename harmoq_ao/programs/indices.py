@@ -120,7 +120,7 @@ class Index:
         for index, pad in ((self.rows, PADDED), (self.columns, 0)):
             if target in _RESHAPES:
                 moved: Any = reshaped(index, args[0])
-            elif target is _aten.roll.default and args[2:]:
+            elif target is _aten.roll.default and len(args) > 1:
                 moved = target(compact(index), *args, **kwargs).expand(index.shape)
             elif target is _aten.constant_pad_nd.default:
                 moved = target(index, args[0], pad)
