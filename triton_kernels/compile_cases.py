@@ -12,8 +12,8 @@ from typing import Any
 
 import triton.language as tl
 
-from harmoq_ao.triton_kernels import attention, lowbit_linear, mlp, window_attention
-from harmoq_ao.triton_kernels.launch import power_of_two
+from harmoq_ao.triton_kernels import attention, convolution, lowbit_linear, mlp, window_attention
+from harmoq_ao.triton_kernels.launch import blocks, power_of_two
 from harmoq_ao.triton_kernels.operands import padded_columns
 
 
@@ -26,14 +26,20 @@ class Case:
         kernel: The jitted function.
         arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"``; anything else is a constant.
         integer_mma: Whether int8 tensor-core instructions are expected.
+        unfused: Whether no fused multiply-add may occur: nothing but exact codes and their epilogue is computed.
         num_warps: Warps of a program.
+        num_stages: Pipeline depth.
+        trips: How often the longest loop runs; 1 where there is none.
     """
 
     name: str
     kernel: Any
     arguments: dict[str, Any]
     integer_mma: bool = True
+    unfused: bool = False
     num_warps: int = 4
+    num_stages: int = 1
+    trips: int = 1
 
 
 _LINEAR_POINTERS = {
@@ -76,7 +82,10 @@ def _linear_case(
         "residual_ptr": residual, "out_ptr": "*bf16", "M": "i32", "eps": "fp32", "K": columns, "N": rows,
         "X_STRIDE": columns, "GATE_STRIDE": 2 * columns if gate else 0, "INPUT": mode, "GELU": gelu, **sizes,
     }  # fmt: skip
-    return Case(f"lowbit_linear / {name}", lowbit_linear.lowbit_linear_kernel, arguments, num_warps=warps)
+    return Case(
+        f"lowbit_linear / {name}", lowbit_linear.lowbit_linear_kernel, arguments, unfused=mode in ("codes", "static"),
+        num_warps=warps, trips=blocks(columns, sizes["BLOCK_K"]),
+    )  # fmt: skip
 
 
 def _mlp_cases() -> Iterator[Case]:
@@ -104,7 +113,8 @@ def _mlp_case(
         "HIDDEN": hidden, "OUT": channels, "GELU": gelu, "NORM": norm, **_after(after),
         **_linear(channels, bits, "1"), **_linear(hidden, bits, "2"), **sizes,
     }  # fmt: skip
-    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, num_warps=warps)
+    trips = blocks(hidden, sizes["BLOCK_H"])
+    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, num_warps=warps, trips=trips)
 
 
 def _after(given: bool) -> dict[str, Any]:
@@ -136,7 +146,7 @@ def _window_case(
         "residual_ptr": "*bf16", "OUT": 60, **_after(after), **_linear(60, bits, "1"), **_linear(6 * 32, bits, "2"),
         **window_attention.tile(60),
     }  # fmt: skip
-    return Case(f"window / {name}", window_attention.window_kernel, arguments | changes)
+    return Case(f"window / {name}", window_attention.window_kernel, arguments | changes, trips=6)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -168,7 +178,8 @@ def _attention_case(
         "Q_STRIDE": 3 * channels, "Q_HEAD": head_dim, "K_STRIDE": 3 * channels, "K_HEAD": head_dim,
         "BLOCK_M": attention.BLOCK, "BLOCK_N": attention.BLOCK,
     }  # fmt: skip
-    return Case(f"attention / {name}", attention.attention_kernel, arguments | changes, integer_mma=False)
+    kernel, trips = attention.attention_kernel, blocks(keys, attention.BLOCK)
+    return Case(f"attention / {name}", kernel, arguments | changes, integer_mma=False, trips=trips)
 
 
 def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool) -> dict[str, Any]:
@@ -183,7 +194,25 @@ def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool)
     }  # fmt: skip
 
 
-CASES: tuple[Case, ...] = (*_linear_cases(), *_mlp_cases(), *_window_cases(), *_attention_cases())
+def _convolution_cases() -> Iterator[Case]:
+    for name, channels, outputs in (("60 to 60", 60, 60), ("180 to 180", 180, 180), ("3 to 60", 3, 60)):
+        sizes = convolution.tile(channels, outputs)
+        arguments = {
+            "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "out_ptr": "*bf16",
+            "pixels": "i32", "height": "i32", "width": "i32", "C": channels, "OUT": outputs, "KERNEL_H": 3,
+            "KERNEL_W": 3, "PRECISION": "tf32", **sizes,
+        }  # fmt: skip
+        kernel, trips = convolution.convolution_kernel, 9 * sizes["STEPS"]
+        yield Case(f"convolution / {name}", kernel, arguments, integer_mma=False, num_stages=3, trips=trips)
+
+
+CASES: tuple[Case, ...] = (
+    *_linear_cases(),
+    *_mlp_cases(),
+    *_window_cases(),
+    *_attention_cases(),
+    *_convolution_cases(),
+)
 
 
 __all__ = ["CASES", "Case"]

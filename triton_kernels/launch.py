@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +27,19 @@ MAX_CHANNELS = 256
 
 MIN_CAPABILITY = (8, 0)
 """Oldest CUDA GPUs whose tensor cores Triton uses for int8."""
+
+
+@cache
+def supported(device: torch.device) -> bool:
+    """Whether the kernels run on a device: AMD's GPUs, and NVIDIA's from capability 8.0 on.
+
+    A machine without GPUs answers for the one that a report or a trace is about.
+    """
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def on_device(x: Tensor) -> AbstractContextManager[object]:
@@ -113,11 +127,5 @@ __all__ = [
     "check_vector",
     "on_device",
     "power_of_two",
+    "supported",
 ]
-
-
-def supported(device: torch.device) -> bool:
-    """Whether the kernels run on a GPU: NVIDIA's from capability 8.0 on, and AMD's."""
-    if device.type != "cuda":
-        return False
-    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)

@@ -282,13 +282,13 @@ def _run(
 
 def tile(rows: int, columns: int, norm: bool = False) -> tuple[dict[str, int], int]:
     """Block sizes and warps: 64 rows of activations are one wgmma; steps of up to 128, or whole rows for a norm."""
-    whole = padded_columns(columns)
+    long = norm and columns > 128
     sizes = {
         "BLOCK_M": 64,
-        "BLOCK_N": min(power_of_two(rows, 16), 128),
-        "BLOCK_K": power_of_two(columns, 32) if norm else min(whole, 128),
+        "BLOCK_N": min(power_of_two(rows, 16), 64 if long else 128),
+        "BLOCK_K": power_of_two(columns, 32) if norm else min(padded_columns(columns), 128),
     }
-    return sizes, 8 if norm and columns > 64 else 4
+    return sizes, 8 if long else 4
 
 
 def _check_operands(

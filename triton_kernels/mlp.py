@@ -175,10 +175,11 @@ def launch_mlp(
 
 
 def tile(channels: int, hidden: int, outputs: int) -> tuple[dict[str, int], int]:
-    """Block sizes and warps. Wide rows take eight warps, or their accumulators spill."""
+    """Block sizes and warps. Wide rows take eight warps and few hidden channels at once, or their operands spill."""
     # 64 rows are one wgmma.
     wide = max(channels, outputs) > 64
-    sizes = {"BLOCK_M": 64, "BLOCK_H": min(64, power_of_two(hidden, 32)), "BLOCK_O": power_of_two(outputs, 16)}
+    most = 32 if wide else 64
+    sizes = {"BLOCK_M": 64, "BLOCK_H": min(most, power_of_two(hidden, 32)), "BLOCK_O": power_of_two(outputs, 16)}
     return sizes, 8 if wide else 4
 
 

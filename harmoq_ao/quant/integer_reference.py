@@ -275,7 +275,11 @@ def integer_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if a.device.type != "mps":
         # GPUs have no integer matmul in torch; float64 is as exact: 255 * 255 * K stays below 2**53.
         return (a.double() @ b.double()).to(dtype)
-    # No float64 either: float32 sums of as many products as stay below 2**24.
+    return _float32_matmul(a, b, dtype)
+
+
+def _float32_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in float32, in sums of as many products as stay below 2**24."""
     chunks = zip(a.split(_FLOAT32_LENGTH, -1), b.split(_FLOAT32_LENGTH, -2), strict=True)
     return torch.stack([(left.float() @ right.float()).to(dtype) for left, right in chunks]).sum(0, dtype=dtype)
 
