@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.triton_kernels.launch import FLOATS, blocks, check_matrix, check_residual, check_vector, power_of_two
+from harmoq_ao.triton_kernels.launch import (
+    FLOATS,
+    blocks,
+    check_matrix,
+    check_residual,
+    check_vector,
+    on_device,
+    power_of_two,
+)
 
 BLOCK_M = 64
 """Pixels of a program."""
@@ -128,7 +136,7 @@ def launch_convolution(
     if out.numel() == 0:
         return out
     sizes = tile(channels, outputs)
-    with torch.cuda.device_of(x):
+    with on_device(x):
         convolution_kernel[(blocks(pixels, sizes["BLOCK_M"]), blocks(outputs, sizes["BLOCK_O"]))](
             x, weight, bias, residual, out, pixels, height, width,
             C=channels, OUT=outputs, KERNEL_H=kernel[0], KERNEL_W=kernel[1],

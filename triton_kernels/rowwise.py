@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.triton_kernels.launch import blocks, power_of_two
+from harmoq_ao.triton_kernels.launch import blocks, on_device, power_of_two
 
 _FIELDS = 7
 _ELEMENTS = 4096  # of a value that a program holds
@@ -198,7 +198,7 @@ def launch_rowwise(
         return out
     block = max(1, _ELEMENTS // max(code[2::_FIELDS]))
     block = min(block, 128, power_of_two(rows))
-    with torch.cuda.device_of(inputs[0]):
+    with on_device(inputs[0]):
         rowwise_kernel[(blocks(rows, block),)](
             tuple(inputs), tuple(out), tuple(constants), rows, rows_per_image,
             CODE=tuple(code), NUMBERS=(0.0, *numbers), STRIDES=tuple(x.shape[1] for x in inputs),
