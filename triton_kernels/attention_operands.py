@@ -6,18 +6,21 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import pack, unpack
-from harmoq_ao.triton_kernels.launch import check_vector
-from harmoq_ao.triton_kernels.operands import COLUMN_GROUP, PackedLinear, from_operands, pack_weight, unpack_weight
+from harmoq_ao.triton_kernels import operands as linears
+from harmoq_ao.triton_kernels.launch import check_vector, power_of_two
+from harmoq_ao.triton_kernels.operands import PackedLinear, from_operands, padded_columns
 
 LOG2E = 1.4426950408889634
 """Factor of position bias and scores: the kernels' softmax takes ``exp2``."""
 
 MAX_HEAD_DIM = 32
+_CODES = 32  # shortest contraction of int8
 MAX_TOKENS = 256
 MAX_KEYS = 1024
 
@@ -59,10 +62,11 @@ class PackedAttention:
     """A window attention made ready for the kernels; build it with `pack_attention`.
 
     Attributes:
-        qkv: Rows ordered `[3, heads, padded head]`, padding rows zero.
+        qkv: The linear of q, k and v as it is; None where it is not part of the operation.
+        qkv_heads: The same with rows ordered `[3, heads, padded head]`, padding rows zero.
         proj: The projection as it is; None where it is not part of the operation.
         proj_heads: The projection with columns ordered `[heads, 32]`: channel ``d`` of a head at ``d * 32 / padded``,
-            the others meet codes of zero. int8 contractions are at least 32 long.
+            weights of zero elsewhere. int8 contractions are at least 32 long.
         heads: Number of heads.
         head_dim: Channels of a head.
         padded: Channels of a padded head, 16 or 32.
@@ -79,6 +83,7 @@ class PackedAttention:
     """
 
     qkv: PackedLinear | None
+    qkv_heads: PackedLinear | None
     proj: PackedLinear | None
     proj_heads: PackedLinear | None
     heads: int
@@ -100,11 +105,6 @@ class PackedAttention:
         if self.cosine:
             return "cosine"
         return "products" if self.scale_after else "scaled"
-
-    @property
-    def warps(self) -> int:
-        """Warps of a program: the codes and int32 sums of mode "paper" do not fit into the registers of 4."""
-        return 8 if self.left_bits else 4
 
 
 def pack_attention(
@@ -141,13 +141,14 @@ def pack_attention(
     check_vector(score_scale, heads, "score_scale")
     if bias is not None and (bias.dim() != 3 or len(bias) != heads):
         raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
-    # Float contractions are at least 16 long, int8 ones 32.
-    padded = 16 if head_dim <= 16 and matmuls is None else 32
+    # Contractions of 16-bit floats are at least 16 long.
+    padded = power_of_two(head_dim, 16)
     projection = None if proj is None else from_operands(*proj)
     return PackedAttention(
+        None if qkv is None else from_operands(*qkv),
         None if qkv is None else _pad_rows(*qkv, heads, head_dim, padded),
         projection,
-        None if projection is None else _spread_columns(projection, heads, head_dim, COLUMN_GROUP // padded),
+        None if projection is None else _spread_columns(projection, heads, head_dim, _CODES // padded),
         heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
         # Once here instead of once a score in the kernel.
         None if bias is None else (bias.float() * LOG2E).contiguous(),
@@ -157,6 +158,48 @@ def pack_attention(
         0 if matmuls is None else matmuls.k.bits,
         matmuls is not None and matmuls.relative,
     )  # fmt: skip
+
+
+def with_norm(attention: PackedAttention, weight: Tensor | None, bias: Tensor | None) -> PackedAttention:
+    """The attention with the affine of a LayerNorm in front folded into qkv's quantizer.
+
+    Raises:
+        KernelError: The attention has no qkv of its own.
+    """
+    if attention.qkv is None or attention.qkv_heads is None:
+        raise KernelError("A LayerNorm folds into qkv", found="an attention of given q, k and v")
+    qkv, heads = (linears.with_norm(linear, weight, bias) for linear in (attention.qkv, attention.qkv_heads))
+    return replace(attention, qkv=qkv, qkv_heads=heads)
+
+
+def regions_of(mask: Tensor) -> Tensor | None:
+    """Regions whose tokens attend to each other only, from a mask that is added to scores.
+
+    Args:
+        mask: `[windows, N, N]` floats: zero between tokens of a region, -50 or less between regions.
+
+    Returns:
+        `[windows, N]` uint8 ids, or None where the mask is zero.
+
+    Raises:
+        KernelError: The mask is none of regions, or N is more than 256.
+    """
+    apart = mask != 0
+    if not bool(apart.any()):
+        return None
+    # A region goes by the first of its tokens.
+    ids = (~apart).to(torch.uint8).argmax(2)
+    if (
+        mask.shape[1] > 256
+        or bool((mask[apart] > -50).any())
+        or bool((apart != (ids[:, :, None] != ids[:, None])).any())
+    ):
+        raise KernelError(
+            "The mask does not divide windows into regions",
+            found=f"{tuple(mask.shape)}, values from {float(mask.min())} to {float(mask.max())}",
+            expected="[windows, N, N], N at most 256, zero within regions and -50 or less between them",
+        )
+    return ids.to(torch.uint8)
 
 
 def _pad_rows(
@@ -193,14 +236,15 @@ def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int
         )
 
     def spread(value: Tensor, fill: float = 0.0) -> Tensor:
-        return _spread(value, heads, COLUMN_GROUP, stride, fill)
+        return _spread(value, heads, _CODES, stride, fill)
 
-    # Codes in between are zero (half a range as signed: the offset below), whatever weight they meet.
-    codes = unpack_weight(linear.codes, linear.weight_bits, linear.columns)
+    columns = heads * _CODES
+    codes = spread(linear.codes[:, : linear.columns])
+    # Codes in between are zero as well (half a range as signed: the offset): row sums must not see them.
     return replace(
         linear,
-        codes=pack_weight(spread(codes), linear.weight_bits),
-        columns=heads * COLUMN_GROUP,
+        codes=F.pad(codes, (0, padded_columns(columns) - columns)),
+        columns=columns,
         reciprocal=spread(linear.reciprocal),
         offset=spread(linear.offset, float(1 << (linear.act_bits - 1))),
     )
@@ -233,4 +277,14 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
     return torch.stack(rows)
 
 
-__all__ = ["LOG2E", "MAX_HEAD_DIM", "MAX_KEYS", "MAX_TOKENS", "MatmulQuantizers", "PackedAttention", "pack_attention"]
+__all__ = [
+    "LOG2E",
+    "MAX_HEAD_DIM",
+    "MAX_KEYS",
+    "MAX_TOKENS",
+    "MatmulQuantizers",
+    "PackedAttention",
+    "pack_attention",
+    "regions_of",
+    "with_norm",
+]

@@ -1,11 +1,18 @@
-"""Compiler options, block sizes and argument checks that the launchers share."""
+"""Compiler options, block sizes, devices and argument checks that the launchers share."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
+
+if TYPE_CHECKING:
+    from harmoq_ao.triton_kernels.operands import Norm
 
 OPTIONS = {"enable_fp_fusion": False}
 """Codes need a multiplication and an addition that are rounded separately."""
@@ -16,6 +23,28 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 MAX_CHANNELS = 256
 """Most input and output channels of a fused kernel: one program holds whole rows of both."""
+
+
+MIN_CAPABILITY = (8, 0)
+"""Oldest CUDA GPUs whose tensor cores Triton uses for int8."""
+
+
+@cache
+def supported(device: torch.device) -> bool:
+    """Whether the kernels run on a device: AMD's GPUs, and NVIDIA's from capability 8.0 on.
+
+    A machine without GPUs answers for the one that a report or a trace is about.
+    """
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return True
+    return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """Context manager in which a launch goes to the GPU that holds ``x``, whichever is current."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def power_of_two(value: int, least: int = 1) -> int:
@@ -58,6 +87,19 @@ def check_residual(residual: Tensor | None, rows: int, columns: int) -> None:
             raise KernelError("The residual has another number of rows", found=len(residual), expected=rows)
 
 
+def check_norm(norm: Norm | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a LayerNorm behind an operation, or None for each.
+
+    Raises:
+        KernelError: They are not float32 `[columns]`.
+    """
+    if norm is None:
+        return None, None
+    check_vector(norm.weight, columns, "The weight of the LayerNorm behind")
+    check_vector(norm.bias, columns, "The bias of the LayerNorm behind")
+    return norm.weight, norm.bias
+
+
 def check_bits(bits: int, name: str, allowed: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)) -> None:
     """Raise KernelError unless ``bits`` is one of ``allowed``."""
     if bits not in allowed:
@@ -74,12 +116,16 @@ __all__ = [
     "FLOATS",
     "GELU_KINDS",
     "MAX_CHANNELS",
+    "MIN_CAPABILITY",
     "OPTIONS",
     "blocks",
     "check_bits",
     "check_choice",
     "check_matrix",
+    "check_norm",
     "check_residual",
     "check_vector",
+    "on_device",
     "power_of_two",
+    "supported",
 ]

@@ -1,4 +1,4 @@
-"""Operands of a linear in the kernels' layout, packed once from a site's `LinearOperands`.
+"""Operands of a linear in the kernels' layout, unpacked once from a site's `LinearOperands`.
 
 Kernels contract signed activation codes ``s = q - h``, ``h = 2**(act_bits - 1)``, with effective weight codes ``E``
 (``2 w + 1`` for mid-rise weights, ``factor = 2``; else ``w``, ``factor = 1``), so that a row of weights needs no shift
@@ -8,7 +8,10 @@ of its own::
     y_i = scale_i A_i + constant_i                                        static qparams
     y_i = step (scale_i A_i) + lower total_i + constant_i                 qparams per token
 
-``A`` is ``factor * sum_j q_j w_ij + (factor - 1) sum_j q_j`` of the canonical accumulator, exactly.
+``A`` is ``factor * sum_j q_j w_ij + (factor - 1) sum_j q_j`` of the canonical accumulator, exactly. ``E`` is stored as
+int8 at any width: a byte of a weight costs less than the instructions that would unpack it in every program. Only
+mid-rise weights of 8 bits do not fit; then ``w`` is stored, and ``A`` is
+``2 (sum_j s_j w_ij + start_i / 2) + sum_j s_j``.
 """
 
 from __future__ import annotations
@@ -22,31 +25,34 @@ from torch.nn import functional as F
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
-from harmoq_ao.quant.packing import pack, packed_length, unpack
-from harmoq_ao.triton_kernels.launch import check_bits, check_vector
-
-COLUMN_GROUP = 32
-"""Rows are padded to whole groups of codes: 8 to 32 bytes, whole 32-bit words at 2 and 4 bits."""
+from harmoq_ao.quant.packing import unpack
+from harmoq_ao.triton_kernels.launch import check_bits, check_vector, power_of_two
 
 MAX_COLUMNS = (2**31 - 1) // (255 * 255)
 """Longest contraction whose ``A`` int32 always holds."""
 
-
-def container_bits(bits: int) -> int:
-    """Bits that a weight code takes in the kernels' layout: 2, 3, 4, or a byte."""
-    return bits if bits < 5 else 8
+_BLOCK_COLUMNS = 128
+_ONE_BLOCK = 256
 
 
-def pack_weight(codes: Tensor, bits: int) -> Tensor:
-    """Unsigned codes `[N, K]` to rows in the layout of `packing`, K padded to a multiple of 32: `[N, row bytes]`."""
-    check_bits(bits, "weight")
-    return pack(F.pad(codes, (0, -codes.shape[1] % COLUMN_GROUP)), container_bits(bits))
+def padded_columns(columns: int) -> int:
+    """Columns of a row of weights: whole blocks of any kernel, so that none asks where a row ends."""
+    return power_of_two(columns, 32) if columns <= _ONE_BLOCK else columns + -columns % _BLOCK_COLUMNS
 
 
-def unpack_weight(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_weight`: `[N, columns]` uint8."""
-    width = container_bits(bits)
-    return unpack(packed, width, packed.shape[1] * 8 // width)[:, :columns]
+@dataclass(frozen=True)
+class Norm:
+    """A LayerNorm behind an operation.
+
+    Attributes:
+        weight: `[N]` float32.
+        bias: `[N]` float32.
+        eps: Added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -54,12 +60,12 @@ class PackedLinear:
     """A linear made ready for the kernels; build it with `from_operands`.
 
     Attributes:
-        codes: `[N, row bytes]` uint8 weight codes from `pack_weight`.
-        weight_bits: Width of a weight code, 2 to 8.
+        codes: `[N, padded_columns(K)]` int8, ``E``, or ``w`` if ``doubled``; zeros behind K.
         columns: K.
+        doubled: Whether weights are mid-rise with 8 bits.
         mid_rise: Whether weights are ``w + 1/2`` steps (else ``w``).
         act_bits: Width of an activation code, 2 to 8.
-        start: `[N]` int32, where accumulators start.
+        start: `[N]` int32, where accumulators start; half of it if ``doubled``.
         scale: `[N]` float32, value of one unit of ``A`` (per token: of one unit times the step).
         constant: `[N]` float32: bias, and with static bounds all that is constant with it.
         total: `[N]` float32, what one unit of a token's lower bound adds; None with static bounds.
@@ -68,8 +74,8 @@ class PackedLinear:
     """
 
     codes: Tensor
-    weight_bits: int
     columns: int
+    doubled: bool
     mid_rise: bool
     act_bits: int
     start: Tensor
@@ -80,16 +86,14 @@ class PackedLinear:
     offset: Tensor | None
 
     def __post_init__(self) -> None:
-        check_bits(self.weight_bits, "weight")
         check_bits(self.act_bits, "activation")
-        padded = self.columns + -self.columns % COLUMN_GROUP
-        row = packed_length(padded, container_bits(self.weight_bits))
-        if self.codes.dtype != torch.uint8 or self.codes.dim() != 2 or self.codes.shape[1] != row:
+        row = padded_columns(self.columns)
+        if self.codes.dtype != torch.int8 or self.codes.dim() != 2 or self.codes.shape[1] != row:
             raise KernelError(
-                "Packed weights have the wrong shape",
+                "Weights have the wrong shape",
                 found=f"{self.codes.dtype} {tuple(self.codes.shape)}",
-                expected=f"torch.uint8 [N, {row}] for {self.columns} columns of {self.weight_bits} bits",
-                remedy="pack them with pack_weight",
+                expected=f"torch.int8 [N, {row}] for {self.columns} columns",
+                remedy="unpack them with from_operands",
             )
         if self.columns > MAX_COLUMNS:
             raise KernelError("The contraction is too long", found=self.columns, expected=f"at most {MAX_COLUMNS}")
@@ -107,11 +111,6 @@ class PackedLinear:
         return len(self.codes)
 
     @property
-    def row_bytes(self) -> int:
-        """Bytes of a packed row."""
-        return self.codes.shape[1]
-
-    @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Arguments of a kernel: ``weight_ptr``, ``start_ptr``, ``scale_ptr``, ``constant_ptr``, ``reciprocal_ptr``,
         ``offset_ptr``."""
@@ -120,9 +119,8 @@ class PackedLinear:
     def constants(self, suffix: str = "") -> dict[str, int]:
         """Constexprs of a kernel, ``suffix`` behind each name."""
         return {
-            f"ROW_BYTES{suffix}": self.row_bytes,
-            f"BITS{suffix}": self.weight_bits,
-            f"MID_RISE{suffix}": self.mid_rise,
+            f"ROW{suffix}": self.codes.shape[1],
+            f"DOUBLED{suffix}": self.doubled,
             f"ACT_BITS{suffix}": self.act_bits,
         }
 
@@ -132,13 +130,9 @@ class PackedLinear:
         return self.offset is not None
 
     def effective_codes(self) -> Tensor:
-        """``E``, `[N, K]` int16: what the kernels contract, from the packed codes; for references."""
-        codes = unpack_weight(self.codes, self.weight_bits, self.columns).to(torch.int16)
-        return _effective(codes, self.weight_bits, self.mid_rise)
-
-
-def _effective(codes: Tensor, bits: int, mid_rise: bool) -> Tensor:
-    return codes * 2 + 1 - (1 << bits) if mid_rise else codes - (1 << (bits - 1))
+        """``E``, `[N, K]` int16; for references."""
+        codes = self.codes[:, : self.columns].to(torch.int16)
+        return codes * 2 + 1 if self.doubled else codes
 
 
 def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: int) -> PackedLinear:
@@ -147,12 +141,13 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
     Args:
         operands: From ``QuantizedLinear.operands()``.
         packed_codes: Its ``codes``, `[N, packed_length(K, weight_bits)]`.
-        weight_bits: Width of a weight code.
+        weight_bits: Width of a weight code, 2 to 8.
 
     Raises:
         KernelError: Weight shifts other than one half for all rows or zero for all rows; static bounds that are not one
             pair; a contraction too long for int32.
     """
+    check_bits(weight_bits, "weight")
     shift, columns = operands.weight_shift, operands.weight.shape[1]
     mid_rise = bool((shift == 0.5).all())
     if not mid_rise and bool((shift != 0).any()):
@@ -161,10 +156,12 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
             found=f"shifts from {float(shift.min())} to {float(shift.max())}",
             expected="0.5 for all rows, or 0 for all rows",
         )
-    codes = unpack(packed_codes, weight_bits, columns)
-    effective = _effective(codes.to(torch.int64), weight_bits, mid_rise)
-    # What the shift to signed codes takes away, the accumulator begins with.
-    start = (effective.sum(1) << (operands.act_bits - 1)).to(torch.int32)
+    doubled = mid_rise and weight_bits == 8
+    signed = unpack(packed_codes, weight_bits, columns).to(torch.int16) - (1 << (weight_bits - 1))
+    effective = signed * 2 + 1 if mid_rise else signed
+    # What the shift to signed codes takes away, the accumulator begins with. Half a range is even: so is its half.
+    start = (effective.sum(1, dtype=torch.int64) << (operands.act_bits - 1)) // (2 if doubled else 1)
+    codes = (signed if doubled else effective).to(torch.int8)
     total = integer_reference.weight_total(operands.weight, operands.weight_scale, shift)
     # Mid-rise codes were doubled; halving a float is exact.
     scale = operands.weight_scale / (2 if mid_rise else 1)
@@ -183,8 +180,9 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
             integer_reference.fold_bias(total, act.lower.reshape(()), operands.bias),
         )
     return PackedLinear(
-        pack_weight(codes, weight_bits), weight_bits, columns, mid_rise, operands.act_bits, start, scale.contiguous(),
-        bias.contiguous(), total if act is None else None, reciprocal, offset,
+        F.pad(codes, (0, padded_columns(columns) - columns)), columns, doubled, mid_rise, operands.act_bits,
+        start.to(torch.int32), scale.contiguous(), bias.contiguous(), total if act is None else None,
+        reciprocal, offset,
     )  # fmt: skip
 
 
@@ -216,13 +214,4 @@ def _one_pair(act: integer_reference.Affine) -> integer_reference.Affine:
     return integer_reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
 
 
-__all__ = [
-    "MAX_COLUMNS",
-    "PackedLinear",
-    "container_bits",
-    "fold_norm",
-    "from_operands",
-    "pack_weight",
-    "unpack_weight",
-    "with_norm",
-]
+__all__ = ["MAX_COLUMNS", "Norm", "PackedLinear", "fold_norm", "from_operands", "padded_columns", "with_norm"]

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.triton_kernels import attention as _attention
+from harmoq_ao.triton_kernels import lowbit_linear as _linear
 from harmoq_ao.triton_kernels import mlp as _mlp
 from harmoq_ao.triton_kernels import window_attention as _window
 from harmoq_ao.triton_kernels.attention_operands import PackedAttention
-from harmoq_ao.triton_kernels.operands import PackedLinear
+from harmoq_ao.triton_kernels.operands import Norm, PackedLinear
 
 _TENSORS = ("codes", "start", "scale", "constant", "total", "reciprocal", "offset")
-_NUMBERS = ("weight_bits", "columns", "mid_rise", "act_bits")
-_LINEARS = ("qkv", "proj", "proj_heads")
+_NUMBERS = ("columns", "doubled", "mid_rise", "act_bits")
+_LINEARS = ("qkv", "qkv_heads", "proj", "proj_heads")
 _ATTENTION_TENSORS = ("score_scale", "bias", "factors", "bounds")
 _ATTENTION_NUMBERS = (
     "heads", "head_dim", "padded", "cosine", "scale_after", "left_bits", "right_bits", "relative",
 )  # fmt: skip
-_FLAGS = ("mid_rise", "cosine", "scale_after", "relative")
+_FLAGS = ("doubled", "mid_rise", "cosine", "scale_after", "relative")
 
 Flat = tuple[list[Tensor | None], list[int]]
 
@@ -81,7 +82,54 @@ def _rows(tensors: Sequence[Tensor | None]) -> int:
     return codes.shape[0]
 
 
-# --- mlp --------------------------------------------------------------------------------------------------------------
+def flatten_norm(norm: Norm | None) -> tuple[Tensor | None, Tensor | None, float]:
+    """Weight, bias and eps of a LayerNorm behind an operation, or None for each tensor."""
+    return (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+
+
+def restore_norm(weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm | None:
+    """Inverse of `flatten_norm`."""
+    return None if weight is None or bias is None else Norm(weight, bias, eps)
+
+
+# --- linear and mlp ---------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("harmoq::fused_linear", mutates_args=())
+def _fused_linear(
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    numbers: Sequence[int],
+    gate: Tensor | None,
+    eps: float | None,
+    gelu: str,
+    residual: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    run = _linear.launch_lowbit_linear if x.is_cuda else _linear.reference
+    operands = restore_linear(tensors, numbers)
+    return run(x, operands, gate=gate, eps=eps, gelu=gelu, residual=residual, out_dtype=out_dtype)
+
+
+@_fused_linear.register_fake
+def _(x: Tensor, tensors: Sequence[Tensor | None], *rest: Any) -> Tensor:
+    return x.new_empty(x.shape[0], _rows(tensors), dtype=rest[-1])
+
+
+def linear(
+    x: Tensor,
+    operands: PackedLinear,
+    *,
+    gate: Tensor | None = None,
+    eps: float | None = None,
+    gelu: str = "none",
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`lowbit_linear.reference` as the operator ``harmoq::fused_linear``; the type of ``x`` by default."""
+    flat = flatten_linear(operands)
+    y: Tensor = _fused_linear(x, *flat, gate, eps, gelu, residual, out_dtype or x.dtype)
+    return y
 
 
 @torch.library.custom_op("harmoq::mlp", mutates_args=())
@@ -93,11 +141,15 @@ def _fused_mlp(
     numbers2: Sequence[int],
     gelu: str,
     eps: float | None,
+    after_weight: Tensor | None,
+    after_bias: Tensor | None,
+    after_eps: float,
     residual: Tensor | None,
 ) -> Tensor:
     fc1, fc2 = restore_linear(tensors1, numbers1), restore_linear(tensors2, numbers2)
     run = _mlp.launch_mlp if x.is_cuda else _mlp.reference
-    return run(x, fc1, fc2, gelu=gelu, eps=eps, residual=residual)
+    after = restore_norm(after_weight, after_bias, after_eps)
+    return run(x, fc1, fc2, gelu=gelu, eps=eps, after=after, residual=residual)
 
 
 @_fused_mlp.register_fake
@@ -112,10 +164,12 @@ def mlp(
     *,
     gelu: str = "erf",
     eps: float | None = None,
+    after: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
     """`mlp.reference` as the operator ``harmoq::mlp``."""
-    y: Tensor = _fused_mlp(x, *flatten_linear(fc1), *flatten_linear(fc2), gelu, eps, residual)
+    linears = *flatten_linear(fc1), *flatten_linear(fc2)
+    y: Tensor = _fused_mlp(x, *linears, gelu, eps, *flatten_norm(after), residual)
     return y
 
 
@@ -127,32 +181,39 @@ def _window_attention(
     x: Tensor,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int],
-    mask: Tensor | None,
+    index: Tensor | None,
+    regions: Tensor | None,
     eps: float | None,
+    after_weight: Tensor | None,
+    after_bias: Tensor | None,
+    after_eps: float,
     residual: Tensor | None,
-    compute: torch.dtype,
+    compute: torch.dtype | None,
 ) -> Tensor:
     run = _window.launch_window_attention if x.is_cuda else _window.reference
-    operands = restore_attention(tensors, numbers)
-    return run(x, operands, mask=mask, eps=eps, residual=residual, compute=compute)
+    operands, after = restore_attention(tensors, numbers), restore_norm(after_weight, after_bias, after_eps)
+    return run(x, operands, index=index, regions=regions, eps=eps, after=after, residual=residual, compute=compute)
 
 
 @_window_attention.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor | None], *rest: Any) -> Tensor:
-    return x.new_empty(x.shape[0], x.shape[1], _rows(tensors[len(_TENSORS) :]))
+    return x.new_empty(x.shape[0], x.shape[1], _rows(tensors[_LINEARS.index("proj") * len(_TENSORS) :]))
 
 
 def window_attention(
     x: Tensor,
     operands: PackedAttention,
     *,
-    mask: Tensor | None = None,
+    index: Tensor | None = None,
+    regions: Tensor | None = None,
     eps: float | None = None,
+    after: Norm | None = None,
     residual: Tensor | None = None,
-    compute: torch.dtype = torch.float16,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """`window_attention.reference` as the operator ``harmoq::window_attention``."""
-    y: Tensor = _window_attention(x, *flatten_attention(operands), mask, eps, residual, compute)
+    flat = flatten_attention(operands)
+    y: Tensor = _window_attention(x, *flat, index, regions, eps, *flatten_norm(after), residual, compute)
     return y
 
 
@@ -163,11 +224,15 @@ def _attention_core(
     v: Tensor,
     tensors: Sequence[Tensor | None],
     numbers: Sequence[int],
-    mask: Tensor | None,
-    compute: torch.dtype,
+    index: Tensor | None,
+    key_index: Tensor | None,
+    regions: Tensor | None,
+    key_regions: Tensor | None,
+    compute: torch.dtype | None,
 ) -> Tensor:
     run = _attention.launch_attention if q.is_cuda else _attention.reference
-    return run(q, k, v, restore_attention(tensors, numbers), mask=mask, compute=compute)
+    tables = {"index": index, "key_index": key_index, "regions": regions, "key_regions": key_regions}
+    return run(q, k, v, restore_attention(tensors, numbers), **tables, compute=compute)
 
 
 @_attention_core.register_fake
@@ -181,11 +246,15 @@ def attention(
     v: Tensor,
     operands: PackedAttention,
     *,
-    mask: Tensor | None = None,
-    compute: torch.dtype = torch.float16,
+    index: Tensor | None = None,
+    key_index: Tensor | None = None,
+    regions: Tensor | None = None,
+    key_regions: Tensor | None = None,
+    compute: torch.dtype | None = None,
 ) -> Tensor:
     """`attention.reference` without projection, as the operator ``harmoq::attention``."""
-    y: Tensor = _attention_core(q, k, v, *flatten_attention(operands), mask, compute)
+    flat = flatten_attention(operands)
+    y: Tensor = _attention_core(q, k, v, *flat, index, key_index, regions, key_regions, compute)
     return y
 
 
@@ -193,6 +262,7 @@ __all__ = [
     "attention",
     "flatten_attention",
     "flatten_linear",
+    "linear",
     "mlp",
     "restore_attention",
     "restore_linear",

@@ -1,20 +1,20 @@
 """What each kernel cannot be faster than, at the tokens of a 512 x 512 output of a x2 model.
 
-``python -m harmoq_ao.triton_kernels.roofline`` prints `docs/kernels.md`'s table: time to move the bytes, time of the
-real multiply-adds, and time to issue the instructions of the compiled code, with the loop counted as often as it runs.
-The first two are limits of the operation on an H200, the third one of this code; none is a measurement.
+``python -m harmoq_ao.triton_kernels.roofline`` prints `docs/kernels.md`'s tables: time to move the bytes, time of the
+real multiply-adds, and time to issue the instructions of the compiled code, with the loop counted as often as it runs;
+then what a block and the whole of SwinIR-light take. The first two are limits of the operation on an H200, the third
+one is a limit of this code; none is a measurement.
 """
 
 from __future__ import annotations
 
 import logging
-import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from harmoq_ao.triton_kernels.compile_cases import CASES
-from harmoq_ao.triton_kernels.compile_gate import ARCHITECTURES, compile_case, disassemble, opcodes_of
+from harmoq_ao.triton_kernels.compile_cases import CASES, Case
+from harmoq_ao.triton_kernels.compile_gate import Measured, measured
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,9 @@ INT8_PER_SECOND = 1580e12  # twice the measured bfloat16 rate
 FLOAT16_PER_SECOND = 790e12
 ISSUED_PER_SECOND = 132 * 4 * 1.98e9  # processors, schedulers each, boost clock
 
+ISSUE_SHARE = 0.6
+"""Share of the issue rate that a kernel of many loads and barriers is assumed to reach."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -32,7 +35,6 @@ class Work:
     Attributes:
         case: Name of the compiled case.
         programs: Programs of the launch.
-        trips: How often the main loop runs; 1 where there is none.
         channels: 16-bit values that a token reads and writes (a code counts half).
         int8: Integer multiply-adds of a token.
         float16: Floating-point ones.
@@ -40,65 +42,99 @@ class Work:
 
     case: str
     programs: int
-    trips: int
     channels: float
     int8: int = 0
     float16: int = 0
 
 
 _TILES = TOKENS // 64
+_WINDOW = (_TILES, 180, 60 * 240, 2 * 64 * 60)
+_MLP = (_TILES, 180, 2 * 60 * 120)
 WORK = (
-    Work("quantize / static 8 bit", _TILES, 1, 60 * 1.5),
-    Work("lowbit_linear / swinir-light qkv w4", _TILES * 3, 1, 60 + 180, 60 * 180),
-    Work("lowbit_linear / swinir-light qkv w8", _TILES * 3, 1, 60 + 180, 60 * 180),
-    Work("lowbit_linear / hat-s qkv w4", _TILES * 7, 3, 144 + 432, 144 * 432),
-    Work("lowbit_linear / hat-s proj codes w4", _TILES * 3, 3, 144 * 1.5, 144 * 144),
-    Work("mlp / swinir-light w4", _TILES, 1, 120, 2 * 60 * 120),
-    Work("mlp / swinir-light w8", _TILES, 1, 120, 2 * 60 * 120),
-    Work("mlp / dat-light w4", _TILES, 1, 120, 2 * 60 * 120),
-    Work("mlp / hat-s w4", _TILES, 5, 288, 2 * 144 * 288),
-    Work("window / swinir-light w4", _TILES, 6, 120, 60 * 240, 2 * 64 * 60),
-    Work("window / swinir-light w8", _TILES, 6, 120, 60 * 240, 2 * 64 * 60),
-    Work("window / swinir-light paper w4", _TILES, 6, 120, 60 * 240 + 2 * 64 * 60),
-    Work("attention / hat-s 16x16", _TILES * 6, 4, 432 + 72, 0, 2 * 256 * 144),
-    Work("attention / dat-light 8x32", _TILES * 6, 4, 180 + 60, 0, 2 * 256 * 60),
+    Work("window / swinir-light w4", *_WINDOW),
+    Work("window / swinir-light w4 regions", *_WINDOW),
+    Work("window / swinir-light w8", *_WINDOW),
+    Work("window / swinir-light w8 regions", *_WINDOW),
+    Work("window / swinir-light paper w4 regions", *_WINDOW),
+    Work("window / swin2sr-light cosine w8 regions", *_WINDOW),
+    Work("mlp / swinir-light w4", *_MLP),
+    Work("mlp / swinir-light w8", *_MLP),
+    Work("mlp / hat-s w8", _TILES, 432, 2 * 144 * 288),
+    Work("mlp / swinir-classical w8", _TILES, 540, 2 * 180 * 360),
+    Work("lowbit_linear / hat-s qkv w8", _TILES * 4, 144 + 432, 144 * 432),
+    Work("lowbit_linear / hat-s proj w4", _TILES * 2, 144 * 2.5, 144 * 144),
+    Work("lowbit_linear / dat-light qkv w4", _TILES * 2, 60 + 180, 60 * 180),
+    Work("lowbit_linear / dat-light fc1 w4", _TILES, 60 + 120, 60 * 120),
+    Work("attention / swinir-classical 8x8", _TILES * 6, 540 + 90, 0, 2 * 64 * 180),
+    Work("attention / hat-s 16x16", _TILES * 6, 432 + 72, 0, 2 * 256 * 144),
+    Work("attention / hat-s overlapping", _TILES * 6, 144 + 2.25 * 288 + 144, 0, 2 * 576 * 144),
+    Work("attention / hat-s 16x16 paper", _TILES * 6, 864 + 72, 0, 2 * 256 * 144),
+    Work("attention / dat-light 8x32", _TILES * 6, 180 + 60, 0, 2 * 256 * 60),
 )
 
+BLOCKS = 24
+OTHER_LAUNCHES = 12
+"""Of SwinIR-light: six convolutions of 60 channels, two of 3, two norms, and additions."""
 
-def executed(listing: str, trips: int) -> int:
-    """Instructions that a warp executes: all of them once, those of the longest backward branch ``trips`` times."""
-    places: dict[str, int] = {}
-    count, longest = 0, 0
-    for line in listing.splitlines():
-        if label := re.match(r"\s*(\.L_\w+):", line):
-            places[label[1]] = count
-        count += len(opcodes_of(line + "\n"))
-        branch = re.search(r"\bBRA\b.*`\((\.L_\w+)\)", line)
-        if branch and branch[1] in places:
-            longest = max(longest, count - places[branch[1]])
-    return count + (trips - 1) * longest
+_PRODUCTS = 6 * 9 * 60 * 60 * 2 * TOKENS / FLOAT16_PER_SECOND
+_BYTES = OTHER_LAUNCHES * 3 * 60 * 2 * TOKENS / BYTES_PER_SECOND
+OTHERS = (_PRODUCTS + _BYTES) / ISSUE_SHARE + OTHER_LAUNCHES * 5e-6
+"""Seconds of all that is no block: multiply-adds and bytes at the same share of their rates, 5 us a launch."""
 
 
-def rows(work: Iterable[Work] = WORK) -> Iterable[str]:
-    """Lines of the table, in Markdown."""
-    cases = {case.name: case for case in CASES}
-    yield "| kernel | bytes | int8 | float16 | instructions of a warp | issue |"
-    yield "|---|---|---|---|---|---|"
-    for item in work:
-        case = cases[item.case]
-        count = executed(disassemble(compile_case(case, ARCHITECTURES["sm_90"]))[1], item.trips)
+def issue_seconds(work: Work, found: Measured) -> float:
+    """Time to issue the instructions of all warps of a launch."""
+    case = _cases()[work.case]
+    return work.programs * case.num_warps * found.executed / ISSUED_PER_SECOND
+
+
+def _cases() -> dict[str, Case]:
+    return {case.name: case for case in CASES}
+
+
+def rows(seconds: dict[str, float], found: dict[str, Measured]) -> Iterator[str]:
+    """Lines of the table of kernels, in Markdown."""
+    yield "| kernel | bytes | int8 | float16 | instructions of a warp | registers | issue |"
+    yield "|---|--:|--:|--:|--:|--:|--:|"
+    for work in WORK:
         yield (
-            f"| {item.case} | {item.channels * 2 * TOKENS / BYTES_PER_SECOND * 1e6:.1f} "
-            f"| {2 * item.int8 * TOKENS / INT8_PER_SECOND * 1e6:.1f} "
-            f"| {2 * item.float16 * TOKENS / FLOAT16_PER_SECOND * 1e6:.1f} "
-            f"| {count} | {item.programs * case.num_warps * count / ISSUED_PER_SECOND * 1e6:.1f} |"
+            f"| {work.case} | {work.channels * 2 * TOKENS / BYTES_PER_SECOND * 1e6:.1f} "
+            f"| {2 * work.int8 * TOKENS / INT8_PER_SECOND * 1e6:.1f} "
+            f"| {2 * work.float16 * TOKENS / FLOAT16_PER_SECOND * 1e6:.1f} "
+            f"| {found[work.case].executed} | {found[work.case].registers} | {seconds[work.case] * 1e6:.1f} |"
         )
 
 
+def model_rows(seconds: dict[str, float]) -> Iterator[str]:
+    """Lines of the table of SwinIR-light; every second block is shifted, and has regions."""
+    yield "| weights | window, mean of both | mlp | a block | 24 blocks at 60 % of issue | whole model |"
+    yield "|---|--:|--:|--:|--:|--:|"
+    for bits in (8, 4):
+        block, mlp = block_seconds(seconds, bits), seconds[f"mlp / swinir-light w{bits}"]
+        yield (
+            f"| w{bits} | {(block - mlp) * 1e6:.1f} us | {mlp * 1e6:.1f} us | {block * 1e6:.1f} us "
+            f"| {BLOCKS * block / ISSUE_SHARE * 1e3:.2f} ms | {model_seconds(seconds, bits) * 1e3:.2f} ms |"
+        )
+
+
+def block_seconds(seconds: dict[str, float], bits: int) -> float:
+    """Issue time of a block of SwinIR-light, the mean of one with regions and one without."""
+    window = sum(seconds[f"window / swinir-light w{bits}{kind}"] for kind in ("", " regions")) / 2
+    return window + seconds[f"mlp / swinir-light w{bits}"]
+
+
+def model_seconds(seconds: dict[str, float], bits: int) -> float:
+    """Estimated time of SwinIR-light x2 at 256 x 256 pixels."""
+    return BLOCKS * block_seconds(seconds, bits) / ISSUE_SHARE + OTHERS
+
+
 def main() -> int:
-    """Print the table."""
+    """Print the tables."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    for row in rows():
+    cases = [_cases()[work.case] for work in WORK]
+    found = {case.name: row for case, _, row in measured(["sm_90"], cases)}
+    seconds = {work.case: issue_seconds(work, found[work.case]) for work in WORK}
+    for row in (*rows(seconds, found), "", *model_rows(seconds)):
         logger.info(row)
     return 0
 

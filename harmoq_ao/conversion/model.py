@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from harmoq_ao.common.calling import call_with_image
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.common.structure import image_of, map_tensors
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.conversion.passes import Exchanged, finalize
+from harmoq_ao.conversion.passes import Exchanged, exchanged_in, finalize
+from harmoq_ao.gpu_programs.program import GpuPrograms
+from harmoq_ao.gpu_programs.survey import survey
 from harmoq_ao.images import check_image_tensor
 from harmoq_ao.kernels.select import check_backend
-from harmoq_ao.lowering.survey import survey
 from harmoq_ao.programs.program import Programs
 from harmoq_ao.sites.history import History
 from harmoq_ao.sites.model import AuthorModel, ModelTraits
@@ -42,6 +44,7 @@ class QuantizedModel(AuthorModel):
         float_dtype: Type of the parts that stay float.
         history: How it was calibrated and refined; None if unknown.
         programs: The fused kernels for CPUs, made for each image size when it first comes.
+        gpu_programs: Likewise for GPUs.
         fingerprint: Of the float model it was prepared from; None if it has none.
         exchanged: Modules whose forward is known to be replaced; None to find them by a run.
     """
@@ -60,6 +63,7 @@ class QuantizedModel(AuthorModel):
         self.float_dtype = torch.float32
         self.history: History | None = None
         self.programs = Programs()
+        self.gpu_programs = GpuPrograms()
         self.fingerprint: str | None = None
         self.exchanged: Exchanged | None = None
         self._only_image: tuple[nn.Module, ...] = ()  # no submodule: it would be in the state twice
@@ -112,7 +116,10 @@ class QuantizedModel(AuthorModel):
         # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
         if not any(row.quantized for row in self.rows):
             return None
-        fused = self.programs.run(self.image_module(), image, self.float_dtype)
+        model = self.image_module()
+        fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)
+        if fused is None:
+            fused = self.programs.run(model, image, self.float_dtype)
         return None if fused is None else fused.to(image.dtype)
 
     def train(self, mode: bool = True) -> QuantizedModel:
@@ -124,6 +131,20 @@ class QuantizedModel(AuthorModel):
             )
         super().train(False)
         return self
+
+    def gpu_graph(self, image: Tensor) -> fx.GraphModule | None:
+        """The graph of fused kernels that computes images like this one on its device, a GPU; None where modules do."""
+        if not any(row.quantized for row in self.rows):
+            return None
+        return self.gpu_programs.graph(self.image_module(), self._float32_twin, image, self.float_dtype)
+
+    def _float32_twin(self) -> nn.Module:
+        """A copy of the author's model on the CPU, whose float parts are float32, for kernels of its sites."""
+        twin = copy.deepcopy(self)
+        twin.exchanged = exchanged_in(self.model)  # what a run would find
+        nn.Module.to(twin, "cpu")
+        twin.use_backend("auto")
+        return twin.set_float_dtype(torch.float32).image_module()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedModel:
         """``nn.Module._apply``, except for released weights, which have no memory on any device.
@@ -161,7 +182,9 @@ class QuantizedModel(AuthorModel):
             raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
         sites = self.sites()
         if any(s.backend == "triton" for s in sites.values()) or (device or self._place().type) == "cuda":
-            return survey(self.model, sites, self._example_run)
+            twin = self._float32_twin()
+            known = {m.site.name: m for m in twin.modules() if isinstance(m, QuantizedSite)}
+            return survey(twin, known, torch.empty(self.example_shapes[0], device="meta"), self.float_dtype)
         return {name: Lowering(module.kernel) for name, module in sites.items()}
 
     def _example_run(self) -> None:
@@ -211,6 +234,8 @@ class QuantizedModel(AuthorModel):
             row.sensitivity_db = measured.get(row.name, row.sensitivity_db)
         if (device or self._place().type) == "cpu":
             report.notes.append(self.programs.sentence())
+        else:
+            report.notes.append(self.gpu_programs.sentence())
         return report
 
 

@@ -14,13 +14,11 @@ from harmoq_ao.graph.folding import fold_variant
 from harmoq_ao.graph.last_result import LastResult, remember
 from harmoq_ao.graph.variant import Pass
 from harmoq_ao.lowering.attention import fuse_attention
-from harmoq_ao.lowering.core_rewriting import lower_cores
 from harmoq_ao.lowering.mlp import FusedMlp, fuse_mlps
-from harmoq_ao.lowering.window_attention import lower_window_attention
 
-#: What each graph of a converted island goes through. Folding comes first, as the others look for chains of nodes that
-#: constants would interrupt; kernels for GPUs come last, as they are tried beside the graph that runs elsewhere.
-PASSES: tuple[Pass, ...] = (fold_variant, fuse_attention, lower_cores, lower_window_attention)
+#: What each graph of a converted island goes through. Folding comes first, as constants would interrupt the chains of
+#: nodes that make up an attention.
+PASSES: tuple[Pass, ...] = (fold_variant, fuse_attention)
 
 
 @dataclass(frozen=True)

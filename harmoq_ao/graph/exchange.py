@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeVar
 
 import torch
@@ -17,21 +16,6 @@ from torch import nn
 from harmoq_ao.graph.nodes import SELF
 
 _classes: dict[type[nn.Module], type[nn.Module]] = {}
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Whether a fused kernel computes some sites of a module.
-
-    Args:
-        kernel: Its name.
-        sites: The sites' modules: those it computes, or those it was tried for.
-        reason: Why it does not take them; None if it does.
-    """
-
-    kernel: str
-    sites: list[nn.Module]
-    reason: str | None
 
 
 class Replacement:
@@ -50,10 +34,6 @@ class Replacement:
 
     def own_buffers(self) -> list[str]:
         """Names of the buffers that it put into the module, and makes again."""
-        return []
-
-    def findings(self, module: nn.Module) -> list[Finding]:
-        """Which fused kernels were tried on `module`, in order; of two about one site the later one holds."""
         return []
 
 

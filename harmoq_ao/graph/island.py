@@ -22,7 +22,7 @@ from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import is_recording
 from harmoq_ao.graph.calls import copies, copy_structure, dynamic_leaves, leaf_shapes, same_random, same_values
 from harmoq_ao.graph.derived import DerivedBuffers
-from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
+from harmoq_ao.graph.exchange import Replacement, exchange, original_class, replacement_of
 from harmoq_ao.graph.proxies import GuardFailed
 from harmoq_ao.graph.torch_attention import without_fast_path
 from harmoq_ao.graph.trace import trace_island
@@ -57,12 +57,11 @@ class IslandState(Replacement):
         strict: Raise :class:`TraceError` instead of leaving the module float.
         phase: What the sites do.
         passes: What each new graph goes through, such as constant folding.
-        variants: Graphs by calling pattern, with what fused kernels found of each.
+        variants: Graphs by calling pattern.
         float_reason: Why the author's forward runs instead, if it does.
         refused: Why it did in some call, beside others that have a graph.
         memo: The graph that fitted a call, by pattern, shapes and numbers.
         derived: Buffers that belong to the graphs.
-        packed: Operands of fused kernels, by the names of the sites that they are made from.
     """
 
     qualname: str
@@ -76,18 +75,14 @@ class IslandState(Replacement):
     refused: str | None = None
     memo: OrderedDict[Any, Variant] = field(default_factory=OrderedDict)
     derived: DerivedBuffers = field(default_factory=DerivedBuffers)
-    packed: dict[tuple[str, ...], Any] = field(default_factory=dict)
 
     def all_variants(self) -> list[Variant]:
         """Every graph traced so far."""
         return [v for group in self.variants.values() for v in group]
 
-    def findings(self, module: nn.Module) -> list[Finding]:
-        return [finding for variant in self.all_variants() for finding in variant.findings(module)]
-
     def to_pickle(self) -> IslandState:
         """Without graphs, which hold generated code, and what was made for them: they are traced when needed."""
-        empty: dict[str, Any] = {"variants": {}, "memo": OrderedDict(), "derived": DerivedBuffers(), "packed": {}}
+        empty: dict[str, Any] = {"variants": {}, "memo": OrderedDict(), "derived": DerivedBuffers()}
         return replace(self, **empty)
 
     def own_buffers(self) -> list[str]:
@@ -97,7 +92,6 @@ class IslandState(Replacement):
         """Drop the graphs, their constants and what kernels made of them; they are traced again when needed."""
         self.variants.clear()
         self.memo.clear()
-        self.packed.clear()
         self.derived.clear(module)
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -1,36 +1,23 @@
-"""One traced graph of an island, compiled to a function of the live module, and kernels that may take its place."""
+"""One traced graph of an island, compiled to a function of the live module."""
 
 from __future__ import annotations
 
-import copy
 import itertools
 import linecache
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from torch import fx, nn
 
-from harmoq_ao.graph.exchange import Finding, original_class
+from harmoq_ao.graph.exchange import original_class
 
 _counter = itertools.count()
 _MISSING = object()
-#: What a fused kernel answers that does not compute a call; None may be a call's result.
-DECLINED: Final = object()
 #: Immutable values that a graph may be specialised to. Modules and callables count too, by identity.
 BY_VALUE = (str, bytes, bool, complex, type(None), torch.Size, torch.dtype, torch.device, np.generic, range)
-
-
-class Lowered(Protocol):
-    """A fused kernel that may compute calls in place of a graph; it keeps what it finds, copied with its island."""
-
-    def attempt(self, variant: Variant, module: nn.Module, leaves: tuple[Any, ...]) -> Any:
-        """The result of a call of `variant`, or :data:`DECLINED`."""
-
-    def finding(self, module: nn.Module) -> Finding | None:
-        """What the calls so far showed; None if none was one for the kernel."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +33,6 @@ class Variant:
         reads: Plain attributes of the island that its forward read, with the values the graph was specialised to.
         restartable: No guard comes after a write into a tensor, so that a run that ends in :class:`GuardFailed` has
             left its arguments as they were.
-        lowered: Fused kernels to try before the graph is run, in this order.
     """
 
     graph: fx.Graph
@@ -56,28 +42,13 @@ class Variant:
     hidden: tuple[str, ...] = ()
     reads: tuple[tuple[str, Any], ...] = ()
     restartable: bool = True
-    lowered: tuple[Lowered, ...] = ()
 
     def __call__(self, module: nn.Module, *leaves: Any) -> Any:
-        for kernel in self.lowered:
-            result = kernel.attempt(self, module, leaves)
-            if result is not DECLINED:
-                return result
         return self.run(module, *leaves)
 
     def fits(self, module: nn.Module) -> bool:
         """Whether the plain attributes of the live module are still those the graph was specialised to."""
         return all(unchanged(read_attribute(module, path), value) for path, value in self.reads)
-
-    def findings(self, module: nn.Module) -> list[Finding]:
-        """What fused kernels found, up to the one that takes the calls."""
-        found: list[Finding] = []
-        for finding in (kernel.finding(module) for kernel in self.lowered):
-            if finding is not None:
-                found.append(finding)
-                if finding.reason is None:
-                    break
-        return found
 
     def copied_graph(self) -> fx.Graph:
         """A copy of the graph, for a pass to change."""
@@ -90,8 +61,8 @@ class Variant:
         return replace(self, graph=graph, run=compile_graph(graph, original_class(module)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
-        """A graph is shared by the copies of an island: the module is an argument. What kernels found is not."""
-        return replace(self, lowered=copy.deepcopy(self.lowered, memo)) if self.lowered else self
+        """A graph is shared by the copies of an island: the module is an argument."""
+        return self
 
 
 #: Derives a variant from another one, given the island with the parameters it will run with.

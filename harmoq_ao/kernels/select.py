@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.triton_kernels.launch import supported
 
 Backend = Literal["auto", "reference", "triton"]
 """``auto`` takes the CPU kernels on CPUs and Triton on GPUs; ``reference`` plain integers anywhere; ``triton`` Triton
@@ -80,9 +81,9 @@ def preferred_family(device: torch.device, backend: Backend) -> Family:
     """The family that is asked first for tensors on a device."""
     if backend == "reference":
         return "reference"
-    if backend == "triton" or device.type == "cuda":
+    if backend == "triton" or supported(device):
         return "triton"
-    # Other accelerators have no kernels of ours; plain integer arithmetic runs on any of them.
+    # Older GPUs and other accelerators have no kernels of ours; plain integer arithmetic runs on any of them.
     return "cpu" if device.type == "cpu" else "reference"
 
 

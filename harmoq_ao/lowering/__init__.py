@@ -1,8 +1,7 @@
-"""Passes that put one fused kernel in place of several sites: attention, window attention, MLPs.
+"""Passes over the modules of a converted model: float attention in one call, MLPs in one chain.
 
 Reading order: ``fusing`` (what they share), ``attention_matching`` and ``attention`` (float attention in one call),
-``attention_core`` and ``core_rewriting`` (integer products in one kernel), ``probing``, ``window_recognition`` and
-``window_attention`` (from qkv to projection in one kernel), ``mlp``, ``survey`` (which kernel computes which site).
+``probing`` and ``mlp``. What fuses more is made from a recorded forward: ``programs`` and ``gpu_programs``.
 
-Imports ``sites``, ``graph``, ``kernels`` and ``triton_kernels``.
+Imports ``sites``, ``graph`` and ``kernels``.
 """

@@ -1,4 +1,4 @@
-"""MLPs (linear, GELU, linear) in one call: a fused kernel on GPUs, a chain of blocks on CPUs."""
+"""MLPs (linear, GELU, linear) as one chain of blocks on CPUs, where no program runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from harmoq_ao.common.errors import KernelError
 from harmoq_ao.graph import is_island
-from harmoq_ao.graph.exchange import Finding, Replacement, exchange, original_class, replacement_of
+from harmoq_ao.graph.exchange import Replacement, exchange, original_class, replacement_of
 from harmoq_ao.kernels import onednn_mlp
 from harmoq_ao.kernels.select import preferred_family
-from harmoq_ao.lowering.fusing import Misfit, is_recognising, is_traced, runs_triton
+from harmoq_ao.lowering.fusing import Misfit, is_traced
 from harmoq_ao.lowering.probing import probe, random_results
 from harmoq_ao.sites.quantized import QuantizedLinear
 
@@ -25,67 +24,36 @@ _KINDS = {"erf": "none", "tanh": "tanh"}
 
 @dataclass
 class FusedMlp(Replacement):
-    """A module that is ``fc2(gelu(fc1(x)))``, run fused where a kernel takes it.
+    """A module that is ``fc2(gelu(fc1(x)))``, run as one chain of blocks on a CPU.
 
     Args:
         fc1: Name of the first linear.
         fc2: Name of the second linear.
         gelu: ``erf`` or ``tanh``.
-
-    Attributes:
-        reason: Why the fused kernel does not take it, once that was tried; None if it does.
-        taken: Whether the fused kernel took a call.
     """
 
     fc1: str
     fc2: str
     gelu: str
-    reason: str | None = None
-    taken: bool = False
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The fused result, or that of the author's forward."""
         fused = self._fused(module, args[0]) if len(args) == 1 and not kwargs and not module.training else None
         return original_class(module).forward(module, *args, **kwargs) if fused is None else fused
 
-    def findings(self, module: nn.Module) -> list[Finding]:
-        """Both linears, once the kernel was tried."""
-        if not self.taken and self.reason is None:
-            return []
-        linears = [module.get_submodule(self.fc1), module.get_submodule(self.fc2)]
-        return [Finding("triton mlp", linears, self.reason)]
-
     def _fused(self, module: nn.Module, x: Tensor) -> Tensor | None:
         fc1, fc2 = module.get_submodule(self.fc1), module.get_submodule(self.fc2)
         assert isinstance(fc1, QuantizedLinear)
         assert isinstance(fc2, QuantizedLinear)
-        if torch.compiler.is_compiling() and not self.taken:
-            return None  # only what an eager call has tried
-        if _is_chained(module, fc1, x):
-            chain = fc1.integer_linear().packed_onednn(), fc2.integer_linear().packed_onednn()
-            return onednn_mlp.mlp(x, *chain, _KINDS[self.gelu]) if onednn_mlp.takes(*chain) else None
-        trying = is_recognising()
-        if self.reason is not None or not (trying or runs_triton(fc1, (x,))):
+        if not _is_chained(module, fc1, x):
             return None
-        from harmoq_ao.triton_kernels import mlp, ops
-
-        rows = x.reshape(-1, x.shape[-1]).contiguous()
-        try:
-            packed = fc1.integer_linear().packed_triton(), fc2.integer_linear().packed_triton()
-            mlp.check_operands(rows, *packed, self.gelu, None)
-        except KernelError as error:
-            self.reason = str(error)
-            return None
-        self.taken = True
-        if trying:
-            return None
-        launch = ops.mlp if torch.compiler.is_compiling() else mlp.launch_mlp
-        return launch(rows, *packed, gelu=self.gelu).reshape(*x.shape[:-1], packed[1].rows)
+        chain = fc1.integer_linear().packed_onednn(), fc2.integer_linear().packed_onednn()
+        return onednn_mlp.mlp(x, *chain, _KINDS[self.gelu]) if onednn_mlp.takes(*chain) else None
 
 
 def _is_chained(module: nn.Module, fc1: QuantizedLinear, x: Tensor) -> bool:
     """Whether a call is one for the CPU's chain. Within it no module is called, so there must be no hook to miss it."""
-    if preferred_family(x.device, fc1.backend) != "cpu" or is_traced() or is_recognising():
+    if preferred_family(x.device, fc1.backend) != "cpu" or is_traced():
         return False
     hooked = any(part._forward_hooks or part._forward_pre_hooks for part in module.children())
     return x.dtype in (torch.float32, torch.bfloat16) and not hooked
@@ -142,7 +110,7 @@ def _is_formula(module: nn.Module, graph: fx.Graph, columns: int, approximate: s
 
 
 def fuse_mlps(model: nn.Module) -> None:
-    """Let every MLP of `model` run fused where its sites choose Triton; its parts keep their names."""
+    """Let every MLP of `model` run as one chain; its parts keep their names."""
     for module in list(model.modules()):
         if replacement_of(module, Replacement) is None:
             with suppress(Misfit):

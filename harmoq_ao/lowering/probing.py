@@ -51,22 +51,6 @@ def random_results(seed: int) -> Stand:
     return lambda kind, shape: torch.randn(shape, generator=generator)
 
 
-def uneven_results(seed: int) -> Stand:
-    """Random numbers of another order of magnitude in each row, from 1e-14 to 1e3: limits and small constants show."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def stand(kind: str, shape: tuple[int, ...]) -> Tensor:
-        exponents = torch.rand((*shape[:-1], 1), generator=generator) * 17 - 14
-        return torch.randn(shape, generator=generator) * 10**exponents
-
-    return stand
-
-
-def zero_results(kind: str, shape: tuple[int, ...]) -> Tensor:
-    """Zeros."""
-    return torch.zeros(shape)
-
-
 @torch.no_grad()
 def probe(module: nn.Module, graph: fx.Graph, leaves: list[Any], stand: Stand) -> tuple[list[Call], Any]:
     """Run a graph with `stand` for its contractions.
@@ -125,9 +109,3 @@ def _step(module: nn.Module, node: fx.Node, args: Any, kwargs: Any, stand: Stand
 
 def _copies(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(v.clone() if isinstance(v, Tensor) else v for v in values)
-
-
-def read_constants(module: nn.Module, graph: fx.Graph) -> list[Tensor]:
-    """The parameters and buffers that a graph reads by itself, folded constants among them."""
-    values = (run_node(module, node, (), {}) for node in graph.nodes if node.op == "get_attr")
-    return [value for value in values if isinstance(value, Tensor)]

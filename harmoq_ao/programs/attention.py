@@ -1,19 +1,18 @@
-"""Attention as one kernel: windows and heads as indices, bias and mask as tables that windows share."""
+"""Attention as one kernel of a CPU."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.programs.attention_kernel import AttentionKernel, Mask
-from harmoq_ao.programs.attention_matching import Match, constant_of, resolved, scaled
+from harmoq_ao.programs.attention_kernel import AttentionKernel
+from harmoq_ao.programs.attention_matching import Match, scaled
 from harmoq_ao.programs.channel_attention import lower_channel_attention
 from harmoq_ao.programs.context import Context
-from harmoq_ao.programs.heads import find_heads, result_index
-from harmoq_ao.programs.steps import Read, Value
+from harmoq_ao.programs.found_attention import find_attention
+from harmoq_ao.programs.steps import Value
 
 
 def lower_attention(lowering: Context, match: Match) -> Value | None:
@@ -23,108 +22,13 @@ def lower_attention(lowering: Context, match: Match) -> Value | None:
         return found
     query_node, q_factor = scaled(lowering.known, match.query)
     operands: list[Any] = [lowering.known.get(node) for node in (query_node, match.key, match.value)]
-    if not all(isinstance(value, Value) for value in operands):
+    attention = find_attention(lowering, match, operands, q_factor)
+    if attention is None:
         return None
-    query, key, value = operands
-    turned = key.index.moved(torch.ops.aten.transpose.int, (-2, -1), {})
-    parts: list[Any] = [find_heads(index) for index in (query.index, turned, value.index)]
-    if any(part is None for part in parts):
-        return None
-    q, k, v = parts
-    if k.rows.shape != v.rows.shape or not torch.equal(k.rows, v.rows) or (q.heads, q.width) != (k.heads, k.width):
-        return None
-    if len(q.rows) != len(k.rows) or v.heads != q.heads or v.width != q.width or not _once(q.rows):
-        return None
-    shape = (len(q.rows), q.heads, q.rows.shape[1], k.rows.shape[1])
-    scores = _scores(lowering, match, shape)
-    if scores is None:
-        return None
-    quantizers: list[Any] = [resolved(lowering.known, arguments) for arguments in (match.scores, match.products)]
     try:
-        kernel = AttentionKernel(
-            q, k, v, q_factor, *scores, quantizers[0], quantizers[1], match.relative, lowering.half, query.matrix.rows
-        )
+        kernel = AttentionKernel(attention, lowering.half)
     except KernelError:  # bounds from the data, a joint scale of the values
         return None
     exact = match.scores is not None or not lowering.half
-    reads = [
-        Read(operand.matrix, part.first, part.heads * part.width, exact)
-        for operand, part in zip((query, key, value), parts, strict=True)
-    ]
-    shape_out = (*query.shape[:-1], value.shape[-1])
-    index = result_index(query.index, q, shape_out)
     dtype = torch.float32 if exact else torch.bfloat16
-    results = [((q.heads * v.width,), index)]
-    return lowering.module_step(kernel, reads, results, dtype)[0]
-
-
-def _once(rows: Tensor) -> bool:
-    """Whether no token is in two windows."""
-    real = rows[rows >= 0]
-    return len(torch.unique(real)) == len(real)
-
-
-# --- scores -----------------------------------------------------------------------------------------------------------
-
-
-def _scores(
-    lowering: Context, match: Match, shape: tuple[int, ...]
-) -> tuple[Tensor, Tensor | None, Mask | None] | None:
-    """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
-    _, heads, queries, keys = shape
-    view: tuple[int, ...] = (*tuple(match.query.meta["shape"][:-1]), keys)
-    factor, bias, mask = torch.ones(heads), None, None
-    for kind, operand in match.terms:
-        if kind == "view":
-            view = operand
-            continue
-        constant = constant_of(lowering.known, operand)
-        parts = None if constant is None else _parts(constant, view, shape)
-        if parts is None:
-            return None
-        of_heads, of_windows = parts
-        if kind in ("mul", "div"):
-            number = None if of_heads is None or of_windows is not None else of_heads.flatten(1)
-            if number is None or not bool((number == number[:, :1]).all()) or bias is not None or mask is not None:
-                return None
-            factor = factor * number[:, 0] if kind == "mul" else factor / number[:, 0]
-        elif of_windows is not None:
-            if mask is not None:
-                return None
-            mask = _mask(lowering, of_windows)
-        elif of_heads is not None:
-            bias = of_heads if bias is None else bias + of_heads
-    whole = None if bias is None else bias.expand(heads, queries, keys).float().contiguous()
-    return factor, whole, mask
-
-
-def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None] | None:
-    """A term as a table of the heads `[heads or 1, N or 1, M or 1]`, or of the windows `[windows, N, M]`."""
-    windows, heads, queries, keys = shape
-    if not isinstance(constant, Tensor):
-        constant = torch.tensor(float(constant))
-    if len(view) == 3 and view != shape[1:]:  # windows and heads in one axis
-        if constant.dim() == 3 and constant.shape[0] == windows * heads:
-            constant, view = constant.unflatten(0, (windows, heads)), shape
-        elif constant.dim() == 3 and constant.shape[0] > 1:
-            return None
-    if len(view) > 3 and view[-3] != heads:
-        return None
-    term = constant.reshape((1,) * (max(len(view), 4) - constant.dim()) + tuple(constant.shape)).float()
-    lead = [n if term.stride(i) else 1 for i, n in enumerate(term.shape[:-3])]
-    if all(n == 1 for n in lead):
-        return term[(0,) * len(lead)], None
-    if term.shape[-3] > 1 and term.stride(-3) and not bool((term == term[..., :1, :, :]).all()):
-        flat = term.expand(*view[:-3], *term.shape[-3:]).reshape(-1, *term.shape[-3:])
-        return (flat[0], None) if bool((flat == flat[:1]).all()) else None
-    table = term[..., 0, :, :].expand(*view[:-3], queries, keys)
-    return None, table.reshape(-1, queries, keys)
-
-
-def _mask(lowering: Context, table: Tensor) -> Mask | None:
-    """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
-    for other, mask in lowering.masks:
-        if other.shape == table.shape and torch.equal(other, table):
-            return mask
-    lowering.masks.append((table, Mask.of(table)))
-    return lowering.masks[-1][1]
+    return lowering.module_step(kernel, attention.reads(exact), [((attention.width,), attention.index)], dtype)[0]

@@ -7,6 +7,7 @@ map makes of the values is then token-wise: every token times one small matrix o
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,11 +26,41 @@ from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qpa
 _TURN: tuple[Any, Any, Any] = (torch.ops.aten.transpose.int, (-2, -1), {})
 
 
-def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
-    """Token-wise products with maps from one pass over the tokens; None where the attention is another."""
+Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """What an attention among channels computes.
+
+    Attributes:
+        query: The matrix of the queries before they are normalized.
+        key: Likewise.
+        value: The values.
+        q: Where queries are; `k` and `v` likewise, with whole images for windows.
+        eps: Smallest lengths of queries and keys.
+        factor: `[heads]`, of the scores.
+        quantizers: Of both products; None in float.
+        index: Of the result, in a matrix with the rows of the values.
+    """
+
+    query: Matrix
+    key: Matrix
+    value: Value
+    q: Heads
+    k: Heads
+    v: Heads
+    eps: tuple[float, float]
+    factor: Tensor
+    quantizers: Quantizers | None
+    index: Index
+
+
+def find_channel_attention(lowering: Context, match: Match) -> Channels | None:
+    """An attention among channels; None where it is another."""
     query, key, value = (
-        _normalized(lowering, match.query),
-        _normalized(lowering, match.key),
+        normalized(lowering, match.query),
+        normalized(lowering, match.key),
         lowering.known.get(match.value),
     )
     if query is None or key is None or not isinstance(value, Value):
@@ -48,22 +79,30 @@ def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
     quantizers: Any = _quantizers(lowering, match)
     if factor is None or quantizers is False:
         return None
-    maps = ChannelMaps(q, k, (q_eps, k_eps), factor, quantizers)
-    reads = [Read(q_matrix, q.first, q.heads * q.width), Read(k_matrix, k.first, k.heads * k.width)]
-    matrices = [((v.heads * v.width,), _rows(lowering, len(v.rows) * v.heads * v.width, v.heads * v.width))]
-    if quantizers:
-        matrices.append(((v.heads * v.width,), _rows(lowering, len(v.rows), v.heads * v.width)))
-    results = [found.matrix for found in lowering.module_step(maps, reads, matrices)]
-    mixed = _mixed(lowering, value.matrix, v, results, quantizers)
     index = result_index(turned, v, (*turned.shape[:-1], v.width)).moved(*_TURN)
-    return Value(mixed, index)
+    return Channels(q_matrix, k_matrix, value, q, k, v, (q_eps, k_eps), factor, quantizers, index)
+
+
+def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
+    """Token-wise products with maps from one pass over the tokens; None where the attention is another."""
+    found = find_channel_attention(lowering, match)
+    if found is None:
+        return None
+    q, k, v = found.q, found.k, found.v
+    maps = ChannelMaps(q, k, found.eps, found.factor, found.quantizers)
+    reads = [Read(found.query, q.first, q.heads * q.width), Read(found.key, k.first, k.heads * k.width)]
+    matrices = [((v.heads * v.width,), _rows(lowering, len(v.rows) * v.heads * v.width, v.heads * v.width))]
+    if found.quantizers:
+        matrices.append(((v.heads * v.width,), _rows(lowering, len(v.rows), v.heads * v.width)))
+    results = [made.matrix for made in lowering.module_step(maps, reads, matrices)]
+    return Value(_mixed(lowering, found.value.matrix, v, results, found.quantizers), found.index)
 
 
 def _rows(lowering: Context, rows: int, columns: int) -> Index:
     return lowering.roots.rows_last((rows, columns))
 
 
-def _normalized(lowering: Context, node: fx.Node) -> tuple[Matrix, Index, float] | None:
+def normalized(lowering: Context, node: fx.Node) -> tuple[Matrix, Index, float] | None:
     """What a normalized operand is made from, moved as the operand is."""
     found = match_normalized(node)
     source = None if found is None else lowering.known.get(found.source)
@@ -95,9 +134,6 @@ def _factor(lowering: Context, match: Match, heads: int) -> Tensor | None:
             return None
         factor = factor * number if kind == "mul" else factor / number
     return factor
-
-
-Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 
 def _quantizers(lowering: Context, match: Match) -> Quantizers | bool | None:

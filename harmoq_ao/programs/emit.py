@@ -29,8 +29,8 @@ class _Emission:
         self.output, self.images = output, images
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[Matrix, fx.Node] = {}
-        self.steps = _needed(output.matrix)
-        self.readers = _readers(self.steps)
+        self.steps = needed(output.matrix)
+        self.readers = readers_of(self.steps)
         self.image = image
 
     def run(self) -> fx.GraphModule:
@@ -160,7 +160,7 @@ class _RowGroup:
             ]
 
 
-def _needed(matrix: Matrix) -> list[Step]:
+def needed(matrix: Matrix) -> list[Step]:
     """Steps behind a matrix, each after those it reads from."""
     found: dict[Step, None] = {}
     stack: list[tuple[Step, bool]] = [] if matrix.step is None else [(matrix.step, False)]
@@ -178,7 +178,8 @@ def _needed(matrix: Matrix) -> list[Step]:
     return list(found)
 
 
-def _readers(steps: Sequence[Step]) -> dict[Matrix, list[tuple[Step, Read]]]:
+def readers_of(steps: Sequence[Step]) -> dict[Matrix, list[tuple[Step, Read]]]:
+    """Who reads each matrix."""
     readers: dict[Matrix, list[tuple[Step, Read]]] = {}
     for step in steps:
         for read in step.reads:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harmoq_ao.programs.indices import Index
+from harmoq_ao.programs.indices import Index, compact, reshaped
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,16 @@ def _find_heads(index: Index) -> Heads | None:
         heads = next((i for i in range(1, len(starts)) if starts[i] <= starts[i - 1]), len(starts))
         if len(rows) % heads:
             return None
-        rows, columns = (part.unflatten(0, (-1, heads)) for part in (rows, columns))
-    rows, columns = (part.reshape(-1, *part.shape[-3:]) for part in (rows, columns))
+        rows, columns = (reshaped(part, (-1, heads, *part.shape[1:])) for part in (rows, columns))
+    rows, columns = (reshaped(part, (-1, *part.shape[-3:])) for part in (rows, columns))
     heads, width = rows.shape[1], rows.shape[3]
-    first = int(columns.max()) + 1 - heads * width
+    first = int(compact(columns).max()) + 1 - heads * width
     expected = first + torch.arange(heads * width, dtype=torch.int32).reshape(1, heads, 1, width)
     of_token = rows[:, :1, :, :1]
-    if not bool((rows == of_token).all()) or not bool(((columns == expected) | (rows < 0)).all()):
+    right = compact(columns) == expected
+    if not bool((compact(rows) == of_token).all()):
+        return None
+    if not bool(right.all()) and not bool((right | (of_token < 0)).all()):
         return None
     return Heads(of_token[:, 0, :, 0].contiguous(), first, heads, width)
 

@@ -8,7 +8,8 @@ derived from it, so that the blocks of a network, which all move alike, share th
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -118,7 +119,9 @@ class Index:
         parts = []
         for index, pad in ((self.rows, PADDED), (self.columns, 0)):
             if target in _RESHAPES:
-                moved: Any = index.reshape(args[0])
+                moved: Any = reshaped(index, args[0])
+            elif target is _aten.roll.default and len(args) > 1:
+                moved = target(compact(index), *args, **kwargs).expand(index.shape)
             elif target is _aten.constant_pad_nd.default:
                 moved = target(index, args[0], pad)
             elif target in _NO_INTEGERS:  # float64 is exact; im2col pads with zero, which stands for PADDED
@@ -134,7 +137,7 @@ class Index:
     def span(self) -> Span:
         """Columns that the value is made of."""
         if "span" not in self.derived:
-            rows, columns = self.rows, self.columns
+            rows, columns = compact(self.rows), compact(self.columns)
             self.derived["span"] = Span(int(columns.min()), int(columns.max()), bool((rows < 0).any()))
         found: Span = self.derived["span"]
         return found
@@ -149,12 +152,13 @@ class Index:
 
     def _channels(self, axis: int) -> Channels | None:
         rows, columns = self.rows.movedim(axis, -1), self.columns.movedim(axis, -1)
-        first = int(columns.flatten()[0]) if columns.numel() else 0
+        first = int(columns[(0,) * columns.dim()]) if columns.numel() else 0
         expected = torch.arange(first, first + columns.shape[-1], dtype=torch.int32)
-        if not bool((rows == rows[..., :1]).all()):
+        if rows.stride(-1) and not bool((rows == rows[..., :1]).all()):
             return None
-        real = rows >= 0
-        if not bool(((columns == expected) | ~real).all()):
+        real = compact(rows) >= 0
+        right = compact(columns) == expected
+        if not bool(right.all()) and not bool((right | ~real).all()):
             return None
         flat = rows[..., 0].reshape(-1).contiguous()
         in_order = len(flat) == self.length and torch.equal(flat, torch.arange(self.length, dtype=torch.int32))
@@ -190,21 +194,80 @@ class Index:
         return found
 
 
+def compact(index: Tensor) -> Tensor:
+    """An index with length one along every axis in which all of its entries lie at one place in memory.
+
+    A row is the same for all channels of a token and a column for all tokens, so that an index is stored for one of
+    them: what compares or moves indices takes the time of what is stored.
+    """
+    for axis, (size, stride) in enumerate(zip(index.shape, index.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            index = index.narrow(axis, 0, 1)
+    return index
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two indices of the same shape are equal."""
+    return bool((compact(one) == compact(other)).all())
+
+
+def reshaped(index: Tensor, shape: Any) -> Tensor:
+    """``index.reshape(shape)``, where axes of one place in memory stay so if they are not joined with others."""
+    wanted = _sizes(index.numel(), shape)
+    if not index.numel():
+        return index.reshape(wanted)
+    small, new = list(index.shape), list(wanted)
+    for old_axes, new_axes in _segments(index.shape, wanted):
+        if all(index.stride(axis) == 0 or index.shape[axis] == 1 for axis in old_axes):
+            for axis in old_axes:
+                small[axis] = 1
+            for axis in new_axes:
+                new[axis] = 1
+    return index[tuple(slice(0, size) for size in small)].reshape(new).expand(wanted)
+
+
+def _sizes(entries: int, shape: Any) -> list[int]:
+    """A shape without -1."""
+    sizes = [int(n) for n in shape]
+    known = math.prod(n for n in sizes if n != -1)
+    return [entries // max(known, 1) if n == -1 else n for n in sizes]
+
+
+def _segments(old: Sequence[int], new: Sequence[int]) -> Iterator[tuple[list[int], list[int]]]:
+    """Groups of neighbouring axes before and after a reshape that hold the same entries, as small as possible."""
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right, before, after = [], [], 1, 1
+        while True:
+            if i < len(old) and (before <= after or j >= len(new)):
+                before *= old[i]
+                left.append(i)
+                i += 1
+            elif j < len(new):
+                after *= new[j]
+                right.append(j)
+                j += 1
+            if before == after or (i >= len(old) and j >= len(new)):
+                break
+        yield left, right
+
+
 def _aligned(this: Index, other: Index) -> Aligned | None:
     if this.shape != other.shape:
         return None
-    difference = other.columns - this.columns
+    difference = compact(other.columns) - compact(this.columns)
     offset = int(difference.flatten()[0]) if difference.numel() else 0
     same_offset = bool((difference == offset).all())
-    if this.length == other.length and torch.equal(this.rows, other.rows):
+    if this.length == other.length and same(this.rows, other.rows):
         if same_offset:
             return Aligned(Broadcast.NONE, offset)
-        column = int(other.columns.flatten()[0])
-        return Aligned(Broadcast.COLUMN, column) if bool((other.columns == column).all()) else None
+        columns = compact(other.columns)
+        column = int(columns.flatten()[0])
+        return Aligned(Broadcast.COLUMN, column) if bool((columns == column).all()) else None
     if this.length % other.length or not same_offset:
         return None
-    images = torch.div(this.rows, this.length // other.length, rounding_mode="floor")
-    return Aligned(Broadcast.IMAGE, offset) if torch.equal(images, other.rows) else None
+    images = torch.div(compact(this.rows), this.length // other.length, rounding_mode="floor")
+    return Aligned(Broadcast.IMAGE, offset) if bool((images == compact(other.rows)).all()) else None
 
 
 class Roots:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +19,7 @@ from harmoq_ao.kernels.ops import linear_operands
 from harmoq_ao.programs.attention import lower_attention
 from harmoq_ao.programs.attention_matching import Match, match_attention
 from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
-from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots
+from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots, compact
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
@@ -43,6 +44,25 @@ _BINARY = {
 }
 
 
+@dataclass(frozen=True)
+class Modules:
+    """The modules of a device for steps that are not token-wise.
+
+    Attributes:
+        operator: See :class:`TorchOperator`.
+        convolution: See :class:`Convolution`.
+        reordered: See :class:`Reordered`.
+        depthwise: See :class:`Depthwise`.
+        means: See :class:`ColumnMeans`.
+    """
+
+    operator: type[TorchOperator]
+    convolution: Callable[..., nn.Module]
+    reordered: Callable[..., nn.Module]
+    depthwise: Callable[..., nn.Module]
+    means: Callable[..., nn.Module]
+
+
 class Lowering:
     """One walk over a recorded graph.
 
@@ -54,7 +74,12 @@ class Lowering:
         known: What each node is.
         image: The matrix of the image batch, once it was met.
         images: Size of the batch.
+        handlers: What lowers a call, by its operator.
+        modules: What computes steps that are not token-wise.
     """
+
+    handlers: ClassVar[dict[Any, Callable[..., Known]]] = {}
+    modules: ClassVar[Modules] = Modules(TorchOperator, Convolution, Reordered, Depthwise, ColumnMeans)
 
     def __init__(self, recorded: Recorded, half: bool) -> None:
         self.recorded, self.half = recorded, half
@@ -90,12 +115,16 @@ class Lowering:
     def attention(self, node: fx.Node) -> Known:
         """A whole attention, or its operators one by one where no kernel takes it."""
         match = self.matches[node]
-        found = lower_attention(self, match)
+        found = self.matched(match)
         if found is None:
             for inner in match.absorbed:
                 self.known[inner] = self.lower(inner)
             found = self.lower(node)
         return found
+
+    def matched(self, match: Match) -> Value | None:
+        """The kernel for an attention; None where there is none."""
+        return lower_attention(self, match)
 
     def lower(self, node: fx.Node) -> Known:
         """What a call makes."""
@@ -103,7 +132,7 @@ class Lowering:
         args, kwargs = found_args
         if node.target is operator.getitem:
             return args[0][args[1]]
-        handler = _HANDLERS.get(node.target) if _all_float(node) else None
+        handler = self.handlers.get(node.target) if _all_float(node) else None
         found = None
         if node.target in MOVEMENTS and isinstance(args[0], Value):
             found = self.movement(node.target, args, kwargs)
@@ -123,7 +152,7 @@ class Lowering:
 
     def torch_operator(self, node: fx.Node, args: Any, kwargs: Any) -> Known:
         """An operator as torch runs it."""
-        module = TorchOperator(node.target, args, kwargs)
+        module = self.modules.operator(node.target, args, kwargs)
         if "shape" in node.meta:
             return self.module_step(module, module.reads, [(node.meta["shape"], None)])[0]
         # several results, taken by their numbers
@@ -376,7 +405,7 @@ class Lowering:
         if is_depthwise(weight, geometry):
             return self._depthwise(x, weight, bias)
         exact = not self.half or node in self.last or weight.shape[1] <= 4
-        module = Convolution(weight, bias, geometry, tuple(x.shape), exact)
+        module = self.modules.convolution(weight, bias, geometry, tuple(x.shape), exact)
         return self._laid_out(module, x, tuple(node.meta["shape"]), exact)
 
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
@@ -392,7 +421,7 @@ class Lowering:
         whole = value.matrix.columns == value.shape[1]
         if whole and channels is not None and channels.in_order and channels.first == 0:
             return Value(value.matrix, natural)
-        module = Reordered(value, natural)
+        module = self.modules.reordered(value, natural)
         read = Read(value.matrix, 0, value.matrix.columns)
         (found,) = self.module_step(module, [read], [((value.shape[1],), natural)])
         return found
@@ -402,7 +431,7 @@ class Lowering:
         if channels is None or not channels.in_order:
             return None
         images, width, height, across = x.shape
-        module = Depthwise(weight, bias, channels.first, images, height, across)
+        module = self.modules.depthwise(weight, bias, channels.first, images, height, across)
         read = Read(x.matrix, channels.first, width)
         return self.module_step(module, [read], [((width,), self.roots.channels_first(tuple(x.shape)))])[0]
 
@@ -414,7 +443,7 @@ class Lowering:
         if channels is None or not channels.in_order:
             return None
         images, width = x.shape[:2]
-        module = ColumnMeans(channels.first, width, images)
+        module = self.modules.means(channels.first, width, images)
         shape = (images, width, 1, 1)
         index = self.roots.channels_first(shape)
         (found,) = self.module_step(module, [Read(x.matrix, channels.first, width)], [((width,), index)])
@@ -431,8 +460,10 @@ def _column_vector(index: Index, constant: Tensor) -> Tensor | None:
     """A constant as a number per column of the value, from its first column on; None where rows differ."""
     span = index.span()
     vector = torch.zeros(span.last - span.first + 1)
-    columns = (index.columns - span.first).long()
-    vector[columns.reshape(-1)] = constant.float().reshape(-1)
+    columns = (compact(index.columns) - span.first).long()
+    constant = compact(constant).float()
+    one = constant[tuple(slice(0, n) for n in columns.shape)]  # of the entries that have columns of their own
+    vector[columns.reshape(-1)] = one.expand(columns.shape).reshape(-1)
     return vector if bool((vector[columns] == constant).all()) else None
 
 
@@ -458,7 +489,7 @@ def _last_contractions(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
-_HANDLERS: dict[Any, Callable[..., Known]] = {
+Lowering.handlers = {
     torch.ops.harmoq.linear.default: Lowering.linear,
     _aten.native_layer_norm.default: Lowering.layer_norm,
     _aten.native_batch_norm.default: Lowering.batch_norm,

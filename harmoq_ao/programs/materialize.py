@@ -28,8 +28,10 @@ class Gather(nn.Module):
         self.shape = tuple(index.shape)
         self.axes: tuple[int, ...] | None = None
         self.first = 0
-        self.rows: Tensor | None = None
-        self.flat: Tensor | None = None
+        self.rows: Tensor | None
+        self.flat: Tensor | None
+        self.register_buffer("rows", None)
+        self.register_buffer("flat", None)
         if not self._as_rows(index):
             flat = index.rows.long() * columns + index.columns
             self.flat = torch.where(index.rows < 0, index.length * columns, flat).reshape(-1)
@@ -120,11 +122,16 @@ class TorchOperator(nn.Module):
         self.gathers = [Gather(v.index, v.matrix.columns) for v in self.values]
         self.values = []
 
+    def spread(self, leaves: list[Any]) -> tuple[Any, Any]:
+        """Positional and named arguments of the call."""
+        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        return args, kwargs
+
     def forward(self, *operands: Tensor) -> Tensor | tuple[Tensor, ...]:
         leaves = list(self.leaves)
         for place, gather, matrix in zip(self.places, self.gathers, operands, strict=True):
             leaves[place] = gather(matrix.float() if matrix.is_floating_point() else matrix)
-        args, kwargs = pytree.tree_unflatten(leaves, self.tree)
+        args, kwargs = self.spread(leaves)
         result = self.target(*args, **kwargs)
         if self.parts is None:
             return to_matrix(result)

@@ -58,7 +58,7 @@ class Programs:
     def __init__(self) -> None:
         self.refusal: str | None = None
         self._programs: OrderedDict[tuple[torch.Size, torch.dtype], fx.GraphModule] = OrderedDict()
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
@@ -78,7 +78,7 @@ class Programs:
         Raises:
             InputError: A value on the way was not a number.
         """
-        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or _is_watched(image):
+        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or is_watched(image):
             return None
         with self._lock:
             watch = self._watched(model)
@@ -95,10 +95,10 @@ class Programs:
             raise nan_error()
         return output
 
-    def _watched(self, model: nn.Module) -> _Watch:
+    def _watched(self, model: nn.Module) -> Watch:
         if self._watch is None or not self._watch.holds(model):
             self._programs.clear()
-            self._watch, self.refusal = _Watch(model), None
+            self._watch, self.refusal = Watch(model), None
         return self._watch
 
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
@@ -115,7 +115,7 @@ class Programs:
                 self._programs.popitem(last=False)
             self._programs[key] = made
             # graphs of islands may have been traced meanwhile, with tensors of their own
-            self._watch = _Watch(model)
+            self._watch = Watch(model)
         self._programs.move_to_end(key)
         return self._programs[key]
 
@@ -133,7 +133,7 @@ class Programs:
         return f"Images of at least {SMALLEST} pixels run in fused kernels, whatever a site's own is. {status.sentence}"
 
 
-def _is_watched(image: Tensor) -> bool:
+def is_watched(image: Tensor) -> bool:
     """Whether somebody records what runs: then modules and operators are to be seen."""
     if is_traced():
         return True
@@ -141,7 +141,7 @@ def _is_watched(image: Tensor) -> bool:
     return type(image) not in (Tensor, nn.Parameter) or torch._C._len_torch_dispatch_stack() > 0 or any(hooks)
 
 
-class _Watch:
+class Watch:
     """What a program was made from: it must not outlive it. Asking takes a fraction of a millisecond.
 
     Args:
@@ -170,6 +170,7 @@ class _Watch:
         same = same and all(d.get(n) is t for d, n, t in self._named)
         return same and self._contents() == self._values and [m.training for m in self._modules] == self._training
 
-    def as_usual(self) -> bool:
+    def as_usual(self, backends: tuple[str, ...] = ("auto",)) -> bool:
         """Whether the modules compute what they were made for, with nobody looking on."""
-        return not self.model.training and not any(self._hooks) and all(site.backend == "auto" for site in self._sites)
+        hooked = self.model.training or any(self._hooks)
+        return not hooked and all(site.backend in backends for site in self._sites)

@@ -199,6 +199,8 @@ class _Recorder:
     def _shape_only(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, StandIn):
             return tensor.shape_only
+        if tensor.numel() >= _LARGE:  # not kept alive: each block may make its own
+            return torch.empty_like(tensor, device="meta")
         known = self._shapes.get(id(tensor))
         if known is None or known[1] is not tensor:
             known = self._shapes[id(tensor)] = (torch.empty_like(tensor, device="meta"), tensor)

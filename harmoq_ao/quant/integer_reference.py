@@ -27,6 +27,7 @@ from harmoq_ao.quant.quantizer import step_size
 
 INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 and s8 codes that int32 always holds
 INT32_MATMUL_LENGTH = (2**31 - 1) // (255 * 255)  # the same for two u8 operands
+_FLOAT32_LENGTH = 2**24 // (255 * 255)  # products whose sum is exact in float32
 _LONG_AXIS = 2048  # reductions along a strided axis fold from here on
 _FOLD = 64
 
@@ -232,7 +233,7 @@ def linear_accumulate(qx: Tensor, qw: Tensor) -> Tensor:
     """
     check_linear(qx, qw)
     dtype = torch.int32 if qw.shape[1] <= INT32_LINEAR_LENGTH else torch.int64
-    return _integer_matmul(qx.flatten(0, -2) if qx.dim() > 1 else qx.unsqueeze(0), qw.t(), dtype).reshape(
+    return integer_matmul(qx.flatten(0, -2) if qx.dim() > 1 else qx.unsqueeze(0), qw.t(), dtype).reshape(
         *qx.shape[:-1], qw.shape[0]
     )
 
@@ -251,7 +252,7 @@ def matmul_accumulate(qa: Tensor, qb: Tensor) -> Tensor:
         KernelError: Wrong dtypes or shapes.
     """
     check_matmul(qa, qb)
-    return _integer_matmul(qa, qb, matmul_dtype(qa.shape[-1]))
+    return integer_matmul(qa, qb, matmul_dtype(qa.shape[-1]))
 
 
 def matmul_dtype(length: int) -> torch.dtype:
@@ -267,11 +268,20 @@ def exact_floats(x: Tensor) -> torch.autocast:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _integer_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+def integer_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` of integers in ``dtype``, exact as long as that holds the sums; factors are at most 255 in size."""
     if a.device.type == "cpu":
         return a.to(dtype) @ b.to(dtype)
-    # Accelerators have no integer matmul in torch; float64 is as exact: 255 * 255 * K stays below 2**53.
-    return (a.double() @ b.double()).to(dtype)
+    if a.device.type != "mps":
+        # GPUs have no integer matmul in torch; float64 is as exact: 255 * 255 * K stays below 2**53.
+        return (a.double() @ b.double()).to(dtype)
+    return _float32_matmul(a, b, dtype)
+
+
+def _float32_matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same in float32, in sums of as many products as stay below 2**24."""
+    chunks = zip(a.split(_FLOAT32_LENGTH, -1), b.split(_FLOAT32_LENGTH, -2), strict=True)
+    return torch.stack([(left.float() @ right.float()).to(dtype) for left, right in chunks]).sum(0, dtype=dtype)
 
 
 def check_linear(qx: Tensor, qw: Tensor) -> None:

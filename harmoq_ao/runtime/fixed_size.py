@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.gpu_programs.replay import Replay
 from harmoq_ao.sites.model import AuthorModel
 
 _KEPT = 2.0  # a constant may take this many times the memory of what it is made from
@@ -43,7 +44,7 @@ class FixedSizeModel(nn.Module):
         super().__init__()
         self.graph = graph
         self._expected = (example.shape, example.dtype, example.device)
-        self._replay = _Replay(graph, example) if cuda_graph else None
+        self._replay = Replay(graph, example) if cuda_graph else None
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
@@ -61,11 +62,11 @@ class FixedSizeModel(nn.Module):
                 remedy="make another with fixed_size, or call the quantized model itself",
             )
         output: Tensor = self.graph(image) if self._replay is None else self._replay(image)
-        return output
+        return output.to(image.dtype)
 
 
 def fixed_size(quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None = None) -> FixedSizeModel:
-    """Specialise a quantized model to one size.
+    """Specialise a quantized model to one size: on a GPU the graph of its fused kernels, else an export.
 
     Args:
         quantized: A :class:`QuantizedModel`; left as it is, its weights are shared.
@@ -75,6 +76,9 @@ def fixed_size(quantized: nn.Module, example: Tensor, *, cuda_graph: bool | None
     Raises:
         InputError: The example is not an image batch for this model.
     """
+    fused = quantized.gpu_graph(example) if isinstance(quantized, QuantizedModel) else None
+    if fused is not None:
+        return FixedSizeModel(fused, example, example.is_cuda if cuda_graph is None else cuda_graph)
     with torch.no_grad():
         quantized(example)  # makes the graphs of islands for this size, which an export cannot
         program = torch.export.export(quantized, (example,), strict=False)
@@ -174,29 +178,6 @@ def _moved(node: fx.Node, values: dict[fx.Node, Any]) -> fx.Node:
         node = node.args[0]
         smallest = node if _bytes(values[node]) <= _bytes(values[smallest]) else smallest
     return smallest
-
-
-class _Replay:
-    """A captured CUDA graph with its own input and output."""
-
-    def __init__(self, graph: fx.GraphModule, example: Tensor) -> None:
-        if not example.is_cuda:
-            raise InputError("CUDA graphs are for GPUs", found=example.device, expected="an example on cuda")
-        self._input = example.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.no_grad(), torch.cuda.stream(stream):
-            for _ in range(3):  # kernels are compiled and workspaces allocated outside of the capture
-                graph(self._input)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.no_grad(), torch.cuda.graph(self._graph):
-            self._output = graph(self._input)
-
-    def __call__(self, image: Tensor) -> Tensor:
-        self._input.copy_(image)
-        self._graph.replay()
-        return self._output.clone()
 
 
 def _describe(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> str:

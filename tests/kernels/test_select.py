@@ -9,8 +9,16 @@ from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.kernels import onednn
 from harmoq_ao.kernels.linear import LinearContraction
-from harmoq_ao.kernels.select import Backend, Contraction, UniformContraction, check_backend, select_kernel
+from harmoq_ao.kernels.select import (
+    Backend,
+    Contraction,
+    UniformContraction,
+    check_backend,
+    preferred_family,
+    select_kernel,
+)
 from harmoq_ao.quant.packing import pack
+from harmoq_ao.triton_kernels import launch
 from tests.kernels.test_onednn import make_operands
 from tests.models import converted, images
 
@@ -66,3 +74,15 @@ def test_a_site_runs_what_its_report_names(monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_backends_are_refused() -> None:
     with pytest.raises(ConfigError, match="vulkan"):
         check_backend("vulkan")
+
+
+@pytest.mark.parametrize(("capability", "family"), [((7, 5), "reference"), ((8, 0), "triton"), ((12, 0), "triton")])
+def test_old_gpus_take_the_reference(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], family: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    launch.supported.cache_clear()
+    try:
+        assert preferred_family(torch.device("cuda:0"), "auto") == family
+    finally:
+        launch.supported.cache_clear()
+    assert preferred_family(torch.device("mps"), "auto") == "reference"

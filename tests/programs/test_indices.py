@@ -220,3 +220,19 @@ def test_operands_that_are_no_heads() -> None:
     turned = x.moved(aten.transpose.int, (1, 2), {})
     assert find_heads(turned) is None
     assert find_heads(Roots().rows_last((6, 8))) is None
+
+
+def test_windows_of_a_shifted_image_are_stored_once_for_all_channels() -> None:
+    """A large image has as many entries as tokens times channels: what moves tokens must not write them all out."""
+    index = Roots().rows_last((1, 16, 24, 12))
+    for target, args in (
+        (torch.ops.aten.roll.default, ([-4, -4], [1, 2])),
+        (torch.ops.aten.view.default, ([1, 2, 8, 3, 8, 12],)),
+        (torch.ops.aten.permute.default, ([0, 1, 3, 2, 4, 5],)),
+        (torch.ops.aten.reshape.default, ([-1, 64, 3, 2, 2],)),
+        (torch.ops.aten.permute.default, ([2, 0, 3, 1, 4],)),
+    ):
+        index = index.moved(target, args, {})
+    assert index.rows.untyped_storage().nbytes() == 4 * 16 * 24
+    assert index.columns.untyped_storage().nbytes() == 4 * 12
+    assert index.rows.shape == index.columns.shape == (3, 6, 2, 64, 2)

@@ -151,6 +151,12 @@ def test_matmul_accumulators_are_exact_with_broadcast_batches(seed: int, m: int,
     assert np.array_equal(acc.numpy(), qa.numpy().astype(np.int64) @ qb.numpy().astype(np.int64))
 
 
+def test_products_are_exact_on_devices_without_float64() -> None:
+    left, right = torch.randint(0, 256, (3, 700)), torch.randint(-255, 256, (700, 5))
+    left[0], right[:, 0] = 255, 255
+    assert torch.equal(integer_reference._float32_matmul(left, right, torch.int32), (left @ right).to(torch.int32))
+
+
 def test_operands_that_do_not_fit_are_refused() -> None:
     u8, s8 = torch.zeros(2, 3, dtype=torch.uint8), torch.zeros(2, 3, dtype=torch.int8)
     for qx, qw in ((s8, s8), (u8, u8), (u8, s8.t()), (u8, s8[0]), (u8.sum(), s8)):

@@ -101,8 +101,21 @@ def affine(lower: float, upper: float, bits: int = 8) -> Affine:
     return Affine(torch.tensor((upper - lower) / ((1 << bits) - 1)), torch.tensor(lower), bits)
 
 
-def masks(generator: torch.Generator, count: int, tokens: int) -> Tensor:
-    """`[count, tokens, tokens]` that block three of ten pairs, never a token from itself."""
-    blocked = torch.rand(count, tokens, tokens, generator=generator) < 0.3
-    blocked.diagonal(dim1=1, dim2=2).fill_(False)
-    return torch.where(blocked, -100.0, 0.0)
+def regions(generator: torch.Generator, windows: int, tokens: int) -> Tensor:
+    """`[windows, tokens]` ids of up to three regions; the first window has one."""
+    ids = torch.randint(0, 3, (windows, tokens), generator=generator, dtype=torch.uint8)
+    ids[0] = 1
+    return ids
+
+
+def shifted_windows(height: int, width: int, size: int, shift: int) -> tuple[Tensor, Tensor]:
+    """Index `[nW, size * size]` int32 and regions, uint8, of the shifted windows of an image, as Swin has them."""
+
+    def parted(values: Tensor) -> Tensor:
+        grid = values.view(height // size, size, width // size, size).transpose(1, 2)
+        return grid.reshape(-1, size * size).contiguous()
+
+    rows = torch.arange(height * width, dtype=torch.int32).view(height, width)
+    bands = [torch.bucketize(torch.arange(n), torch.tensor([n - size, n - shift]), right=True) for n in (height, width)]
+    ids = (bands[0][:, None] * 3 + bands[1]).to(torch.uint8)
+    return parted(rows.roll((-shift, -shift), (0, 1))), parted(ids)

@@ -11,24 +11,20 @@ from pathlib import Path
 import pytest
 import triton
 
-from harmoq_ao.triton_kernels import compile_gate
+from harmoq_ao.triton_kernels import compile_gate, roofline
 from harmoq_ao.triton_kernels.compile_cases import CASES
 from harmoq_ao.triton_kernels.compile_gate import Measured
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(
-    "architecture",
-    [name if name == "sm_90" else pytest.param(name, marks=pytest.mark.slow) for name in compile_gate.ARCHITECTURES],
-)
-def test_all_kernels_compile_within_their_budgets(architecture: str) -> None:
+def test_all_kernels_compile_within_their_budgets() -> None:
     # In a process of its own: compiling needs Triton as it is, without the interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "harmoq_ao.triton_kernels.compile_gate", "--arch", architecture]
+    command = [sys.executable, "-m", "harmoq_ao.triton_kernels.compile_gate"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(f"@ {architecture}") == len(CASES)
+    assert done.stdout.count(" @ ") == len(CASES) * len(compile_gate.ARCHITECTURES)
 
 
 def test_the_table_covers_every_case() -> None:
@@ -37,7 +33,18 @@ def test_the_table_covers_every_case() -> None:
 
 
 def measured(**changes: int) -> Measured:
-    return replace(Measured(100, 64, 1024, stack=0, integer_mma=2, float_mma=0, fused=0), **changes)
+    return replace(Measured(100, 100, 64, 1024, stack=0, integer_mma=2, float_mma=0, fused=0), **changes)
+
+
+def test_blocks_of_swinir_light_issue_in_thirty_microseconds() -> None:
+    """By the table of sm_90: window and MLP, the mean of blocks with and without regions; fewer bits take no more."""
+    _, table = compile_gate.read_budget()
+    found = {name.removesuffix(" @ sm_90"): Measured(**row) for name, row in table.items() if name.endswith("sm_90")}
+    seconds = {work.case: roofline.issue_seconds(work, found[work.case]) for work in roofline.WORK}
+    blocks = {bits: roofline.block_seconds(seconds, bits) for bits in (4, 8)}
+    assert blocks[8] <= 30e-6
+    assert blocks[4] <= blocks[8]
+    assert roofline.model_seconds(seconds, 8) <= 1.5e-3
 
 
 @pytest.mark.parametrize(
@@ -47,8 +54,8 @@ def measured(**changes: int) -> Measured:
         ({"instructions": 110}, ""),
         ({"instructions": 111}, "budget 100"),
         ({"stack": 8}, "spill"),
-        ({"shared": 161 * 1024}, "shared memory"),
-        ({"integer_mma": 0}, "IMMA"),
+        ({"shared": 164 * 1024}, "shared memory"),
+        ({"integer_mma": 0}, "no int8"),
     ],
 )
 def test_what_the_gate_refuses(changes: dict[str, int], message: str) -> None:
@@ -66,7 +73,8 @@ def test_fused_multiply_adds_are_refused_where_codes_are_made() -> None:
 def test_budgets_of_another_version_are_not_held(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compile_gate, "measure", lambda case, architecture: measured(instructions=10**6))
+    found = [(CASES[0], "sm_90", measured(instructions=10**6))]
+    monkeypatch.setattr(compile_gate, "measured", lambda architectures, cases: iter(found))
     monkeypatch.setattr(compile_gate, "read_budget", lambda: ("0.0", {f"{CASES[0].name} @ sm_90": {"instructions": 1}}))
     assert compile_gate.check(["sm_90"], CASES[:1]) == []
     assert "structure only" in caplog.text

@@ -14,8 +14,10 @@ from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.quant.integer_reference import LinearOperands
 from harmoq_ao.quant.packing import pack
 from harmoq_ao.triton_kernels import lowbit_linear
-from harmoq_ao.triton_kernels.operands import from_operands, pack_weight, unpack_weight
+from harmoq_ao.triton_kernels.device import GELU_ERROR
+from harmoq_ao.triton_kernels.operands import from_operands, with_norm
 from tests.strategies import SEEDS, bit_widths, float_tensors
+from tests.triton_kernels import float64
 from tests.triton_kernels.helpers import codes_of, random_linear, seeded
 
 few = settings(max_examples=12)
@@ -111,12 +113,29 @@ def test_epilogue(seed: int, residual: bool, codes: bool, dtype: torch.dtype) ->
     assert ((y.float() - expected).abs() <= bound * (1 + expected.abs())).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
-def test_weights_are_packed_in_rows_of_whole_words(bits: int) -> None:
-    codes = codes_of(seeded(bits), bits, 5, 61)
-    packed = pack_weight(codes, bits)
-    assert packed.shape[1] == 64 * (bits if bits < 5 else 8) // 8
-    assert torch.equal(unpack_weight(packed, bits, 61), codes)
+@few
+@given(
+    seed=SEEDS, m=st.integers(1, 70), k=st.integers(1, 200), bits=st.sampled_from([2, 4, 8]), norm=st.booleans(),
+    gated=st.booleans(), residual=st.booleans(), gelu=st.sampled_from(["none", "erf", "tanh"]),
+)  # fmt: skip
+def test_what_surrounds_a_linear(
+    seed: int, m: int, k: int, bits: int, norm: bool, gated: bool, residual: bool, gelu: str
+) -> None:
+    generator = seeded(seed)
+    _, packed = random_linear(generator, 40, k, bits, 8)
+    eps = None
+    if norm:
+        eps = 1e-5
+        packed = with_norm(packed, torch.rand(k, generator=generator) + 0.5, torch.randn(k, generator=generator))
+    x, gate = torch.randn(m, k, generator=generator), torch.randn(m, 2 * k, generator=generator)[:, k:]
+    extra = torch.randn(m, 40, generator=generator) if residual else None
+    options = {"eps": eps, "gate": gate if gated else None, "gelu": gelu, "residual": extra}
+    y = lowbit_linear.launch_lowbit_linear(x, packed, **options)
+    error = (y - float64.linear(x, packed, **options)).abs()
+    # A code at a tie takes a neighbour: a step of one weight.
+    step = (packed.scale * packed.effective_codes().abs().amax(1)).max()
+    assert error.max() <= 2 * GELU_ERROR + 2 * step
+    assert (error > 2 * GELU_ERROR).float().mean() <= 0.05
 
 
 def test_what_the_kernel_does_not_take() -> None:
@@ -133,4 +152,10 @@ def test_what_the_kernel_does_not_take() -> None:
     _, token = random_linear(generator, 8, 16, 4, 8, static=False)
     with pytest.raises(KernelError, match="Codes need a static range"):
         lowbit_linear.launch_lowbit_linear(torch.zeros(3, 16, dtype=torch.uint8), token)
+    for options in ({"eps": 1e-5}, {"gate": torch.zeros(3, 16)}):
+        with pytest.raises(KernelError, match="floats and a static range"):
+            lowbit_linear.launch_lowbit_linear(torch.zeros(3, 16), token, **options)
+    _, long = random_linear(generator, 8, 300, 4, 8)
+    with pytest.raises(KernelError, match="Too long for a LayerNorm"):
+        lowbit_linear.launch_lowbit_linear(torch.zeros(3, 300), long, eps=1e-5)
     assert lowbit_linear.launch_lowbit_linear(torch.zeros(0, 16), packed).shape == (0, 8)

@@ -1,4 +1,4 @@
-"""The fused MLP against its parts in plain torch."""
+"""The fused MLP against float64, and against its parts in plain torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from torch import nn
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant import integer_reference as integers
 from harmoq_ao.triton_kernels import mlp
-from harmoq_ao.triton_kernels.operands import with_norm
+from harmoq_ao.triton_kernels.operands import Norm, with_norm
 from tests.strategies import SEEDS, bit_widths
+from tests.triton_kernels import float64
 from tests.triton_kernels.helpers import random_linear, seeded
 
 few = settings(max_examples=12)
@@ -34,12 +35,11 @@ def test_equals_the_reference_up_to_flipped_codes(
     extra = torch.randn(m, out, generator=generator) if residual else None
     eps = 1e-5 if norm else None
     y = mlp.launch_mlp(x, fc1, fc2, gelu=gelu, eps=eps, residual=extra)
-    expected = mlp.reference(x, fc1, fc2, gelu=gelu, eps=eps, residual=extra)
-    # A hidden value at a tie may round to the neighbouring code: one step of one channel.
-    flip = (fc2.scale[:, None] * fc2.effective_codes().abs()).max() * 4
-    error = (y - expected).abs()
-    assert error.max() <= 1e-4 + flip
-    assert (error > 1e-4).float().mean() <= 0.05
+    error = (y - float64.mlp(x, fc1, fc2, gelu=gelu, eps=eps, residual=extra)).abs()
+    # A hidden value at a tie may round to the neighbouring code, and GELU's error moves some: a step of a channel.
+    flip = (fc2.scale[:, None] * fc2.effective_codes().abs()).max()
+    assert error.max() <= 1e-4 + 6 * flip
+    assert error.mean() <= 1e-4 + 0.5 * flip
 
 
 @few
@@ -54,13 +54,20 @@ def test_codes_of_any_width_in_whole_numbers(seed: int, weight_bits: int, act_bi
     assert torch.equal(y, mlp.reference(x, fc1, fc2, gelu="none"))
 
 
-def test_the_shapes_of_hat() -> None:
-    generator = seeded(2)
-    _, fc1 = random_linear(generator, 288, 144, 4, 8)
-    _, fc2 = random_linear(generator, 144, 288, 4, 8)
-    x = torch.randn(65, 144, generator=generator)
-    y = mlp.launch_mlp(x, fc1, fc2, eps=1e-5, residual=x)
-    assert (y - mlp.reference(x, fc1, fc2, eps=1e-5, residual=x)).abs().median() <= 1e-5
+@pytest.mark.parametrize("channels", [60, 144, 180])
+@pytest.mark.parametrize("behind", [False, True])
+def test_bfloat16_rows_of_models(channels: int, behind: bool) -> None:
+    generator = seeded(channels)
+    _, fc1 = random_linear(generator, 2 * channels, channels, 8, 8)
+    _, fc2 = random_linear(generator, channels, 2 * channels, 8, 8)
+    x = torch.randn(65, channels, generator=generator).bfloat16()
+    after = Norm(torch.rand(channels, generator=generator), torch.randn(channels, generator=generator), 1e-5)
+    options = {"eps": None if behind else 1e-5, "after": after if behind else None, "residual": x}
+    y = mlp.launch_mlp(x, fc1, fc2, **options)
+    assert y.dtype == torch.bfloat16
+    error = (y.double() - float64.mlp(x, fc1, fc2, **options)).abs()
+    assert error.mean() <= 0.01
+    assert error.max() <= 0.06
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -96,4 +103,6 @@ def test_what_the_kernel_does_not_take() -> None:
         mlp.launch_mlp(x, fc1, wide)
     with pytest.raises(KernelError, match="static bounds only"):
         with_norm(token, None, None)
+    with pytest.raises(KernelError, match="LayerNorm behind"):
+        mlp.launch_mlp(x, fc1, fc2, after=Norm(torch.zeros(16), torch.zeros(15), 1e-5))
     assert mlp.launch_mlp(torch.zeros(0, 16), fc1, fc2).shape == (0, 16)

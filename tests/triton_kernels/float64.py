@@ -1,0 +1,114 @@
+"""What the kernels compute, in float64 and without any of their code but the operands' layout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from harmoq_ao.triton_kernels.attention_operands import LOG2E, PackedAttention
+from harmoq_ao.triton_kernels.operands import Norm, PackedLinear
+
+
+def linear(
+    x: Tensor,
+    packed: PackedLinear,
+    *,
+    eps: float | None = None,
+    gate: Tensor | None = None,
+    gelu: str = "none",
+    after: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """A linear with static bounds and what surrounds it, `[..., K]` to `[..., N]` float64."""
+    assert packed.reciprocal is not None
+    assert packed.offset is not None
+    x = x.double() if eps is None else F.layer_norm(x.double(), x.shape[-1:], eps=eps)
+    x = x if gate is None else x * gate.double()
+    y = codes(x, packed.reciprocal, packed.offset, packed.act_bits) @ packed.effective_codes().double().t()
+    y = y * packed.scale.double() + packed.constant.double()
+    if gelu != "none":
+        y = F.gelu(y, approximate="tanh" if gelu == "tanh" else "none")
+    if after is not None:
+        y = F.layer_norm(y, y.shape[-1:], after.weight.double(), after.bias.double(), after.eps)
+    return y if residual is None else y + residual.double()
+
+
+def mlp(
+    x: Tensor, fc1: PackedLinear, fc2: PackedLinear, *, gelu: str = "erf", eps: float | None = None,
+    after: Norm | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """A linear, GELU and another linear."""
+    return linear(linear(x, fc1, eps=eps, gelu=gelu), fc2, after=after, residual=residual)
+
+
+def window_attention(
+    x: Tensor, operands: PackedAttention, *, index: Tensor | None = None, regions: Tensor | None = None,
+    eps: float | None = None, after: Norm | None = None, residual: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """qkv, attention and projection."""
+    assert operands.qkv is not None
+    assert operands.proj is not None
+    q, k, v = linear(x, operands.qkv, eps=eps).unflatten(-1, (3, operands.heads, operands.head_dim)).unbind(2)
+    o = attention(q, k, v, operands, index=index, regions=regions)
+    return linear(o, operands.proj, after=after, residual=residual)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, *, index: Tensor | None = None,
+    key_index: Tensor | None = None, regions: Tensor | None = None, key_regions: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of given q, k and v, `[.., heads * D]` float64, window by window."""
+    key_index, key_regions = index if key_index is None else key_index, regions if key_regions is None else key_regions
+    count = 1 if index is None else len(index)
+    out = torch.full((*q.shape[:2], q.shape[2] * q.shape[3]), float("nan"), dtype=torch.float64)
+    for window in range(len(q) * count):
+        image, place = divmod(window, count)
+        rows = torch.arange(q.shape[1]) if index is None else index[place].long()
+        keys = torch.arange(k.shape[1]) if key_index is None else key_index[place].long()
+        apart = None
+        if regions is not None and key_regions is not None:
+            of = window % len(regions)
+            apart = regions[of][:, None] != key_regions[of][None, :]
+        there = (keys >= 0)[:, None, None]
+        parts = (q[image, rows], k[image, keys] * there, v[image, keys] * there)
+        out[image, rows] = _window(*(part.double().transpose(0, 1) for part in parts), operands, apart)
+    return out
+
+
+def _window(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, apart: Tensor | None) -> Tensor:
+    """A window, heads first, to `[N, heads * D]`."""
+    scale = operands.score_scale.double()[:, None, None]
+    if operands.cosine:
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    if operands.factors is not None and operands.bounds is not None:
+        factors = operands.factors[:, : operands.head_dim]
+        q = rounded(q if operands.scale_after else q * scale, operands.bounds[0], operands.left_bits, factors[0])
+        k = rounded(k, operands.bounds[1], operands.right_bits, factors[1])
+        scores = q @ k.transpose(1, 2) * (scale if operands.scale_after else 1)
+    else:
+        scores = q @ k.transpose(1, 2) * scale
+    if operands.bias is not None:
+        scores = scores + operands.bias.double() / LOG2E
+    if apart is not None:
+        scores = scores - 100.0 * apart
+    weights = scores.softmax(-1)
+    if operands.bounds is None:
+        return (weights @ v).transpose(0, 1).flatten(1)
+    v = rounded(v, operands.bounds[3], operands.right_bits)
+    if not operands.relative:
+        return (rounded(weights, operands.bounds[2], operands.left_bits) @ v).transpose(0, 1).flatten(1)
+    weights = rounded(weights / weights.amax(-1, keepdim=True), operands.bounds[2], operands.left_bits)
+    return (weights @ v / weights.sum(-1, keepdim=True).clamp(min=1e-30)).transpose(0, 1).flatten(1)
+
+
+def codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:
+    """Unsigned codes as float64; the position is rounded to float32, as everywhere."""
+    position = (x.float() * reciprocal + offset).round()
+    return position.clamp(0, (1 << bits) - 1).double()
+
+
+def rounded(x: Tensor, bounds: Tensor, bits: int, reciprocal: Tensor | None = None) -> Tensor:
+    """Values of the codes of ``x``; ``bounds`` are reciprocal, offset, step and lower bound."""
+    first = bounds[0] if reciprocal is None else reciprocal
+    return codes(x, first, bounds[1], bits) * bounds[2].double() + bounds[3].double()

@@ -1,0 +1,324 @@
+"""Chains of token-wise operations in floats as one kernel: norms, activations, gates, residuals between contractions.
+
+A chain is a list of instructions on values whose rows are tokens; it is compiled into the kernel, in which every value
+lives in registers. Values are numbered by the instructions that make them. Plain torch: :func:`reference`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from harmoq_ao.common.errors import KernelError
+from harmoq_ao.triton_kernels.launch import blocks, on_device, power_of_two
+
+_FIELDS = 7
+_ELEMENTS = 4096  # of a value that a program holds
+_LOAD, _NORM, _UNARY, _BINARY, _SCALAR, _AFFINE, _STORE = (tl.constexpr(n) for n in range(7))
+
+
+class Op(IntEnum):
+    """Instructions; their operands follow in the order given."""
+
+    LOAD = 0  # input, first column, whether it has one row for each image
+    NORM = 1  # value, constants weight and bias (or -1), number eps
+    UNARY = 2  # Unary, value, number (the slope of a leaky ReLU)
+    BINARY = 3  # Binary, left, right: of as many columns, or of one
+    SCALAR = 4  # Binary, value, number: value (op) number
+    AFFINE = 5  # value, constants scale and shift (or -1): value * scale + shift
+    STORE = 6  # value, output, first column
+
+
+class Unary(IntEnum):
+    """Functions of one value."""
+
+    GELU = 0
+    GELU_TANH = 1
+    SIGMOID = 2
+    RELU = 3
+    LEAKY_RELU = 4
+    SILU = 5
+    TANH = 6
+
+
+class Binary(IntEnum):
+    """Functions of two values."""
+
+    ADD = 0
+    SUB = 1
+    MUL = 2
+
+
+@dataclass
+class Chain:
+    """Instructions with what they refer to.
+
+    Attributes:
+        code: Opcode, columns, their next power of two, and four operands of each instruction.
+        constants: Vectors that instructions name by their place, float32.
+        numbers: Likewise, floats.
+        columns: Of each output.
+        half: Whether each output is bfloat16, else float32.
+    """
+
+    code: list[int] = field(default_factory=list)
+    constants: list[Tensor] = field(default_factory=list)
+    numbers: list[float] = field(default_factory=list)
+    columns: list[int] = field(default_factory=list)
+    half: list[bool] = field(default_factory=list)
+
+    def emit(self, op: Op, width: int, *operands: int) -> int:
+        """Append an instruction; the number of its value."""
+        padded = [*operands, *[0] * (_FIELDS - 3 - len(operands))]
+        self.code += [int(op), width, power_of_two(width), *(int(n) for n in padded)]
+        return len(self.code) // _FIELDS - 1
+
+
+# --- the kernel -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _unary(x: tl.tensor, slope: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == 0:
+        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+    elif KIND == 1:
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif KIND == 2:
+        y = tl.sigmoid(x)
+    elif KIND == 3:
+        y = tl.maximum(x, 0.0)
+    elif KIND == 4:
+        y = tl.where(x >= 0, x, x * slope)
+    elif KIND == 5:
+        y = x * tl.sigmoid(x)
+    else:
+        y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return y
+
+
+@triton.jit
+def _combine(left: tl.tensor, right: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
+    if KIND == 0:
+        y = left + right
+    elif KIND == 1:
+        y = left - right
+    else:
+        y = left * right
+    return y
+
+
+@triton.jit
+def _norm(x: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr, eps: tl.constexpr) -> tl.tensor:
+    mean = tl.sum(x, 1) / WIDTH
+    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / WIDTH
+    return centred / tl.sqrt(variance + eps)[:, None]
+
+
+@triton.jit
+def rowwise_kernel(
+    inputs: tl.tuple,
+    outputs: tl.tuple,
+    constants: tl.tuple,
+    rows: int,
+    rows_per_image: int,
+    CODE: tl.constexpr,
+    NUMBERS: tl.constexpr,
+    STRIDES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+) -> None:
+    """A block of tokens through the whole chain."""
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    here = (tokens < rows)[:, None]
+    values = ()
+    for i in tl.static_range(COUNT):
+        columns = tl.arange(0, CODE[7 * i + 2])
+        inside = columns < CODE[7 * i + 1]
+        kept = here & inside[None, :]
+        if CODE[7 * i] == _LOAD:
+            at = tokens // rows_per_image if CODE[7 * i + 5] else tokens
+            places = at[:, None] * STRIDES[CODE[7 * i + 3]] + CODE[7 * i + 4] + columns[None, :]
+            value = tl.load(inputs[CODE[7 * i + 3]] + places, mask=kept, other=0.0).to(tl.float32)
+        elif CODE[7 * i] == _NORM:
+            value = _norm(values[CODE[7 * i + 3]], inside, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
+            if CODE[7 * i + 4] >= 0:
+                value *= tl.load(constants[CODE[7 * i + 4]] + columns, mask=inside, other=0.0)[None, :]
+            if CODE[7 * i + 5] >= 0:
+                value += tl.load(constants[CODE[7 * i + 5]] + columns, mask=inside, other=0.0)[None, :]
+        elif CODE[7 * i] == _UNARY:
+            value = _unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
+        elif CODE[7 * i] == _BINARY:
+            value = _combine(values[CODE[7 * i + 4]], values[CODE[7 * i + 5]], CODE[7 * i + 3])
+        elif CODE[7 * i] == _SCALAR:
+            value = _combine(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
+        elif CODE[7 * i] == _AFFINE:
+            value = values[CODE[7 * i + 3]]
+            if CODE[7 * i + 4] >= 0:
+                value *= tl.load(constants[CODE[7 * i + 4]] + columns, mask=inside, other=0.0)[None, :]
+            if CODE[7 * i + 5] >= 0:
+                value += tl.load(constants[CODE[7 * i + 5]] + columns, mask=inside, other=0.0)[None, :]
+        else:
+            value = values[CODE[7 * i + 3]]
+            out_ptr = outputs[CODE[7 * i + 4]]
+            places = tokens[:, None] * COLUMNS[CODE[7 * i + 4]] + CODE[7 * i + 5] + columns[None, :]
+            tl.store(out_ptr + places, value.to(out_ptr.dtype.element_ty), mask=kept)
+        values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005 - Triton knows no unpacking
+
+
+def launch_rowwise(
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    code: Sequence[int],
+    numbers: Sequence[float],
+    columns: Sequence[int],
+    half: Sequence[bool],
+    rows: int,
+    rows_per_image: int,
+) -> list[Tensor]:
+    """Run `rowwise_kernel`; arguments as in :func:`reference`.
+
+    Raises:
+        KernelError: An input is not contiguous.
+    """
+    strided = [x.stride() for x in inputs if not x.is_contiguous()]
+    if strided:
+        raise KernelError("The kernel takes contiguous matrices", found=f"strides {strided[0]}")
+    out = _empty(inputs[0], columns, half, rows)
+    if rows == 0:
+        return out
+    block = max(1, _ELEMENTS // max(code[2::_FIELDS]))
+    block = min(block, 128, power_of_two(rows))
+    with on_device(inputs[0]):
+        rowwise_kernel[(blocks(rows, block),)](
+            tuple(inputs), tuple(out), tuple(constants), rows, rows_per_image,
+            CODE=tuple(code), NUMBERS=(0.0, *numbers), STRIDES=tuple(x.shape[1] for x in inputs),
+            COLUMNS=tuple(columns), COUNT=len(code) // _FIELDS, BLOCK_M=block,
+        )  # fmt: skip
+    return out
+
+
+def _empty(like: Tensor, columns: Sequence[int], half: Sequence[bool], rows: int) -> list[Tensor]:
+    types = [torch.bfloat16 if short else torch.float32 for short in half]
+    return [like.new_empty(rows, width, dtype=dtype) for width, dtype in zip(columns, types, strict=True)]
+
+
+# --- the reference ----------------------------------------------------------------------------------------------------
+
+
+def reference(
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    code: Sequence[int],
+    numbers: Sequence[float],
+    columns: Sequence[int],
+    half: Sequence[bool],
+    rows: int,
+    rows_per_image: int,
+) -> list[Tensor]:
+    """What a :class:`Chain` computes, in float32, one instruction after the other.
+
+    Args:
+        inputs: `[rows, columns]` each, or `[images, columns]` where an instruction takes a row for each image.
+        constants: As of the chain, and likewise the next four.
+        code: See there.
+        numbers: See there; operands count from 1.
+        columns: See there.
+        half: See there.
+        rows: Of the outputs.
+        rows_per_image: Rows of each image of the batch.
+
+    Returns:
+        The outputs, `[rows, columns]` bfloat16 or float32.
+    """
+    out = _empty(inputs[0], columns, half, rows)
+    known: list[Tensor] = []
+    shifted = [0.0, *numbers]
+    for at in range(0, len(code), _FIELDS):
+        op, width, _, *operands = code[at : at + _FIELDS]
+        value = _step(Op(op), width, operands, known, inputs, constants, shifted, rows_per_image)
+        if op == Op.STORE:
+            source, number, first, _ = operands
+            out[number][:, first : first + width] = known[source]
+        known.append(value)
+    return out
+
+
+def _step(
+    op: Op,
+    width: int,
+    operands: Sequence[int],
+    known: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    numbers: Sequence[float],
+    rows_per_image: int,
+) -> Tensor:
+    def vector(place: int) -> Tensor | None:
+        return None if place < 0 else constants[place]
+
+    one, two, three, four = operands
+    if op is Op.LOAD:
+        value = inputs[one][:, two : two + width].float()
+        return value.repeat_interleave(rows_per_image, 0) if three else value
+    if op is Op.NORM:
+        return F.layer_norm(known[one], (width,), vector(two), vector(three), numbers[four])
+    if op is Op.UNARY:
+        return _unary_reference(Unary(one), known[two], numbers[three])
+    if op in (Op.BINARY, Op.SCALAR):
+        right = known[three] if op is Op.BINARY else numbers[three]
+        return _combine_reference(Binary(one), known[two], right)
+    value = known[one]
+    if op is Op.AFFINE:
+        scale, shift = vector(two), vector(three)
+        value = value if scale is None else value * scale
+        value = value if shift is None else value + shift
+    return value
+
+
+def _unary_reference(kind: Unary, x: Tensor, slope: float) -> Tensor:
+    if kind is Unary.LEAKY_RELU:
+        return F.leaky_relu(x, slope)
+    if kind in (Unary.GELU, Unary.GELU_TANH):
+        return F.gelu(x, approximate="none" if kind is Unary.GELU else "tanh")
+    functions = {Unary.SIGMOID: torch.sigmoid, Unary.RELU: torch.relu, Unary.SILU: F.silu, Unary.TANH: torch.tanh}
+    return functions[kind](x)
+
+
+def _combine_reference(kind: Binary, left: Tensor, right: Tensor | float) -> Tensor:
+    if kind is Binary.ADD:
+        return left + right
+    return left - right if kind is Binary.SUB else left * right
+
+
+@torch.library.custom_op("harmoq::rowwise", mutates_args=())
+def rowwise(
+    inputs: Sequence[Tensor],
+    constants: Sequence[Tensor],
+    code: Sequence[int],
+    numbers: Sequence[float],
+    columns: Sequence[int],
+    half: Sequence[bool],
+    rows: int,
+    rows_per_image: int,
+) -> list[Tensor]:
+    """:func:`reference` as the operator ``harmoq::rowwise``: the kernel on a GPU."""
+    run = launch_rowwise if inputs[0].is_cuda else reference
+    return run(inputs, constants, code, numbers, columns, half, rows, rows_per_image)
+
+
+@rowwise.register_fake
+def _(inputs: Any, constants: Any, code: Any, numbers: Any, columns: Any, half: Any, rows: int, rest: Any) -> Any:
+    return _empty(inputs[0], columns, half, rows)
+
+
+__all__ = ["Binary", "Chain", "Op", "Unary", "launch_rowwise", "reference", "rowwise", "rowwise_kernel"]
