@@ -26,10 +26,10 @@ def random_image(size: int, seed: int) -> torch.Tensor:
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:
-    """p20, p50 and p80 in milliseconds of at least two values."""
+    """p20, p50 and p80 in milliseconds, not rounded, of at least two values."""
     cuts = statistics.quantiles(seconds, n=5)
     values = {"p20_ms": cuts[0], "p50_ms": statistics.median(seconds), "p80_ms": cuts[-1]}
-    return {name: round(1000 * value, 1) for name, value in values.items()}
+    return {name: 1000 * value for name, value in values.items()}
 
 
 def paired_ratio(base: Sequence[float], other: Sequence[float]) -> float:

@@ -11,13 +11,19 @@ from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
+import torch
+from spandrel.architectures.DAT import DAT
 from spandrel.architectures.DAT.__arch.DAT import Adaptive_Spatial_Attention
 from spandrel.architectures.HAT import HAT
 from spandrel.architectures.SwinIR import SwinIR
-from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
+from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock, WindowAttention
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import flex_attention
 
 Run = Callable[[Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Core = Callable[[Tensor, "Tensor | None", float], Attend]
 _KIND = ("window_size", "split_size", "shift_size")
 
 
@@ -35,6 +41,14 @@ def hat_s(scale: int) -> nn.Module:
         upscale=scale, img_size=64, patch_size=1, window_size=16, depths=(6,) * 6, embed_dim=144, num_heads=(6,) * 6,
         compress_ratio=24, squeeze_factor=24, conv_scale=0.01, overlap_ratio=0.5, mlp_ratio=2, img_range=1.0,
         upsampler="pixelshuffle", resi_connection="1conv",
+    )  # fmt: skip
+
+
+def dat_light(scale: int) -> nn.Module:
+    """DAT-light with random weights."""
+    return DAT(
+        upscale=scale, img_size=64, split_size=[8, 32], depth=[18], embed_dim=60, num_heads=[6], expansion_factor=2,
+        resi_connection="3conv", upsampler="pixelshuffledirect",
     )  # fmt: skip
 
 
@@ -70,6 +84,94 @@ def for_size(model: nn.Module, size: Sequence[int]) -> nn.Module:
 def bfloat16_run(model: Run) -> Run:
     """A model of bfloat16 as a function from float32 to float32."""
     return lambda x: model(x.bfloat16()).float()
+
+
+def padded_attention(model: nn.Module, core: Core) -> nn.Module:
+    """Change a SwinIR so that its window attention is one call of `core`, on heads padded to 16 channels.
+
+    Fused kernels want a multiple of 8 or a power of two; SwinIR-light has 10. The padding lies in the weights of qkv
+    and proj, so it costs no operator.
+
+    Args:
+        model: In its final type, on its final device, after :func:`for_size`.
+        core: :func:`sdpa` or :func:`flex`.
+
+    Returns:
+        The model itself.
+    """
+    for module in model.modules():
+        if isinstance(module, SwinTransformerBlock):
+            module.attn = PaddedAttention(module.attn, module.attn_mask, core)
+    return model
+
+
+class PaddedAttention(nn.Module):
+    """SwinIR's `WindowAttention` with padded heads, its relative position bias looked up once.
+
+    Args:
+        author: The attention it computes.
+        mask: `[nW, N, N]` of the shifted windows, or None.
+        core: Makes scores, softmax and values of q, k and v `[windows, heads, N, 16 k]`.
+    """
+
+    def __init__(self, author: WindowAttention, mask: Tensor | None, core: Core) -> None:
+        super().__init__()
+        self.heads = author.num_heads
+        size = author.dim // self.heads
+        wide = -(-size // 16) * 16
+        with torch.no_grad():
+            self.qkv = nn.Linear(author.dim, 3 * self.heads * wide).to(author.qkv.weight)
+            self.qkv.weight.copy_(_padded_heads(author.qkv.weight, size, wide))
+            self.qkv.bias.copy_(_padded_heads(author.qkv.bias, size, wide))
+            self.proj = nn.Linear(self.heads * wide, author.dim).to(author.proj.weight)
+            self.proj.weight.copy_(_padded_heads(author.proj.weight.T, size, wide).T)
+            self.proj.bias.copy_(author.proj.bias)
+            tokens = author.window_size[0] * author.window_size[1]
+            table = author.relative_position_bias_table[author.relative_position_index.flatten()]
+            bias = table.view(tokens, tokens, self.heads).permute(2, 0, 1).contiguous()
+        self.attend = core(bias, mask, float(author.scale))
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Windows `[W, N, C]`, as the author's; the mask was known when this was made."""
+        windows, tokens, _ = x.shape
+        q, k, v = self.qkv(x).view(windows, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        out: Tensor = self.proj(self.attend(q, k, v).transpose(1, 2).reshape(windows, tokens, -1))
+        return out
+
+
+def sdpa(bias: Tensor, mask: Tensor | None, scale: float) -> Attend:
+    """Torch's fused attention; bias and mask are added up once, as it takes one tensor."""
+    both = bias[None] if mask is None else bias[None] + mask[:, None]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        images = 1 if mask is None else len(q) // len(mask)
+        return F.scaled_dot_product_attention(q, k, v, both.repeat(images, 1, 1, 1), scale=scale)
+
+    return attend
+
+
+def flex(bias: Tensor, mask: Tensor | None, scale: float) -> Attend:
+    """Torch's generated attention: bias and mask are looked up for each score."""
+
+    def plain(score: Tensor, window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return score + bias[head, query, key]
+
+    def masked(score: Tensor, window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        assert mask is not None
+        return score + bias[head, query, key] + mask[window % len(mask), query, key]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        found: Any = flex_attention(q, k, v, score_mod=plain if mask is None else masked, scale=scale)
+        return found
+
+    return attend
+
+
+def _padded_heads(rows: Tensor, size: int, wide: int) -> Tensor:
+    """Rows `[heads * size, ...]` with zeros up to `[heads * wide, ...]`."""
+    padded = rows.new_zeros(len(rows) // size, wide, *rows.shape[1:])
+    padded[:, :size] = rows.unflatten(0, (-1, size))
+    return padded.flatten(0, 1)
 
 
 def torchao_int8(model: nn.Module) -> nn.Module:

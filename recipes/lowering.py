@@ -53,16 +53,16 @@ def general(reason: str) -> str:
     return re.sub(r"\(\d[\d, ]*\)(?:, \(\d[\d, ]*\))*", "...", first)
 
 
-def replaced(document: str, table: str) -> str:
-    """`document` with another table between the marks.
+def replaced(document: str, table: str, begin: str = _BEGIN) -> str:
+    """`document` with another table between the mark that begins it and the next one that ends one.
 
     Raises:
         InputError: It has no marks.
     """
-    before, begin, rest = document.partition(_BEGIN)
+    before, found, rest = document.partition(begin)
     _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise InputError("The document has no place for the table", expected=f"{_BEGIN.strip()} and {_END.strip()}")
+    if not found or not end:
+        raise InputError("The document has no place for the table", expected=f"{begin.strip()} and {_END.strip()}")
     return before + begin + table + end + after
 
 

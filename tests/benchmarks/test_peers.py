@@ -16,9 +16,12 @@ from spandrel.architectures.HAT import HAT
 from spandrel.architectures.SwinIR.__arch.SwinIR import SwinTransformerBlock
 from torch import Tensor, nn
 
-from benchmarks import cpu_peers, gpu
+from benchmarks import cpu_peers
+from benchmarks.gpu import models
+from benchmarks.gpu.contenders import CONTENDERS, Subject
+from benchmarks.gpu.plan import Shape
 from benchmarks.measuring import random_image
-from benchmarks.peers import Run, for_size, torchao_int8
+from benchmarks.peers import Core, Run, flex, for_size, padded_attention, sdpa, torchao_int8
 from harmoq_ao.recipes.architectures import ARCHITECTURES
 
 TINY = {"swinir-light": "SwinIR/light", "hat-s": "HAT", "dat-light": "DAT/light"}
@@ -52,17 +55,29 @@ def test_masks_made_once_are_those_of_the_size(name: str, size: tuple[int, int],
     assert torch.equal(prepared(image), expected)
 
 
-@pytest.mark.parametrize("name", gpu.MODELS)
+@pytest.mark.parametrize("contender", [name for name in CONTENDERS if name.startswith("bfloat16")])
+@pytest.mark.parametrize("name", TINY)
 @torch.no_grad()
-def test_every_bfloat16_contender_on_a_gpu_is_close_to_float32(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_bfloat16_contender_on_a_gpu_is_close_to_float32(
+    name: str, contender: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda model, **_: compile_(model, backend="eager", fullgraph=True))
-    model, image = tiny(name), torch.rand(2, 3, 24, 32)
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compile_(model, **options, fullgraph=True))
+    monkeypatch.setitem(models.MODELS, name, lambda _: tiny(name))
+    subject = Subject(Shape(name, 2, 24, 32, 2), torch.device("cpu"), tmp_path)
+    image = subject.image(0)
+    assert close(CONTENDERS[contender](subject)(image), models.float_model(name, 2)(image))
+
+
+@pytest.mark.parametrize("core", [sdpa, flex])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_attention_with_padded_heads_is_the_authors(core: Core, batch: int) -> None:
+    model, image = for_size(tiny("swinir-light"), (24, 32)), torch.rand(batch, 3, 24, 32)
     expected = model(image)
-    found = {label: make for label, make in gpu.contenders(model, image) if "bfloat16" in label}
-    assert len(found) == 3
-    for label, make in found.items():
-        assert close(make()(image), expected), label
+    found = padded_attention(model, core)(image)
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["swinir-light", "dat-light"])
