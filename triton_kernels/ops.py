@@ -231,8 +231,10 @@ def _attention_core(
     compute: torch.dtype | None,
 ) -> Tensor:
     run = _attention.launch_attention if q.is_cuda else _attention.reference
-    tables = {"index": index, "key_index": key_index, "regions": regions, "key_regions": key_regions}
-    return run(q, k, v, restore_attention(tensors, numbers), **tables, compute=compute)
+    return run(
+        q, k, v, restore_attention(tensors, numbers),
+        index=index, key_index=key_index, regions=regions, key_regions=key_regions, compute=compute,
+    )  # fmt: skip
 
 
 @_attention_core.register_fake

@@ -71,13 +71,13 @@ def attention(
             of = window % len(regions)
             apart = regions[of][:, None] != key_regions[of][None, :]
         there = (keys >= 0)[:, None, None]
-        parts = (q[image, rows], k[image, keys] * there, v[image, keys] * there)
-        out[image, rows] = _window(*(part.double().transpose(0, 1) for part in parts), operands, apart)
+        out[image, rows] = _window(q[image, rows], k[image, keys] * there, v[image, keys] * there, operands, apart)
     return out
 
 
 def _window(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, apart: Tensor | None) -> Tensor:
-    """A window, heads first, to `[N, heads * D]`."""
+    """A window, q `[N, heads, D]`, k and v `[M, heads, D]`, to `[N, heads * D]`."""
+    q, k, v = (part.double().transpose(0, 1) for part in (q, k, v))
     scale = operands.score_scale.double()[:, None, None]
     if operands.cosine:
         q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
