@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import KernelError
-
-if TYPE_CHECKING:
-    from harmoq_ao.triton_kernels.operands import Norm
 
 OPTIONS = {"enable_fp_fusion": False}
 """Codes need a multiplication and an addition that are rounded separately."""
@@ -23,7 +19,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 MAX_CHANNELS = 256
 """Most input and output channels of a fused kernel: one program holds whole rows of both."""
-
 
 MIN_CAPABILITY = (8, 0)
 """Oldest CUDA GPUs whose tensor cores Triton uses for int8."""
@@ -87,19 +82,6 @@ def check_residual(residual: Tensor | None, rows: int, columns: int) -> None:
             raise KernelError("The residual has another number of rows", found=len(residual), expected=rows)
 
 
-def check_norm(norm: Norm | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
-    """Weight and bias of a LayerNorm behind an operation, or None for each.
-
-    Raises:
-        KernelError: They are not float32 `[columns]`.
-    """
-    if norm is None:
-        return None, None
-    check_vector(norm.weight, columns, "The weight of the LayerNorm behind")
-    check_vector(norm.bias, columns, "The bias of the LayerNorm behind")
-    return norm.weight, norm.bias
-
-
 def check_bits(bits: int, name: str, allowed: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8)) -> None:
     """Raise KernelError unless ``bits`` is one of ``allowed``."""
     if bits not in allowed:
@@ -122,7 +104,6 @@ __all__ = [
     "check_bits",
     "check_choice",
     "check_matrix",
-    "check_norm",
     "check_residual",
     "check_vector",
     "on_device",

@@ -41,13 +41,12 @@ from harmoq_ao.triton_kernels.launch import (
     blocks,
     check_choice,
     check_matrix,
-    check_norm,
     check_residual,
     on_device,
     power_of_two,
 )
 from harmoq_ao.triton_kernels.operands import Norm as PackedNorm
-from harmoq_ao.triton_kernels.operands import PackedLinear
+from harmoq_ao.triton_kernels.operands import PackedLinear, check_norm
 
 
 @triton.jit

@@ -55,6 +55,19 @@ class Norm:
     eps: float
 
 
+def check_norm(norm: Norm | None, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a LayerNorm behind an operation, or None for each.
+
+    Raises:
+        KernelError: They are not float32 `[columns]`.
+    """
+    if norm is None:
+        return None, None
+    check_vector(norm.weight, columns, "The weight of the LayerNorm behind")
+    check_vector(norm.bias, columns, "The bias of the LayerNorm behind")
+    return norm.weight, norm.bias
+
+
 @dataclass(frozen=True)
 class PackedLinear:
     """A linear made ready for the kernels; build it with `from_operands`.

@@ -44,8 +44,9 @@ from harmoq_ao.triton_kernels.device import (
     store_rows,
     window_rows,
 )
-from harmoq_ao.triton_kernels.launch import FLOATS, OPTIONS, check_matrix, check_norm, on_device, power_of_two
+from harmoq_ao.triton_kernels.launch import FLOATS, OPTIONS, check_matrix, on_device, power_of_two
 from harmoq_ao.triton_kernels.operands import Norm as PackedNorm
+from harmoq_ao.triton_kernels.operands import check_norm
 
 FUSED_TOKENS = 64
 """Largest window that one program holds."""
