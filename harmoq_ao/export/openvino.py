@@ -1,7 +1,7 @@
 """A quantized model as OpenVINO IR: an ``.xml`` file with its weights beside it (``.bin``), run without torch.
 
-OpenVINO reads what the ONNX file says (`onnx.py`) and runs its quantize and dequantize nodes in the integer kernels of its
-CPU plugin. What is written is for one image at a time; transposes of windows are merged where the size is fixed.
+OpenVINO reads what the ONNX file says (`onnx.py`) and runs its quantize and dequantize nodes in the integer kernels of
+its CPU plugin. What is written is for one image at a time; transposes of windows are merged where the size is fixed.
 """
 
 from __future__ import annotations
