@@ -45,13 +45,13 @@ def export_command(
         Format | None,
         typer.Option(
             "--format",
-            help="ONNX or OpenVINO IR with integer weights, torch.export program, or float checkpoint; by default by suffix.",
+            help="ONNX, OpenVINO IR, torch.export program, or float checkpoint; by default by suffix.",
         ),
     ] = None,
     size: Annotated[
         str | None,
         typer.Option(
-            help="Input pixels, 128 or HEIGHTxWIDTH; by default 128, for ONNX and OpenVINO any size if the graph allows it."
+            help="Input pixels, 128 or HEIGHTxWIDTH; by default 128, or any size where format and graph allow it."
         ),
     ] = None,
     check: Annotated[
@@ -60,7 +60,7 @@ def export_command(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
 ) -> None:
-    """Export a quantized model: ONNX, OpenVINO IR, a torch.export program, or a float checkpoint with the quantized weights."""
+    """Export a quantized model: ONNX, OpenVINO IR, a torch.export program, or a float checkpoint of its weights."""
     kind = _format(output, kind)
     wanted = _size(size, kind)
     _check_output(output, kind, overwrite)

@@ -1,4 +1,4 @@
-"""Quantized models for other tools: ONNX with quantize/dequantize nodes, OpenVINO IR, `torch.export` programs, float checkpoints.
+"""Quantized models for other tools: ONNX, OpenVINO IR, `torch.export` programs, float checkpoints.
 
 Imports ``runtime`` and what that may import; onnx, onnxscript and openvino only within calls.
 """

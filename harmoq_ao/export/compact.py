@@ -43,8 +43,8 @@ def repeated_slices(array: np.ndarray) -> tuple[np.ndarray, np.ndarray, int] | N
     """A constant as its different slices.
 
     Returns:
-        Slices, index and axis, with ``array == slices.take(index, axis).reshape(array.shape)``, in the split into slices
-        that takes the least memory; None where none takes less than half.
+        Slices, index and axis, with ``array == slices.take(index, axis).reshape(array.shape)``, in the split that takes
+        the least memory; None where none takes less than half.
     """
     best, found = array.nbytes // _GAIN, None
     for axes in range(1, array.ndim):

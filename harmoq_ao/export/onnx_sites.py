@@ -20,6 +20,9 @@ adds half a step times the sum of its input, a convolution stores ``2 w + 1`` in
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,12 +36,24 @@ from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, Quantize
 
 INT4 = (-8, 7)
 """Smallest and largest value of int4."""
+_rounding = ContextVar("rounding", default=True)
+
+
+@contextmanager
+def without_rounding() -> Iterator[None]:
+    """Context manager in which codes are not rounded: two graphs of one function then differ by float32 sums alone."""
+    token = _rounding.set(False)
+    try:
+        yield
+    finally:
+        _rounding.reset(token)
 
 
 @torch.library.custom_op("harmoq::quantize_dequantize", mutates_args=())
 def quantize_dequantize(position: Tensor, step: float, zero_point: int) -> Tensor:
     """``(clamp(round_half_even(position), 0, 255) - zero_point) * step``; as ONNX a node for each direction."""
-    return (position.round().clamp(0, 255) - zero_point) * step
+    rounded = position.round() if _rounding.get() else position
+    return (rounded.clamp(0, 255) - zero_point) * step
 
 
 @quantize_dequantize.register_fake

@@ -21,12 +21,13 @@ from torch.export import Dim, ExportedProgram
 from harmoq_ao.common.errors import HarmoqError
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.export.batch import PAIR, BatchError, free_batch
-from harmoq_ao.export.onnx_sites import rewrite_sites  # registers the operators, too
+from harmoq_ao.export.onnx_sites import rewrite_sites, without_rounding  # registers the operators, too
 from harmoq_ao.export.validation import RUN_IT_HERE, UNTRACEABLE, check_exportable, example_for, failed
 from harmoq_ao.runtime.fixed_size import SingleInput, float32_copy, fold_constants
 
 _DOUBLINGS = 7  # windows of up to 64 times what a model demands
-_TOLERANCE = 1e-3  # against the same operators, module by module: a tie of rounding, not another graph
+_TOLERANCE = 1e-3  # against the same operators, module by module and without rounding
+_SIDES = (48, 80)  # of an image that is not square, nor of a size for which authors keep a mask
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,14 @@ def _any_size(twin: QuantizedModel) -> Traced:
     Padding to whole windows is often decided in Python for the traced size. The program is then right only for sizes
     that need no padding, which is found by trying multiples.
     """
-    height, width = twin.example_shapes[0][-2:]
+    step = max(1, twin.traits.size_multiple)
+    least = max(1, twin.traits.size_minimum)
+    height, width = (-(-max(side, least) // step) * step for side in _SIDES)
     example = example_for(twin, (height, width))
     try:
         program, batch = _program(twin, example, {2: Dim.DYNAMIC, 3: Dim.DYNAMIC})
     except HarmoqError as error:
         raise _OneSizeError(f"the graph holds for one size only: {error.found}") from error
-    step = max(1, twin.traits.size_multiple)
     for multiple in (step << n for n in range(_DOUBLINGS)):
         aligned = height % multiple == width % multiple == 0
         others = ((height + multiple, width + 2 * multiple), (height + 3 * multiple, width + multiple))
@@ -154,7 +156,7 @@ def _exported(module: torch.nn.Module, images: Tensor, free: dict[int, Any]) -> 
 def _holds(program: ExportedProgram, twin: QuantizedModel, images: Tensor) -> bool:
     """Whether the program computes what the modules do."""
     try:
-        with torch.no_grad(), silent():
+        with torch.no_grad(), silent(), without_rounding():
             found, expected = program.module(check_guards=False)(images), twin(images)
     except Exception:  # a shape that does not fit
         return False

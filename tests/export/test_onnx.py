@@ -73,6 +73,7 @@ def test_weights_are_our_codes_and_sizes_are_free(tmp_path: Path, bits: int, kin
         assert any(v.shape == codes.shape and np.array_equal(v.astype(int), codes) for v in found.values())
     quantizing = [n for n in proto.graph.node if n.op_type == "QuantizeLinear"]
     assert len(quantizing) == len(sites)
+    assert written.batch is None
     for size in ((16, 16), (24, 40)):
         assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, size, seed=7)[0])
 
@@ -99,14 +100,24 @@ def test_a_transformer_at_8_bits(tmp_path: Path) -> None:
     model = converted("SwinIR/light", HarmoqConfig(8, 8))
     image = images(1, seed=7)[0]
     before = model(image)
-    _, proto = exported(model, tmp_path / "m.onnx")
+    written, proto = exported(model, tmp_path / "m.onnx")
     assert torch.equal(model(image), before)
     assert_same_in_every_engine(model, tmp_path / "m.onnx", image)
     sites = [s for s in model.sites().values() if isinstance(s, QuantizedLinear)]
     assert len(initializers(proto, (onnx.TensorProto.INT8,))) == len(sites)
+    assert written.batch is None
+    assert_same_in_every_engine(model, tmp_path / "m.onnx", torch.cat(images(3, seed=8)))
     metadata = {p.key: p.value for p in proto.metadata_props}
+    assert metadata["harmoq_batch"] == "any"
     assert metadata["harmoq_size"] == "16x16 (asked for)"
     assert metadata["harmoq_scale"] == str(model.traits.scale)
+
+
+@pytest.mark.slow
+def test_masks_do_not_grow_with_the_image(tmp_path: Path) -> None:
+    model = converted("SwinIR/light", HarmoqConfig(8, 8))
+    small, large = (exported(model, tmp_path / "m.onnx", (side, side))[1].ByteSize() for side in (32, 96))
+    assert large <= 1.1 * small, "nine times the windows"
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,6 +57,28 @@ def test_masks_that_are_widened_before_they_are_used_are_constants_too() -> None
     assert torch.equal(module(scores), Masked()(scores))
 
 
+@pytest.mark.parametrize(("growth", "adds"), [(None, 1), (1.0, 2)])
+def test_what_grows_stays_in_the_graph_where_that_is_asked_for(growth: float | None, adds: int) -> None:
+    """A mask per window plus a bias per head takes more memory than both."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mask", torch.rand(8, 1, 4, 4))
+            self.register_buffer("bias", torch.rand(1, 4, 4, 4))
+
+        def forward(self, scores: torch.Tensor) -> torch.Tensor:
+            batch = self.mask.unsqueeze(0).expand(2, 8, 1, 4, 4).reshape(16, 1, 4, 4)
+            return scores + (self.bias + batch)
+
+    scores, attention = torch.rand(16, 4, 4, 4), Attention()
+    expected = attention(scores)
+    module = torch.export.export(attention, (scores,)).run_decompositions({}).module(check_guards=False)
+    fold_constants(module, growth=growth)
+    assert sum("add" in str(node.target) for node in module.graph.nodes if node.op == "call_function") == adds
+    assert torch.equal(module(scores), expected)
+
+
 def test_fused_kernels_are_the_graph() -> None:
     """On a GPU, or where Triton is asked for; here the operators run their references."""
     model, image = converted("SwinIR/light", HarmoqConfig(4, 4)), images(1, (16, 24))[0]
