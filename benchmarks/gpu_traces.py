@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 import harmoq_ao as h
+from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.common.progress import track
 from harmoq_ao.gpu_programs.counting import Count, count_program
 from harmoq_ao.gpu_programs.operands import Operands
@@ -122,7 +123,11 @@ def toys() -> Iterator[dict[str, Any]]:
     """Every architecture at toy size; the reason where none is followed."""
     for architecture in track(ARCHITECTURES, "Counting"):
         example = architecture.example()
-        model = converted(architecture.build(), example)
+        try:
+            model = converted(architecture.build(), example)
+        except ConfigError:
+            yield {"name": architecture.name, "refused": "nothing in it is quantized in `deploy`"}
+            continue
         for dtype in (torch.bfloat16, torch.float32):
             try:
                 yield counted(architecture.name, model, tuple(example.shape), dtype)

@@ -113,8 +113,9 @@ class QuantizedModel(AuthorModel):
 
     def _fused(self, image: Tensor) -> Tensor | None:
         """The image by fused kernels; None where the modules are to run."""
-        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16.
-        if not any(row.quantized for row in self.rows):
+        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16; torch.compile is
+        # shown the modules.
+        if not any(row.quantized for row in self.rows) or torch.compiler.is_compiling():
             return None
         model = self.image_module()
         fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)

@@ -10,6 +10,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import logging
+import os
 import pickle
 import re
 import threading
@@ -108,7 +109,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> LoadedModel:
     path = Path(path)
     if weights not in WEIGHTS:
         raise CheckpointError("There are no such weights", found=weights, expected=" or ".join(WEIGHTS))
-    if path.is_dir():
+    if os.path.isdir(path):  # of a path that no system takes, Path.is_dir raises
         return _of_folder(path)
     loaded = _read_state(path)
     found = _candidates_in(loaded, path)

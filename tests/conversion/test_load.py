@@ -186,7 +186,6 @@ def test_a_config_that_is_none_is_refused(text: bytes, folder: Path) -> None:
         h.load_quantized(folder)
 
 
-@pytest.mark.parametrize("method", ["read_bytes", "is_file", "stat"])
-def test_unreadable_files_are_a_typed_error(method: str, folder: Path) -> None:
-    with denied(method), pytest.raises(SavedModelError, match="Permission denied"):
+def test_unreadable_files_are_a_typed_error(folder: Path) -> None:
+    with denied("read_bytes"), pytest.raises(SavedModelError, match="Permission denied"):
         h.load_quantized(folder)
