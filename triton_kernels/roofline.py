@@ -1,7 +1,7 @@
 """What each kernel cannot be faster than, at the tokens of a 512 x 512 output of a x2 model.
 
 ``python -m harmoq_ao.triton_kernels.roofline`` prints `docs/kernels.md`'s tables: time to move the bytes, time of the
-real multiply-adds, and time to issue the instructions of the compiled code, with the loop counted as often as it runs;
+real multiply-adds, and time to issue the instructions that the gate's table counts, the loop as often as it runs;
 then what a block and the whole of SwinIR-light take. The first two are limits of the operation on an H200, the third
 one is a limit of this code; none is a measurement.
 """
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harmoq_ao.triton_kernels.compile_cases import CASES, Case
-from harmoq_ao.triton_kernels.compile_gate import Measured, measured
+from harmoq_ao.triton_kernels.compile_gate import Measured, read_budget
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ WORK = (
     Work("attention / dat-light 8x32", _TILES * 6, 180 + 60, 0, 2 * 256 * 60),
 )
 
+_SM_90 = " @ sm_90"
 BLOCKS = 24
 OTHER_LAUNCHES = 12
 """Of SwinIR-light: six convolutions of 60 channels, two of 3, two norms, and additions."""
@@ -86,6 +87,12 @@ def issue_seconds(work: Work, found: Measured) -> float:
     """Time to issue the instructions of all warps of a launch."""
     case = _cases()[work.case]
     return work.programs * case.num_warps * found.executed / ISSUED_PER_SECOND
+
+
+def table() -> dict[str, Measured]:
+    """Machine code for sm_90 by case, as the gate's table has it."""
+    _, known = read_budget()
+    return {name.removesuffix(_SM_90): Measured(**row) for name, row in known.items() if name.endswith(_SM_90)}
 
 
 def _cases() -> dict[str, Case]:
@@ -131,8 +138,7 @@ def model_seconds(seconds: dict[str, float], bits: int) -> float:
 def main() -> int:
     """Print the tables."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    cases = [_cases()[work.case] for work in WORK]
-    found = {case.name: row for case, _, row in measured(["sm_90"], cases)}
+    found = table()
     seconds = {work.case: issue_seconds(work, found[work.case]) for work in WORK}
     for row in (*rows(seconds, found), "", *model_rows(seconds)):
         logger.info(row)
