@@ -13,6 +13,7 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,7 @@ MODELS = (
         "DRCT x2",
         "DRCT",
         {
-            "upscale": 2, "img_size": 64, "window_size": 16, "compress_ratio": 3, "squeeze_factor": 30,
-            "conv_scale": 0.01, "overlap_ratio": 0.5, "img_range": 1.0, "depths": [6] * 6, "embed_dim": 180,
+            "upscale": 2, "img_size": 64, "window_size": 16, "img_range": 1.0, "depths": [6] * 6, "embed_dim": 180,
             "num_heads": [6] * 6, "gc": 32, "mlp_ratio": 2, "upsampler": "pixelshuffle", "resi_connection": "1conv",
         },
     ),
@@ -137,19 +137,23 @@ def toys() -> Iterator[dict[str, Any]]:
 
 
 def published() -> Iterator[dict[str, Any]]:
-    """Models as published, and the first of them at a large size, for its masks."""
-    from importlib import import_module
+    """Models as published, and the first of them at a large size, for its masks; what is kept is not counted again."""
+    known = {line["name"]: line for line in load(PUBLISHED)} if PUBLISHED.exists() else {}
+    sized = [*((item, _SIDE) for item in MODELS), (MODELS[0], _LARGE)]
+    for item, side in track(sized, "Counting"):
+        name = item.name if side == _SIDE else f"{item.name}, {side}x{side}"
+        yield (
+            known[name]
+            if name in known
+            else {**_counted(item, name, side), "budget": item.budget if side == _SIDE else None}
+        )
 
-    first = None
-    for item in track(MODELS, "Counting"):
-        torch.manual_seed(0)
-        constructor = getattr(import_module(f"spandrel.architectures.{item.architecture}"), item.architecture)
-        model = converted(constructor(**item.arguments).eval(), torch.rand(1, 3, 64, 64))
-        first = model if first is None else first
-        found = counted(item.name, model, (1, 3, _SIDE, _SIDE), torch.bfloat16)
-        yield {**found, "budget": item.budget}
-    assert first is not None
-    yield counted(f"{MODELS[0].name}, {_LARGE}x{_LARGE}", first, (1, 3, _LARGE, _LARGE), torch.bfloat16)
+
+def _counted(item: Published, name: str, side: int) -> dict[str, Any]:
+    torch.manual_seed(0)
+    constructor = getattr(import_module(f"spandrel.architectures.{item.architecture}"), item.architecture)
+    model = converted(constructor(**item.arguments).eval(), torch.rand(1, 3, 64, 64))
+    return counted(name, model, (1, 3, side, side), torch.bfloat16)
 
 
 def keep(lines: Iterator[dict[str, Any]], path: Path) -> None:

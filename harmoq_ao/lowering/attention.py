@@ -34,6 +34,7 @@ from harmoq_ao.lowering.fusing import is_traced
 from harmoq_ao.sites.prepared import PreparedMatmul
 
 _BLOCK_BYTES = 1 << 21  # scores of one thread
+_VECTOR = 8  # channels that torch's fused attention on GPUs reads at a time
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -> Tensor:
@@ -54,10 +55,25 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, *terms: Tensor) -
             if not is_traced():
                 return _in_blocks(query, key, value, terms)
         mask = sum_of([term.to(query.dtype) for term in terms])
-        return F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=1.0)
+        width = value.shape[-1]
+        if query.is_cuda:
+            query, key, value = whole_vectors(query, key, value)
+        mixed = F.scaled_dot_product_attention(query, key.transpose(-2, -1), value, attn_mask=mask, scale=1.0)
+        return mixed[..., :width]
     scores = sum_of([query @ key, *terms])
     assert scores is not None
     return torch.softmax(scores, dim=-1) @ value
+
+
+def whole_vectors(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operands of :func:`fused_attention` with channels of zeros up to a multiple of 8.
+
+    Of other heads torch's fused attention on GPUs takes none, and writes the map of scores instead.
+    """
+    if query.shape[-1] % _VECTOR:
+        pad = -query.shape[-1] % _VECTOR
+        query, key = F.pad(query, (0, pad)), F.pad(key, (0, 0, 0, pad))
+    return query, key, F.pad(value, (0, -value.shape[-1] % _VECTOR)) if value.shape[-1] % _VECTOR else value
 
 
 def sum_of(terms: Sequence[Tensor]) -> Tensor | None:

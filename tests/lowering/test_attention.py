@@ -130,3 +130,12 @@ def test_blocks_of_bfloat16_against_float64(monkeypatch: pytest.MonkeyPatch, blo
     found = fused_attention(0.3 * q, k.transpose(-2, -1), v, bias, mask)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), torch.softmax(scores, -1) @ v.double(), atol=0.05, rtol=0.02)
+
+
+@pytest.mark.parametrize("width", [8, 10, 13])
+def test_heads_are_padded_to_whole_vectors(width: int) -> None:
+    query, key, value = torch.randn(2, 3, 5, width), torch.randn(2, 3, width, 7), torch.randn(2, 3, 7, width)
+    padded = attention.whole_vectors(query, key, value)
+    assert [part.shape[axis] % 8 for part, axis in zip(padded, (-1, -2, -1), strict=True)] == [0, 0, 0]
+    found = fused_attention(*padded)[..., :width]
+    torch.testing.assert_close(found, fused_attention(query, key, value))
