@@ -90,7 +90,7 @@ def _images(images: list[Path], hr: Path | None, scale: int, most: int) -> tuple
     from harmoq_ao.reporting import Source
 
     if hr is not None:
-        if len(images) > 1 or any(not path.is_dir() for path in images):
+        if len(images) > 1 or any(found_at(path) != FOLDER for path in images):
             raise ConfigError(
                 "References are paired with one folder of images",
                 found=", ".join(map(str, images)),

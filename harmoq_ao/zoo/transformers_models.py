@@ -16,17 +16,21 @@ import torch
 from torch import nn
 
 from harmoq_ao.common.errors import CheckpointError
+from harmoq_ao.common.files import check_file
 from harmoq_ao.zoo.file_kinds import config_of
 
 CLASSES = {"Swin2SRForImageSuperResolution": "Swin2SRConfig"}
 """Models from image to image, and the configurations that they are built from."""
+_MOST_REFERENCE = 1 << 10  # bytes
 
 
 def hub_snapshot(folder: Path) -> Path:
     """The newest snapshot in a folder of the hub's cache (``models--owner--name``); any other folder itself."""
+    reference = folder / "refs" / "main"
     try:
-        revision = (folder / "refs" / "main").read_text().strip()
-    except (OSError, ValueError):
+        check_file(reference, CheckpointError, "the name of a revision", _MOST_REFERENCE)
+        revision = reference.read_text().strip()
+    except (CheckpointError, OSError, ValueError):
         return folder
     snapshot = folder / "snapshots" / revision
     return snapshot if snapshot.is_dir() else folder

@@ -57,6 +57,7 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "model": ("a.safetensors", open_model),
     "config": ("config.json", lambda path: h.load_quantized(path.parent, model=nn.Identity())),
     "weights": ("weights", lambda path: h.load_quantized(path.parent, model=nn.Identity())),
+    "snapshot": ("refs/main", lambda path: open_model(path.parent.parent)),
     "pairs": ("HR", lambda path: load_pairs(path.parent, None, 2)),
 }
 ODD_PATHS = ("x" * 300, "a\0b", "a/" * 3000, "x" * 5000, "\ud800", "")
@@ -71,6 +72,7 @@ def test_what_is_no_file_is_never_waited_for(tmp_path: Path, kind: str, loader: 
         h.save_quantized(converted("linears", h.HarmoqConfig(4, 4)), tmp_path)
         path = next(tmp_path.glob("*.safetensors"))
         path.unlink()
+    path.parent.mkdir(exist_ok=True)
     SPECIAL[kind](path)
     with limited(), pytest.raises(HarmoqError):
         load(path)
