@@ -87,10 +87,14 @@ def mlp_kernel(
     BLOCK_O: tl.constexpr,
 ) -> None:
     """One tile, `[BLOCK_M, C]` to `[BLOCK_M, OUT]`; rows lie one after the other."""
-    # Offsets of rows are int64: tokens times channels of a large image exceed 2**31.
-    rows = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    # The tile's offset is int64, as tokens times channels of a large image exceed 2**31; within the tile int32 will do.
+    first = tl.program_id(0).to(tl.int64) * BLOCK_M
+    x_ptr, out_ptr = x_ptr + first * C, out_ptr + first * OUT
+    if residual_ptr is not None:
+        residual_ptr += first * OUT
+    rows = tl.arange(0, BLOCK_M)
     channels, outputs = tl.arange(0, ROW1), tl.arange(0, BLOCK_O)
-    mask = (rows < M)[:, None] & (channels < C)[None, :]
+    mask = (rows < M - first)[:, None] & (channels < C)[None, :]
     x = load_rows(x_ptr, rows, C, channels, mask)
     if NORM:
         # The affine of the norm is part of the quantizer (`operands.with_norm`).
@@ -107,7 +111,7 @@ def mlp_kernel(
         ),
         C, HIDDEN, OUT, GELU, NORM, BLOCK_H, BLOCK_O,
     )  # fmt: skip
-    out_mask = (rows < M)[:, None] & (outputs < OUT)[None, :]
+    out_mask = (rows < M - first)[:, None] & (outputs < OUT)[None, :]
     store_rows(
         y, Norm(after_weight_ptr, after_bias_ptr, after_eps), residual_ptr, out_ptr, rows, outputs, out_mask, OUT
     )
