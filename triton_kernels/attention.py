@@ -159,7 +159,8 @@ def _attend(
     """``softmax(scores) v`` of a block of queries, `[queries, PADDED]` float32."""
     left = query_operand(q, head, a)
     if a.KEYS <= BLOCK_N:
-        k, v, keys, key_ids = _keys(s, 0, a, q.shape[1], BLOCK_N)
+        k, keys, key_ids = _keys(s, 0, a, q.shape[1], BLOCK_N)
+        v = _values(s, keys, a, q.shape[1])
         o = attend(
             left, k, v, head, tokens, keys, Regions(ids, key_ids, differ(ids, key_ids), s.regions_ptr is not None), a
         )
@@ -173,13 +174,22 @@ def _attend(
 @triton.jit
 def _keys(
     s: Source, first: tl.tensor, a: Attention, PADDED: tl.constexpr, BLOCK_N: tl.constexpr
-) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
-    """A block of keys: k and v `[BLOCK_N, PADDED]` float32, zeros around them, their places and regions."""
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """A block of keys: k `[BLOCK_N, PADDED]` float32, zeros around it, their places and regions."""
     keys, lanes = first + tl.arange(0, BLOCK_N), tl.arange(0, PADDED)
     rows = window_rows(s.index_ptr, s.window, s.windows, s.length, keys, a.KEYS)
     mask = ((keys < a.KEYS) & (rows >= 0))[:, None] & (lanes < a.HEAD_DIM)[None, :]
-    k, v = load_rows(s.k_ptr, rows, s.STRIDE, lanes, mask), load_rows(s.v_ptr, rows, s.STRIDE, lanes, mask)
-    return k, v, keys, load_regions(s.regions_ptr, s.window, s.windows, keys, a.KEYS)
+    k = load_rows(s.k_ptr, rows, s.STRIDE, lanes, mask)
+    return k, keys, load_regions(s.regions_ptr, s.window, s.windows, keys, a.KEYS)
+
+
+@triton.jit
+def _values(s: Source, keys: tl.tensor, a: Attention, PADDED: tl.constexpr) -> tl.tensor:
+    """v of the keys, `[BLOCK_N, PADDED]` float32, zeros around it; apart from k, so that not both are held at once."""
+    lanes = tl.arange(0, PADDED)
+    rows = window_rows(s.index_ptr, s.window, s.windows, s.length, keys, a.KEYS)
+    mask = ((keys < a.KEYS) & (rows >= 0))[:, None] & (lanes < a.HEAD_DIM)[None, :]
+    return load_rows(s.v_ptr, rows, s.STRIDE, lanes, mask)
 
 
 @triton.jit
@@ -199,7 +209,7 @@ def _attend_online(
     total = tl.zeros([left.shape[0]], tl.float32)
     acc = tl.zeros([left.shape[0], PADDED], tl.float32)
     for first in range(0, a.KEYS, BLOCK_N):
-        k, v, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
+        k, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
         scores = attention_scores(
             left, key_operand(k, a), head, tokens, keys,
             Regions(ids, key_ids, differ(ids, key_ids), s.regions_ptr is not None), a,
@@ -209,6 +219,7 @@ def _attend_online(
         # What was summed relative to the old maximum shrinks to the new one.
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
+        v = _values(s, keys, a, PADDED)
         acc = tl.dot(weights.to(a.DTYPE), v.to(a.DTYPE), acc * shrink[:, None], input_precision="ieee")
         top = new_top
     return acc * (1.0 / total)[:, None]
@@ -229,7 +240,7 @@ def _attend_twice(
     top = tl.full([left.shape[0]], float("-inf"), tl.float32)
     total = tl.zeros([left.shape[0]], tl.float32)
     for first in range(0, a.KEYS, BLOCK_N):
-        k, _, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
+        k, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
         scores = attention_scores(
             left, key_operand(k, a), head, tokens, keys,
             Regions(ids, key_ids, differ(ids, key_ids), s.regions_ptr is not None), a,
@@ -243,13 +254,13 @@ def _attend_twice(
     acc, rows = tl.zeros([left.shape[0], PADDED], tl.int32), tl.zeros([left.shape[0]], tl.float32)
     columns = tl.zeros([PADDED], tl.float32)
     for first in range(0, a.KEYS, BLOCK_N):
-        k, v, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
+        k, keys, key_ids = _keys(s, first, a, PADDED, BLOCK_N)
+        values = value_codes(_values(s, keys, a, PADDED), keys, a)
         scores = attention_scores(
             left, key_operand(k, a), head, tokens, keys,
             Regions(ids, key_ids, differ(ids, key_ids), s.regions_ptr is not None), a,
         )  # fmt: skip
         codes = probability_codes(tl.exp2(scores - top[:, None]), total, keys, a)
-        values = value_codes(v, keys, a)
         acc += tl.dot(codes.to(a.DTYPE), values.to(a.DTYPE), input_precision="ieee").to(tl.int32)
         # Both sums enter the epilogue: offsets of the operands times what the other one sums to.
         rows += tl.sum(codes, 1)

@@ -72,7 +72,7 @@ def test_blocks_of_swinir_light_issue_in_thirty_microseconds() -> None:
         ({}, ""),
         ({"instructions": 110}, ""),
         ({"instructions": 111}, "budget 100"),
-        ({"stack": 40}, "spill"),
+        ({"stack": 8}, "spill"),
         ({"shared": 164 * 1024}, "shared memory"),
         ({"integer_mma": 0}, "no int8"),
     ],
