@@ -16,8 +16,9 @@ from functools import partial
 import torch
 
 from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.cpu_kernels import rowwise
-from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram, Unary
+from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands
 
 Step = tuple[str, Callable[[RowProgram], None]]

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmoq_ao.common import elementwise
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.triton_kernels.launch import blocks, on_device, power_of_two
 
@@ -35,26 +37,6 @@ class Op(IntEnum):
     SCALAR = 4  # Binary, value, number: value (op) number
     AFFINE = 5  # value, constants scale and shift (or -1): value * scale + shift
     STORE = 6  # value, output, first column
-
-
-class Unary(IntEnum):
-    """Functions of one value."""
-
-    GELU = 0
-    GELU_TANH = 1
-    SIGMOID = 2
-    RELU = 3
-    LEAKY_RELU = 4
-    SILU = 5
-    TANH = 6
-
-
-class Binary(IntEnum):
-    """Functions of two values."""
-
-    ADD = 0
-    SUB = 1
-    MUL = 2
 
 
 @dataclass
@@ -124,6 +106,17 @@ def _norm(x: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr, eps: tl.constexp
 
 
 @triton.jit
+def _affine(
+    x: tl.tensor, constants: tl.tuple, columns: tl.tensor, inside: tl.tensor, SCALE: tl.constexpr, SHIFT: tl.constexpr
+) -> tl.tensor:
+    if SCALE >= 0:
+        x *= tl.load(constants[SCALE] + columns, mask=inside, other=0.0)[None, :]
+    if SHIFT >= 0:
+        x += tl.load(constants[SHIFT] + columns, mask=inside, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
 def rowwise_kernel(
     inputs: tl.tuple,
     outputs: tl.tuple,
@@ -151,10 +144,7 @@ def rowwise_kernel(
             value = tl.load(inputs[CODE[7 * i + 3]] + places, mask=kept, other=0.0).to(tl.float32)
         elif CODE[7 * i] == _NORM:
             value = _norm(values[CODE[7 * i + 3]], inside, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
-            if CODE[7 * i + 4] >= 0:
-                value *= tl.load(constants[CODE[7 * i + 4]] + columns, mask=inside, other=0.0)[None, :]
-            if CODE[7 * i + 5] >= 0:
-                value += tl.load(constants[CODE[7 * i + 5]] + columns, mask=inside, other=0.0)[None, :]
+            value = _affine(value, constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
         elif CODE[7 * i] == _UNARY:
             value = _unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _BINARY:
@@ -162,11 +152,7 @@ def rowwise_kernel(
         elif CODE[7 * i] == _SCALAR:
             value = _combine(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _AFFINE:
-            value = values[CODE[7 * i + 3]]
-            if CODE[7 * i + 4] >= 0:
-                value *= tl.load(constants[CODE[7 * i + 4]] + columns, mask=inside, other=0.0)[None, :]
-            if CODE[7 * i + 5] >= 0:
-                value += tl.load(constants[CODE[7 * i + 5]] + columns, mask=inside, other=0.0)[None, :]
+            value = _affine(values[CODE[7 * i + 3]], constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
         else:
             value = values[CODE[7 * i + 3]]
             out_ptr = outputs[CODE[7 * i + 4]]
@@ -273,31 +259,11 @@ def _step(
     if op is Op.NORM:
         return F.layer_norm(known[one], (width,), vector(two), vector(three), numbers[four])
     if op is Op.UNARY:
-        return _unary_reference(Unary(one), known[two], numbers[three])
+        return elementwise.unary(Unary(one), known[two], numbers[three])
     if op in (Op.BINARY, Op.SCALAR):
         right = known[three] if op is Op.BINARY else numbers[three]
-        return _combine_reference(Binary(one), known[two], right)
-    value = known[one]
-    if op is Op.AFFINE:
-        scale, shift = vector(two), vector(three)
-        value = value if scale is None else value * scale
-        value = value if shift is None else value + shift
-    return value
-
-
-def _unary_reference(kind: Unary, x: Tensor, slope: float) -> Tensor:
-    if kind is Unary.LEAKY_RELU:
-        return F.leaky_relu(x, slope)
-    if kind in (Unary.GELU, Unary.GELU_TANH):
-        return F.gelu(x, approximate="none" if kind is Unary.GELU else "tanh")
-    functions = {Unary.SIGMOID: torch.sigmoid, Unary.RELU: torch.relu, Unary.SILU: F.silu, Unary.TANH: torch.tanh}
-    return functions[kind](x)
-
-
-def _combine_reference(kind: Binary, left: Tensor, right: Tensor | float) -> Tensor:
-    if kind is Binary.ADD:
-        return left + right
-    return left - right if kind is Binary.SUB else left * right
+        return elementwise.binary(Binary(one), known[two], right)
+    return elementwise.affine(known[one], vector(two), vector(three)) if op is Op.AFFINE else known[one]
 
 
 @torch.library.custom_op("harmoq::rowwise", mutates_args=())
@@ -321,4 +287,4 @@ def _(inputs: Any, constants: Any, code: Any, numbers: Any, columns: Any, half: 
     return _empty(inputs[0], columns, half, rows)
 
 
-__all__ = ["Binary", "Chain", "Op", "Unary", "launch_rowwise", "reference", "rowwise", "rowwise_kernel"]
+__all__ = ["Chain", "Op", "launch_rowwise", "reference", "rowwise", "rowwise_kernel"]

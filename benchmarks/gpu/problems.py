@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.plan import ALL_BITS
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
 from harmoq_ao.triton_kernels import attention, attention_operands, convolution, lowbit_linear, mlp, window_attention
 from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
 from harmoq_ao.triton_kernels.operands import Norm, from_operands, with_norm
-from harmoq_ao.triton_kernels.rowwise import Binary, Chain, Op, Unary, launch_rowwise
+from harmoq_ao.triton_kernels.rowwise import Chain, Op, launch_rowwise
 from harmoq_ao.triton_kernels.rowwise import reference as reference_rowwise
 
 TOLERANCE = 1e-2

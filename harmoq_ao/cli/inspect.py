@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,10 +24,10 @@ def inspect(
     device: KernelDeviceOption = "cpu",
 ) -> None:
     """List the sites of a model and how they are quantized; of a float checkpoint, how they would be."""
-    from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model
+    from harmoq_ao.zoo.transformers_models import reads_as_quantized
 
     with err.status("Reading the model"):
-        if os.path.isdir(model) and not is_transformers_model(hub_snapshot(Path(model))):
+        if reads_as_quantized(model):
             report = harmoq_ao.load_quantized(model).report(device)
             size: int | None = harmoq_ao.folder_bytes(model)
         else:

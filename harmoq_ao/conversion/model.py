@@ -113,15 +113,17 @@ class QuantizedModel(AuthorModel):
 
     def _fused(self, image: Tensor) -> Tensor | None:
         """The image by fused kernels; None where the modules are to run."""
-        # Where nothing is quantized this is the float model, which is not to be computed in bfloat16; torch.compile is
-        # shown the modules.
-        if not any(row.quantized for row in self.rows) or torch.compiler.is_compiling():
+        if not self._quantizes() or torch.compiler.is_compiling():  # torch.compile is shown the modules
             return None
         model = self.image_module()
         fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)
         if fused is None:
             fused = self.programs.run(model, image, self.float_dtype)
         return None if fused is None else fused.to(image.dtype)
+
+    def _quantizes(self) -> bool:
+        """Whether anything is quantized; else this is the float model, which is not to be computed in bfloat16."""
+        return any(row.quantized for row in self.rows)
 
     def train(self, mode: bool = True) -> QuantizedModel:
         """Stay in evaluation mode, and say so: statistics of norms and dropout would change what it computes."""
@@ -135,7 +137,7 @@ class QuantizedModel(AuthorModel):
 
     def gpu_graph(self, image: Tensor) -> fx.GraphModule | None:
         """The graph of fused kernels that computes images like this one on its device, a GPU; None where modules do."""
-        if not any(row.quantized for row in self.rows):
+        if not self._quantizes():
             return None
         return self.gpu_programs.graph(self.image_module(), self._float32_twin, image, self.float_dtype)
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harmoq_ao.common.elementwise import Unary, unary
 from harmoq_ao.cpu_kernels import library
-from harmoq_ao.cpu_kernels.rowwise import Unary, unary_reference
 
 LEAKY_SLOPE = 0.01
 
@@ -38,7 +38,7 @@ def depthwise_reference(
     image = x[:, col : col + channels].float().reshape(images, height, width, channels).permute(0, 3, 1, 2)
     taps = weight.t().reshape(channels, 1, side, side)
     y = F.conv2d(image, taps, bias, padding=side // 2, groups=channels).permute(0, 2, 3, 1).reshape(-1, channels)
-    return (y if activation is None else unary_reference(activation, y, LEAKY_SLOPE)).to(out)
+    return (y if activation is None else unary(activation, y, LEAKY_SLOPE)).to(out)
 
 
 def depthwise(

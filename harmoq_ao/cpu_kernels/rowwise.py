@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harmoq_ao.common import elementwise
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
@@ -39,26 +41,6 @@ class Op(IntEnum):
     FLOAT_LINEAR = 7  # to, from, K, N, constants weight [K, N] float32 and bias (or -1)
     PRODUCT = 8  # to, from, K, N, input slot of a matrix [images * K, N] float32: the rows of an image times its own
     QUANTIZE = 9  # to, from, width, bits, constants reciprocal and offset: codes, as floats
-
-
-class Unary(IntEnum):
-    """Functions of one value."""
-
-    GELU = 0  # x * (1 + erf(x / sqrt(2))) / 2
-    GELU_TANH = 1
-    SIGMOID = 2
-    RELU = 3
-    LEAKY_RELU = 4
-    SILU = 5
-    TANH = 6
-
-
-class Binary(IntEnum):
-    """Functions of two values."""
-
-    ADD = 0
-    SUB = 1
-    MUL = 2
 
 
 class Broadcast(IntEnum):
@@ -237,21 +219,21 @@ class _Run:
 
     def unary(self, kind: int, to: int, at: int, source: int, first: int, width: int, number: int) -> None:
         slope = self.program.numbers[number] if kind == Unary.LEAKY_RELU else 0.0
-        self.write(to, at, unary_reference(Unary(kind), self.read(source, first, width), slope))
+        self.write(to, at, elementwise.unary(Unary(kind), self.read(source, first, width), slope))
 
     def binary(self, kind: int, to: int, at: int, a: int, a0: int, b: int, b0: int, width: int, mode: int) -> None:
         right = self.read(b, b0, 1 if mode == Broadcast.COLUMN else width)
         if mode == Broadcast.IMAGE:
             right = right.repeat_interleave(self.rows_per_image, 0)
-        self.write(to, at, _combine(kind, self.read(a, a0, width), right))
+        self.write(to, at, elementwise.binary(Binary(kind), self.read(a, a0, width), right))
 
     def scalar(self, kind: int, to: int, at: int, source: int, first: int, width: int, number: int) -> None:
-        self.write(to, at, _combine(kind, self.read(source, first, width), self.program.numbers[number]))
+        value = elementwise.binary(Binary(kind), self.read(source, first, width), self.program.numbers[number])
+        self.write(to, at, value)
 
     def affine(self, to: int, at: int, source: int, first: int, width: int, scale: int, shift: int) -> None:
-        x, factor, added = self.read(source, first, width), self.vector(scale), self.vector(shift)
-        x = x if factor is None else x * factor
-        self.write(to, at, x if added is None else x + added)
+        x = self.read(source, first, width)
+        self.write(to, at, elementwise.affine(x, self.vector(scale), self.vector(shift)))
 
     def float_linear(self, to: int, at: int, source: int, first: int, k: int, n: int, weight: int, bias: int) -> None:
         matrix, added = self.vector(weight), self.vector(bias)
@@ -262,26 +244,6 @@ class _Run:
     def product(self, to: int, at: int, source: int, first: int, k: int, n: int, matrix: int) -> None:
         x = self.read(source, first, k).reshape(-1, self.rows_per_image, k)
         self.write(to, at, (x @ self.slots[matrix].reshape(-1, k, n)).flatten(0, 1))
-
-
-def unary_reference(kind: Unary, x: Tensor, slope: float) -> Tensor:
-    """A function of one value, in plain torch; ``slope`` is that of a leaky ReLU."""
-    if kind == Unary.LEAKY_RELU:
-        return F.leaky_relu(x, slope)
-    return {
-        Unary.GELU: F.gelu,
-        Unary.GELU_TANH: lambda v: F.gelu(v, approximate="tanh"),
-        Unary.SIGMOID: torch.sigmoid,
-        Unary.RELU: torch.relu,
-        Unary.SILU: F.silu,
-        Unary.TANH: torch.tanh,
-    }[kind](x)
-
-
-def _combine(kind: int, left: Tensor, right: Tensor | float) -> Tensor:
-    if kind == Binary.ADD:
-        return left + right
-    return left - right if kind == Binary.SUB else left * right
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------

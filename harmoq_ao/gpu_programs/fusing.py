@@ -12,8 +12,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Op, RowProgram, Unary
+from harmoq_ao.cpu_kernels.rowwise import Broadcast, Op, RowProgram
 from harmoq_ao.gpu_programs.kernels import AttentionCore, Linear, Mlp, Producer, WindowAttention
 from harmoq_ao.gpu_programs.lowering import GpuLowering, instructions
 from harmoq_ao.gpu_programs.operands import LayerNorm

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,14 +14,11 @@ from harmoq_ao.gpu_programs.fusing import fuse
 from harmoq_ao.gpu_programs.lowering import GpuLowering
 from harmoq_ao.gpu_programs.operands import Operands
 from harmoq_ao.gpu_programs.replay import Replay
-from harmoq_ao.programs.program import Watch, is_watched
-from harmoq_ao.programs.record import Unrecordable, record
+from harmoq_ao.programs.program import SizedPrograms, is_watched
+from harmoq_ao.programs.record import record
 from harmoq_ao.triton_kernels.launch import supported
 
 logger = logging.getLogger(__name__)
-
-KEPT = 4
-"""Sizes whose programs are kept."""
 
 Twin = Callable[[], nn.Module]
 """Makes a copy of the model whose float parts are float32, on the CPU."""
@@ -76,28 +71,21 @@ class _Program:
         return output
 
 
-class GpuPrograms:
-    """Programs of one model by image size and device.
+class GpuPrograms(SizedPrograms[_Program]):
+    """Programs of one model by image size and device."""
 
-    Attributes:
-        refusal: Why the model has none, once that is known.
-    """
+    kernels = "GPU"
 
     def __init__(self) -> None:
-        self.refusal: str | None = None
-        self._programs: OrderedDict[Any, _Program] = OrderedDict()
-        self._watch: Watch | None = None
+        super().__init__()
         self._twin: nn.Module | None = None
         self._operands = Operands()
         self._pools: dict[torch.device, Any] = {}
         self._warned: set[str] = set()
-        self._lock = threading.RLock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> GpuPrograms:
-        return GpuPrograms()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return GpuPrograms, ()
+    def _forget(self) -> None:
+        super()._forget()
+        self._twin, self._operands = None, Operands()
 
     def run(self, model: nn.Module, twin: Twin, image: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The model's output, float32 or of the model's type; None where its own forward is to run.
@@ -132,31 +120,14 @@ class GpuPrograms:
             return None
         return self._program(twin, image, dtype)
 
-    def _watched(self, model: nn.Module) -> Watch:
-        if self._watch is None or not self._watch.holds(model):
-            self._programs.clear()
-            self._twin, self._operands = None, Operands()
-            self._watch, self.refusal = Watch(model), None
-        return self._watch
-
     def _program(self, twin: Twin, image: Tensor, dtype: torch.dtype) -> _Program | None:
-        key = image.shape, image.device, image.dtype, dtype
-        if self.refusal is None and key not in self._programs:
-            try:
-                self._twin = twin() if self._twin is None else self._twin
-                made = make_program(self._twin, image, dtype, self._operands)
-            except Exception as error:  # whatever an author's forward does: it runs as it is then
-                self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-                logger.warning("The model runs without fused GPU kernels: %s", self.refusal)
-                return None
+        def make() -> _Program:
+            self._twin = twin() if self._twin is None else self._twin
+            made = make_program(self._twin, image, dtype, self._operands)
             self._warn(made)
-            while len(self._programs) >= KEPT:
-                self._programs.popitem(last=False)
-            self._programs[key] = _Program(made.to(image.device), self._pool(image.device))
-        if self.refusal is not None:
-            return None
-        self._programs.move_to_end(key)
-        return self._programs[key]
+            return _Program(made.to(image.device), self._pool(image.device))
+
+        return self._kept((image.shape, image.device, image.dtype, dtype), make)
 
     def _pool(self, device: torch.device) -> Any:
         """Memory that the graphs of a device share: they take turns."""

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from harmoq_ao.common.elementwise import Binary
 from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram, channel_gram_codes
-from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram
+from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized, resolved
 from harmoq_ao.programs.context import Context

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,61 +24,102 @@ def emit(output: Value, image: Matrix, images: int) -> fx.GraphModule:
     return _Emission(output, image, images).run()
 
 
-class _Emission:
+class Emission(ABC):
+    """A graph of kernels from the steps behind a value; which kernels is for a target to say.
+
+    Args:
+        output: The value.
+        image: The matrix that stands for the image batch.
+        images: Size of the batch.
+    """
+
     def __init__(self, output: Value, image: Matrix, images: int) -> None:
-        self.output, self.images = output, images
+        self.output, self.image, self.images = output, image, images
         self.graph, self.root = fx.Graph(), nn.Module()
         self.nodes: dict[Matrix, fx.Node] = {}
         self.steps = needed(output.matrix)
         self.readers = readers_of(self.steps)
-        self.image = image
 
     def run(self) -> fx.GraphModule:
-        placeholder = self.graph.placeholder("image")
-        self.nodes[self.image] = self.module("image_rows", ImageRows(), placeholder)
-        groups: dict[tuple[int, int, int], list[Any]] = {}
-        for number, step in enumerate(self.steps):
-            if isinstance(step, RowStep):
-                groups.setdefault((step.level, 0, step.results[0].rows), []).append(step)
-            else:
-                groups[step.level, 1, number] = [step]
-        for (_, kind, rows), group in sorted(groups.items(), key=lambda item: item[0]):
-            if kind == 0:
-                self.rows(rows, group)
+        """The graph, from an image batch to the value."""
+        self.nodes[self.image] = self.module("image_rows", self.first(), self.graph.placeholder("image"))
+        for group in in_order(self.steps):
+            if isinstance(group[0], RowStep):
+                self.rows([step for step in group if isinstance(step, RowStep)])
             else:
                 self.kernel(group[0])
-        value = self.module(
-            "output", Gather(self.output.index, self.output.matrix.columns), self.nodes[self.output.matrix]
-        )
-        self.graph.output(value)
+        self.graph.output(self.module("output", self.last(), self.nodes[self.output.matrix]))
         return fx.GraphModule(self.root, self.graph)
 
+    @abstractmethod
+    def first(self) -> nn.Module:
+        """From the image batch to its matrix."""
+
+    @abstractmethod
+    def last(self) -> nn.Module:
+        """From the value's matrix to the value."""
+
+    @abstractmethod
+    def rows(self, group: Sequence[RowStep]) -> None:
+        """Add token-wise steps of a level, in their order, with :meth:`several`."""
+
+    @abstractmethod
+    def prepare(self, step: ModuleStep) -> None:
+        """Called before a step's module becomes part of the graph."""
+
     def module(self, name: str, module: nn.Module, *args: fx.Node) -> fx.Node:
+        """Add a module and its call."""
         path = f"{name}_{len(self.root._modules)}"
         self.root.add_module(path, module)
         return self.graph.call_module(path, args)
 
-    def kernel(self, step: ModuleStep) -> None:
-        if isinstance(step.module, TorchOperator):
-            step.module.prepare()
-        node = self.module(type(step.module).__name__.lower(), step.module, *(self.nodes[r.matrix] for r in step.reads))
-        if len(step.results) == 1:
-            self.nodes[step.results[0]] = node
-            return
-        for number, matrix in enumerate(step.results):
+    def several(self, name: str, module: nn.Module, inputs: Sequence[Matrix], outputs: Sequence[Matrix]) -> None:
+        """Add a module that returns a list of matrices."""
+        node = self.module(name, module, *(self.nodes[m] for m in inputs))
+        for number, matrix in enumerate(outputs):
             self.nodes[matrix] = self.graph.call_function(_item, (node, number))
 
-    def rows(self, rows: int, group: Sequence[RowStep]) -> None:
+    def kernel(self, step: Step) -> None:
+        """Add a step that has a module of its own."""
+        assert isinstance(step, ModuleStep)
+        self.prepare(step)
+        name, inputs = type(step.module).__name__.lower(), [read.matrix for read in step.reads]
+        if len(step.results) == 1:
+            self.nodes[step.results[0]] = self.module(name, step.module, *(self.nodes[m] for m in inputs))
+        else:
+            self.several(name, step.module, inputs, step.results)
+
+
+class _Emission(Emission):
+    def first(self) -> nn.Module:
+        return ImageRows()
+
+    def last(self) -> nn.Module:
+        return Gather(self.output.index, self.output.matrix.columns)
+
+    def prepare(self, step: ModuleStep) -> None:
+        if isinstance(step.module, TorchOperator):
+            step.module.prepare()
+
+    def rows(self, group: Sequence[RowStep]) -> None:
         kernel = _RowGroup(group, self.readers, self.output.matrix)
-        node = self.module(
-            "rowwise", Rowwise(kernel.program, rows // self.images or 1), *(self.nodes[m] for m in kernel.inputs)
-        )
-        for number, matrix in enumerate(kernel.outputs):
-            self.nodes[matrix] = self.graph.call_function(_item, (node, number))
+        rows = group[0].results[0].rows
+        self.several("rowwise", Rowwise(kernel.program, rows // self.images or 1), kernel.inputs, kernel.outputs)
 
 
 def _item(results: list[Tensor], number: int) -> Tensor:
     return results[number]
+
+
+def in_order(steps: Sequence[Step]) -> list[list[Step]]:
+    """Groups of steps, each after those that it reads from: token-wise ones of a level, others by themselves."""
+    groups: dict[tuple[int, int, int], list[Step]] = {}
+    for number, step in enumerate(steps):
+        if isinstance(step, RowStep):
+            groups.setdefault((step.level, 0, step.results[0].rows), []).append(step)
+        else:
+            groups[step.level, 1, number] = [step]
+    return [group for _, group in sorted(groups.items(), key=lambda item: item[0])]
 
 
 class ImageRows(nn.Module):

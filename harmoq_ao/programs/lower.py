@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram, Unary, linear_constants
+from harmoq_ao.common.elementwise import Binary, Unary
+from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram, linear_constants
 from harmoq_ao.kernels.ops import linear_operands
 from harmoq_ao.programs.attention import lower_attention
 from harmoq_ao.programs.attention_matching import Match, match_attention

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 from collections import OrderedDict
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -48,24 +49,69 @@ def make_program(model: nn.Module, example: Tensor, half: bool, dtype: torch.dty
         return emit(output, lowering.image, len(example))
 
 
-class Programs:
-    """Programs of one model by image size.
+P = TypeVar("P")
+
+
+class SizedPrograms(Generic[P]):
+    """Programs of one model by what they are for, the last few; dropped when the model changes.
 
     Attributes:
         refusal: Why the model has none, once that is known.
     """
 
+    kernels: ClassVar[str]
+    """What the programs are made of, in a sentence."""
+
     def __init__(self) -> None:
         self.refusal: str | None = None
-        self._programs: OrderedDict[tuple[torch.Size, torch.dtype], fx.GraphModule] = OrderedDict()
+        self._programs: OrderedDict[Any, P] = OrderedDict()
         self._watch: Watch | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        return Programs()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return type(self)()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Programs, ()
+        return type(self), ()
+
+    def _forget(self) -> None:
+        """Drop what was made of the model as it was."""
+        self._programs.clear()
+        self.refusal = None
+
+    def _watched(self, model: nn.Module) -> Watch:
+        if self._watch is None or not self._watch.holds(model):
+            self._forget()
+            self._watch = Watch(model)
+        return self._watch
+
+    def _kept(self, key: Any, make: Callable[[], P]) -> P | None:
+        """The program for a key, made if there is none; None where the model has none."""
+        if self.refusal is not None:
+            return None
+        if key not in self._programs:
+            try:
+                made = make()
+            except torch.OutOfMemoryError:  # of a GPU: for its owner to see
+                raise
+            except Exception as error:  # whatever an author's forward does: it runs as it is then
+                self._refuse(error)
+                return None
+            while len(self._programs) >= KEPT:
+                self._programs.popitem(last=False)
+            self._programs[key] = made
+        self._programs.move_to_end(key)
+        return self._programs[key]
+
+    def _refuse(self, error: Exception) -> None:
+        self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
+        logger.warning("The model runs without fused %s kernels: %s", self.kernels, self.refusal)
+
+
+class Programs(SizedPrograms[fx.GraphModule]):
+    """Programs of one model for a CPU, by image size."""
+
+    kernels = "CPU"
 
     def run(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Tensor | None:
         """The model's output; None where its own forward is to run.
@@ -95,33 +141,14 @@ class Programs:
             raise nan_error()
         return output
 
-    def _watched(self, model: nn.Module) -> Watch:
-        if self._watch is None or not self._watch.holds(model):
-            self._programs.clear()
-            self._watch, self.refusal = Watch(model), None
-        return self._watch
-
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
-        if self.refusal is not None:
-            return None
-        key = image.shape, dtype
-        if key not in self._programs:
-            try:
-                made = make_program(model, image, library.status().isa == HALF, dtype)
-            except Exception as error:  # whatever an author's forward does: it runs as it is then
-                self._refuse(error)
-                return None
-            while len(self._programs) >= KEPT:
-                self._programs.popitem(last=False)
-            self._programs[key] = made
+        def make() -> fx.GraphModule:
+            made = make_program(model, image, library.status().isa == HALF, dtype)
             # graphs of islands may have been traced meanwhile, with tensors of their own
             self._watch = Watch(model)
-        self._programs.move_to_end(key)
-        return self._programs[key]
+            return made
 
-    def _refuse(self, error: Exception) -> None:
-        self.refusal = f"{error}" if isinstance(error, Unrecordable) else f"{type(error).__name__}: {error}"
-        logger.warning("The model runs without fused CPU kernels: %s", self.refusal)
+        return self._kept((image.shape, dtype), make)
 
     def sentence(self) -> str:
         """What runs on a CPU, and what helps where that is not the fused kernels."""

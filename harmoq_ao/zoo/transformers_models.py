@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
+import os
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,11 @@ def hub_snapshot(folder: Path) -> Path:
 def is_transformers_model(folder: Path) -> bool:
     """Whether a folder holds a model of transformers that maps an image to an image."""
     return _class_of(folder) is not None
+
+
+def reads_as_quantized(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder to be read as a saved quantized model: it holds no model of transformers."""
+    return os.path.isdir(path) and not is_transformers_model(hub_snapshot(Path(path)))
 
 
 def _class_of(folder: Path) -> str | None:

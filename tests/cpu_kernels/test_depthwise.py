@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harmoq_ao.common.elementwise import Unary
 from harmoq_ao.cpu_kernels import depthwise, library
-from harmoq_ao.cpu_kernels.rowwise import Unary
 from tests.strategies import SEEDS
 
 TYPES = st.sampled_from((torch.float32, torch.bfloat16))

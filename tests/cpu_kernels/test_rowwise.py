@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.cpu_kernels import library, rowwise
-from harmoq_ao.cpu_kernels.rowwise import Binary, Broadcast, Columns, Op, RowProgram, Unary
+from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands
 from tests.strategies import SEEDS

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.triton_kernels import rowwise
-from harmoq_ao.triton_kernels.rowwise import Binary, Chain, Op, Unary
+from harmoq_ao.triton_kernels.rowwise import Chain, Op
 from tests.triton_kernels.interpreter import interpreted
 
 
