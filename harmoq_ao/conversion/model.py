@@ -116,9 +116,10 @@ class QuantizedModel(AuthorModel):
         if not self._quantizes() or torch.compiler.is_compiling():  # torch.compile is shown the modules
             return None
         model = self.image_module()
-        fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)
+        # On a CPU the first answers unless Triton is asked for; looking at every tensor of the model twice is dear.
+        fused = self.programs.run(model, image, self.float_dtype)
         if fused is None:
-            fused = self.programs.run(model, image, self.float_dtype)
+            fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)
         return None if fused is None else fused.to(image.dtype)
 
     def _quantizes(self) -> bool:
