@@ -127,7 +127,18 @@ def test_interrupt_leaves_quietly(folder: Path, tmp_path: Path, monkeypatch: pyt
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals as in a terminal: tests that run under `nohup` or in the background inherit ignored ones."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129), ("SIGINT", 130)])
 def test_signals_leave_quietly(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: int
