@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao.triton_kernels.attention_operands import LOG2E, PackedAttention
 from harmoq_ao.triton_kernels.operands import Norm, PackedLinear
+
+_margins: list[float] | None = None
+"""While `margins` records: how close the positions of each rounding come to a tie, in steps."""
+
+
+@contextmanager
+def margins() -> Iterator[list[float]]:
+    """Context manager that records the distance of each rounding to its nearest tie; float32 may round those apart."""
+    global _margins
+    _margins = []
+    try:
+        yield _margins
+    finally:
+        _margins = None
 
 
 def linear(
@@ -104,8 +121,10 @@ def _window(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, apart: T
 
 def codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:
     """Unsigned codes as float64; the position is rounded to float32, as everywhere."""
-    position = (x.float() * reciprocal + offset).round()
-    return position.clamp(0, (1 << bits) - 1).double()
+    position = (x.float() * reciprocal + offset).clamp(-1, 1 << bits)
+    if _margins is not None:
+        _margins.append(float(((position - position.floor()) - 0.5).abs().min()))
+    return position.round().clamp(0, (1 << bits) - 1).double()
 
 
 def rounded(x: Tensor, bounds: Tensor, bits: int, reciprocal: Tensor | None = None) -> Tensor:

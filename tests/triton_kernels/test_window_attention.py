@@ -57,10 +57,13 @@ def test_windows_of_any_shape(
         "after": after if behind and channels > 8 else None, "residual": x if residual else None,
     }  # fmt: skip
     y = window_attention.launch_window_attention(x, operands, compute=torch.float32, **options)
-    error = (y - float64.window_attention(x, operands, **options)).abs()
-    # Codes at a tie take a neighbour: of inputs, of probabilities, of outputs.
+    with float64.margins() as margins:
+        error = (y - float64.window_attention(x, operands, **options)).abs()
+    # Codes at a tie take a neighbour: one of an input, of q or of a probability moves a row, one of k or v a window.
     assert error.max() <= 0.3 * (3 if behind else 1)
-    assert (error > 1e-4).float().mean() <= 0.05
+    wrong = (error > 1e-4).float().mean((1, 2))
+    assert wrong.min() <= 0.05
+    assert wrong.max() <= 0.05 or min(margins) <= 1e-4
 
 
 @pytest.mark.parametrize("shift", [0, 4])
