@@ -17,7 +17,7 @@ def token_rows(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     Args:
         rows: Number of tokens.
         columns: Of each.
-        dtype: float32 or bfloat16.
+        dtype: float32, bfloat16 or uint8.
     """
     namespace = library.kernels()
     assert namespace is not None

@@ -5,7 +5,8 @@ so a block of rows is taken through the whole program while it stays in the cach
 Rounding to codes, accumulators and epilogues are those of `quant/integer_reference.py`.
 
 Matrices ("slots") are numbered: first the inputs, then the outputs, then temporaries, which exist for one block of rows
-only. Inputs and outputs are float32 or bfloat16 `[T, columns]`; temporaries are float32.
+only. Inputs and outputs are float32, bfloat16 or uint8 codes `[T, columns]`; temporaries are float32. Only codes are
+written to uint8.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Op(IntEnum):
     AFFINE = 6  # to, from, width, constants scale and shift (or -1): from * scale + shift
     FLOAT_LINEAR = 7  # to, from, K, N, constants weight [K, N] float32 and bias (or -1)
     PRODUCT = 8  # to, from, K, N, input slot of a matrix [images * K, N] float32: the rows of an image times its own
-    QUANTIZE = 9  # to, from, width, bits, constants reciprocal and offset: codes, as floats
+    QUANTIZE = 9  # to, from, width, bits, constants reciprocal and offset: codes
 
 
 class Broadcast(IntEnum):
@@ -150,7 +151,7 @@ def rowwise_reference(inputs: list[Tensor], program: RowProgram, rows_per_image:
     """What the kernel computes, in plain torch, one instruction after the other on whole matrices.
 
     Args:
-        inputs: `[T, columns]` float32 or bfloat16 each (fewer rows where an instruction takes a row per image).
+        inputs: `[T, columns]` float32, bfloat16 or uint8 each (fewer rows where an instruction takes a row per image).
         program: The instructions.
         rows_per_image: Rows of each image of the batch.
 
@@ -256,7 +257,7 @@ def rowwise(inputs: list[Tensor], program: RowProgram, rows_per_image: int) -> l
     norms differ by rounding, GELU by up to 3e-7 and the other functions by up to 2e-6 of the value or of 1.
 
     Args:
-        inputs: `[T, columns]` float32 or bfloat16 on the CPU; the row stride may exceed the columns.
+        inputs: `[T, columns]` float32, bfloat16 or uint8 on the CPU; the row stride may exceed the columns.
         program: The instructions.
         rows_per_image: Rows of each image of the batch.
 

@@ -3,6 +3,7 @@
 
 #include "rowwise/vectors.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
@@ -56,6 +57,18 @@ inline void store_elements(uint8_t* p, Vec x) {
   alignas(64) float values[kLanes];
   x.round().store(values);
   for (int64_t i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(values[i]);
+#endif
+}
+
+// `count` codes, and zeros behind them up to a whole vector past `channels`; reads nothing past the codes.
+inline void copy_codes(const uint8_t* from, uint8_t* to, int64_t count, int64_t channels) {
+#if defined(CPU_CAPABILITY_AVX512)
+  for (int64_t j = 0; j < channels; j += kLanes) {
+    const auto mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(count - j, 0, kLanes)) - 1);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm_maskz_loadu_epi8(mask, from + j));
+  }
+#else
+  for (int64_t j = 0; j < (channels + kLanes - 1) / kLanes * kLanes; ++j) to[j] = j < count ? from[j] : 0;
 #endif
 }
 

@@ -68,6 +68,7 @@ class Worker {
     for (const Step& step : program_.steps) {
       switch (step.op) {
         case Op::kCopy: copy(step); break;
+        case Op::kQuantize: quantize(step); break;
         case Op::kLinear: integer_linear(step); break;
         case Op::kFloatLinear: float_linear(step); break;
         case Op::kProduct: product(step); break;
@@ -82,7 +83,7 @@ class Worker {
     const int64_t rows = std::min(layout_.block, program_.rows - begin);
     for (const Slot& slot : program_.slots) {
       if (slot.temporary || slot.rows != program_.rows) continue;
-      const int64_t size = slot.type == at::kBFloat16 ? 2 : 4;
+      const int64_t size = static_cast<int64_t>(c10::elementSize(slot.type));
       const char* at = static_cast<const char*>(slot.data) + begin * slot.stride * size;
       for (const char* end = at + rows * slot.stride * size; at < end; at += kLine) {
         if (slot.input) {
@@ -102,7 +103,6 @@ class Worker {
       case Op::kLayerNorm: layer_norm_rows(a, to, rows_, width, s.scale, s.shift, s.number); break;
       case Op::kUnary: unary_rows(static_cast<Unary>(s.kind), s.number, a, to, rows_, width); break;
       case Op::kBinary: binary(s, a, to); break;
-      case Op::kQuantize: code_rows(s.scale, s.shift, s.number, a, to, rows_, width); break;
       case Op::kScalar: scalar_rows(static_cast<Binary>(s.kind), a, s.number, to, rows_, width); break;
       default: affine_rows(s.scale, s.shift, a, to, rows_, width);
     }
@@ -119,6 +119,15 @@ class Worker {
     const int64_t per_image = program_.rows_per_image, image = begin_ / per_image;
     const Rows<const float> images = read(s.b, 1, image, (begin_ + rows_ - 1) / per_image - image + 1);
     binary_rows(kind, a, ImageRows{images, begin_ - image * per_image, per_image}, to, rows_, s.to.width);
+  }
+
+  void quantize(const Step& s) {
+    const Rows<const float> from = read(s.a, 0);
+    if (s.staged) {
+      code_rows(s.scale, s.shift, s.number, from, stage(2), rows_, s.to.width);
+      return write(constant(stage(2)), s.to);
+    }
+    with_rows(s.to, begin_, [&](auto to) { code_rows(s.scale, s.shift, s.number, from, to, rows_, s.to.width); });
   }
 
   void copy(const Step& s) {
@@ -211,6 +220,8 @@ class Worker {
     const int64_t offset = columns.first + (slot.temporary ? 0 : begin * slot.stride);
     if (slot.type == at::kBFloat16) {
       f(Rows<BFloat16>{static_cast<BFloat16*>(slot.data) + offset, slot.stride});
+    } else if (slot.type == at::kByte) {
+      f(Rows<uint8_t>{static_cast<uint8_t*>(slot.data) + offset, slot.stride});
     } else {
       float* data = slot.temporary ? at<float>(layout_.temporaries[columns.slot]) : static_cast<float*>(slot.data);
       f(Rows<float>{data + offset, slot.stride});
@@ -275,8 +286,8 @@ int64_t row_count(at::TensorList inputs, at::IntArrayRef code) {
 
 void add_matrix(Program& program, const at::Tensor& matrix, bool input) {
   const at::ScalarType type = matrix.scalar_type();
-  TORCH_CHECK(matrix.device().is_cpu() && (type == at::kFloat || type == at::kBFloat16),
-              "rowwise: matrices are float32 or bfloat16 on cpu, got ", type, " on ", matrix.device());
+  TORCH_CHECK(matrix.device().is_cpu() && (type == at::kFloat || type == at::kBFloat16 || type == at::kByte),
+              "rowwise: matrices are float32, bfloat16 or uint8 on cpu, got ", type, " on ", matrix.device());
   program.kept.push_back(matrix.stride(1) == 1 || matrix.size(1) <= 1 ? matrix : matrix.contiguous());
   const at::Tensor& kept = program.kept.back();
   program.slots.push_back({kept.data_ptr(), kept.size(0), kept.size(1), kept.stride(0), type, input, false});

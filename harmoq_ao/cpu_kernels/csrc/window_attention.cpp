@@ -20,6 +20,7 @@
 #include <numeric>
 #include <optional>
 #include <type_traits>
+#include <vector>
 
 namespace harmoq {
 namespace {
@@ -135,12 +136,13 @@ inline void transpose_tile(const void* from, int64_t from_stride, void* to, int6
 struct Tokens {  // a matrix of tokens from a column on
   const void* data;
   int64_t stride;
-  bool bfloat16;
+  at::ScalarType type;
 };
 
 struct Quantizer {  // of the channels of a head, padded to whole vectors with zeros
   const float* factor = nullptr;
   const float* offset = nullptr;
+  const uint8_t* zero = nullptr;  // codes of zero
   float step = 0, lower = 0, top = 0;
 };
 
@@ -202,6 +204,17 @@ void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t 
   }
 }
 
+// Likewise, of tokens that are codes already. No byte past the heads of a row is read, nor any past their place written.
+void stage_codes(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
+                 int64_t heads, const Quantizer& quantizer, const Staged& at, uint8_t* to) {
+  const uint8_t* data = static_cast<const uint8_t*>(tokens.data) + first_head * p.head_dim;
+  for (int64_t n = 0; n < count; ++n, to += at.row) {
+    const uint8_t* from = rows[n] < 0 ? nullptr : data + rows[n] * tokens.stride;
+    for (int64_t h = 0; h < heads; ++h)
+      copy_codes(from ? from + h * p.head_dim : quantizer.zero, to + h * at.head, p.head_dim, at.channels);
+  }
+}
+
 // [rows][words] to [words][rows]; both sides padded to whole tiles.
 void transpose_words(const void* from, int64_t from_stride, int64_t rows, int64_t words, void* to, int64_t to_stride) {
   for (int64_t w = 0; w < words; w += kTile)
@@ -243,6 +256,32 @@ void transpose_elements(const Element* from, int64_t from_stride, int64_t rows, 
         split_words(tile + i * kTile, to + (w + i) * kGroup<Element> * to_stride + m, to_stride);
     }
   }
+}
+
+// Smallest and largest code in each column; reads and writes whole vectors.
+void column_extremes(const uint8_t* rows, int64_t count, int64_t stride, int64_t columns, uint8_t* least,
+                     uint8_t* most) {
+#if defined(CPU_CAPABILITY_AVX512)
+  for (int64_t j = 0; j < columns; j += 64) {
+    __m512i low = _mm512_set1_epi8(-1), high = _mm512_setzero_si512();
+    for (int64_t n = 0; n < count; ++n) {
+      const __m512i codes = _mm512_loadu_si512(rows + n * stride + j);
+      low = _mm512_min_epu8(low, codes);
+      high = _mm512_max_epu8(high, codes);
+    }
+    _mm512_storeu_si512(least + j, low);
+    _mm512_storeu_si512(most + j, high);
+  }
+#else
+  std::fill_n(least, columns, 255);
+  std::fill_n(most, columns, 0);
+  for (int64_t n = 0; n < count; ++n) {
+    for (int64_t j = 0; j < columns; ++j) {
+      least[j] = std::min(least[j], rows[n * stride + j]);
+      most[j] = std::max(most[j], rows[n * stride + j]);
+    }
+  }
+#endif
 }
 
 // Largest magnitude in each column; reads and writes whole vectors.
@@ -317,14 +356,15 @@ __attribute__((noinline)) void maxima(const Scores<Element>& s, int64_t n, Vec* 
   for (int c = 0; c < columns; ++c) largest[c] = most[c];
 }
 
-template <int columns>
-inline void exponentials(float* scores, int64_t keys, int64_t block, const Vec* largest, Vec* sums) {
-  for (int c = 0; c < columns; ++c) sums[c] = Vec(0.f);
+// Exponentials in place of what `exponent` says of key and column, and their sum or their largest for each query.
+template <int columns, typename Exponent>
+inline void exponentials(float* scores, int64_t keys, int64_t block, bool sum, const Exponent& exponent, Vec* total) {
+  for (int c = 0; c < columns; ++c) total[c] = Vec(0.f);
   for (int64_t m = 0; m < keys; ++m) {
     for (int c = 0; c < columns; ++c) {
       float* at = scores + m * block + c * kLanes;
-      const Vec x = power_of_two<float>(larger(Vec::loadu(at) - largest[c], Vec(kSmallestExponent)));
-      sums[c] = sums[c] + x;
+      const Vec x = power_of_two<float>(exponent(at, m, c));
+      total[c] = sum ? total[c] + x : larger(total[c], x);
       x.store(at);
     }
   }
@@ -350,47 +390,55 @@ inline Vec map_code(Vec x, const Quantizer& quantizer) {
   return clamp ? codes_of(position, Vec(1.f), Vec(0.f), Vec(quantizer.top)) : position;
 }
 
+// Codes of exponentials divided by their sum, or by their largest where the map is relative.
 template <typename Element, bool clamp, int columns>
-void write_codes(const Scores<Element>& s, int64_t n, const Vec* largest) {
+void write_codes(const Scores<Element>& s, int64_t n, const Vec* total) {
+  const float* scores = reinterpret_cast<const float*>(s.products) + n;
+  Vec reciprocals[columns];
+  for (int c = 0; c < columns; ++c) reciprocals[c] = Vec(1.f) / total[c];
+  write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+    return map_code<clamp>(Vec::loadu(scores + m * s.block + c * kLanes) * reciprocals[c], s.quantizer);
+  });
+}
+
+template <typename Element, Mask mask, bool bounded, int columns>
+void codes_columns(const Scores<Element>& s, int64_t n) {
   float* scores = reinterpret_cast<float*>(s.products) + n;
-  if (s.relative) {
-    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-      const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
-      return map_code<clamp>(power_of_two<float>(larger(t, Vec(kSmallestExponent))), s.quantizer);
-    });
+  Vec total[columns];
+  if constexpr (bounded) {
+    exponentials<columns>(scores, s.keys, s.block, !s.relative, [&](const float*, int64_t m, int c) {
+      return score<Element, mask>(s, m, n + c * kLanes);
+    }, total);
   } else {
-    Vec sums[columns];
-    exponentials<columns>(scores, s.keys, s.block, largest, sums);
-    for (int c = 0; c < columns; ++c) sums[c] = Vec(1.f) / sums[c];
-    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-      return map_code<clamp>(Vec::loadu(scores + m * s.block + c * kLanes) * sums[c], s.quantizer);
-    });
+    Vec largest[columns];
+    maxima<Element, mask, columns>(s, n, largest);
+    exponentials<columns>(scores, s.keys, s.block, !s.relative, [&](const float* at, int64_t, int c) {
+      return larger(Vec::loadu(at) - largest[c], Vec(kSmallestExponent));
+    }, total);
   }
+  const Quantizer& q = s.quantizer;
+  if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
+    write_codes<Element, false, columns>(s, n, total);
+  else
+    write_codes<Element, true, columns>(s, n, total);
 }
 
 template <typename Element, Mask mask, bool bounded, int columns>
 void softmax_columns(const Scores<Element>& s, int64_t n) {
-  if constexpr (bounded) {
+  if constexpr (kCodes<Element>) {
+    codes_columns<Element, mask, bounded, columns>(s, n);
+  } else if constexpr (bounded) {
     write_map<Element, columns>(s, n, [&](int64_t m, int c) {
       return power_of_two<Element>(score<Element, mask>(s, m, n + c * kLanes));
     });
-    return;
   } else {
     Vec largest[columns];
     maxima<Element, mask, columns>(s, n, largest);
-    if constexpr (kCodes<Element>) {
-      const Quantizer& q = s.quantizer;
-      if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
-        write_codes<Element, false, columns>(s, n, largest);
-      else
-        write_codes<Element, true, columns>(s, n, largest);
-    } else {
-      const float* scores = reinterpret_cast<const float*>(s.products) + n;
-      write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-        const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
-        return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
-      });
-    }
+    const float* scores = reinterpret_cast<const float*>(s.products) + n;
+    write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+      const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - largest[c];
+      return power_of_two<Element>(larger(t, Vec(kSmallestExponent)));
+    });
   }
 }
 
@@ -405,8 +453,7 @@ template <typename Element>
 void softmax(const Scores<Element>& s, int64_t queries, bool bounded) {
   if (s.table) return softmax<Element, Mask::kTable, false>(s, queries);
   if (s.q_region) return softmax<Element, Mask::kRegion, false>(s, queries);
-  if constexpr (!kCodes<Element>)
-    if (bounded) return softmax<Element, Mask::kNone, true>(s, queries);
+  if (bounded) return softmax<Element, Mask::kNone, true>(s, queries);
   softmax<Element, Mask::kNone, false>(s, queries);
 }
 
@@ -484,7 +531,7 @@ class Worker {
     take(q_region_, queries_);
     take(factors_, group_);
     take(bounds_, group_);
-    take(maxima_, round_up(columns, kTile) + round_up(key_stride_, kTile));
+    take(extremes_, 2 * (round_up(columns, kLine) + key_stride_));
     if constexpr (kCodes<Element>) {
       take(head_ones_, columns * sum_columns_);
       take(ones_, keys_ * kTile);
@@ -508,10 +555,15 @@ class Worker {
 
   void read(const Tokens& tokens, const int32_t* rows, int64_t count, const float* factors, const Quantizer& quantizer,
             const Staged& at, Element* to) {
+    rows += window_ * count;
+    if constexpr (kCodes<Element>) {
+      if (tokens.type == at::kByte)
+        return stage_codes(p_, tokens, rows, count, first_head_, heads_, quantizer, at, to);
+    }
     const auto read_as = [&](auto* zeros) {
-      stage(p_, tokens, rows + window_ * count, count, first_head_, heads_, factors, quantizer, at, zeros, to);
+      stage(p_, tokens, rows, count, first_head_, heads_, factors, quantizer, at, zeros, to);
     };
-    if (tokens.bfloat16)
+    if (tokens.type == at::kBFloat16)
       read_as(reinterpret_cast<const BFloat16*>(zeros_));
     else
       read_as(static_cast<const float*>(zeros_));
@@ -530,7 +582,7 @@ class Worker {
     }
     read(p_.k, p_.k_rows, p_.keys, nullptr, p_.k_codes, {key_stride_, keys_ * key_stride_, stride_}, keys_rows_);
     read(p_.q, p_.q_rows, p_.queries, factors_, p_.q_codes, {row, stride_, stride_}, rows_);
-    if constexpr (!kCodes<Element>) bound_scores();
+    bound_scores();
     clear_rows(p_.queries, queries_, row);
     transpose_words(rows_, row / kPack, queries_, columns / kPack, queries_packed_, queries_);
   }
@@ -545,19 +597,38 @@ class Worker {
       std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
   }
 
-  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias.
+  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias. Of codes, scores lack what
+  // the lower bound of k adds for each query, which a softmax does not see.
   void bound_scores() {
-    const int64_t columns = heads_ * stride_;
-    column_maxima(rows_, p_.queries, row_stride(stride_), columns, maxima_);
-    const Element* q = maxima_;
-    Element* k = maxima_ + round_up(columns, kTile);
+    const int64_t columns = heads_ * stride_, line = round_up(columns, kLine);
+    Element *q = extremes_, *k = extremes_ + 2 * line;
+    find_extremes(rows_, p_.queries, row_stride(stride_), columns, q, q + line);
     for (int64_t h = 0; h < heads_; ++h, q += stride_) {
-      column_maxima(keys_rows_ + h * keys_ * key_stride_, p_.keys, key_stride_, key_stride_, k);
-      float bound = p_.largest_bias * kLog2E;
-      for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
-      bounds_[h] = bound;
+      find_extremes(keys_rows_ + h * keys_ * key_stride_, p_.keys, key_stride_, key_stride_, k, k + key_stride_);
+      float product = 0;
+      const Element *q_most = q + line, *k_most = k + key_stride_;
+      for (int64_t j = 0; j < p_.head_dim; ++j) {
+        const float right = static_cast<float>(k_most[j]);
+        if constexpr (kCodes<Element>) {
+          const float lower = p_.q_codes.lower, step = p_.q_codes.step;
+          product += std::max(std::abs(lower + step * q[j]), std::abs(lower + step * q_most[j])) * right;
+        } else {
+          product += static_cast<float>(q_most[j]) * right;
+        }
+      }
+      if constexpr (kCodes<Element>) product *= p_.k_codes.step * std::abs(p_.score_factor[first_head_ + h]) * kLog2E;
+      bounds_[h] = product + p_.largest_bias * kLog2E;
     }
   }
+
+  static void find_extremes(const Element* rows, int64_t count, int64_t stride, int64_t columns, Element* least,
+                            Element* most) {
+    if constexpr (kCodes<Element>)
+      column_extremes(rows, count, stride, columns, least, most);
+    else
+      column_maxima(rows, count, stride, columns, most);
+  }
+
 
   void clear_rows(int64_t from, int64_t to, int64_t columns) {
     std::memset(static_cast<void*>(rows_ + from * columns), 0, (to - from) * columns * sizeof(Element));
@@ -634,9 +705,9 @@ class Worker {
 
   void attend(int64_t n, int64_t width, int64_t h) {
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    const bool bounded = !kCodes<Element> && bounds_[h] < kBound && !table_ && !regions_;
-    // without a maximum to wait for, scores of some keys at a time
-    const int64_t step = bounded ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
+    const bool bounded = bounds_[h] < kBound && !table_ && !regions_;
+    // with neither a maximum nor a sum to wait for, scores of some keys at a time
+    const int64_t step = bounded && !kCodes<Element> ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
     for (int64_t m = 0; m < p_.keys; m += step) {
       const int64_t count = std::min(step, p_.keys - m);
       score_products(keys_rows_ + (h * keys_ + m) * key_stride_, q, count, width);
@@ -746,7 +817,7 @@ class Worker {
   const Problem& p_;
   const int64_t group_, stride_, key_stride_, value_stride_, queries_, keys_, sum_columns_;
   int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0;
-  Element *rows_, *maxima_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
+  Element *rows_, *extremes_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
   float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
   int32_t *q_region_, *key_sums_, *value_sums_;
@@ -810,28 +881,34 @@ float largest_magnitude(const float* p, int64_t count) {
   return *std::max_element(most, most + kTile);
 }
 
-Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels) {
-  const bool bfloat16 = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK((bfloat16 || x.scalar_type() == at::kFloat) && x.dim() == 2 && x.stride(1) == 1,
-              "window_attention: ", name, " must be a matrix of float32 or bfloat16 with dense rows");
+Tokens tokens_of(const char* name, const Tensor& x, int64_t column, int64_t channels, bool codes = false) {
+  const at::ScalarType type = x.scalar_type();
+  TORCH_CHECK((type == at::kBFloat16 || type == at::kFloat || (codes && type == at::kByte)) && x.dim() == 2 &&
+                  x.stride(1) == 1,
+              "window_attention: ", name, " must be a matrix of float32 or bfloat16", codes ? " or codes" : "",
+              " with dense rows");
   TORCH_CHECK(column >= 0 && column + channels <= x.size(1),
               "window_attention: ", name, " has ", x.size(1),
               " columns, too few for ", channels, " from ", column, " on");
-  return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), bfloat16};
+  return {static_cast<const char*>(x.const_data_ptr()) + column * x.element_size(), x.stride(0), type};
 }
 
 // Reciprocals and offsets of q, k, the map and v, each padded to whole vectors: what pads gets code 0.
 class Quantizers {
  public:
   Quantizers(const Tensor& bounds, const Tensor& reciprocals, int64_t head_dim)
-      : padded_(round_up(head_dim, 64)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)) {
+      : padded_(round_up(head_dim, 64)), vectors_(at::zeros({4, 2, padded_}, at::kFloat)), zeros_(4 * padded_) {
     const float* b = floats("quantizers", bounds, {4, 4});
     const float* r = floats("reciprocals", reciprocals, {4, head_dim});
     for (int64_t i = 0; i < 4; ++i) {
       float* factor = vectors_.data_ptr<float>() + i * 2 * padded_;
       std::copy_n(r + i * head_dim, head_dim, factor);
       std::fill_n(factor + padded_, head_dim, b[4 * i + 2]);
-      of[i] = {factor, factor + padded_, b[4 * i], b[4 * i + 1], b[4 * i + 3]};
+      const float top = b[4 * i + 3];
+      uint8_t* zero = zeros_.data() + i * padded_;
+      const Vec code = codes_of(Vec(0.f), Vec(1.f), Vec(b[4 * i + 2]), Vec(top));
+      for (int64_t j = 0; j < head_dim; j += kLanes) store_elements(zero + j, code);
+      of[i] = {factor, factor + padded_, zero, b[4 * i], b[4 * i + 1], top};
     }
   }
 
@@ -840,6 +917,7 @@ class Quantizers {
  private:
   int64_t padded_;
   Tensor vectors_;
+  std::vector<uint8_t> zeros_;
 };
 
 void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col, const Tensor& q, int64_t q_col,
@@ -863,13 +941,13 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.block = std::min(block, round_up(queries, kTile));
   if (windows == 0 || queries == 0) return;
   TORCH_CHECK(keys > 0, "window_attention: no keys");
-  p.q = tokens_of("q", q, q_col, channels);
-  p.k = tokens_of("k", k, k_col, channels);
-  p.v = tokens_of("v", v, v_col, channels);
+  p.q = tokens_of("q", q, q_col, channels, quantizers.has_value());
+  p.k = tokens_of("k", k, k_col, channels, quantizers.has_value());
+  p.v = tokens_of("v", v, v_col, channels, quantizers.has_value());
   const Tokens result = tokens_of("out", out, out_col, channels);
   p.out = const_cast<void*>(result.data);
   p.out_stride = result.stride;
-  p.out_bfloat16 = result.bfloat16;
+  p.out_bfloat16 = result.type == at::kBFloat16;
   check_rows("q_rows", q_rows, windows, queries, q.size(0));
   check_rows("k_rows", k_rows, windows, keys, std::min(k.size(0), v.size(0)));
   check_rows("out_rows", out_rows, windows, queries, out.size(0));
@@ -880,7 +958,7 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.score_factor = floats("score_factor", score_factor, {heads});
   if (bias) {
     p.bias = floats("bias", *bias, {heads, p.blocks(), keys, p.block});
-    if (!quantizers) p.largest_bias = largest_magnitude(p.bias, bias->numel());
+    p.largest_bias = largest_magnitude(p.bias, bias->numel());
   }
   if (mask_table) {
     TORCH_CHECK(mask_index, "window_attention: mask_table without mask_index");

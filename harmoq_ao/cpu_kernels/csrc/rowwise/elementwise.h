@@ -104,8 +104,9 @@ inline void affine_rows(const float* scale, const float* shift, Rows<const float
   });
 }
 
-// clamp(round(from * factor + added), 0, top): codes, as floats.
-inline void code_rows(const float* factor, const float* added, float top, Rows<const float> from, Rows<float> to,
+// clamp(round(from * factor + added), 0, top): codes, as such or as floats.
+template <typename To>
+inline void code_rows(const float* factor, const float* added, float top, Rows<const float> from, Rows<To> to,
                       int64_t rows, int64_t width) {
   const Vec zero(0.f), most(top);
   each_vector(width, [&](int64_t j, auto lanes) {

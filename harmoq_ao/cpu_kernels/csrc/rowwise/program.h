@@ -95,9 +95,11 @@ class Decoder {
       case Op::kQuantize: quantize(s); break;
       case Op::kCount: break;
     }
-    // linears read all before they write, and write both types
-    const bool converted = s.op != Op::kCopy && program_.slots[s.to.slot].type != at::kFloat;
-    s.staged = converted || overlaps(s.to, s.a) || overlaps(s.to, s.b);
+    const at::ScalarType type = program_.slots[s.to.slot].type;
+    const bool codes = s.op == Op::kQuantize || s.op == Op::kCopy;
+    TORCH_CHECK(codes || type != at::kByte, "rowwise: slot ", s.to.slot, " is uint8 and takes codes only");
+    // linears read all before they write, and write all types
+    s.staged = (!codes && type != at::kFloat) || overlaps(s.to, s.a) || overlaps(s.to, s.b);
   }
 
   void unary(Step& s) {

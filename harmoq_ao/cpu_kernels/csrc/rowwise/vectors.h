@@ -1,4 +1,4 @@
-// Rows of float32 and bfloat16 in vectors; no lane past the end of a row is ever touched in memory.
+// Rows of float32, bfloat16 and codes in vectors; no lane past the end of a row is ever touched in memory.
 #pragma once
 
 #include "../common.h"
@@ -57,6 +57,17 @@ inline void store(Vec x, BFloat16* to, int64_t lanes) {
   _mm256_mask_storeu_epi16(to, static_cast<__mmask16>((1u << lanes) - 1), half);
 }
 
+inline Vec load(const uint8_t* from, int64_t lanes) {
+  const __m128i codes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << lanes) - 1), from);
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(codes));
+}
+
+// Whole numbers of 0 to 255; NaN becomes 0.
+inline void store(Vec x, uint8_t* to, int64_t lanes) {
+  const __m128i codes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x));
+  _mm_mask_storeu_epi8(to, static_cast<__mmask16>((1u << lanes) - 1), codes);
+}
+
 #else
 
 inline Vec load(const BFloat16* from, int64_t lanes) {
@@ -69,6 +80,18 @@ inline void store(Vec x, BFloat16* to, int64_t lanes) {
   alignas(64) float wide[kLanes];
   x.store(wide);
   for (int64_t i = 0; i < lanes; ++i) to[i] = wide[i];
+}
+
+inline Vec load(const uint8_t* from, int64_t lanes) {
+  alignas(64) float wide[kLanes] = {};
+  for (int64_t i = 0; i < lanes; ++i) wide[i] = from[i];
+  return Vec::loadu(wide);
+}
+
+inline void store(Vec x, uint8_t* to, int64_t lanes) {
+  alignas(64) float wide[kLanes];
+  x.store(wide);
+  for (int64_t i = 0; i < lanes; ++i) to[i] = wide[i] > 0 ? static_cast<uint8_t>(wide[i]) : 0;
 }
 
 #endif
