@@ -1,4 +1,4 @@
-"""Means over all pixels of an image, channel by channel, of pixels that are rows of a matrix."""
+"""Means over all pixels of an image, channel by channel, of pixels that are rows of a matrix, or of their squares."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 from harmoq_ao.cpu_kernels import library
 
 
-def column_means_reference(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+def column_means_reference(x: Tensor, first: int, columns: int, images: int, squares: bool = False) -> Tensor:
     """What :func:`column_means` computes, in plain torch."""
     part = x[:, first : first + columns].double().reshape(images, -1, columns)
-    return part.mean(1).float()
+    return (part.square() if squares else part).mean(1).float()
 
 
-def column_means(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+def column_means(x: Tensor, first: int, columns: int, images: int, squares: bool = False) -> Tensor:
     """Means of some columns over the rows of each image; the same for any number of threads.
 
     Args:
@@ -22,6 +22,7 @@ def column_means(x: Tensor, first: int, columns: int, images: int) -> Tensor:
         first: First column.
         columns: How many.
         images: Images of the batch.
+        squares: Whether the squares of the values are averaged.
 
     Returns:
         `[images, columns]` float32.
@@ -29,7 +30,7 @@ def column_means(x: Tensor, first: int, columns: int, images: int) -> Tensor:
     Raises:
         RuntimeError: The arguments do not fit each other, or there are no CPU kernels.
     """
-    means: Tensor = library.required().column_means(x, first, columns, images)
+    means: Tensor = library.required().column_means(x, first, columns, images, squares)
     return means
 
 
@@ -37,5 +38,5 @@ def register_fakes(namespace: str) -> None:
     """Tell torch the shape of this file's operator in the namespace of an instruction set."""
 
     @torch.library.register_fake(f"{namespace}::column_means", allow_override=True)
-    def _(x: Tensor, first: int, columns: int, images: int) -> Tensor:
+    def _(x: Tensor, first: int, columns: int, images: int, squares: bool = False) -> Tensor:
         return x.new_empty(images, columns, dtype=torch.float32)

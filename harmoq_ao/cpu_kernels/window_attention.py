@@ -140,7 +140,8 @@ def window_attention(
         out: ``[T', C']`` float32 or bfloat16; head ``h`` is written to columns ``out_col + h * head_dim ...``.
         out_rows: ``[W, N]`` int32, the row of each query in `out`; -1: not written.
         out_col: First column in `out`.
-        q: ``[T, C]`` float32 or bfloat16 with dense rows; head ``h`` has columns ``q_col + h * head_dim ...``.
+        q: ``[T, C]`` float32 or bfloat16 with dense rows; head ``h`` has columns ``q_col + h * head_dim ...``. With
+            `quantizers` also uint8 codes, those of ``q_factor_h q``.
         q_col: First column of the queries.
         k: Keys, like `q`; may be the same matrix.
         k_col: First column of the keys.
@@ -215,17 +216,15 @@ def reference(
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """`window_attention` in plain torch, in `dtype` where nothing is quantized; the same arguments."""
-    x_q, x_k, x_v = (
-        _gather(x, col, rows, heads, head_dim).to(torch.float32 if quantizers is not None else dtype)
-        for x, col, rows in ((q, q_col, q_rows), (k, k_col, k_rows), (v, v_col, k_rows))
-    )
-    x_q = x_q * q_factor[:, None, None].to(x_q.dtype)
+    sources = (q, q_col, q_rows, 0), (k, k_col, k_rows, 1), (v, v_col, k_rows, 3)
     if quantizers is None:
-        scores = x_q @ x_k.mT
+        x_q, x_k, x_v = (_gather(x, col, rows, heads, head_dim).to(dtype) for x, col, rows, _ in sources)
+        scores = (x_q * q_factor[:, None, None].to(dtype)) @ x_k.mT
     else:
         assert reciprocals is not None
         (qq, act_q), (qk, act_k), (qv, act_v) = (
-            _codes(x, quantizers, reciprocals, i) for x, i in ((x_q, 0), (x_k, 1), (x_v, 3))
+            _gathered_codes(x, col, rows, q_factor if i == 0 else torch.ones(heads), quantizers, reciprocals, i)
+            for x, col, rows, i in sources
         )
         scores = integer_reference.matmul(qq, qk.mT, act_q, act_k)
         _show(score_accumulators, qq, qk.mT)
@@ -249,10 +248,23 @@ def reference(
     out[out_rows[written].long(), columns] = result.transpose(1, 2).flatten(2)[written].to(out.dtype)
 
 
-def _gather(x: Tensor, col: int, rows: Tensor, heads: int, head_dim: int) -> Tensor:
-    """``[W, heads, tokens, head_dim]``."""
-    padded = torch.cat([x[:, col : col + heads * head_dim], x.new_zeros(1, heads * head_dim)])
+def _gather(x: Tensor, col: int, rows: Tensor, heads: int, head_dim: int, missing: Tensor | None = None) -> Tensor:
+    """``[W, heads, tokens, head_dim]``; rows of -1 are `missing` ``[heads * head_dim]``, by default zeros."""
+    absent = x.new_zeros(heads * head_dim) if missing is None else missing
+    padded = torch.cat([x[:, col : col + heads * head_dim], absent[None]])
     return padded[rows.long()].unflatten(-1, (heads, head_dim)).transpose(1, 2)
+
+
+def _gathered_codes(
+    x: Tensor, col: int, rows: Tensor, factor: Tensor, quantizers: Tensor, reciprocals: Tensor, i: int
+) -> tuple[Tensor, Affine]:
+    """Codes ``[W, heads, tokens, head_dim]`` of operand `i`, of values times a factor ``[heads]`` or given."""
+    heads, head_dim = len(factor), reciprocals.shape[1]
+    if x.dtype is torch.uint8:
+        zero, act = _codes(torch.zeros(heads, head_dim), quantizers, reciprocals, i)
+        return _gather(x, col, rows, heads, head_dim, zero.flatten()), act
+    values = _gather(x, col, rows, heads, head_dim).float() * factor[:, None, None]
+    return _codes(values, quantizers, reciprocals, i)
 
 
 def _codes(x: Tensor, quantizers: Tensor, reciprocals: Tensor, i: int) -> tuple[Tensor, Affine]:

@@ -71,9 +71,9 @@ class GpuLowering(Lowering):
         self._types.update({value.matrix: dtype for value in values})
         return values
 
-    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit) -> Matrix:
+    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit, codes: bool = False) -> Matrix:
         """A token-wise step."""
-        matrix = super().row_step(rows, width, reads, emit)
+        matrix = super().row_step(rows, width, reads, emit, codes)
         self._types[matrix] = self._widest(reads)
         return matrix
 

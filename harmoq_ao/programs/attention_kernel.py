@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,10 @@ class AttentionKernel(nn.Module):
         self.factor, self.mask, self.relative = attention.factor, mask, attention.relative
         self.length = attention.query.matrix.rows
         self.in_half = half and self.quantizers is None
+
+    def read_from_first(self) -> None:
+        """Queries, keys and values begin with the first columns of what the kernel is given."""
+        self.query, self.key, self.value = (replace(part, first=0) for part in (self.query, self.key, self.value))
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(window_attention.window_attention, query, key, value)

@@ -15,9 +15,11 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.elementwise import Binary
 from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram, channel_gram_codes
+from harmoq_ao.cpu_kernels.column_means import column_means
 from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized, resolved
+from harmoq_ao.programs.codes import coded
 from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
 from harmoq_ao.programs.indices import Index
@@ -160,8 +162,8 @@ class ChannelMaps(nn.Module):
         key: Where keys are.
         eps: Smallest lengths of queries and keys.
         factor: `[heads]`, of the scores.
-        quantizers: Of both products; None in float. With them the matrices hold codes, and a second result
-            `[images, C]` what the lower bound of the values adds.
+        quantizers: Of both products; None in float. With them tokens are codes, the matrices hold rounded maps times
+            the step of the values, and a second result `[images, C]` is what the lower bound of the values adds.
     """
 
     def __init__(
@@ -173,17 +175,27 @@ class ChannelMaps(nn.Module):
     def forward(self, query: Tensor, key: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
         operands = Operand(query, self.query.first), Operand(key, self.key.first), heads, width, images
-        gram, q_squares, k_squares = channel_gram(*operands)
-        q_norms, k_norms = (s.sqrt().clamp_min(e) for s, e in zip((q_squares, k_squares), self.eps, strict=True))
         if self.quantizers is None:
+            gram, *squares = channel_gram(*operands)
+            q_norms, k_norms = (s.sqrt().clamp_min(e) for s, e in zip(squares, self.eps, strict=True))
             scores = gram / q_norms.unsqueeze(-1) / k_norms.unsqueeze(-2)
             return _block_diagonal(torch.softmax(scores * self.factor[:, None, None], -1).transpose(-2, -1))
         (left, right), (map_act, value_act) = self.quantizers
+        q_norms, k_norms = (self._norms(x, eps) for x, eps in zip(operands[:2], self.eps, strict=True))
         scores = self._integer_scores(operands, left, right, q_norms, k_norms)
         weights = torch.softmax(scores * self.factor[:, None, None], -1)
-        codes = quantize_codes(weights, *static_qparams(map_act), map_act.bits).float()
-        sums = codes.sum(-1) * map_act.step + map_act.lower * width
-        return _block_diagonal(codes.transpose(-2, -1)), (sums * value_act.lower).flatten(1)
+        codes = quantize_codes(weights, *static_qparams(map_act), map_act.bits)
+        rounded = codes.float() * map_act.step + map_act.lower
+        return _block_diagonal((rounded * value_act.step).transpose(-2, -1)), (
+            rounded.sum(-1) * value_act.lower
+        ).flatten(1)
+
+    def _norms(self, operand: Operand, eps: float) -> Tensor:
+        """Lengths along the pixels, `[images, heads, D]`."""
+        heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
+        squares = column_means(operand.matrix, operand.first, heads * width, images, squares=True)
+        length = len(operand.matrix) // images
+        return (squares * length).sqrt().clamp_min(eps).reshape(images, heads, width)
 
     def _integer_scores(self, operands: Any, left: Affine, right: Affine, q_norms: Tensor, k_norms: Tensor) -> Tensor:
         qparams = []
@@ -209,27 +221,16 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
 def _mixed(lowering: Context, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
     """Each token's values times the matrix of its image."""
     width = heads.heads * heads.width
-    reads = [Read(values, heads.first, width), Read(results[0], 0, width)]
+    read, matrices = Read(values, heads.first, width), Read(results[0], 0, width)
+
+    def emit(p: RowProgram, to: Columns, at: Any) -> None:
+        p.emit(Op.PRODUCT, to, at[0], width, width, at[1].slot)
+        if len(at) > 2:
+            p.emit(Op.BINARY, Binary.ADD, to, to, at[2], width, Broadcast.IMAGE)
+
     if not quantizers:
-
-        def emit(p: RowProgram, to: Columns, at: Any) -> None:
-            p.emit(Op.PRODUCT, to, at[0], width, width, at[1].slot)
-
-        return lowering.row_step(values.rows, width, reads, emit)
-    map_act, value_act = quantizers[1]
-    factor, offset = (v.expand(width).contiguous() for v in static_qparams(value_act))
-
-    def emit_codes(p: RowProgram, to: Columns, at: Any) -> None:
-        codes = p.temporary(width)
-        p.emit(Op.QUANTIZE, codes, at[0], width, value_act.bits, p.constant(factor), p.constant(offset))
-        p.emit(Op.PRODUCT, to, codes, width, width, at[1].slot)
-        p.emit(Op.SCALAR, Binary.MUL, to, to, width, p.number(float(map_act.step * value_act.step)))
-        if float(map_act.lower):  # meets the sum of each token's codes in each head
-            ones = torch.block_diag(*[torch.ones(heads.width, heads.width)] * heads.heads)
-            sums = p.temporary(width)
-            p.emit(Op.FLOAT_LINEAR, sums, codes, width, width, p.constant(ones), -1)
-            p.emit(Op.SCALAR, Binary.MUL, sums, sums, width, p.number(float(map_act.lower * value_act.step)))
-            p.emit(Op.BINARY, Binary.ADD, to, to, sums, width, Broadcast.NONE)
-        p.emit(Op.BINARY, Binary.ADD, to, to, at[2], width, Broadcast.IMAGE)
-
-    return lowering.row_step(values.rows, width, [*reads, Read(results[1], 0, width)], emit_codes)
+        return lowering.row_step(values.rows, width, [read, matrices], emit)
+    act = quantizers[1][1]
+    factor, offset = (v.expand(width).contiguous() for v in static_qparams(act))
+    codes = coded(lowering, read, factor, offset, act.bits)
+    return lowering.row_step(values.rows, width, [codes, matrices, Read(results[1], 0, width)], emit)

@@ -38,5 +38,5 @@ class Context(Protocol):
     ) -> list[Value]:
         """A step that is no chain of token-wise operations; the values that it makes."""
 
-    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit) -> Matrix:
-        """A token-wise step; the matrix that it makes."""
+    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit, codes: bool = False) -> Matrix:
+        """A token-wise step; the matrix that it makes, whose entries may be codes."""

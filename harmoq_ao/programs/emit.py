@@ -164,14 +164,15 @@ class _RowGroup:
         return matrix is self.last or any(reader not in self.group for reader, _ in self.readers.get(matrix, []))
 
     def _place(self) -> None:
-        """Slots: outputs in float32 are computed in place, those in bfloat16 are copied from a temporary."""
+        """Slots: outputs that no step here reads, or in float32, are computed in place; others are copied."""
         temporaries = []
         for matrix in self.outputs:
             exact = matrix is self.last or any(r.exact for s, r in self.readers.get(matrix, []) if s not in self.group)
-            self.program.outputs.append((matrix.columns, torch.float32 if exact else torch.bfloat16))
+            dtype = torch.uint8 if matrix.codes else torch.float32 if exact else torch.bfloat16
+            self.program.outputs.append((matrix.columns, dtype))
             slot = len(self.inputs) + len(self.program.outputs) - 1
             read_here = any(s in self.group for s, _ in self.readers.get(matrix, []))
-            if exact or not read_here:
+            if dtype is torch.float32 or not read_here:
                 self.slots[matrix] = slot
             else:
                 self.copies[matrix] = slot

@@ -182,10 +182,10 @@ class Lowering:
             values.append(value)
         return values
 
-    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit) -> Matrix:
-        """A token-wise step; the matrix that it makes."""
+    def row_step(self, rows: int, width: int, reads: list[Read], emit: Emit, codes: bool = False) -> Matrix:
+        """A token-wise step; the matrix that it makes, whose entries may be codes."""
         step = RowStep(reads, [], row_level(rows, reads), emit)
-        step.results.append(Matrix(rows, width, step))
+        step.results.append(Matrix(rows, width, step, codes))
         return step.results[0]
 
     # --- movements and single values ------------------------------------------------------------------------------

@@ -28,11 +28,13 @@ class Matrix:
         rows: How many.
         columns: Of each.
         step: What makes it; None for the image.
+        codes: Whether its entries are codes, which leave a row program as uint8.
     """
 
     rows: int
     columns: int
     step: Step | None = None
+    codes: bool = False
 
     @property
     def level(self) -> int:

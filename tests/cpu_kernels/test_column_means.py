@@ -33,13 +33,15 @@ def matrix(seed: int, rows: int, columns: int, first: int, dtype: torch.dtype) -
     return whole.to(dtype)[:, :-1]
 
 
-@given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(1, 70), st.integers(0, 5), TYPES)
+@given(SEEDS, st.integers(1, 3), st.integers(1, 700), st.integers(1, 70), st.integers(0, 5), TYPES, st.booleans())
 @settings(max_examples=60, deadline=None)
-def test_means(seed: int, images: int, tokens: int, columns: int, first: int, dtype: torch.dtype) -> None:
+def test_means(
+    seed: int, images: int, tokens: int, columns: int, first: int, dtype: torch.dtype, squares: bool
+) -> None:
     x = matrix(seed, images * tokens, columns, first, dtype)
-    got = column_means(x, first, columns, images)
+    got = column_means(x, first, columns, images, squares)
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, column_means_reference(x, first, columns, images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got, column_means_reference(x, first, columns, images, squares), rtol=1e-5, atol=1e-5)
 
 
 def test_the_number_of_threads_is_of_no_consequence(threads: None) -> None:

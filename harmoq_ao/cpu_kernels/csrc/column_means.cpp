@@ -1,4 +1,4 @@
-// Means over the rows of each image, column by column.
+// Means over the rows of each image, column by column, of values or of their squares.
 
 #include "memory.h"
 #include "rowwise/vectors.h"
@@ -9,17 +9,20 @@ namespace {
 constexpr int64_t kRows = 256;  // rows of a partial sum; these are added in order, for any number of threads
 
 template <typename From>
-void add_rows(const From* x, int64_t stride, int64_t rows, int64_t columns, float* sums) {
+void add_rows(const From* x, int64_t stride, int64_t rows, int64_t columns, bool squares, float* sums) {
   each_vector(columns, [&](int64_t j, auto lanes) {
     Vec total(0.f);
-    for (int64_t r = 0; r < rows; ++r) total = total + load(x + r * stride + j, lanes);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Vec value = load(x + r * stride + j, lanes);
+      total = squares ? at::vec::fmadd(value, value, total) : total + value;
+    }
     store(total, sums + j, lanes);
   });
 }
 
 }  // namespace
 
-at::Tensor column_means(const at::Tensor& x, int64_t first, int64_t columns, int64_t images) {
+at::Tensor column_means(const at::Tensor& x, int64_t first, int64_t columns, int64_t images, bool squares) {
   const at::ScalarType type = x.scalar_type();
   TORCH_CHECK(x.device().is_cpu() && x.dim() == 2 && (type == at::kFloat || type == at::kBFloat16) && x.stride(1) == 1,
               "column_means: a float32 or bfloat16 matrix with dense rows on cpu, got ", type, " ", x.sizes());
@@ -36,9 +39,9 @@ at::Tensor column_means(const at::Tensor& x, int64_t first, int64_t columns, int
         const int64_t start = i % parts * kRows, row = i / parts * length + start;
         const int64_t rows = std::min(kRows, length - start), offset = row * x.stride(0) + first;
         if (type == at::kFloat) {
-          add_rows(x.const_data_ptr<float>() + offset, x.stride(0), rows, columns, sums + i * columns);
+          add_rows(x.const_data_ptr<float>() + offset, x.stride(0), rows, columns, squares, sums + i * columns);
         } else {
-          add_rows(x.const_data_ptr<BFloat16>() + offset, x.stride(0), rows, columns, sums + i * columns);
+          add_rows(x.const_data_ptr<BFloat16>() + offset, x.stride(0), rows, columns, squares, sums + i * columns);
         }
       }
     }
@@ -58,6 +61,6 @@ at::Tensor column_means(const at::Tensor& x, int64_t first, int64_t columns, int
 }  // namespace harmoq
 
 TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
-  m.def("column_means(Tensor x, int first, int columns, int images) -> Tensor",
+  m.def("column_means(Tensor x, int first, int columns, int images, bool squares=False) -> Tensor",
         torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(harmoq::column_means)));
 }
