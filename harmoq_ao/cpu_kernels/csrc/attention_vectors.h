@@ -72,6 +72,18 @@ inline void copy_codes(const uint8_t* from, uint8_t* to, int64_t count, int64_t 
 #endif
 }
 
+// The codes at a place of words, each of a lane.
+inline Vec codes_in_words(const uint8_t* words, int64_t place) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const auto shifted = _mm512_srli_epi32(_mm512_loadu_si512(words), static_cast<unsigned>(8 * place));
+  return _mm512_cvtepi32_ps(_mm512_and_si512(shifted, _mm512_set1_epi32(255)));
+#else
+  alignas(64) float values[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) values[i] = words[4 * i + place];
+  return Vec::loadu(values);
+#endif
+}
+
 // The larger one; without the care for numbers that are none that `at::vec::maximum` takes.
 inline Vec larger(Vec a, Vec b) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -30,6 +30,7 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
 constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
+constexpr float kCodesBound = 100;           // likewise where exponentials are only summed and divided by the sum
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
 constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes: half the L2
 constexpr int64_t kScores = 4096;            // scores at a time where none waits for a maximum: a third of the L1
@@ -321,6 +322,7 @@ struct Scores {  // of a head and a block of queries, in units of log 2
   float mask;
   float scale;                     // codes: of the accumulators
   const float* key_constants;      // codes: what the lower bound of q adds for each key
+  const float* query_constants;    // codes without a maximum: what puts the scores of each query around zero
   Quantizer quantizer;             // codes: of the map
   bool relative;
 };
@@ -406,8 +408,10 @@ void codes_columns(const Scores<Element>& s, int64_t n) {
   float* scores = reinterpret_cast<float*>(s.products) + n;
   Vec total[columns];
   if constexpr (bounded) {
+    Vec constants[columns];
+    for (int c = 0; c < columns; ++c) constants[c] = Vec::loadu(s.query_constants + n + c * kLanes);
     exponentials<columns>(scores, s.keys, s.block, !s.relative, [&](const float*, int64_t m, int c) {
-      return score<Element, mask>(s, m, n + c * kLanes);
+      return score<Element, mask>(s, m, n + c * kLanes) + constants[c];
     }, total);
   } else {
     Vec largest[columns];
@@ -538,6 +542,8 @@ class Worker {
       take(key_sums_, keys_ * sum_columns_);
       take(key_constants_, keys_ * sum_columns_);
       take(value_sums_, round_up(value_columns, kTile) * kTile);
+      take(centres_, columns);
+      take(query_constants_, p_.block);
     }
   }
 
@@ -597,36 +603,54 @@ class Worker {
       std::fill_n(values_ + (h * value_stride_ + p_.head_dim) * keys_, p_.keys, Element(1));
   }
 
-  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias. Of codes, scores lack what
-  // the lower bound of k adds for each query, which a softmax does not see.
+  // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias. Of codes, the same of keys
+  // less the middle of each channel: a softmax does not see what is the same for all keys of a query.
   void bound_scores() {
     const int64_t columns = heads_ * stride_, line = round_up(columns, kLine);
     Element *q = extremes_, *k = extremes_ + 2 * line;
-    find_extremes(rows_, p_.queries, row_stride(stride_), columns, q, q + line);
+    if constexpr (kCodes<Element>)
+      column_extremes(rows_, p_.queries, row_stride(stride_), columns, q, q + line);
+    else
+      column_maxima(rows_, p_.queries, row_stride(stride_), columns, q);
     for (int64_t h = 0; h < heads_; ++h, q += stride_) {
-      find_extremes(keys_rows_ + h * keys_ * key_stride_, p_.keys, key_stride_, key_stride_, k, k + key_stride_);
-      float product = 0;
-      const Element *q_most = q + line, *k_most = k + key_stride_;
-      for (int64_t j = 0; j < p_.head_dim; ++j) {
-        const float right = static_cast<float>(k_most[j]);
-        if constexpr (kCodes<Element>) {
-          const float lower = p_.q_codes.lower, step = p_.q_codes.step;
-          product += std::max(std::abs(lower + step * q[j]), std::abs(lower + step * q_most[j])) * right;
-        } else {
-          product += static_cast<float>(q_most[j]) * right;
-        }
+      const Element* keys = keys_rows_ + h * keys_ * key_stride_;
+      float bound = 0;
+      if constexpr (kCodes<Element>) {
+        column_extremes(keys, p_.keys, key_stride_, key_stride_, k, k + key_stride_);
+        bound = bound_codes(h, q, q + line, k, k + key_stride_);
+      } else {
+        column_maxima(keys, p_.keys, key_stride_, key_stride_, k);
+        for (int64_t j = 0; j < p_.head_dim; ++j) bound += static_cast<float>(q[j]) * static_cast<float>(k[j]);
       }
-      if constexpr (kCodes<Element>) product *= p_.k_codes.step * std::abs(p_.score_factor[first_head_ + h]) * kLog2E;
-      bounds_[h] = product + p_.largest_bias * kLog2E;
+      bounds_[h] = bound + p_.largest_bias * kLog2E;
     }
   }
 
-  static void find_extremes(const Element* rows, int64_t count, int64_t stride, int64_t columns, Element* least,
-                            Element* most) {
-    if constexpr (kCodes<Element>)
-      column_extremes(rows, count, stride, columns, least, most);
-    else
-      column_maxima(rows, count, stride, columns, most);
+  float score_scale(int64_t h) const { return p_.score_factor[first_head_ + h] * kLog2E; }
+
+  float bound_codes(int64_t h, const uint8_t* q_least, const uint8_t* q_most, const uint8_t* k_least,
+                    const uint8_t* k_most) {
+    const float lower = p_.q_codes.lower, step = p_.q_codes.step;
+    float bound = 0;
+    for (int64_t j = 0; j < p_.head_dim; ++j) {
+      const float q = std::max(std::abs(lower + step * q_least[j]), std::abs(lower + step * q_most[j]));
+      centres_[h * stride_ + j] = 0.5f * static_cast<float>(k_least[j] + k_most[j]);
+      bound += q * 0.5f * static_cast<float>(k_most[j] - k_least[j]);
+    }
+    return bound * p_.k_codes.step * std::abs(score_scale(h));
+  }
+
+  // Less the product of each query with the middles of the keys' channels.
+  void centre(int64_t n, int64_t width, int64_t h) {
+    const float scale = -p_.k_codes.step * score_scale(h), *centres = centres_ + h * stride_;
+    const float total = std::accumulate(centres, centres + p_.head_dim, 0.f) * p_.q_codes.lower * scale;
+    const uint8_t* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      Vec sum(0.f);
+      for (int64_t j = 0; j < p_.head_dim; ++j)
+        sum = at::vec::fmadd(codes_in_words(q + (j / kPack * queries_ + i) * kPack, j % kPack), Vec(centres[j]), sum);
+      at::vec::fmadd(sum, Vec(p_.q_codes.step * scale), Vec(total)).store(query_constants_ + i);
+    }
   }
 
 
@@ -639,7 +663,7 @@ class Worker {
     products_with_ones(heads_ * value_stride_);
     transpose_words(key_sums_, sum_columns_, keys_, sum_columns_, key_constants_, keys_);
     for (int64_t h = 0; h < heads_; ++h) {
-      const Vec factor(p_.k_codes.step * p_.q_codes.lower * p_.score_factor[first_head_ + h] * kLog2E);
+      const Vec factor(p_.k_codes.step * p_.q_codes.lower * score_scale(h));
       float* constants = key_constants_ + h * keys_;
       for (int64_t m = 0; m < keys_; m += kLanes)
         (load_floats(reinterpret_cast<const int32_t*>(constants + m)) * factor).store(constants + m);
@@ -695,8 +719,9 @@ class Worker {
     s.k_region = regions_ ? p_.k_region + window_ * p_.keys : nullptr;
     s.mask = p_.mask_value * kLog2E;
     if constexpr (kCodes<Element>) {
-      s.scale = p_.q_codes.step * p_.k_codes.step * p_.score_factor[head] * kLog2E;
+      s.scale = p_.q_codes.step * p_.k_codes.step * score_scale(h);
       s.key_constants = key_constants_ + h * keys_;
+      s.query_constants = query_constants_;
       s.quantizer = p_.map_codes;
       s.relative = p_.relative;
     }
@@ -705,7 +730,10 @@ class Worker {
 
   void attend(int64_t n, int64_t width, int64_t h) {
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    const bool bounded = bounds_[h] < kBound && !table_ && !regions_;
+    const bool bounded = bounds_[h] < (kCodes<Element> ? kCodesBound : kBound) && !table_ && !regions_;
+    if constexpr (kCodes<Element>) {
+      if (bounded) centre(n, width, h);
+    }
     // with neither a maximum nor a sum to wait for, scores of some keys at a time
     const int64_t step = bounded && !kCodes<Element> ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
     for (int64_t m = 0; m < p_.keys; m += step) {
@@ -819,7 +847,7 @@ class Worker {
   int64_t bytes_ = 0, window_ = 0, first_head_ = 0, heads_ = 0;
   Element *rows_, *extremes_, *queries_packed_, *keys_rows_, *values_, *map_, *head_ones_, *ones_;
   Accumulator<Element>*products_, *sums_and_products_;
-  float *result_, *zeros_, *factors_, *bounds_, *key_constants_;
+  float *result_, *zeros_, *factors_, *bounds_, *key_constants_, *centres_, *query_constants_;
   int32_t *q_region_, *key_sums_, *value_sums_;
   const float* table_ = nullptr;
   bool regions_ = false;
