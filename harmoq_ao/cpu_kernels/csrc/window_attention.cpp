@@ -322,7 +322,7 @@ struct Scores {  // of a head and a block of queries, in units of log 2
   float mask;
   float scale;                     // codes: of the accumulators
   const float* key_constants;      // codes: what the lower bound of q adds for each key
-  const float* query_constants;    // codes without a maximum: what puts the scores of each query around zero
+  const float* query_constants;    // codes without a maximum: what lies in the middle of the scores of each query
   Quantizer quantizer;             // codes: of the map
   bool relative;
 };
@@ -358,18 +358,27 @@ __attribute__((noinline)) void maxima(const Scores<Element>& s, int64_t n, Vec* 
   for (int c = 0; c < columns; ++c) largest[c] = most[c];
 }
 
-// Exponentials in place of what `exponent` says of key and column, and their sum or their largest for each query.
-template <int columns, typename Exponent>
-inline void exponentials(float* scores, int64_t keys, int64_t block, bool sum, const Exponent& exponent, Vec* total) {
-  for (int c = 0; c < columns; ++c) total[c] = Vec(0.f);
-  for (int64_t m = 0; m < keys; ++m) {
+// Exponentials in place of products (bounded) or of scores whose largest are known, and for each query their sum, or the
+// largest of them where the map is relative. Not inlined: its sums stay in registers.
+template <typename Element, Mask mask, bool bounded, bool relative, int columns>
+__attribute__((noinline)) void exponentials(const Scores<Element>& s, int64_t n, const Vec* subtracted, Vec* total) {
+  float* scores = reinterpret_cast<float*>(s.products) + n;
+  const int64_t keys = s.keys, block = s.block;
+  Vec sums[columns], less[columns];
+  for (int c = 0; c < columns; ++c) sums[c] = Vec(0.f), less[c] = subtracted[c];
+  for (int64_t m = 0; m < keys; ++m, scores += block) {
     for (int c = 0; c < columns; ++c) {
-      float* at = scores + m * block + c * kLanes;
-      const Vec x = power_of_two<float>(exponent(at, m, c));
-      total[c] = sum ? total[c] + x : larger(total[c], x);
-      x.store(at);
+      Vec t;
+      if constexpr (bounded)
+        t = score<Element, mask>(s, m, n + c * kLanes) - less[c];
+      else
+        t = larger(Vec::loadu(scores + c * kLanes) - less[c], Vec(kSmallestExponent));
+      const Vec x = power_of_two<float>(t);
+      sums[c] = relative ? larger(sums[c], x) : sums[c] + x;
+      x.store(scores + c * kLanes);
     }
   }
+  for (int c = 0; c < columns; ++c) total[c] = sums[c];
 }
 
 template <typename Element, int columns, typename Row>
@@ -394,7 +403,7 @@ inline Vec map_code(Vec x, const Quantizer& quantizer) {
 
 // Codes of exponentials divided by their sum, or by their largest where the map is relative.
 template <typename Element, bool clamp, int columns>
-void write_codes(const Scores<Element>& s, int64_t n, const Vec* total) {
+__attribute__((noinline)) void write_codes(const Scores<Element>& s, int64_t n, const Vec* total) {
   const float* scores = reinterpret_cast<const float*>(s.products) + n;
   Vec reciprocals[columns];
   for (int c = 0; c < columns; ++c) reciprocals[c] = Vec(1.f) / total[c];
@@ -405,21 +414,16 @@ void write_codes(const Scores<Element>& s, int64_t n, const Vec* total) {
 
 template <typename Element, Mask mask, bool bounded, int columns>
 void codes_columns(const Scores<Element>& s, int64_t n) {
-  float* scores = reinterpret_cast<float*>(s.products) + n;
-  Vec total[columns];
+  Vec subtracted[columns], total[columns];
   if constexpr (bounded) {
-    Vec constants[columns];
-    for (int c = 0; c < columns; ++c) constants[c] = Vec::loadu(s.query_constants + n + c * kLanes);
-    exponentials<columns>(scores, s.keys, s.block, !s.relative, [&](const float*, int64_t m, int c) {
-      return score<Element, mask>(s, m, n + c * kLanes) + constants[c];
-    }, total);
+    for (int c = 0; c < columns; ++c) subtracted[c] = Vec::loadu(s.query_constants + n + c * kLanes);
   } else {
-    Vec largest[columns];
-    maxima<Element, mask, columns>(s, n, largest);
-    exponentials<columns>(scores, s.keys, s.block, !s.relative, [&](const float* at, int64_t, int c) {
-      return larger(Vec::loadu(at) - largest[c], Vec(kSmallestExponent));
-    }, total);
+    maxima<Element, mask, columns>(s, n, subtracted);
   }
+  if (s.relative)
+    exponentials<Element, mask, bounded, true, columns>(s, n, subtracted, total);
+  else
+    exponentials<Element, mask, bounded, false, columns>(s, n, subtracted, total);
   const Quantizer& q = s.quantizer;
   if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
     write_codes<Element, false, columns>(s, n, total);
@@ -640,9 +644,9 @@ class Worker {
     return bound * p_.k_codes.step * std::abs(score_scale(h));
   }
 
-  // Less the product of each query with the middles of the keys' channels.
+  // The product of each query with the middles of the keys' channels.
   void centre(int64_t n, int64_t width, int64_t h) {
-    const float scale = -p_.k_codes.step * score_scale(h), *centres = centres_ + h * stride_;
+    const float scale = p_.k_codes.step * score_scale(h), *centres = centres_ + h * stride_;
     const float total = std::accumulate(centres, centres + p_.head_dim, 0.f) * p_.q_codes.lower * scale;
     const uint8_t* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
     for (int64_t i = 0; i < width; i += kLanes) {
