@@ -367,15 +367,17 @@ __attribute__((noinline)) void exponentials(const Scores<Element>& s, int64_t n,
   Vec sums[columns], less[columns];
   for (int c = 0; c < columns; ++c) sums[c] = Vec(0.f), less[c] = subtracted[c];
   for (int64_t m = 0; m < keys; ++m, scores += block) {
+    Vec x[columns];
     for (int c = 0; c < columns; ++c) {
-      Vec t;
       if constexpr (bounded)
-        t = score<Element, mask>(s, m, n + c * kLanes) - less[c];
+        x[c] = score<Element, mask>(s, m, n + c * kLanes) - less[c];
       else
-        t = larger(Vec::loadu(scores + c * kLanes) - less[c], Vec(kSmallestExponent));
-      const Vec x = power_of_two<float>(t);
-      sums[c] = relative ? larger(sums[c], x) : sums[c] + x;
-      x.store(scores + c * kLanes);
+        x[c] = larger(Vec::loadu(scores + c * kLanes) - less[c], Vec(kSmallestExponent));
+    }
+    for (int c = 0; c < columns; ++c) x[c] = power_of_two<float>(x[c]);
+    for (int c = 0; c < columns; ++c) {
+      sums[c] = relative ? larger(sums[c], x[c]) : sums[c] + x[c];
+      x[c].store(scores + c * kLanes);
     }
   }
   for (int c = 0; c < columns; ++c) total[c] = sums[c];
