@@ -60,15 +60,19 @@ inline void store_elements(uint8_t* p, Vec x) {
 #endif
 }
 
-// `count` codes, and zeros behind them up to a whole vector past `channels`; reads nothing past the codes.
-inline void copy_codes(const uint8_t* from, uint8_t* to, int64_t count, int64_t channels) {
+// The elements of some lanes, and zeros for the others; reads nothing past them.
+template <typename Element>
+inline void copy_elements(const Element* from, Element* to, const Lanes& lanes) {
 #if defined(CPU_CAPABILITY_AVX512)
-  for (int64_t j = 0; j < channels; j += kLanes) {
-    const auto mask = static_cast<__mmask16>((1u << std::clamp<int64_t>(count - j, 0, kLanes)) - 1);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + j), _mm_maskz_loadu_epi8(mask, from + j));
-  }
+  const auto mask = static_cast<__mmask16>(lanes.mask);
+  if constexpr (sizeof(Element) == 1)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm_maskz_loadu_epi8(mask, from));
+  else if constexpr (sizeof(Element) == 2)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_maskz_loadu_epi16(mask, from));
+  else
+    _mm512_storeu_ps(to, _mm512_maskz_loadu_ps(mask, from));
 #else
-  for (int64_t j = 0; j < (channels + kLanes - 1) / kLanes * kLanes; ++j) to[j] = j < count ? from[j] : 0;
+  for (int64_t j = 0; j < kLanes; ++j) to[j] = j < lanes.count ? from[j] : Element(0);
 #endif
 }
 

@@ -205,14 +205,18 @@ void stage(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t 
   }
 }
 
-// Likewise, of tokens that are codes already. No byte past the heads of a row is read, nor any past their place written.
-void stage_codes(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
-                 int64_t heads, const Quantizer& quantizer, const Staged& at, uint8_t* to) {
-  const uint8_t* data = static_cast<const uint8_t*>(tokens.data) + first_head * p.head_dim;
-  for (int64_t n = 0; n < count; ++n, to += at.row) {
-    const uint8_t* from = rows[n] < 0 ? nullptr : data + rows[n] * tokens.stride;
-    for (int64_t h = 0; h < heads; ++h)
-      copy_codes(from ? from + h * p.head_dim : quantizer.zero, to + h * at.head, p.head_dim, at.channels);
+// Likewise, of tokens that are such elements already; `zero` is a head of a token of zeros.
+template <typename Element>
+void stage_elements(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
+                    int64_t heads, const Staged& at, const Element* zero, Element* to) {
+  const Element* data = static_cast<const Element*>(tokens.data) + first_head * p.head_dim;
+  for (int64_t j = 0; j < at.channels; j += kLanes) {
+    const Lanes lanes(std::clamp<int64_t>(p.head_dim - j, 0, kLanes));
+    for (int64_t n = 0; n < count; ++n) {
+      const Element* from = rows[n] < 0 ? zero : data + rows[n] * tokens.stride;
+      const int64_t between = rows[n] < 0 ? 0 : p.head_dim;
+      for (int64_t h = 0; h < heads; ++h) copy_elements(from + h * between + j, to + n * at.row + h * at.head + j, lanes);
+    }
   }
 }
 
@@ -434,7 +438,7 @@ void codes_columns(const Scores<Element>& s, int64_t n) {
 }
 
 template <typename Element, Mask mask, bool bounded, int columns>
-void softmax_columns(const Scores<Element>& s, int64_t n) {
+__attribute__((noinline)) void softmax_columns(const Scores<Element>& s, int64_t n) {
   if constexpr (kCodes<Element>) {
     codes_columns<Element, mask, bounded, columns>(s, n);
   } else if constexpr (bounded) {
@@ -570,7 +574,10 @@ class Worker {
     rows += window_ * count;
     if constexpr (kCodes<Element>) {
       if (tokens.type == at::kByte)
-        return stage_codes(p_, tokens, rows, count, first_head_, heads_, quantizer, at, to);
+        return stage_elements(p_, tokens, rows, count, first_head_, heads_, at, quantizer.zero, to);
+    } else if (!factors && tokens.type == c10::CppTypeToScalarType<Element>::value) {
+      return stage_elements(p_, tokens, rows, count, first_head_, heads_, at, reinterpret_cast<const Element*>(zeros_),
+                            to);
     }
     const auto read_as = [&](auto* zeros) {
       stage(p_, tokens, rows, count, first_head_, heads_, factors, quantizer, at, zeros, to);
@@ -586,7 +593,7 @@ class Worker {
     return round_up((heads_ - 1) * stride + round_up(stride, kLanes), kPack);
   }
 
-  void read_queries_and_keys() {
+  __attribute__((noinline)) void read_queries_and_keys() {
     const int64_t columns = heads_ * stride_, row = row_stride(stride_);
     for (int64_t h = 0; h < heads_; ++h) {  // the factor of the scores goes into q as well where q is not quantized
       const float factor = p_.q_factor[first_head_ + h];
@@ -600,7 +607,7 @@ class Worker {
   }
 
   // To [heads][channels, and a row of ones][keys]; keys that only pad are zero.
-  void read_values() {
+  __attribute__((noinline)) void read_values() {
     const int64_t columns = heads_ * value_stride_, row = row_stride(value_stride_);
     read(p_.v, p_.k_rows, p_.keys, nullptr, p_.v_codes, {row, value_stride_, p_.head_dim}, rows_);
     clear_rows(p_.keys, keys_, row);
@@ -611,7 +618,7 @@ class Worker {
 
   // No score of a head is larger than sum_j max_n |q_nj| max_m |k_mj| and the largest bias. Of codes, the same of keys
   // less the middle of each channel: a softmax does not see what is the same for all keys of a query.
-  void bound_scores() {
+  __attribute__((noinline)) void bound_scores() {
     const int64_t columns = heads_ * stride_, line = round_up(columns, kLine);
     Element *q = extremes_, *k = extremes_ + 2 * line;
     if constexpr (kCodes<Element>)
@@ -781,7 +788,7 @@ class Worker {
     gemm(p_.head_dim + 1, width, round_up(p_.keys, kPack), keys_, p_.block, p_.block, v, map_, sums_and_products_);
   }
 
-  void normalize(int64_t width, int64_t h) {
+  __attribute__((noinline)) void normalize(int64_t width, int64_t h) {
     for (int64_t n = 0; n < width; n += kLanes) {
       const float* o = sums_and_products_ + n;
       const Vec reciprocal = Vec(1.f) / Vec::loadu(o + p_.head_dim * p_.block);
@@ -826,7 +833,7 @@ class Worker {
         to[n * p_.keys + m] = map[(m / kPack * p_.block + n - first) * kPack + m % kPack];
   }
 
-  void write(int64_t first, int64_t width) {
+  __attribute__((noinline)) void write(int64_t first, int64_t width) {
     const auto write_as = [&](auto* out) {
       const int64_t columns = heads_ * p_.head_dim;
       alignas(64) float tile[kTile * kTile];
