@@ -510,6 +510,11 @@ class Worker {
     read_values();
     if constexpr (kCodes<Element>) sum_codes();
     find_mask();
+    if (window + 1 < p_.windows) {
+      fetch(p_.q, p_.q_rows + (window + 1) * p_.queries, p_.queries);
+      fetch(p_.k, p_.k_rows + (window + 1) * p_.keys, p_.keys);
+      fetch(p_.v, p_.k_rows + (window + 1) * p_.keys, p_.keys);
+    }
     for (int64_t n = 0; n < p_.queries; n += p_.block) {
       const int64_t width = std::min(p_.block, queries_ - n);
       for (int64_t h = 0; h < heads_; ++h) attend(n, width, h);
@@ -518,6 +523,17 @@ class Worker {
   }
 
  private:
+  // Brings tokens of the next window closer while this one is worked on.
+  void fetch(const Tokens& tokens, const int32_t* rows, int64_t count) const {
+    const int64_t size = static_cast<int64_t>(c10::elementSize(tokens.type)), length = heads_ * p_.head_dim * size;
+    const char* data = static_cast<const char*>(tokens.data) + first_head_ * p_.head_dim * size;
+    for (int64_t n = 0; n < count; ++n) {
+      if (rows[n] < 0) continue;
+      const char* at = data + rows[n] * tokens.stride * size;
+      for (int64_t i = 0; i < length + 63; i += 64) __builtin_prefetch(at + std::min(i, length - 1), 0, 2);
+    }
+  }
+
   static constexpr int64_t kPack = kGroup<Element>;
   static constexpr int64_t kLine = 64 / sizeof(Element);  // elements of a row of a tile
 
