@@ -31,9 +31,9 @@ class Op(IntEnum):
     """Instructions; their operands follow in the order given, each `Columns` as two numbers (slot, first column)."""
 
     COPY = 0  # to, from, width
-    LINEAR = (
-        1  # to, from, K, N, bits, then constants: reciprocal, offset, packed weight, scale, constant, shift (or -1)
-    )
+    # to, from (values or codes), K, N, bits, then constants: reciprocal, offset, packed weight, scale, constant,
+    # shift (or -1)
+    LINEAR = 1
     LAYER_NORM = 2  # to, from, width, constants weight and bias (or -1), number eps
     UNARY = 3  # Unary, to, from, width, number (the slope of a leaky ReLU)
     BINARY = 4  # Binary, to, left, right, width, Broadcast of the right operand
@@ -197,7 +197,9 @@ class _Run:
         assert packed is not None
         assert scale is not None
         assert constant is not None
-        codes = integer_reference.quantize_codes(self.read(source, first, k), reciprocal, offset, bits)
+        codes = self.slots[source][:, first : first + k]
+        if codes.dtype is not torch.uint8:
+            codes = integer_reference.quantize_codes(codes.float(), reciprocal, offset, bits)
         acc = integer_reference.linear_accumulate(codes, unpack_tiles(packed, k).contiguous())
         contraction = acc[:, :n].float()
         if shift is not None:

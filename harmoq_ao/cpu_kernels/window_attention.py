@@ -129,6 +129,8 @@ def window_attention(
     quantizers: Tensor | None = None,
     reciprocals: Tensor | None = None,
     relative: bool = False,
+    out_quantizer: Tensor | None = None,
+    out_bits: int = 8,
     score_accumulators: Tensor | None = None,
     map_codes: Tensor | None = None,
     value_accumulators: Tensor | None = None,
@@ -137,7 +139,8 @@ def window_attention(
     """Attention within windows, written to columns of `out`.
 
     Args:
-        out: ``[T', C']`` float32 or bfloat16; head ``h`` is written to columns ``out_col + h * head_dim ...``.
+        out: ``[T', C']`` float32, bfloat16 or, with `out_quantizer`, uint8; head ``h`` is written to columns
+            ``out_col + h * head_dim ...``.
         out_rows: ``[W, N]`` int32, the row of each query in `out`; -1: not written.
         out_col: First column in `out`.
         q: ``[T, C]`` float32 or bfloat16 with dense rows; head ``h`` has columns ``q_col + h * head_dim ...``. With
@@ -164,6 +167,9 @@ def window_attention(
         quantizers: ``[4, 4]`` float32, of `pack_quantizers`, or None for float.
         reciprocals: ``[4, head_dim]`` float32, of `pack_quantizers`.
         relative: The map is quantized relative to its rows' largest entries (`quant.relative_maps`).
+        out_quantizer: ``[2, heads * head_dim]`` float32, reciprocal and offset of each column of the result, where
+            `out` is uint8 and takes codes.
+        out_bits: Width of those codes.
         score_accumulators: ``[W, heads, N, M]`` int32 that receives the sums of ``q k`` codes, for tests.
         map_codes: ``[W, heads, N, M]`` uint8 that receives the codes of the map, for tests.
         value_accumulators: ``[W, heads, N, head_dim]`` int32 that receives the sums of map and ``v`` codes, for tests.
@@ -176,7 +182,7 @@ def window_attention(
     operator(isa)(
         out, out_rows, out_col, q, q_col, k, k_col, v, v_col, q_rows, k_rows, heads, head_dim, q_factor, score_factor,
         bias, q_region, k_region, mask_value, mask_table, mask_index, block, half, quantizers, reciprocals, relative,
-        score_accumulators, map_codes, value_accumulators,
+        out_quantizer, out_bits, score_accumulators, map_codes, value_accumulators,
     )  # fmt: skip
 
 
@@ -210,6 +216,8 @@ def reference(
     quantizers: Tensor | None = None,
     reciprocals: Tensor | None = None,
     relative: bool = False,
+    out_quantizer: Tensor | None = None,
+    out_bits: int = 8,
     score_accumulators: Tensor | None = None,
     map_codes: Tensor | None = None,
     value_accumulators: Tensor | None = None,
@@ -245,7 +253,11 @@ def reference(
             map_codes.copy_(codes)
     written = out_rows >= 0
     columns = slice(out_col, out_col + heads * head_dim)
-    out[out_rows[written].long(), columns] = result.transpose(1, 2).flatten(2)[written].to(out.dtype)
+    values = result.transpose(1, 2).flatten(2)[written]
+    if out_quantizer is not None:
+        reciprocal, offset = out_quantizer
+        values = integer_reference.quantize_codes(values.float(), reciprocal, offset, out_bits)
+    out[out_rows[written].long(), columns] = values.to(out.dtype)
 
 
 def _gather(x: Tensor, col: int, rows: Tensor, heads: int, head_dim: int, missing: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from harmoq_ao.cpu_kernels.memory import token_rows
 from harmoq_ao.cpu_kernels.window_attention import pack_bias, pack_quantizers, query_block
 from harmoq_ao.kernels.ops import matmul_contraction
 from harmoq_ao.programs.found_attention import Attention
+from harmoq_ao.programs.steps import Codes
 
 
 class AttentionKernel(nn.Module):
@@ -46,10 +47,16 @@ class AttentionKernel(nn.Module):
         self.factor, self.mask, self.relative = attention.factor, mask, attention.relative
         self.length = attention.query.matrix.rows
         self.in_half = half and self.quantizers is None
+        self.out_quantizer: Tensor | None = None
+        self.out_bits = 8
 
     def read_from_first(self) -> None:
         """Queries, keys and values begin with the first columns of what the kernel is given."""
         self.query, self.key, self.value = (replace(part, first=0) for part in (self.query, self.key, self.value))
+
+    def write_codes(self, codes: Codes) -> None:
+        """The result is to be codes of what it is otherwise."""
+        self.out_quantizer, self.out_bits = torch.stack([codes.reciprocal, codes.offset]), codes.bits
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return self._attend(window_attention.window_attention, query, key, value)
@@ -60,7 +67,8 @@ class AttentionKernel(nn.Module):
 
     def _attend(self, attention: Callable[..., None], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         width = self.query.heads * self.query.width
-        out = token_rows(self.length, width, torch.bfloat16 if self.in_half else torch.float32)
+        dtype = torch.bfloat16 if self.in_half else torch.float32
+        out = token_rows(self.length, width, dtype if self.out_quantizer is None else torch.uint8)
         attention(
             out,
             self.query.rows,
@@ -88,5 +96,7 @@ class AttentionKernel(nn.Module):
             quantizers=self.quantizers,
             reciprocals=self.reciprocals,
             relative=self.relative,
+            out_quantizer=self.out_quantizer,
+            out_bits=self.out_bits,
         )
         return out

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise
+from harmoq_ao.programs.attention_kernel import AttentionKernel
 from harmoq_ao.programs.materialize import Gather, TorchOperator, to_matrix
-from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step, Value
+from harmoq_ao.programs.steps import Codes, Matrix, ModuleStep, Read, RowStep, Step, Value
 
 
 def emit(output: Value, image: Matrix, images: int) -> fx.GraphModule:
@@ -100,6 +101,21 @@ class _Emission(Emission):
     def prepare(self, step: ModuleStep) -> None:
         if isinstance(step.module, TorchOperator):
             step.module.prepare()
+        if isinstance(step.module, AttentionKernel):
+            (result,) = step.results
+            wanted = self._wanted_codes(result)
+            if wanted is not None:
+                step.module.write_codes(wanted)
+                result.codes = True
+
+    def _wanted_codes(self, matrix: Matrix) -> Codes | None:
+        """The quantizer of the only step that reads a matrix, if that takes codes of all of it."""
+        readers = self.readers.get(matrix, [])
+        if len(readers) != 1 or matrix is self.output.matrix:
+            return None
+        ((step, read),) = readers
+        whole = read.first == 0 and read.width == matrix.columns
+        return step.codes if whole and isinstance(step, RowStep) else None
 
     def rows(self, group: Sequence[RowStep]) -> None:
         kernel = _RowGroup(group, self.readers, self.output.matrix)

@@ -23,7 +23,7 @@ from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, 
 from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots, compact
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
 from harmoq_ao.programs.record import Recorded
-from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
+from harmoq_ao.programs.steps import Codes, Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
 
 _aten = torch.ops.aten
 _SAME = {_aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.contiguous.default}
@@ -349,7 +349,10 @@ class Lowering:
             places = [p.constant(c) for c in constants]
             p.emit(Op.LINEAR, to, at[0], k, n, act_bits, *places, *([-1] if len(places) == 5 else []))
 
-        return self.channel_step(x, -1, n, emit)
+        found = self.channel_step(x, -1, n, emit)
+        if found is not None and isinstance(found.matrix.step, RowStep):
+            found.matrix.step.codes = Codes(constants[0], constants[1], act_bits)
+        return found
 
     def float_linear(self, x: Any, axis: int, weight: Tensor, bias: Tensor | None) -> Known:
         """``x @ weight + bias`` along an axis; weight `[K, N]`."""

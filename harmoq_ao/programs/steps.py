@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, RowProgram
 from harmoq_ao.programs.indices import Index
@@ -74,15 +74,31 @@ class Step:
     level: int = 0
 
 
+class Codes(NamedTuple):
+    """A quantizer of columns, ``clamp(round(x * reciprocal + offset), 0, 2**bits - 1)``.
+
+    Attributes:
+        reciprocal: `[columns]` float32.
+        offset: `[columns]` float32.
+        bits: Width of a code.
+    """
+
+    reciprocal: Tensor
+    offset: Tensor
+    bits: int
+
+
 @dataclass(eq=False)
 class RowStep(Step):
     """A token-wise operation.
 
     Args:
         emit: Appends its instruction, given where the result goes and where its operands are.
+        codes: What makes codes of the values that it reads, which it takes as well.
     """
 
     emit: Emit = lambda *_: None
+    codes: Codes | None = None
 
 
 @dataclass(eq=False)

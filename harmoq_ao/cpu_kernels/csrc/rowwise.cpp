@@ -146,11 +146,18 @@ class Worker {
                                 at<int32_t>(layout_.acc),
                                 at<float>(layout_.sums),
                                 has_tiles()};
-    const Rows<const float> from = read(s.a, 0);
     const bool temporary = program_.slots[s.to.slot].temporary;
     // memory takes whole rows more than twice as fast as columns of half a cache line
-    linear_rows(s.linear, from, temporary ? floats(s.to) : stage(2), rows_, layout_.block, scratch);
-    if (!temporary) write(constant(stage(2)), s.to);
+    const Rows<float> to = temporary ? floats(s.to) : stage(2);
+    if (program_.slots[s.a.slot].type == at::kByte) {
+      with_rows(s.a, begin_, [&](auto from) {
+        if constexpr (std::is_same_v<decltype(from), Rows<uint8_t>>)
+          linear_rows(s.linear, constant(from), to, rows_, layout_.block, scratch);
+      });
+    } else {
+      linear_rows(s.linear, read(s.a, 0), to, rows_, layout_.block, scratch);
+    }
+    if (!temporary) write(constant(to), s.to);
   }
 
   void float_linear(const Step& s) {

@@ -134,12 +134,6 @@ inline void transpose_tile(const void* from, int64_t from_stride, void* to, int6
 
 // --- operands --------------------------------------------------------------------------------------------------------
 
-struct Tokens {  // a matrix of tokens from a column on
-  const void* data;
-  int64_t stride;
-  at::ScalarType type;
-};
-
 struct Quantizer {  // of the channels of a head, padded to whole vectors with zeros
   const float* factor = nullptr;
   const float* offset = nullptr;
@@ -147,12 +141,28 @@ struct Quantizer {  // of the channels of a head, padded to whole vectors with z
   float step = 0, lower = 0, top = 0;
 };
 
+// Codes of 16 columns; `quantizer` holds a factor and an offset for each column.
+inline void store_row(uint8_t* to, const float* from, int64_t count, const Quantizer& quantizer, int64_t column) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const Vec factor = Vec::loadu(quantizer.factor + column + i), offset = Vec::loadu(quantizer.offset + column + i);
+    const Vec codes = codes_of(Vec::loadu(from + i), factor, offset, Vec(quantizer.top)).round();
+    store(codes, to + i, std::min(kLanes, count - i));
+  }
+}
+
+struct Tokens {  // a matrix of tokens from a column on
+  const void* data;
+  int64_t stride;
+  at::ScalarType type;
+};
+
 struct Problem {
   Tokens q, k, v;
   const int32_t *q_rows, *k_rows, *out_rows;
   void* out;
-  bool out_bfloat16;
+  at::ScalarType out_type;
   int64_t out_stride;
+  Quantizer out_codes;  // of all columns of the heads, where the result is codes
   int64_t windows, queries, keys, heads, head_dim, block;
   const float *q_factor, *score_factor;
   const float* bias = nullptr;  // [heads, blocks, keys, block]
@@ -850,7 +860,7 @@ class Worker {
   }
 
   __attribute__((noinline)) void write(int64_t first, int64_t width) {
-    const auto write_as = [&](auto* out) {
+    const auto write_as = [&]<typename Out>(Out* out) {
       const int64_t columns = heads_ * p_.head_dim;
       alignas(64) float tile[kTile * kTile];
       out += first_head_ * p_.head_dim;
@@ -859,13 +869,21 @@ class Worker {
         const int64_t count = std::min(kTile, p_.queries - first - n);
         for (int64_t c = 0; c < columns; c += kTile) {
           transpose_tile(result_ + c * p_.block + n, p_.block, tile, kTile);
-          for (int64_t i = 0; i < count; ++i)
-            if (rows[i] >= 0)
-              store_row(out + rows[i] * p_.out_stride + c, tile + i * kTile, std::min(kTile, columns - c));
+          for (int64_t i = 0; i < count; ++i) {
+            if (rows[i] < 0) continue;
+            Out* to = out + rows[i] * p_.out_stride + c;
+            const int64_t width = std::min(kTile, columns - c);
+            if constexpr (std::is_same_v<Out, uint8_t>)
+              store_row(to, tile + i * kTile, width, p_.out_codes, first_head_ * p_.head_dim + c);
+            else
+              store_row(to, tile + i * kTile, width);
+          }
         }
       }
     };
-    if (p_.out_bfloat16)
+    if (p_.out_type == at::kByte)
+      write_as(static_cast<uint8_t*>(p_.out));
+    else if (p_.out_type == at::kBFloat16)
       write_as(static_cast<BFloat16*>(p_.out));
     else
       write_as(static_cast<float*>(p_.out));
@@ -977,13 +995,36 @@ class Quantizers {
   std::vector<uint8_t> zeros_;
 };
 
+// Factor and offset of each column of the result, and room for a last whole tile to read beyond them.
+class OutQuantizer {
+ public:
+  OutQuantizer(const OptionalTensor& given, int64_t bits, int64_t channels) {
+    if (!given) return;
+    TORCH_CHECK(bits >= 1 && bits <= 8, "window_attention: codes have 1 to 8 bits, got ", bits);
+    const float* vectors = floats("out_quantizer", *given, {2, channels});
+    const int64_t padded = channels + kTile;
+    vectors_.resize(2 * padded);
+    std::copy_n(vectors, channels, vectors_.data());
+    std::copy_n(vectors + channels, channels, vectors_.data() + padded);
+    of.factor = vectors_.data();
+    of.offset = vectors_.data() + padded;
+    of.top = static_cast<float>((1 << bits) - 1);
+  }
+
+  Quantizer of;
+
+ private:
+  std::vector<float> vectors_;
+};
+
 void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col, const Tensor& q, int64_t q_col,
                       const Tensor& k, int64_t k_col, const Tensor& v, int64_t v_col, const Tensor& q_rows,
                       const Tensor& k_rows, int64_t heads, int64_t head_dim, const Tensor& q_factor,
                       const Tensor& score_factor, const OptionalTensor& bias, const OptionalTensor& q_region,
                       const OptionalTensor& k_region, double mask_value, const OptionalTensor& mask_table,
                       const OptionalTensor& mask_index, int64_t block, bool half, const OptionalTensor& quantizers,
-                      const OptionalTensor& reciprocals, bool relative, const OptionalTensor& score_accumulators,
+                      const OptionalTensor& reciprocals, bool relative, const OptionalTensor& out_quantizer,
+                      int64_t out_bits, const OptionalTensor& score_accumulators,
                       const OptionalTensor& map_codes, const OptionalTensor& value_accumulators) {
   TORCH_CHECK(q_rows.dim() == 2 && k_rows.dim() == 2, "window_attention: rows must be [windows, tokens]");
   TORCH_CHECK(heads > 0 && head_dim > 0 && block > 0 && block % kTile == 0,
@@ -1001,10 +1042,12 @@ void window_attention(const Tensor& out, const Tensor& out_rows, int64_t out_col
   p.q = tokens_of("q", q, q_col, channels, quantizers.has_value());
   p.k = tokens_of("k", k, k_col, channels, quantizers.has_value());
   p.v = tokens_of("v", v, v_col, channels, quantizers.has_value());
-  const Tokens result = tokens_of("out", out, out_col, channels);
+  const Tokens result = tokens_of("out", out, out_col, channels, out_quantizer.has_value());
   p.out = const_cast<void*>(result.data);
   p.out_stride = result.stride;
-  p.out_bfloat16 = result.type == at::kBFloat16;
+  p.out_type = result.type;
+  const OutQuantizer out_codes(out_quantizer, out_bits, channels);
+  p.out_codes = out_codes.of;
   check_rows("q_rows", q_rows, windows, queries, q.size(0));
   check_rows("k_rows", k_rows, windows, keys, std::min(k.size(0), v.size(0)));
   check_rows("out_rows", out_rows, windows, queries, out.size(0));
@@ -1070,6 +1113,7 @@ TORCH_LIBRARY_FRAGMENT(HARMOQ_NAMESPACE, m) {
       "Tensor score_factor, Tensor? bias, Tensor? q_region, Tensor? k_region, float mask_value, Tensor? mask_table, "
       "Tensor? mask_index, "
       "int block, bool half, Tensor? quantizers=None, Tensor? reciprocals=None, bool relative=False, "
+      "Tensor? out_quantizer=None, int out_bits=8, "
       "Tensor(b!)? score_accumulators=None, Tensor(c!)? map_codes=None, Tensor(d!)? value_accumulators=None) -> ()");
 }
 

@@ -78,13 +78,24 @@ inline void multiply_codes(const IntegerLinear& linear, int64_t first, int64_t w
        scratch.acc);
 }
 
+// What a linear multiplies: codes of values, or codes that are given, with zeros up to a multiple of kLanes.
+inline void take_codes(const IntegerLinear& linear, Rows<const float> from, Rows<uint8_t> codes, int64_t rows) {
+  quantize_rows(linear, from, codes, rows);
+}
+
+inline void take_codes(const IntegerLinear& linear, Rows<const uint8_t> from, Rows<uint8_t> codes, int64_t rows) {
+  each_vector(linear.k, [&](int64_t j, auto lanes) {
+    for (int64_t r = 0; r < rows; ++r) copy_codes(from[r] + j, codes[r] + j, lanes);
+  });
+}
+
 // Products always have `block` rows, so that one micro-kernel serves all; codes of rows past `rows` stay as they are.
 // Columns go from last to first: what the column of ones gives, the sum of each row's codes, all others need. On AMX so
 // few at a time that their accumulators go from tiles to results through lines that stay in L1.
-template <typename To>
-inline void linear_rows(const IntegerLinear& linear, Rows<const float> from, Rows<To> to, int64_t rows, int64_t block,
+template <typename From, typename To>
+inline void linear_rows(const IntegerLinear& linear, Rows<const From> from, Rows<To> to, int64_t rows, int64_t block,
                         const LinearScratch& scratch) {
-  quantize_rows(linear, from, scratch.codes, rows);
+  take_codes(linear, from, scratch.codes, rows);
   const int64_t some = scratch.tiles ? kTileColumns : kLinearColumns;
   for (int64_t first = (linear.products - 1) / some * some; first >= 0; first -= some) {
     const int64_t width = std::min(some, linear.products - first);

@@ -96,6 +96,16 @@ inline void store(Vec x, uint8_t* to, int64_t lanes) {
 
 #endif
 
+// The first codes of a vector, and zeros up to its end.
+inline void copy_codes(const uint8_t* from, uint8_t* to, int64_t lanes) {
+#if defined(CPU_CAPABILITY_AVX512)
+  const __m128i codes = _mm_maskz_loadu_epi8(static_cast<__mmask16>((1u << lanes) - 1), from);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), codes);
+#else
+  for (int64_t i = 0; i < kLanes; ++i) to[i] = i < lanes ? from[i] : 0;
+#endif
+}
+
 inline Vec load_int(const int32_t* from) {
 #if defined(CPU_CAPABILITY_AVX512)
   return _mm512_cvtepi32_ps(_mm512_loadu_si512(from));
