@@ -48,11 +48,14 @@ from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
 from harmoq_ao.recipes.documents import markdown_table
 from harmoq_ao.recipes.store import write_text
-from harmoq_ao.runtime.tiling import pad_to_multiple
+from harmoq_ao.runtime.tiling import pad_to_multiple, upscale
 
 SCALE = 2
 CROPS = 32
 UNTRAINED_CROPS = 2  # of models whose weights are random: ranges are needed, good ones are not
+CALIBRATION_SIZE = 128  # of our models' crops; theirs take the size that is timed only
+FRAME = (720, 1280)
+OVERLAP = 16  # of tiles
 MODELS = ("dat-light", "swinir-light", "hat-s")
 YARDSTICKS = ("float32 eager", "OpenVINO bf16")
 _RATIOS = tuple(f"vs {name}" for name in YARDSTICKS)
@@ -65,15 +68,22 @@ class Job:
 
     Attributes:
         model: ``dat-light`` (trained weights), ``swinir-light`` or ``hat-s`` (random weights: no PSNR).
-        size: Side of the image in pixels.
+        size: Side of the image, or of the tiles of a frame, in pixels.
         work: Folder of quantized models, kept between contenders.
         isa: Instruction set that torch and our kernels are held to; None for all that the CPU has.
+        frame: Whether a frame of 1280x720 is upscaled in tiles.
     """
 
     model: str
     size: int
     work: Path
     isa: str | None = None
+    frame: bool = False
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of what is timed."""
+        return FRAME if self.frame else (self.size, self.size)
 
     def build(self) -> nn.Module:
         """The float model."""
@@ -86,10 +96,10 @@ class Job:
         """The float model with its masks ready for the size."""
         return for_size(self.build().to(dtype), (self.size, self.size))
 
-    def crops(self) -> list[Tensor]:
-        """Calibration crops `[3, size, size]`, the same for all."""
+    def crops(self, size: int | None = None) -> list[Tensor]:
+        """Calibration crops `[3, size, size]`, by default of the size that is timed."""
         photographs = list(skimage_photographs("calibration").values())
-        return list(h.CalibrationCrops(photographs, size=self.size, count=self.crop_count, downscale=SCALE))
+        return list(h.CalibrationCrops(photographs, size=size or self.size, count=self.crop_count, downscale=SCALE))
 
     @property
     def crop_count(self) -> int:
@@ -182,11 +192,13 @@ def _nncf(job: Job, precision: str) -> Run:
 def quantized_model(job: Job, bits: int, per_token: bool = False, profile: Profile = "deploy") -> h.QuantizedModel:
     """Our model, from the work folder where it was made before."""
     kind = "-token" if per_token else "" if profile == "deploy" else f"-{profile}"
-    folder = job.work / f"{job.model}-{job.size}-w{bits}a{bits}{kind}"
+    folder = job.work / f"{job.model}-w{bits}a{bits}{kind}"
     if not folder.exists():
         rules = [h.SiteRule(kind="linear", dynamic=True)] if per_token else []
         prepared = h.prepare_harmoq(job.build(), h.HarmoqConfig(bits, bits, rules=rules, profile=profile))
-        h.save_quantized(h.convert_harmoq(h.calibrate(prepared, job.crops(), show_progress=False)), folder)
+        h.save_quantized(
+            h.convert_harmoq(h.calibrate(prepared, job.crops(CALIBRATION_SIZE), show_progress=False)), folder
+        )
     return h.load_quantized(folder)
 
 
@@ -244,6 +256,7 @@ def serve(name: str, job: Job, set5: Path | None, threads: int, pipe: Connection
 def _answers(name: str, job: Job, set5: Path | None, pipe: Connection) -> Iterator[float]:
     model = CONTENDERS[name](job)
     model(random_image(job.size, 0))
+    timed = partial(upscale, model, scale=SCALE, tile=job.size, overlap=OVERLAP) if job.frame else model
     _forget_peak()
     yield 0.0
     while True:
@@ -253,9 +266,9 @@ def _answers(name: str, job: Job, set5: Path | None, pipe: Connection) -> Iterat
         elif question == "memory":
             yield _peak_mebibytes()
         else:
-            image = random_image(job.size, question)
+            image = random_image(job.image_size, question)
             start = time.perf_counter()
-            model(image)
+            timed(image)
             yield time.perf_counter() - start
 
 
@@ -275,7 +288,7 @@ def _psnr(model: Run, job: Job, set5: Path) -> float:
         padded, (height, width) = pad_to_multiple(image, job.size)
         return model(padded)[..., : height * SCALE, : width * SCALE]
 
-    table = h.evaluate(fixed, h.load_pairs(set5, None, SCALE), SCALE, tile=job.size, overlap=16)
+    table = h.evaluate(fixed, h.load_pairs(set5, None, SCALE), SCALE, tile=job.size, overlap=OVERLAP)
     return float(table.mean.psnr)
 
 
@@ -329,14 +342,16 @@ class Worker:
         return float(found)
 
 
-def measure(worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | None) -> dict[str, Any]:
+def measure(
+    worker: Worker, yardsticks: list[Worker], rounds: int, set5: Path | None, warm_up: int = 2
+) -> dict[str, Any]:
     """Seconds per round of one contender and of the yardsticks beside it, as a result to store."""
     workers = {w.name: w for w in [*yardsticks, worker]}
     times: dict[str, list[float]] = {name: [] for name in workers}
-    for index in range(rounds + 2):
+    for index in range(rounds + warm_up):
         for name, each in workers.items():
             seconds = each.ask(index + 1)
-            if index >= 2:  # the first rounds warm up
+            if index >= warm_up:
                 times[name].append(seconds)
     found: dict[str, Any] = percentiles(times[worker.name])
     for name in YARDSTICKS:
@@ -353,6 +368,7 @@ def run(job: Job, options: Any) -> None:
     """Measure what is not measured yet, storing after each contender."""
     other = "" if (job.size, options.threads, job.isa) == (128, 2, None) else f"-{job.size}-{options.threads}"
     other += f"-{job.isa}" if job.isa else ""
+    other = "-frame" if job.frame else other
     path = options.output / f"cpu_peers_{job.model}{other}.jsonl"
     set5 = options.set5 if job.model == "dat-light" else None
     about, known = read_results(path)
@@ -360,7 +376,8 @@ def run(job: Job, options: Any) -> None:
     missing = [name for name in options.contenders if "p50_ms" not in rows.get(name, {})]
     if not missing:
         return
-    about |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, job.size, job.size], "rounds": options.rounds}
+    about |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, *job.image_size], "rounds": options.rounds}
+    about |= {"tile": job.size} if job.frame else {}
     about |= {"calibration_crops": job.crop_count, **environment(PACKAGES)}
     with ExitStack() as stack:
         start = partial(Worker, job=job, set5=set5, threads=options.threads)
@@ -369,7 +386,8 @@ def run(job: Job, options: Any) -> None:
             with ExitStack() as own:
                 try:
                     worker = yardsticks.get(name) or own.enter_context(closing(start(name)))
-                    row = measure(worker, list(yardsticks.values()), options.rounds, set5)
+                    # one tile has warmed a frame's contender up
+                    row = measure(worker, list(yardsticks.values()), options.rounds, set5, 0 if job.frame else 2)
                 except (RuntimeError, OSError) as error:
                     row = {"error": str(error)}
             rows[name] = {"contender": name, **row}
@@ -391,7 +409,8 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(cells)
     columns = ["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "MiB", "PSNR dB"]
     table = pd.DataFrame(lines, columns=columns).fillna("")
-    head = f"## {about['model']}, {about['image'][2]}x{about['image'][3]} input"
+    tiles = f" in tiles of {about['tile']}" if "tile" in about else ""
+    head = f"## {about['model']}, {about['image'][3]}x{about['image'][2]} input{tiles}"
     return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}"
 
 
@@ -432,6 +451,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, action="append")
     parser.add_argument("--size", type=int, default=128)
+    parser.add_argument("--frame", action="store_true", help="a frame of 1280x720 in tiles of the size")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contenders", type=lambda text: text.split(";"), default=list(CONTENDERS), help="A;B;C")
@@ -447,7 +467,7 @@ def main() -> None:
     if unknown := [name for name in options.contenders if name not in CONTENDERS]:
         parser.error(f"unknown contenders: {', '.join(unknown)}; known: {'; '.join(CONTENDERS)}")
     for name in options.model or MODELS:
-        run(Job(name, options.size, options.work, options.isa), options)
+        run(Job(name, options.size, options.work, options.isa, options.frame), options)
     print(write_pages(options.output))
 
 

@@ -20,9 +20,10 @@ from harmoq_ao.recipes import store
 _FOLDERS = re.compile(r"(?<![\w./])/(?:[^\s/'\"]+/)+")
 
 
-def random_image(size: int, seed: int) -> torch.Tensor:
-    """`[1, 3, size, size]`, uniform in 0..1, the same for the same seed."""
-    return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed))
+def random_image(size: int | tuple[int, int], seed: int) -> torch.Tensor:
+    """`[1, 3, height, width]`, uniform in 0..1, the same for the same seed; one number is the side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return torch.rand(1, 3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -60,6 +60,11 @@ class GpuLowering(Lowering):
         types = {self.type_of(read.matrix) for read in reads} - {self.dtype}
         return torch.float32 if torch.float32 in types else self.dtype
 
+    @property
+    def rounded_type(self) -> torch.dtype | None:
+        """As of what they are made from."""
+        return None
+
     def module_step(self, module: nn.Module, reads: Any, results: Any, dtype: torch.dtype | None = None) -> list[Value]:
         """A step of another kind; its results have the widest type among what it reads, unless one is given."""
         dtype = self._widest(reads) if dtype is None else dtype

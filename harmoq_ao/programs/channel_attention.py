@@ -93,7 +93,8 @@ def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
         return None
     q, k, v = found.q, found.k, found.v
     maps = ChannelMaps(q, k, found.eps, found.factor, found.quantizers)
-    reads = [Read(found.query, q.first, q.heads * q.width), Read(found.key, k.first, k.heads * k.width)]
+    exact = bool(found.quantizers) or not lowering.half
+    reads = [Read(found.query, q.first, q.heads * q.width, exact), Read(found.key, k.first, k.heads * k.width, exact)]
     matrices = [((v.heads * v.width,), _rows(lowering, len(v.rows) * v.heads * v.width, v.heads * v.width))]
     if found.quantizers:
         matrices.append(((v.heads * v.width,), _rows(lowering, len(v.rows), v.heads * v.width)))
@@ -221,7 +222,8 @@ def _block_diagonal(blocks: Tensor) -> Tensor:
 def _mixed(lowering: Context, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
     """Each token's values times the matrix of its image."""
     width = heads.heads * heads.width
-    read, matrices = Read(values, heads.first, width), Read(results[0], 0, width)
+    exact = bool(quantizers) or not lowering.half
+    read, matrices = Read(values, heads.first, width, exact), Read(results[0], 0, width)
 
     def emit(p: RowProgram, to: Columns, at: Any) -> None:
         p.emit(Op.PRODUCT, to, at[0], width, width, at[1].slot)

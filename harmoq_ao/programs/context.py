@@ -34,7 +34,7 @@ class Context(Protocol):
         module: nn.Module,
         reads: list[Read],
         results: Sequence[tuple[tuple[int, ...], Index | None]],
-        dtype: torch.dtype = ...,
+        dtype: torch.dtype | None = ...,
     ) -> list[Value]:
         """A step that is no chain of token-wise operations; the values that it makes."""
 

@@ -63,9 +63,11 @@ class Depthwise(nn.Module):
         self.weight = nn.Parameter(depthwise_weight(weight), requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
         self.first, self.size = first, (images, height, width)
+        self.out_dtype = torch.float32
 
     def forward(self, matrix: Tensor) -> Tensor:
-        return depthwise(matrix, self.first, self.weight.shape[1], *self.size, self.weight, self.bias)
+        channels = self.weight.shape[1]
+        return depthwise(matrix, self.first, channels, *self.size, self.weight, self.bias, out=self.out_dtype)
 
 
 class ColumnMeans(nn.Module):

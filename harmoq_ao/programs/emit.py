@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram, rowwise
 from harmoq_ao.programs.attention_kernel import AttentionKernel
+from harmoq_ao.programs.convolution import Depthwise
 from harmoq_ao.programs.materialize import Gather, TorchOperator, to_matrix
 from harmoq_ao.programs.steps import Codes, Matrix, ModuleStep, Read, RowStep, Step, Value
 
@@ -101,6 +102,8 @@ class _Emission(Emission):
     def prepare(self, step: ModuleStep) -> None:
         if isinstance(step.module, TorchOperator):
             step.module.prepare()
+        if isinstance(step.module, Depthwise):
+            step.module.out_dtype = step.dtype
         if isinstance(step.module, AttentionKernel):
             (result,) = step.results
             wanted = self._wanted_codes(result)

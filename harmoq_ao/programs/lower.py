@@ -86,7 +86,7 @@ class Lowering:
         self.recorded, self.half = recorded, half
         self.roots = Roots()
         self.known: dict[fx.Node, Known] = {}
-        self.last = _last_contractions(recorded.graph)
+        self.last, self.pixels = _last_contractions(recorded.graph)
         found = (match_attention(node) for node in recorded.graph.nodes)
         self.matches: dict[fx.Node, Match] = {match.values: match for match in found if match is not None}
         self.absorbed = {node for match in self.matches.values() for node in match.absorbed}
@@ -145,6 +145,11 @@ class Lowering:
 
     # --- values ---------------------------------------------------------------------------------------------------
 
+    @property
+    def rounded_type(self) -> torch.dtype | None:
+        """Type of results that may be rounded as operands of products are; None: as of what they are made from."""
+        return torch.bfloat16 if self.half else torch.float32
+
     def place_value(self, shape: tuple[int, ...], step: Step | None) -> Value:
         """A value in torch's own layout: convolutions and images have their channels first."""
         index = self.roots.channels_first(shape) if len(shape) == 4 else self.roots.rows_last(shape or (1,))
@@ -167,11 +172,11 @@ class Lowering:
         module: nn.Module,
         reads: list[Read],
         results: Sequence[tuple[tuple[int, ...], Index | None]],
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
     ) -> list[Value]:
-        """A step that is no chain of token-wise operations; the values that it makes."""
+        """A step that is no chain of token-wise operations; the values that it makes, in float32 by default."""
         level = max([r.matrix.level for r in reads], default=0)
-        step = ModuleStep(reads, [], level, module, dtype)
+        step = ModuleStep(reads, [], level, module, dtype or torch.float32)
         values = []
         for shape, index in results:
             if index is None:
@@ -243,7 +248,9 @@ class Lowering:
         if isinstance(right, Value) and isinstance(left, Tensor) and kind is not Binary.SUB:
             return self.with_constant(kind, right, left, tuple(node.meta["shape"]))
         if isinstance(left, Value) and isinstance(right, Value):
-            return self.two_values(kind, left, right, tuple(node.meta["shape"]))
+            # what is added to may be the sum of all blocks so far; what gates is rounded as operands of products are
+            exact = kind is not Binary.MUL or not self.half or node in self.pixels
+            return self.two_values(kind, left, right, tuple(node.meta["shape"]), exact)
         return None
 
     def with_constant(self, kind: Binary, value: Value, constant: Tensor, shape: tuple[int, ...]) -> Known:
@@ -266,7 +273,7 @@ class Lowering:
 
         return self.elementwise(value, shift is None, make)
 
-    def two_values(self, kind: Binary, left: Value, right: Value, shape: tuple[int, ...]) -> Known:
+    def two_values(self, kind: Binary, left: Value, right: Value, shape: tuple[int, ...], exact: bool) -> Known:
         if left.shape != shape or (right.shape == shape and right.matrix.rows > left.matrix.rows):
             if kind is Binary.SUB:
                 return None
@@ -280,14 +287,15 @@ class Lowering:
             return None
         if met.mode is Broadcast.IMAGE and right.matrix.rows != self.images:
             return None  # a row for something else than an image
-        return Value(self._combined(kind, left.matrix, right.matrix, span, met), left.index.shifted(span.first))
+        matrix = self._combined(kind, left.matrix, right.matrix, span, met, exact)
+        return Value(matrix, left.index.shifted(span.first))
 
-    def _combined(self, kind: Binary, left: Matrix, right: Matrix, span: Any, met: Aligned) -> Matrix:
+    def _combined(self, kind: Binary, left: Matrix, right: Matrix, span: Any, met: Aligned, exact: bool) -> Matrix:
         width = span.last - span.first + 1
         one = met.mode is Broadcast.COLUMN
         reads = [
-            Read(left, span.first, width),
-            Read(right, met.offset if one else span.first + met.offset, 1 if one else width),
+            Read(left, span.first, width, exact),
+            Read(right, met.offset if one else span.first + met.offset, 1 if one else width, exact),
         ]
 
         def emit(p: RowProgram, to: Columns, at: Any) -> None:
@@ -436,8 +444,9 @@ class Lowering:
             return None
         images, width, height, across = x.shape
         module = self.modules.depthwise(weight, bias, channels.first, images, height, across)
-        read = Read(x.matrix, channels.first, width)
-        return self.module_step(module, [read], [((width,), self.roots.channels_first(tuple(x.shape)))])[0]
+        read = Read(x.matrix, channels.first, width, exact=not self.half)
+        results = [((width,), self.roots.channels_first(tuple(x.shape)))]
+        return self.module_step(module, [read], results, self.rounded_type)[0]
 
     def mean(self, node: fx.Node, x: Any, axes: Any = None, keepdim: bool = False, **options: Any) -> Known:
         """Mean over all pixels of a value `[B, C, H, W]`."""
@@ -450,7 +459,8 @@ class Lowering:
         module = self.modules.means(channels.first, width, images)
         shape = (images, width, 1, 1)
         index = self.roots.channels_first(shape)
-        (found,) = self.module_step(module, [Read(x.matrix, channels.first, width)], [((width,), index)])
+        reads = [Read(x.matrix, channels.first, width, exact=not self.half)]
+        (found,) = self.module_step(module, reads, [((width,), index)])
         return found if keepdim else self.movement(_aten.reshape.default, (found, [images, width]), {})
 
 
@@ -476,8 +486,8 @@ def _users_beyond_first(node: fx.Node) -> bool:
     return any(user.users and user.args[1] != 0 for user in node.users)
 
 
-def _last_contractions(graph: fx.Graph) -> set[fx.Node]:
-    """Convolutions between which and the output lies no other contraction: their results are pixels."""
+def _last_contractions(graph: fx.Graph) -> tuple[set[fx.Node], set[fx.Node]]:
+    """Convolutions between which and the output lies no other contraction; and these with all that follows: pixels."""
     found: set[fx.Node] = set()
     todo = [graph.find_nodes(op="output")[0].args[0]]
     seen: set[fx.Node] = set()
@@ -490,7 +500,7 @@ def _last_contractions(graph: fx.Graph) -> set[fx.Node]:
             found.add(node)
         elif "harmoq" not in str(node.target) and "mm" not in str(node.target):
             todo += node.all_input_nodes
-    return found
+    return found, seen
 
 
 Lowering.handlers = {

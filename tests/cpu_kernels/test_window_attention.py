@@ -143,6 +143,18 @@ def test_large_windows(queries: int, keys: int, half: bool, seed: int) -> None:
     torch.testing.assert_close(actual.double(), expected, atol=0.02 if half else 2e-5, rtol=0)
 
 
+@pytest.mark.parametrize("head_dim", [1, 7, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 70, 100])
+@pytest.mark.parametrize("half", [False, True])
+def test_heads_of_any_width_do_not_reach_into_each_other(head_dim: int, half: bool) -> None:
+    arguments = _plain(Shape(2, 20, 30, 3, head_dim), torch.Generator().manual_seed(head_dim))
+    arguments["q_rows"][0, 3] = arguments["k_rows"][1, 5] = -1
+    expected, actual = _expected(arguments, dtype=torch.float64), _actual(arguments, half=half)
+    torch.testing.assert_close(actual.double(), expected, atol=0.03 if half else 2e-5, rtol=0)
+    bfloat16 = arguments | {name: arguments[name].bfloat16() for name in "qkv"}
+    expected, actual = _expected(bfloat16, dtype=torch.float64), _actual(bfloat16, half=half)
+    torch.testing.assert_close(actual.double(), expected, atol=0.03 if half else 2e-5, rtol=0)
+
+
 def _plain(shape: Shape, generator: torch.Generator) -> Arguments:
     channels, block = shape.heads * shape.head_dim, attention.query_block(shape.queries, shape.keys)
     tokens = max(shape.queries, shape.keys) * shape.windows
@@ -224,6 +236,47 @@ def test_integers_equal_the_reference(data: st.DataObject, arguments: Arguments,
         limit = 1e-4 * float(expected[expected != 77.0].abs().max() if (expected != 77.0).any() else 0) + 1e-5
         rtol = 1e-2 if actual.dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(actual.double(), expected, atol=limit, rtol=rtol)
+
+
+@given(data=st.data(), arguments=attentions(), relative=st.booleans())
+def test_given_codes_are_those_of_their_values(data: st.DataObject, arguments: Arguments, relative: bool) -> None:
+    """Codes in: every sum is that of the values; codes out: those of the values that would be written."""
+    heads, head_dim = arguments["heads"], arguments["head_dim"]
+    bounds, reciprocals = data.draw(quantizers(head_dim, relative))
+    arguments |= {"quantizers": bounds, "reciprocals": reciprocals, "relative": relative}
+    arguments["out"] = arguments["out"].float()
+    shown, of_codes = _shown(arguments), _shown(arguments)
+    values = _actual(arguments, **shown)
+    codes = _actual(arguments | _as_codes(arguments), **of_codes)
+    assert torch.equal(codes, values)
+    assert all(torch.equal(shown[name], of_codes[name]) for name in shown)
+    expected = _expected(arguments | _as_codes(arguments), **(expected_shown := _shown(arguments)))
+    assert torch.equal(shown["score_accumulators"], expected_shown["score_accumulators"])
+    assert torch.equal(expected, _expected(arguments))
+    columns = slice(arguments["out_col"], arguments["out_col"] + heads * head_dim)
+    quantizer = torch.rand(2, heads * head_dim) * 7
+    out = torch.full(values.shape, 77, dtype=torch.uint8)
+    actual = _actual(arguments | {"out": out}, out_quantizer=quantizer, out_bits=3)
+    written = arguments["out_rows"][arguments["out_rows"] >= 0].long()
+    wanted = torch.full_like(out, 77)
+    wanted[written, columns] = quantize_codes(values[written, columns], *quantizer, bits=3)
+    assert torch.equal(actual, wanted)
+    attention.reference(**arguments | {"out": out, "out_quantizer": quantizer, "out_bits": 3})
+    assert int((out.int() - wanted.int()).abs().max()) <= 1 or not torch.allclose(expected.float(), values, atol=1e-3)
+
+
+def _as_codes(arguments: Arguments) -> Arguments:
+    """Codes instead of q, k and v, in matrices of their own."""
+    heads, head_dim = arguments["heads"], arguments["head_dim"]
+    made: Arguments = {}
+    for name, place in (("q", 0), ("k", 1), ("v", 3)):
+        first = arguments[f"{name}_col"]
+        values = arguments[name][:, first : first + heads * head_dim].float().unflatten(-1, (heads, head_dim))
+        values = values * arguments["q_factor"][:, None] if name == "q" else values
+        offset, top = arguments["quantizers"][place, 2:].tolist()
+        found = quantize_codes(values, arguments["reciprocals"][place], offset, int(top).bit_length())
+        made |= {name: found.flatten(1), f"{name}_col": 0}
+    return made
 
 
 def _value_codes(arguments: Arguments) -> Tensor:

@@ -220,12 +220,17 @@ template <typename Element>
 void stage_elements(const Problem& p, const Tokens& tokens, const int32_t* rows, int64_t count, int64_t first_head,
                     int64_t heads, const Staged& at, const Element* zero, Element* to) {
   const Element* data = static_cast<const Element*>(tokens.data) + first_head * p.head_dim;
-  for (int64_t j = 0; j < at.channels; j += kLanes) {
-    const Lanes lanes(std::clamp<int64_t>(p.head_dim - j, 0, kLanes));
-    for (int64_t n = 0; n < count; ++n) {
-      const Element* from = rows[n] < 0 ? zero : data + rows[n] * tokens.stride;
-      const int64_t between = rows[n] < 0 ? 0 : p.head_dim;
-      for (int64_t h = 0; h < heads; ++h) copy_elements(from + h * between + j, to + n * at.row + h * at.head + j, lanes);
+  const Lanes all(kLanes), last(p.head_dim % kLanes), none(0);
+  for (int64_t n = 0; n < count; ++n) {
+    const Element* from = rows[n] < 0 ? zero : data + rows[n] * tokens.stride;
+    const int64_t between = rows[n] < 0 ? 0 : p.head_dim;
+    // head after head: the last vector of one reaches into the next
+    for (int64_t h = 0; h < heads; ++h) {
+      Element* head = to + n * at.row + h * at.head;
+      int64_t j = 0;
+      for (; j + kLanes <= p.head_dim; j += kLanes) copy_elements(from + h * between + j, head + j, all);
+      if (j < p.head_dim) copy_elements(from + h * between + j, head + j, last), j += kLanes;
+      for (; j < at.channels; j += kLanes) copy_elements(from, head + j, none);
     }
   }
 }
