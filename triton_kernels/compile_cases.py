@@ -155,6 +155,10 @@ def _attention_cases() -> Iterator[Case]:
     yield _attention_case("hat-s 16x16 paper", 144, 256, 256, regions=True, paper=True)
     yield _attention_case("hat-s overlapping", 144, 256, 576, out_bits=0)
     yield _attention_case("hat-s overlapping paper", 144, 256, 576, paper=True, out_bits=0, SCORES="products")
+    yield _attention_case("drct 4 heads of 53", 212, 256, 256, heads=4, regions=True)
+    yield _attention_case("drct 2 heads of 122", 244, 256, 256, heads=2, regions=True)
+    yield _attention_case("drct 4 heads of 53 paper", 212, 256, 256, heads=4, regions=True, paper=True)
+    yield _attention_case("drct 2 heads of 122 paper", 244, 256, 256, heads=2, regions=True, paper=True)
     yield _attention_case("dat-light 8x32", 60, 256, 256, out_bits=0, regions=True)
     yield _attention_case("dat-light 8x32 paper relative", 60, 256, 256, paper=True, out_bits=0, RELATIVE=True)
 
@@ -167,29 +171,33 @@ def _attention_case(
     regions: bool = False,
     paper: bool = False,
     out_bits: int = 8,
+    heads: int = 6,
     **changes: Any,
 ) -> Case:
-    head_dim = channels // 6
+    head_dim = channels // heads
     projection = "*fp32" if out_bits else None
-    arguments = _attention_arguments(channels, tokens, regions, paper) | {
+    arguments = _attention_arguments(channels, tokens, regions, paper, heads) | {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp32" if paper else "*bf16"), "key_index_ptr": "*i32",
         "key_regions_ptr": "*u8" if regions else None, "reciprocal_ptr": projection, "offset_ptr": projection,
         "out_ptr": "*u8" if out_bits else "*bf16", "OUT_BITS": out_bits, "key_length": "i32", "KEYS": keys,
         "Q_STRIDE": 3 * channels, "Q_HEAD": head_dim, "K_STRIDE": 3 * channels, "K_HEAD": head_dim,
         "BLOCK_M": attention.BLOCK, "BLOCK_N": attention.BLOCK,
     }  # fmt: skip
-    kernel, trips = attention.attention_kernel, blocks(keys, attention.BLOCK)
-    return Case(f"attention / {name}", kernel, arguments | changes, integer_mma=False, trips=trips)
+    warps, trips = attention.warps(arguments["PADDED"]), blocks(keys, attention.BLOCK)
+    return Case(
+        f"attention / {name}", attention.attention_kernel, arguments | changes, integer_mma=False, num_warps=warps,
+        trips=trips,
+    )  # fmt: skip
 
 
-def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool) -> dict[str, Any]:
-    """Arguments that `window_kernel` and `attention_kernel` have in common, with six heads."""
+def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool, heads: int = 6) -> dict[str, Any]:
+    """Arguments that `window_kernel` and `attention_kernel` have in common."""
     quantizers = "*fp32" if paper else None
     return {
         "index_ptr": "*i32", "regions_ptr": "*u8" if regions else None, "score_scale_ptr": "*fp32",
         "bias_ptr": "*fp32", "factors_ptr": quantizers, "bounds_ptr": quantizers, "out_ptr": "*bf16",
-        "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": 6, "HEAD_DIM": channels // 6,
-        "PADDED": power_of_two(channels // 6, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
+        "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": channels // heads,
+        "PADDED": power_of_two(channels // heads, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
         "RELATIVE": False, "SCORES": "scaled", "DTYPE": tl.float16 if paper else tl.bfloat16,
     }  # fmt: skip
 

@@ -21,6 +21,7 @@ from harmoq_ao.gpu_programs.operands import LayerNorm
 from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.programs.emit import needed, readers_of
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step
+from harmoq_ao.triton_kernels.attention_operands import FUSED_HEAD_DIM
 from harmoq_ao.triton_kernels.launch import MAX_CHANNELS
 from harmoq_ao.triton_kernels.window_attention import FUSED_CHANNELS, FUSED_TOKENS
 
@@ -161,6 +162,7 @@ class _Fusing:
         windows = core.windows
         usual = core.firsts == (0, width, 2 * width) and source.columns == 3 * width and windows.key_index is None
         small = windows.index.tensor.shape[1] <= FUSED_TOKENS and max(qkv.columns, proj.width) <= FUSED_CHANNELS
+        small = small and core.head_dim <= FUSED_HEAD_DIM
         if not (usual and small and self.alone(source, mixed.step)):
             return False
         assert source.step is not None
