@@ -12,9 +12,11 @@ from typing import Any
 
 import triton.language as tl
 
-from harmoq_ao.triton_kernels import attention, convolution, lowbit_linear, mlp, window_attention
+from harmoq_ao.common.elementwise import Binary, Unary
+from harmoq_ao.triton_kernels import attention, convolution, lowbit_linear, mlp, rowwise, window_attention
 from harmoq_ao.triton_kernels.launch import blocks, power_of_two
 from harmoq_ao.triton_kernels.operands import padded_columns
+from harmoq_ao.triton_kernels.rowwise import Chain, Op
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Case:
     Attributes:
         name: Unique, ``kernel / variant``.
         kernel: The jitted function.
-        arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"``; anything else is a constant.
+        arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"`` or a tuple of pointers; anything else is a
+            constant.
         integer_mma: Whether int8 tensor-core instructions are expected.
         unfused: Whether no fused multiply-add may occur: nothing but exact codes and their epilogue is computed.
         num_warps: Warps of a program.
@@ -214,12 +217,40 @@ def _convolution_cases() -> Iterator[Case]:
         yield Case(f"convolution / {name}", kernel, arguments, integer_mma=False, num_stages=3, trips=trips)
 
 
+def _rowwise_cases() -> Iterator[Case]:
+    chain = Chain(numbers=[1e-5], columns=[180, 180])
+    total = chain.emit(Op.BINARY, 180, Binary.ADD, *(chain.emit(Op.LOAD, 180, number, 0, 0) for number in range(2)))
+    chain.emit(Op.STORE, 180, total, 0, 0)
+    chain.emit(Op.STORE, 180, chain.emit(Op.NORM, 180, total, 0, 1, 1), 1, 0)
+    yield _rowwise_case("sum of 180 and its norm", chain, [180, 180], 2)
+    chain = Chain(numbers=[0.0], columns=[60])
+    kept = chain.emit(Op.UNARY, 60, Unary.GELU, chain.emit(Op.LOAD, 60, 0, 0, 0), 1)
+    gate = chain.emit(Op.UNARY, 60, Unary.GELU, chain.emit(Op.LOAD, 60, 1, 60, 0), 1)
+    chain.emit(Op.STORE, 60, chain.emit(Op.BINARY, 60, Binary.MUL, kept, gate), 0, 0)
+    yield _rowwise_case("halves of 120, GELU, gate", chain, [120, 120], 0)
+    chain = Chain(numbers=[0.0], columns=[144])
+    gate = chain.emit(Op.UNARY, 144, Unary.SIGMOID, chain.emit(Op.LOAD, 144, 1, 0, 1), 1)
+    gated = chain.emit(Op.BINARY, 144, Binary.MUL, chain.emit(Op.LOAD, 144, 0, 0, 0), gate)
+    chain.emit(Op.STORE, 144, chain.emit(Op.AFFINE, 144, gated, 0, 1), 0, 0)
+    yield _rowwise_case("gate of an image on 144, affine", chain, [144, 144], 2)
+
+
+def _rowwise_case(name: str, chain: Chain, strides: list[int], constants: int) -> Case:
+    arguments = {
+        "inputs": ("*bf16",) * len(strides), "outputs": ("*bf16",) * len(chain.columns),
+        "constants": ("*fp32",) * constants, "rows": "i32", "rows_per_image": "i32",
+        **rowwise.program(chain.code, chain.numbers, strides, chain.columns), "BLOCK_M": rowwise.tile(chain.code),
+    }  # fmt: skip
+    return Case(f"rowwise / {name}", rowwise.rowwise_kernel, arguments, integer_mma=False)
+
+
 CASES: tuple[Case, ...] = (
     *_linear_cases(),
     *_mlp_cases(),
     *_window_cases(),
     *_attention_cases(),
     *_convolution_cases(),
+    *_rowwise_cases(),
 )
 
 
