@@ -13,7 +13,7 @@ from typing import Any
 import triton.language as tl
 
 from harmoq_ao.common.elementwise import Binary, Unary
-from harmoq_ao.triton_kernels import attention, convolution, lowbit_linear, mlp, rowwise, window_attention
+from harmoq_ao.triton_kernels import attention, channel_attention, convolution, lowbit_linear, mlp, rowwise, window_attention
 from harmoq_ao.triton_kernels.launch import blocks, power_of_two
 from harmoq_ao.triton_kernels.operands import padded_columns
 from harmoq_ao.triton_kernels.rowwise import Chain, Op
@@ -205,6 +205,39 @@ def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool,
     }  # fmt: skip
 
 
+def _channel_cases() -> Iterator[Case]:
+    for model, heads, width in (("dat-light", 6, 10), ("dat", 6, 30), ("restormer", 4, 48)):
+        for paper in (False, True):
+            yield from _channel_case(f"{model}{' paper' if paper else ''}", heads, width, paper)
+
+
+def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Case]:
+    padded, bits, codes = power_of_two(width, 16), 8 if paper else 0, "*fp32" if paper else None
+    block = channel_attention.token_block(padded)
+    shared = {"bounds_ptr": codes, "length": "i32", "WIDTH": width, "PADDED": padded}
+    contraction = {"DTYPE": tl.float16 if paper else tl.bfloat16, "PRECISION": "ieee", "BLOCK_T": block}
+    parts, part = channel_attention.split(256 * 256)
+    eps = {"q_eps": "fp32", "k_eps": "fp32"}
+    sums = {
+        "q_ptr": "*bf16", "k_ptr": "*bf16", "squares_ptr": codes, "out_ptr": "*i32" if paper else "*fp32",
+        "part_length": "i32", "parts": "i32", "Q_STRIDE": 3 * heads * width, "K_STRIDE": 3 * heads * width,
+        "GRAM": True, "LEFT_BITS": bits, "RIGHT_BITS": bits, **shared, **contraction, **eps,
+    }  # fmt: skip
+    maps = {
+        "sums_ptr": sums["out_ptr"], "factor_ptr": "*fp32", "out_ptr": "*fp16" if paper else "*bf16", "parts": "i32",
+        "heads": heads, "BITS": bits, "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
+    }  # fmt: skip
+    product = {
+        "v_ptr": "*bf16", "maps_ptr": maps["out_ptr"], "out_ptr": "*bf16", "V_STRIDE": 3 * heads * width,
+        "OUT": heads * width, "BITS": bits, **shared, **contraction,
+    }  # fmt: skip
+    options: dict[str, Any] = {"integer_mma": False, "num_warps": channel_attention.warps(padded)}
+    yield Case(f"channel sums / {name}", channel_attention.sums_kernel, sums, num_stages=2, trips=part // block, **options)
+    trips = blocks(parts, maps["BLOCK_S"])
+    yield Case(f"channel maps / {name}", channel_attention.maps_kernel, maps, trips=trips, **options)
+    yield Case(f"channel product / {name}", channel_attention.product_kernel, product, **options)
+
+
 def _convolution_cases() -> Iterator[Case]:
     for name, channels, outputs in (("60 to 60", 60, 60), ("180 to 180", 180, 180), ("3 to 60", 3, 60)):
         sizes = convolution.tile(channels, outputs)
@@ -249,6 +282,7 @@ CASES: tuple[Case, ...] = (
     *_mlp_cases(),
     *_window_cases(),
     *_attention_cases(),
+    *_channel_cases(),
     *_convolution_cases(),
     *_rowwise_cases(),
 )

@@ -63,7 +63,6 @@ def test_every_architecture_is_as_in_the_table(name: str, dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("name", ["SwinIR/light", "Swin2SR", "HAT", "DRCT", "DAT/light", "RGT", "CRAFT", "GRL"])
 def test_quantized_products_are_fused_alike(name: str) -> None:
-    """Attention among channels aside, whose products sum over an image."""
     count = counted(name, "paper", torch.bfloat16)
     assert entry(name, torch.bfloat16, count)["islands"] == KEPT[name, "bfloat16"]["islands"]
 
@@ -75,3 +74,7 @@ def test_the_published_models_keep_their_budget() -> None:
     assert swinir["launches"] <= 60
     assert swinir["moved"] <= 1e9
     assert lines["SwinIR-light x2, 2048x2048"]["masks"] < 16e6
+    assert lines["DRCT x2"]["islands"]["AttentionCore"] == 30
+    assert lines["DRCT x2"]["launches"] <= 222
+    assert lines["DAT-light x2"]["islands"] == {"AttentionCore": 18, "ChannelAttention": 9}
+    assert lines["DAT-light x2"]["launches"] <= 404
