@@ -37,7 +37,7 @@ def fuse(last: Matrix, lowering: GpuLowering) -> None:
         lowering: The walk that made it.
     """
     fusing = _Fusing(last, lowering)
-    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention)
+    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention, fusing.gate)
     for join in (*front, fusing.norm_behind, fusing.residual):
         fusing.everywhere(join)
 
@@ -174,6 +174,23 @@ class _Fusing:
         except KernelError:
             return False
         _becomes(step, WindowAttention(core.spec, packed, windows, eps, sites, proj.width), [source.step.reads[0]])
+        return True
+
+    def gate(self, step: Step) -> bool:
+        """Two results of kernels multiplied in front of a linear; what token-wise steps make, they also multiply."""
+        module = _module(step, Linear)
+        if module is None or module.norm is not None or not module.packed.value.static or not self.whole(step.reads[0]):
+            return False
+        source = step.reads[0].matrix
+        found = _single(source.step, Op.BINARY)
+        if found is None or found[0][0] != Binary.MUL or found[0][-1] != Broadcast.NONE or not self.alone(source, step):
+            return False
+        assert source.step is not None
+        left, right = source.step.reads
+        if isinstance(left.matrix.step, RowStep) or isinstance(right.matrix.step, RowStep):
+            return False
+        module.first, module.gate = left.first, right.first
+        step.reads[:1] = [left, right]
         return True
 
     def norm_behind(self, step: Step) -> bool:

@@ -54,6 +54,9 @@ class Linear(Producer):
         operands: Of the model.
         first: First column.
         out_dtype: Of the result.
+
+    Attributes:
+        gate: First column of what multiplies its input, in its second operand; None where nothing does.
     """
 
     takes_norm = False
@@ -64,7 +67,7 @@ class Linear(Producer):
         self.first, self.columns, self.out_dtype = first, site.operands.weight.shape[1], out_dtype
         self.norm: LayerNorm | None = None
         self.gelu = "none"
-        self.gated = False
+        self.gate: int | None = None
 
     @property
     def site(self) -> Site:
@@ -89,11 +92,16 @@ class Linear(Producer):
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """`[rows, N]`."""
         rest = list(others)
-        gate = rest.pop(0) if self.gated else None
-        rows = x[:, self.first : self.first + self.columns].contiguous()
+        gate = None if self.gate is None else self._part(rest.pop(0), self.gate)
+        rows = self._part(x, self.first)
         eps = None if self.norm is None else self.norm.eps
         options = {"gate": gate, "eps": eps, "gelu": self.gelu, "out_dtype": self.out_dtype, **self.epilogue(rest)}
         return ops.linear(rows, self.packed.value, **options)
+
+    def _part(self, matrix: Tensor, first: int) -> Tensor:
+        """Its columns of a matrix: the kernel takes rows at any stride."""
+        part = matrix[:, first : first + self.columns]
+        return part if part.stride(1) == 1 else part.contiguous()
 
 
 class Mlp(Producer):
