@@ -296,7 +296,8 @@ def launch_attention(
     proj, out_dtype = operands.proj, out_dtype or q.dtype
     width = operands.heads * operands.head_dim
     # The projection takes codes: a byte a channel between the kernels, and it need not round again.
-    out = torch.empty(*q.shape[:2], width, dtype=out_dtype if proj is None else torch.uint8, device=q.device)
+    codes = proj is not None and proj.act_bits > 0
+    out = torch.empty(*q.shape[:2], width, dtype=torch.uint8 if codes else out_dtype, device=q.device)
     if out.numel():
         with on_device(q):
             attention_kernel[(windows, blocks(tokens, BLOCK), operands.heads)](

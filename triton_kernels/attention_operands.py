@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,7 +15,7 @@ from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import pack, unpack
 from harmoq_ao.triton_kernels import operands as linears
 from harmoq_ao.triton_kernels.launch import check_vector, power_of_two
-from harmoq_ao.triton_kernels.operands import PackedLinear, from_operands, padded_columns
+from harmoq_ao.triton_kernels.operands import PackedLinear, from_floats, from_operands, padded_columns
 
 LOG2E = 1.4426950408889634
 """Factor of position bias and scores: the kernels' softmax takes ``exp2``."""
@@ -122,6 +123,7 @@ def pack_attention(
     cosine: bool = False,
     scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
+    floats: bool = False,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
 
@@ -136,6 +138,7 @@ def pack_attention(
         cosine: Normalise q and k.
         scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
+        floats: Leave the linears in bfloat16 too (`operands.from_floats`).
 
     Raises:
         KernelError: Shapes or bounds that the kernels do not take.
@@ -149,11 +152,12 @@ def pack_attention(
         raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
     # Contractions of 16-bit floats are at least 16 long.
     padded, fused = power_of_two(head_dim, 16), head_dim <= FUSED_HEAD_DIM
-    first = None if qkv is None else _checked_qkv(qkv, heads * head_dim)
-    projection = None if proj is None else _checked_projection(proj, heads * head_dim)
+    make = from_floats if floats else from_operands
+    first = None if qkv is None else _checked_qkv(make(*qkv), heads * head_dim)
+    projection = None if proj is None else _checked_projection(make(*proj), heads * head_dim)
     return PackedAttention(
         first,
-        _pad_rows(*qkv, heads, padded) if qkv is not None and fused else None,
+        _pad_rows(*qkv, heads, padded, make) if qkv is not None and fused else None,
         projection,
         _spread_columns(projection, heads, _CODES // padded) if projection is not None and fused else None,
         heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
@@ -212,8 +216,7 @@ def regions_of(mask: Tensor) -> Tensor | None:
     return ids.to(torch.uint8)
 
 
-def _checked_qkv(qkv: tuple[LinearOperands, Tensor, int], width: int) -> PackedLinear:
-    packed = from_operands(*qkv)
+def _checked_qkv(packed: PackedLinear, width: int) -> PackedLinear:
     if packed.rows != 3 * width:
         raise KernelError("The qkv linear does not fit", found=packed.rows, expected=3 * width)
     if not packed.static:
@@ -221,8 +224,7 @@ def _checked_qkv(qkv: tuple[LinearOperands, Tensor, int], width: int) -> PackedL
     return packed
 
 
-def _checked_projection(proj: tuple[LinearOperands, Tensor, int], width: int) -> PackedLinear:
-    packed = from_operands(*proj)
+def _checked_projection(packed: PackedLinear, width: int) -> PackedLinear:
     if packed.columns != width or not packed.static:
         raise KernelError(
             "The projection does not fit",
@@ -232,7 +234,9 @@ def _checked_projection(proj: tuple[LinearOperands, Tensor, int], width: int) ->
     return packed
 
 
-def _pad_rows(operands: LinearOperands, codes: Tensor, bits: int, heads: int, padded: int) -> PackedLinear:
+def _pad_rows(
+    operands: LinearOperands, codes: Tensor, bits: int, heads: int, padded: int, make: Callable[..., PackedLinear]
+) -> PackedLinear:
     def spread(value: Tensor) -> Tensor:
         return _spread(value.t(), 3 * heads, padded).t().contiguous()
 
@@ -244,7 +248,7 @@ def _pad_rows(operands: LinearOperands, codes: Tensor, bits: int, heads: int, pa
         weight_shift=operands.weight_shift[:1].expand(3 * heads * padded).contiguous(),
         bias=None if operands.bias is None else spread(operands.bias),
     )
-    return from_operands(wide, pack(spread(unpack(codes, bits, columns)), bits), bits)
+    return make(wide, pack(spread(unpack(codes, bits, columns)), bits), bits)
 
 
 def _spread_columns(linear: PackedLinear, heads: int, stride: int) -> PackedLinear:
@@ -262,7 +266,7 @@ def _spread_columns(linear: PackedLinear, heads: int, stride: int) -> PackedLine
         codes=F.pad(codes, (0, padded_columns(columns) - columns)),
         columns=columns,
         reciprocal=spread(linear.reciprocal),
-        offset=spread(linear.offset, float(1 << (linear.act_bits - 1))),
+        offset=spread(linear.offset, float((1 << linear.act_bits) // 2)),
     )
 
 

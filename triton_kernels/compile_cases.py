@@ -51,9 +51,14 @@ _LINEAR_POINTERS = {
 
 
 def _linear(columns: int, bits: int, layer: str = "", **changes: Any) -> dict[str, Any]:
-    """Pointers and constants of a linear with mid-rise weights, doubled at 8 bits, and activations of 8 bits."""
+    """Pointers and constants of a linear with mid-rise weights, doubled at 8 bits, and activations of 8 bits.
+
+    Of 16 bits: bfloat16 weights and activations.
+    """
+    if bits == 16:
+        changes = {"weight": "*bf16", **changes}
     pointers = {f"{tensor}{layer}_ptr": kind for tensor, kind in (_LINEAR_POINTERS | changes).items()}
-    constants = {"ROW": padded_columns(columns), "DOUBLED": bits == 8, "ACT_BITS": 8}
+    constants = {"ROW": padded_columns(columns), "DOUBLED": bits == 8, "ACT_BITS": 8 if bits <= 8 else 0}
     return pointers | {f"{name}{layer}": value for name, value in constants.items()}
 
 
@@ -97,6 +102,7 @@ def _mlp_cases() -> Iterator[Case]:
     yield _mlp_case("swin2sr-light w8", 60, 120, 8, norm=False, after=True)
     yield _mlp_case("hat-s w8", 144, 288, 8)
     yield _mlp_case("swinir-classical w8", 180, 360, 8)
+    yield _mlp_case("swinir-light bf16 weights", 60, 120, 16)
     yield _mlp_case("no norm, no residual, tanh w4", 60, 120, 4, norm=False, gelu="tanh", residual=None)
 
 
@@ -110,14 +116,14 @@ def _mlp_case(
     gelu: str = "erf",
     residual: str | None = "*bf16",
 ) -> Case:
-    sizes, warps = mlp.tile(channels, hidden, channels)
+    sizes, warps = mlp.tile(channels, hidden, channels, floats=bits == 16)
     arguments = {
         "x_ptr": "*bf16", "residual_ptr": residual, "out_ptr": "*bf16", "M": "i32", "eps": "fp32", "C": channels,
         "HIDDEN": hidden, "OUT": channels, "GELU": gelu, "NORM": norm, **_after(after),
         **_linear(channels, bits, "1"), **_linear(hidden, bits, "2"), **sizes,
     }  # fmt: skip
     trips = blocks(hidden, sizes["BLOCK_H"])
-    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, num_warps=warps, trips=trips)
+    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, integer_mma=bits <= 8, num_warps=warps, trips=trips)
 
 
 def _after(given: bool) -> dict[str, Any]:
@@ -130,6 +136,8 @@ def _window_cases() -> Iterator[Case]:
     yield _window_case("swinir-light w4 regions", 4, regions=True)
     yield _window_case("swinir-light w8", 8)
     yield _window_case("swinir-light w8 regions", 8, regions=True)
+    yield _window_case("swinir-light bf16 weights", 16)
+    yield _window_case("swinir-light bf16 weights regions", 16, regions=True)
     yield _window_case("swinir-light paper w4 regions", 4, regions=True, paper=True)
     yield _window_case("swinir-light paper relative w4", 4, paper=True, RELATIVE=True)
     yield _window_case("swin2sr-light cosine w8 regions", 8, regions=True, norm=False, after=True, SCORES="cosine")
@@ -149,7 +157,8 @@ def _window_case(
         "residual_ptr": "*bf16", "OUT": 60, **_after(after), **_linear(60, bits, "1"), **_linear(6 * 32, bits, "2"),
         **window_attention.tile(60),
     }  # fmt: skip
-    return Case(f"window / {name}", window_attention.window_kernel, arguments | changes, trips=6)
+    kernel = window_attention.window_kernel
+    return Case(f"window / {name}", kernel, arguments | changes, integer_mma=bits <= 8, trips=6)
 
 
 def _attention_cases() -> Iterator[Case]:

@@ -92,8 +92,8 @@ def test_a_model_that_cannot_be_followed_runs_as_it_is(caplog: pytest.LogCapture
     forward = type(conv).forward
     conv.forward = lambda x: forward(conv, x) if float(x.sum()) < 1e9 else x
     with caplog.at_level(logging.WARNING):
-        assert model.gpu_programs.run(model.model, model._float32_twin, images(1)[0], torch.float32) is None
-        assert model.gpu_programs.run(model.model, model._float32_twin, images(1)[0], torch.float32) is None
+        assert model.gpu_programs.run(model.model, model.float32_twin, images(1)[0], torch.float32) is None
+        assert model.gpu_programs.run(model.model, model.float32_twin, images(1)[0], torch.float32) is None
     assert [record.message for record in caplog.records if "GPU" in record.message] == [
         f"The model runs without fused GPU kernels: {model.gpu_programs.refusal}"
     ]
