@@ -176,9 +176,11 @@ def table() -> str:
         "Counted on tensors without values by `python -m benchmarks.gpu_traces` (toy sizes) and `--published` (models\n"
         "as published, 256x256); no GPU was used. W8A8, `deploy`, bfloat16. A launch is an operator that makes a\n"
         "tensor. Windows of more than 64 tokens or 128 channels are three of ours: qkv, attention, projection;\n"
-        "attention among channels is three too: sums, maps, product. Bytes are those of operands and results, each once.\n"
+        "attention among channels is three too: sums, maps, product. Bytes are those of operands and results, each\n"
+        "once.\n"
     )
-    columns = "| model | window attention | attention | among channels | MLP | launches | MB moved | MB of masks | budget |\n"
+    kinds = "window attention | attention | among channels | MLP"
+    columns = f"| model | {kinds} | launches | MB moved | MB of masks | budget |\n"
     rule = "|---|--:|--:|--:|--:|--:|--:|--:|---|\n"
     body = ""
     for title, path in (("As published", PUBLISHED), ("Toy sizes", RESULTS)):

@@ -6,9 +6,9 @@ For each image and head, with queries and keys of length one along the tokens::
     P    = softmax(S)                                             over j
     y_ti = sum_j P_ij v_tj
 
-In mode "deploy" the contractions are of floats with float32 sums. In mode "paper" normalised queries and keys,
-``P`` and v are rounded to codes, whose contractions are exact: 16-bit floats hold codes, float32 the products of a block
-of tokens, int32 those of a part of an image, int64 all of them.
+In mode "deploy" the contractions are of floats with float32 sums. In mode "paper" normalised queries and keys, ``P``
+and v are rounded to codes, whose contractions are exact: 16-bit floats hold codes, float32 the products of a block of
+tokens, int32 those of a part of an image, int64 all of them.
 
 Sums come from parts of an image, which programs of their own write down: no atomics, the same bits each time. `sums`
 (twice in mode "paper": lengths first, as codes need them), `maps` and `product` are operators of torch; `reference` is
@@ -59,8 +59,8 @@ class PackedChannels:
         width: Channels of a head.
         factor: `[heads]` float32, of the scores.
         eps: Smallest lengths of queries and keys.
-        bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of queries, keys, map and values; None in mode
-            "deploy".
+        bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of queries, keys, map and values; None in
+            mode "deploy".
         bits: Widths of their codes; zeros in mode "deploy".
     """
 
@@ -119,9 +119,7 @@ def _lengths(
 
 
 @triton.jit
-def _codes(
-    x: tl.tensor, factor: tl.tensor, offset_ptr: tl.tensor, mask: tl.tensor, BITS: tl.constexpr
-) -> tl.tensor:
+def _codes(x: tl.tensor, factor: tl.tensor, offset_ptr: tl.tensor, mask: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
     """Codes of ``x * factor + offset`` as whole float32 numbers; 0 outside ``mask``."""
     return tl.where(mask, float_codes(x.to(tl.float32) * factor + tl.load(offset_ptr), BITS), 0.0)
 
@@ -149,7 +147,7 @@ def sums_kernel(
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ) -> None:
-    """Sums over a part of an image for a head: `[2, PADDED]` of q and k, and with ``GRAM`` `[PADDED, PADDED]` of products.
+    """Sums over a part of an image for a head: `[2, PADDED]` of q and k, with ``GRAM`` `[PADDED, PADDED]` of products.
 
     Of squares and floats; or, with ``squares_ptr``, of codes, as int32.
     """
@@ -339,7 +337,8 @@ def launch_sums(
                 query, key, squares, bounds, out, length, part, parts, float(eps[0]), float(eps[1]),
                 Q_STRIDE=query.stride(0), K_STRIDE=key.stride(0), WIDTH=width, PADDED=padded,
                 GRAM=out.shape[-2] > 2, LEFT_BITS=bits[0], RIGHT_BITS=bits[1],
-                **_contraction(query.dtype, bounds), BLOCK_T=token_block(padded), num_warps=warps(padded), num_stages=2, **OPTIONS,
+                **_contraction(query.dtype, bounds), BLOCK_T=token_block(padded),
+                num_warps=warps(padded), num_stages=2, **OPTIONS,
             )  # fmt: skip
     return out
 
@@ -635,8 +634,8 @@ __all__ = [
     "launch_product",
     "launch_sums",
     "maps_kernel",
-    "part_block",
     "pack_channels",
+    "part_block",
     "product_kernel",
     "reference",
     "reference_sums",

@@ -13,7 +13,15 @@ from typing import Any
 import triton.language as tl
 
 from harmoq_ao.common.elementwise import Binary, Unary
-from harmoq_ao.triton_kernels import attention, channel_attention, convolution, lowbit_linear, mlp, rowwise, window_attention
+from harmoq_ao.triton_kernels import (
+    attention,
+    channel_attention,
+    convolution,
+    lowbit_linear,
+    mlp,
+    rowwise,
+    window_attention,
+)
 from harmoq_ao.triton_kernels.launch import blocks, power_of_two
 from harmoq_ao.triton_kernels.operands import padded_columns
 from harmoq_ao.triton_kernels.rowwise import Chain, Op
@@ -241,7 +249,8 @@ def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Ca
         "OUT": heads * width, "BITS": bits, **shared, **contraction,
     }  # fmt: skip
     options: dict[str, Any] = {"integer_mma": False, "num_warps": channel_attention.warps(padded)}
-    yield Case(f"channel sums / {name}", channel_attention.sums_kernel, sums, num_stages=2, trips=part // block, **options)
+    kernel, trips = channel_attention.sums_kernel, blocks(part, block)
+    yield Case(f"channel sums / {name}", kernel, sums, num_stages=2, trips=trips, **options)
     trips = blocks(parts, maps["BLOCK_S"])
     yield Case(f"channel maps / {name}", channel_attention.maps_kernel, maps, trips=trips, **options)
     yield Case(f"channel product / {name}", channel_attention.product_kernel, product, **options)

@@ -147,7 +147,9 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     missing = set(names) ^ set(case.arguments)
     if missing:
         raise ValueError(f"{case.name}: arguments do not match the kernel: {sorted(missing)}")
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for position, name in enumerate(names):
         value = case.arguments[name]
         parts = value if isinstance(value, tuple) else (value,)

@@ -368,9 +368,9 @@ def _codes(x: Tensor, weight: PackedLinear) -> tuple[Tensor, reference_integers.
     """Codes of ``x``, and their qparams where each token has its own; of a linear in floats, what it contracts."""
     if x.dtype == torch.uint8:
         return x, None
-    if weight.act_bits == 0:
-        return x * weight.reciprocal + weight.offset, None
     if weight.reciprocal is not None and weight.offset is not None:
+        if weight.act_bits == 0:
+            return x * weight.reciprocal + weight.offset, None
         return reference_integers.quantize_codes(x, weight.reciprocal, weight.offset, weight.act_bits), None
     scaled = x if weight.reciprocal is None else x * weight.reciprocal
     return reference_integers.quantize_dynamic(scaled, -1, weight.act_bits)

@@ -205,7 +205,7 @@ def from_floats(operands: LinearOperands, packed_codes: Tensor, weight_bits: int
     """The same linear in bfloat16, in the same kernels: what integers alone give is what it is slower by.
 
     Args:
-        operands: As of `from_operands`; the values of its weight codes become the weights, its joint scale and shift stay.
+        operands: As of `from_operands`; values of weight codes become the weights, joint scale and shift stay.
         packed_codes: Not read, like the next one; both as of `from_operands`.
         weight_bits: Width of a weight code.
     """

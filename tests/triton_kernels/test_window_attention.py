@@ -74,7 +74,8 @@ def test_bfloat16_images_by_index(shift: int, mode: str, size: int, channels: in
     generator = seeded(shift)
     height, width = (16, 16) if size == 8 else (16, 32)
     index, ids = shifted_windows(height, width, size, shift)
-    operands = random_attention(generator, size * size, channels, 2 if channels in (20, 80) else 6, 4, paper=mode == "paper")
+    heads = 2 if channels in (20, 80) else 6
+    operands = random_attention(generator, size * size, channels, heads, 4, paper=mode == "paper")
     operands = with_norm(operands, torch.rand(channels, generator=generator) + 0.5, torch.zeros(channels))
     x = torch.randn(8 // size + 1, height * width, channels, generator=generator).bfloat16()
     options: dict[str, Any] = {"index": index, "regions": ids if shift else None, "eps": 1e-5, "residual": x}
