@@ -73,7 +73,7 @@ _COMPILED = (
     "torchao int8, CUDA graphs",
 )
 _AUTOTUNED = ("bfloat16 compile, max-autotune", "torchao int8, max-autotune")
-QUICK = (BASE, "W8A8", UNROUNDED, *_EAGER[1:], *_COMPILED, *_AUTOTUNED)
+QUICK = (BASE, "W8A8", *_EAGER[1:], *_COMPILED, *_AUTOTUNED, UNROUNDED)
 FEW = (BASE, "bfloat16 eager", _COMPILED[0], "W8A8")
 """The contenders at other shapes than the main one."""
 
