@@ -33,7 +33,7 @@ from harmoq_ao.recipes.store import write_text
 RESULTS = Path("benchmarks/results/gpu_traces.jsonl")
 PUBLISHED = Path("benchmarks/results/gpu_traces_published.jsonl")
 TABLE = Path("docs/results/gpu_traces.md")
-KINDS = ("WindowAttention", "AttentionCore", "Mlp")
+KINDS = ("WindowAttention", "AttentionCore", "ChannelAttention", "Mlp")
 _SIDE, _LARGE = 256, 2048
 
 
@@ -175,11 +175,13 @@ def table() -> str:
         "# Launches and bytes of GPU programs\n\n"
         "Counted on tensors without values by `python -m benchmarks.gpu_traces` (toy sizes) and `--published` (models\n"
         "as published, 256x256); no GPU was used. W8A8, `deploy`, bfloat16. A launch is an operator that makes a\n"
-        "tensor. Windows of more than 64 tokens or 128 channels are three of ours: qkv, attention, projection. Bytes\n"
-        "are those of operands and results, each once.\n"
+        "tensor. Windows of more than 64 tokens or 128 channels are three of ours: qkv, attention, projection;\n"
+        "attention among channels is three too: sums, maps, product. Bytes are those of operands and results, each\n"
+        "once.\n"
     )
-    columns = "| model | window attention | attention | MLP | launches | MB moved | MB of masks | budget |\n"
-    rule = "|---|--:|--:|--:|--:|--:|--:|---|\n"
+    kinds = "window attention | attention | among channels | MLP"
+    columns = f"| model | {kinds} | launches | MB moved | MB of masks | budget |\n"
+    rule = "|---|--:|--:|--:|--:|--:|--:|--:|---|\n"
     body = ""
     for title, path in (("As published", PUBLISHED), ("Toy sizes", RESULTS)):
         if path.exists():
@@ -191,7 +193,7 @@ def _row(line: dict[str, Any]) -> str:
     if line.get("dtype") == "float32":
         return ""
     if "refused" in line:
-        return f"| {line['name']} | | | | | | | runs as it is: {line['refused']} |\n"
+        return f"| {line['name']} | | | | | | | | runs as it is: {line['refused']} |\n"
     budget = line.get("budget")
     allowed = "" if budget is None else f"{budget[0]} launches, {budget[1] / 1e6:.0f} MB"
     kinds = [str(line["islands"].get(kind, "")) for kind in KINDS]

@@ -21,10 +21,12 @@ from harmoq_ao.recipes.store import write_text
 from harmoq_ao.sites.report import Lowering
 
 _BEGIN, _END = "<!-- python -m harmoq_ao.recipes.lowering -->\n", "<!-- end -->\n"
-_HEAD = """| architecture | window attention | attention | MLP | single sites, and why they are not fused |
-|---|--:|--:|--:|---|
-"""
-_FUSED = ("triton window_attention", "triton attention", "triton mlp")
+_HEAD = (
+    "| architecture | window attention | attention | among channels | MLP "
+    "| single sites, and why they are not fused |\n"
+    "|---|--:|--:|--:|--:|---|\n"
+)
+_FUSED = ("triton window_attention", "triton attention", "triton channel_attention", "triton mlp")
 
 
 def lowerings(architecture: Architecture) -> dict[str, Lowering]:

@@ -296,7 +296,8 @@ def launch_attention(
     proj, out_dtype = operands.proj, out_dtype or q.dtype
     width = operands.heads * operands.head_dim
     # The projection takes codes: a byte a channel between the kernels, and it need not round again.
-    out = torch.empty(*q.shape[:2], width, dtype=out_dtype if proj is None else torch.uint8, device=q.device)
+    codes = proj is not None and proj.act_bits > 0
+    out = torch.empty(*q.shape[:2], width, dtype=torch.uint8 if codes else out_dtype, device=q.device)
     if out.numel():
         with on_device(q):
             attention_kernel[(windows, blocks(tokens, BLOCK), operands.heads)](
@@ -305,7 +306,7 @@ def launch_attention(
                 windows_of_image(index, regions), q.shape[1], k.shape[1],
                 OUT_BITS=0 if proj is None else proj.act_bits, KEYS=keys,
                 **constants(operands, tokens, compute or compute_type(q.dtype)), **strides(q, k),
-                BLOCK_M=BLOCK, BLOCK_N=BLOCK, num_warps=4, num_stages=1, **OPTIONS,
+                BLOCK_M=BLOCK, BLOCK_N=BLOCK, num_warps=warps(operands.padded), num_stages=1, **OPTIONS,
             )  # fmt: skip
     # A projection mixes all heads, which are programs of their own: it is the next kernel.
     if proj is None:
@@ -315,6 +316,11 @@ def launch_attention(
     if after is not None:
         y = lowbit_linear.finished(y.float(), after, None if residual is None else residual.view_as(y)).to(out_dtype)
     return y.view(*q.shape[:2], proj.rows)
+
+
+def warps(padded: int) -> int:
+    """Warps of a program: with heads of 128 channels, what four of them hold does not fit into their registers."""
+    return 8 if padded > 64 else 4
 
 
 def constants(operands: PackedAttention, tokens: int, compute: torch.dtype) -> dict[str, object]:
@@ -517,5 +523,6 @@ __all__ = [
     "constants",
     "launch_attention",
     "reference",
+    "warps",
     "windows_of_image",
 ]

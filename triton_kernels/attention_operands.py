@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -14,12 +15,15 @@ from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.packing import pack, unpack
 from harmoq_ao.triton_kernels import operands as linears
 from harmoq_ao.triton_kernels.launch import check_vector, power_of_two
-from harmoq_ao.triton_kernels.operands import PackedLinear, from_operands, padded_columns
+from harmoq_ao.triton_kernels.operands import PackedLinear, from_floats, from_operands, padded_columns
 
 LOG2E = 1.4426950408889634
 """Factor of position bias and scores: the kernels' softmax takes ``exp2``."""
 
-MAX_HEAD_DIM = 32
+MAX_HEAD_DIM = 128
+FUSED_HEAD_DIM = 32
+"""Widest head of an attention that is one kernel with its linears: it holds q, k and v of a window at once."""
+
 _CODES = 32  # shortest contraction of int8
 MAX_TOKENS = 256
 MAX_KEYS = 1024
@@ -63,13 +67,14 @@ class PackedAttention:
 
     Attributes:
         qkv: The linear of q, k and v as it is; None where it is not part of the operation.
-        qkv_heads: The same with rows ordered `[3, heads, padded head]`, padding rows zero.
+        qkv_heads: The same with rows ordered `[3, heads, padded head]`, padding rows zero; None where a head has more
+            than `FUSED_HEAD_DIM` channels.
         proj: The projection as it is; None where it is not part of the operation.
         proj_heads: The projection with columns ordered `[heads, 32]`: channel ``d`` of a head at ``d * 32 / padded``,
-            weights of zero elsewhere. int8 contractions are at least 32 long.
+            weights of zero elsewhere, because int8 contractions are at least 32 long; or None, like ``qkv_heads``.
         heads: Number of heads.
         head_dim: Channels of a head.
-        padded: Channels of a padded head, 16 or 32.
+        padded: Channels of a padded head, the next power of two from 16 on.
         score_scale: `[heads]` float32 factor of the scores.
         cosine: Whether q and k are normalised to length one.
         scale_after: Whether the product is scaled, not q before it; cosines always are.
@@ -118,6 +123,7 @@ def pack_attention(
     cosine: bool = False,
     scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
+    floats: bool = False,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
 
@@ -126,29 +132,34 @@ def pack_attention(
             come from elsewhere.
         proj: Likewise `[O, C]`; None if the attention's output is wanted as it is.
         heads: Number of heads.
-        head_dim: Channels of a head, at most 32.
+        head_dim: Channels of a head, at most 128.
         score_scale: `[heads]` float32; ``head_dim**-0.5`` as a rule, ``exp(logit_scale)`` with cosine scores.
         bias: `[heads, N, M]` relative position bias, or None; with qkv there are as many keys as queries.
         cosine: Normalise q and k.
         scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
+        floats: Leave the linears in bfloat16 too (`operands.from_floats`).
 
     Raises:
         KernelError: Shapes or bounds that the kernels do not take.
     """
     if not 1 <= head_dim <= MAX_HEAD_DIM:
-        raise KernelError("The attention kernels do not take this head", found=head_dim, expected="1 to 32 channels")
+        raise KernelError(
+            "The attention kernels do not take this head", found=head_dim, expected=f"1 to {MAX_HEAD_DIM} channels"
+        )
     check_vector(score_scale, heads, "score_scale")
     if bias is not None and (bias.dim() != 3 or len(bias) != heads):
         raise KernelError("The position bias does not fit", found=tuple(bias.shape), expected=f"[{heads}, N, M]")
     # Contractions of 16-bit floats are at least 16 long.
-    padded = power_of_two(head_dim, 16)
-    projection = None if proj is None else from_operands(*proj)
+    padded, fused = power_of_two(head_dim, 16), head_dim <= FUSED_HEAD_DIM
+    make = from_floats if floats else from_operands
+    first = None if qkv is None else _checked_qkv(make(*qkv), heads * head_dim)
+    projection = None if proj is None else _checked_projection(make(*proj), heads * head_dim)
     return PackedAttention(
-        None if qkv is None else from_operands(*qkv),
-        None if qkv is None else _pad_rows(*qkv, heads, head_dim, padded),
+        first,
+        _pad_rows(*qkv, heads, padded, make) if qkv is not None and fused else None,
         projection,
-        None if projection is None else _spread_columns(projection, heads, head_dim, _CODES // padded),
+        _spread_columns(projection, heads, _CODES // padded) if projection is not None and fused else None,
         heads, head_dim, padded, score_scale, cosine, scale_after or cosine,
         # Once here instead of once a score in the kernel.
         None if bias is None else (bias.float() * LOG2E).contiguous(),
@@ -166,9 +177,12 @@ def with_norm(attention: PackedAttention, weight: Tensor | None, bias: Tensor | 
     Raises:
         KernelError: The attention has no qkv of its own.
     """
-    if attention.qkv is None or attention.qkv_heads is None:
+    if attention.qkv is None:
         raise KernelError("A LayerNorm folds into qkv", found="an attention of given q, k and v")
-    qkv, heads = (linears.with_norm(linear, weight, bias) for linear in (attention.qkv, attention.qkv_heads))
+    qkv, heads = (
+        None if linear is None else linears.with_norm(linear, weight, bias)
+        for linear in (attention.qkv, attention.qkv_heads)
+    )
     return replace(attention, qkv=qkv, qkv_heads=heads)
 
 
@@ -202,12 +216,27 @@ def regions_of(mask: Tensor) -> Tensor | None:
     return ids.to(torch.uint8)
 
 
-def _pad_rows(
-    operands: LinearOperands, codes: Tensor, bits: int, heads: int, head_dim: int, padded: int
-) -> PackedLinear:
-    if len(operands.weight) != 3 * heads * head_dim:
-        raise KernelError("The qkv linear does not fit", found=len(operands.weight), expected=3 * heads * head_dim)
+def _checked_qkv(packed: PackedLinear, width: int) -> PackedLinear:
+    if packed.rows != 3 * width:
+        raise KernelError("The qkv linear does not fit", found=packed.rows, expected=3 * width)
+    if not packed.static:
+        raise KernelError("The attention kernels take static bounds", found="bounds per token")
+    return packed
 
+
+def _checked_projection(packed: PackedLinear, width: int) -> PackedLinear:
+    if packed.columns != width or not packed.static:
+        raise KernelError(
+            "The projection does not fit",
+            found=f"{packed.columns} columns, {'static' if packed.static else 'per token'}",
+            expected=f"{width} columns, static bounds",
+        )
+    return packed
+
+
+def _pad_rows(
+    operands: LinearOperands, codes: Tensor, bits: int, heads: int, padded: int, make: Callable[..., PackedLinear]
+) -> PackedLinear:
     def spread(value: Tensor) -> Tensor:
         return _spread(value.t(), 3 * heads, padded).t().contiguous()
 
@@ -219,21 +248,12 @@ def _pad_rows(
         weight_shift=operands.weight_shift[:1].expand(3 * heads * padded).contiguous(),
         bias=None if operands.bias is None else spread(operands.bias),
     )
-    if bool((operands.weight_shift != operands.weight_shift[0]).any()):
-        raise KernelError("The rows of a weight have different shifts", found="several", expected="one for all rows")
-    packed = from_operands(wide, pack(spread(unpack(codes, bits, columns)), bits), bits)
-    if not packed.static:
-        raise KernelError("The attention kernels take static bounds", found="bounds per token")
-    return packed
+    return make(wide, pack(spread(unpack(codes, bits, columns)), bits), bits)
 
 
-def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int) -> PackedLinear:
-    if linear.columns != heads * head_dim or linear.reciprocal is None or linear.offset is None:
-        raise KernelError(
-            "The projection does not fit",
-            found=f"{linear.columns} columns, {'static' if linear.static else 'per token'}",
-            expected=f"{heads * head_dim} columns, static bounds",
-        )
+def _spread_columns(linear: PackedLinear, heads: int, stride: int) -> PackedLinear:
+    assert linear.reciprocal is not None
+    assert linear.offset is not None
 
     def spread(value: Tensor, fill: float = 0.0) -> Tensor:
         return _spread(value, heads, _CODES, stride, fill)
@@ -246,7 +266,7 @@ def _spread_columns(linear: PackedLinear, heads: int, head_dim: int, stride: int
         codes=F.pad(codes, (0, padded_columns(columns) - columns)),
         columns=columns,
         reciprocal=spread(linear.reciprocal),
-        offset=spread(linear.offset, float(1 << (linear.act_bits - 1))),
+        offset=spread(linear.offset, float((1 << linear.act_bits) // 2)),
     )
 
 
@@ -278,6 +298,7 @@ def _bounds(matmuls: MatmulQuantizers) -> Tensor:
 
 
 __all__ = [
+    "FUSED_HEAD_DIM",
     "LOG2E",
     "MAX_HEAD_DIM",
     "MAX_KEYS",

@@ -12,9 +12,19 @@ from typing import Any
 
 import triton.language as tl
 
-from harmoq_ao.triton_kernels import attention, convolution, lowbit_linear, mlp, window_attention
+from harmoq_ao.common.elementwise import Binary, Unary
+from harmoq_ao.triton_kernels import (
+    attention,
+    channel_attention,
+    convolution,
+    lowbit_linear,
+    mlp,
+    rowwise,
+    window_attention,
+)
 from harmoq_ao.triton_kernels.launch import blocks, power_of_two
 from harmoq_ao.triton_kernels.operands import padded_columns
+from harmoq_ao.triton_kernels.rowwise import Chain, Op
 
 
 @dataclass(frozen=True)
@@ -24,7 +34,8 @@ class Case:
     Attributes:
         name: Unique, ``kernel / variant``.
         kernel: The jitted function.
-        arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"``; anything else is a constant.
+        arguments: By name: ``"*fp32"`` (a pointer), ``"i32"``, ``"fp32"`` or a tuple of pointers; anything else is a
+            constant.
         integer_mma: Whether int8 tensor-core instructions are expected.
         unfused: Whether no fused multiply-add may occur: nothing but exact codes and their epilogue is computed.
         num_warps: Warps of a program.
@@ -48,9 +59,14 @@ _LINEAR_POINTERS = {
 
 
 def _linear(columns: int, bits: int, layer: str = "", **changes: Any) -> dict[str, Any]:
-    """Pointers and constants of a linear with mid-rise weights, doubled at 8 bits, and activations of 8 bits."""
+    """Pointers and constants of a linear with mid-rise weights, doubled at 8 bits, and activations of 8 bits.
+
+    Of 16 bits: bfloat16 weights and activations.
+    """
+    if bits == 16:
+        changes = {"weight": "*bf16", **changes}
     pointers = {f"{tensor}{layer}_ptr": kind for tensor, kind in (_LINEAR_POINTERS | changes).items()}
-    constants = {"ROW": padded_columns(columns), "DOUBLED": bits == 8, "ACT_BITS": 8}
+    constants = {"ROW": padded_columns(columns), "DOUBLED": bits == 8, "ACT_BITS": 8 if bits <= 8 else 0}
     return pointers | {f"{name}{layer}": value for name, value in constants.items()}
 
 
@@ -94,6 +110,7 @@ def _mlp_cases() -> Iterator[Case]:
     yield _mlp_case("swin2sr-light w8", 60, 120, 8, norm=False, after=True)
     yield _mlp_case("hat-s w8", 144, 288, 8)
     yield _mlp_case("swinir-classical w8", 180, 360, 8)
+    yield _mlp_case("swinir-light bf16 weights", 60, 120, 16)
     yield _mlp_case("no norm, no residual, tanh w4", 60, 120, 4, norm=False, gelu="tanh", residual=None)
 
 
@@ -107,14 +124,14 @@ def _mlp_case(
     gelu: str = "erf",
     residual: str | None = "*bf16",
 ) -> Case:
-    sizes, warps = mlp.tile(channels, hidden, channels)
+    sizes, warps = mlp.tile(channels, hidden, channels, floats=bits == 16)
     arguments = {
         "x_ptr": "*bf16", "residual_ptr": residual, "out_ptr": "*bf16", "M": "i32", "eps": "fp32", "C": channels,
         "HIDDEN": hidden, "OUT": channels, "GELU": gelu, "NORM": norm, **_after(after),
         **_linear(channels, bits, "1"), **_linear(hidden, bits, "2"), **sizes,
     }  # fmt: skip
     trips = blocks(hidden, sizes["BLOCK_H"])
-    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, num_warps=warps, trips=trips)
+    return Case(f"mlp / {name}", mlp.mlp_kernel, arguments, integer_mma=bits <= 8, num_warps=warps, trips=trips)
 
 
 def _after(given: bool) -> dict[str, Any]:
@@ -127,6 +144,8 @@ def _window_cases() -> Iterator[Case]:
     yield _window_case("swinir-light w4 regions", 4, regions=True)
     yield _window_case("swinir-light w8", 8)
     yield _window_case("swinir-light w8 regions", 8, regions=True)
+    yield _window_case("swinir-light bf16 weights", 16)
+    yield _window_case("swinir-light bf16 weights regions", 16, regions=True)
     yield _window_case("swinir-light paper w4 regions", 4, regions=True, paper=True)
     yield _window_case("swinir-light paper relative w4", 4, paper=True, RELATIVE=True)
     yield _window_case("swin2sr-light cosine w8 regions", 8, regions=True, norm=False, after=True, SCORES="cosine")
@@ -146,7 +165,8 @@ def _window_case(
         "residual_ptr": "*bf16", "OUT": 60, **_after(after), **_linear(60, bits, "1"), **_linear(6 * 32, bits, "2"),
         **window_attention.tile(60),
     }  # fmt: skip
-    return Case(f"window / {name}", window_attention.window_kernel, arguments | changes, trips=6)
+    kernel = window_attention.window_kernel
+    return Case(f"window / {name}", kernel, arguments | changes, integer_mma=bits <= 8, trips=6)
 
 
 def _attention_cases() -> Iterator[Case]:
@@ -155,6 +175,8 @@ def _attention_cases() -> Iterator[Case]:
     yield _attention_case("hat-s 16x16 paper", 144, 256, 256, regions=True, paper=True)
     yield _attention_case("hat-s overlapping", 144, 256, 576, out_bits=0)
     yield _attention_case("hat-s overlapping paper", 144, 256, 576, paper=True, out_bits=0, SCORES="products")
+    yield _attention_case("drct 2 heads of 122", 244, 256, 256, heads=2, regions=True)
+    yield _attention_case("drct 2 heads of 122 paper", 244, 256, 256, heads=2, regions=True, paper=True)
     yield _attention_case("dat-light 8x32", 60, 256, 256, out_bits=0, regions=True)
     yield _attention_case("dat-light 8x32 paper relative", 60, 256, 256, paper=True, out_bits=0, RELATIVE=True)
 
@@ -167,31 +189,68 @@ def _attention_case(
     regions: bool = False,
     paper: bool = False,
     out_bits: int = 8,
+    heads: int = 6,
     **changes: Any,
 ) -> Case:
-    head_dim = channels // 6
+    head_dim = channels // heads
     projection = "*fp32" if out_bits else None
-    arguments = _attention_arguments(channels, tokens, regions, paper) | {
+    arguments = _attention_arguments(channels, tokens, regions, paper, heads) | {
         **dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*fp32" if paper else "*bf16"), "key_index_ptr": "*i32",
         "key_regions_ptr": "*u8" if regions else None, "reciprocal_ptr": projection, "offset_ptr": projection,
         "out_ptr": "*u8" if out_bits else "*bf16", "OUT_BITS": out_bits, "key_length": "i32", "KEYS": keys,
         "Q_STRIDE": 3 * channels, "Q_HEAD": head_dim, "K_STRIDE": 3 * channels, "K_HEAD": head_dim,
         "BLOCK_M": attention.BLOCK, "BLOCK_N": attention.BLOCK,
     }  # fmt: skip
-    kernel, trips = attention.attention_kernel, blocks(keys, attention.BLOCK)
-    return Case(f"attention / {name}", kernel, arguments | changes, integer_mma=False, trips=trips)
+    warps, trips = attention.warps(arguments["PADDED"]), blocks(keys, attention.BLOCK)
+    return Case(
+        f"attention / {name}", attention.attention_kernel, arguments | changes, integer_mma=False, num_warps=warps,
+        trips=trips,
+    )  # fmt: skip
 
 
-def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool) -> dict[str, Any]:
-    """Arguments that `window_kernel` and `attention_kernel` have in common, with six heads."""
+def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool, heads: int = 6) -> dict[str, Any]:
+    """Arguments that `window_kernel` and `attention_kernel` have in common."""
     quantizers = "*fp32" if paper else None
     return {
         "index_ptr": "*i32", "regions_ptr": "*u8" if regions else None, "score_scale_ptr": "*fp32",
         "bias_ptr": "*fp32", "factors_ptr": quantizers, "bounds_ptr": quantizers, "out_ptr": "*bf16",
-        "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": 6, "HEAD_DIM": channels // 6,
-        "PADDED": power_of_two(channels // 6, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
+        "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": channels // heads,
+        "PADDED": power_of_two(channels // heads, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
         "RELATIVE": False, "SCORES": "scaled", "DTYPE": tl.float16 if paper else tl.bfloat16,
     }  # fmt: skip
+
+
+def _channel_cases() -> Iterator[Case]:
+    yield from _channel_case("dat-light", 6, 10, False)
+    yield from _channel_case("restormer paper", 4, 48, True)
+
+
+def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Case]:
+    padded, bits, codes = power_of_two(width, 16), 8 if paper else 0, "*fp32" if paper else None
+    block = channel_attention.token_block(padded)
+    shared = {"bounds_ptr": codes, "length": "i32", "WIDTH": width, "PADDED": padded}
+    contraction = {"DTYPE": tl.float16 if paper else tl.bfloat16, "PRECISION": "ieee", "BLOCK_T": block}
+    parts, part = channel_attention.split(256 * 256)
+    eps = {"q_eps": "fp32", "k_eps": "fp32"}
+    sums = {
+        "q_ptr": "*bf16", "k_ptr": "*bf16", "squares_ptr": codes, "out_ptr": "*i32" if paper else "*fp32",
+        "part_length": "i32", "parts": "i32", "Q_STRIDE": 3 * heads * width, "K_STRIDE": 3 * heads * width,
+        "GRAM": True, "LEFT_BITS": bits, "RIGHT_BITS": bits, **shared, **contraction, **eps,
+    }  # fmt: skip
+    maps = {
+        "sums_ptr": sums["out_ptr"], "factor_ptr": "*fp32", "out_ptr": "*fp16" if paper else "*bf16", "parts": "i32",
+        "heads": heads, "BITS": bits, "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
+    }  # fmt: skip
+    product = {
+        "v_ptr": "*bf16", "maps_ptr": maps["out_ptr"], "out_ptr": "*bf16", "V_STRIDE": 3 * heads * width,
+        "OUT": heads * width, "BITS": bits, **shared, **contraction,
+    }  # fmt: skip
+    options: dict[str, Any] = {"integer_mma": False, "num_warps": channel_attention.warps(padded)}
+    kernel, trips = channel_attention.sums_kernel, blocks(part, block)
+    yield Case(f"channel sums / {name}", kernel, sums, num_stages=2, trips=trips, **options)
+    trips = blocks(parts, maps["BLOCK_S"])
+    yield Case(f"channel maps / {name}", channel_attention.maps_kernel, maps, trips=trips, **options)
+    yield Case(f"channel product / {name}", channel_attention.product_kernel, product, **options)
 
 
 def _convolution_cases() -> Iterator[Case]:
@@ -206,12 +265,41 @@ def _convolution_cases() -> Iterator[Case]:
         yield Case(f"convolution / {name}", kernel, arguments, integer_mma=False, num_stages=3, trips=trips)
 
 
+def _rowwise_cases() -> Iterator[Case]:
+    chain = Chain(numbers=[1e-5], columns=[180, 180])
+    total = chain.emit(Op.BINARY, 180, Binary.ADD, *(chain.emit(Op.LOAD, 180, number, 0, 0) for number in range(2)))
+    chain.emit(Op.STORE, 180, total, 0, 0)
+    chain.emit(Op.STORE, 180, chain.emit(Op.NORM, 180, total, 0, 1, 1), 1, 0)
+    yield _rowwise_case("sum of 180 and its norm", chain, [180, 180], 2)
+    chain = Chain(numbers=[0.0], columns=[60])
+    kept = chain.emit(Op.UNARY, 60, Unary.GELU, chain.emit(Op.LOAD, 60, 0, 0, 0), 1)
+    gate = chain.emit(Op.UNARY, 60, Unary.GELU, chain.emit(Op.LOAD, 60, 1, 60, 0), 1)
+    chain.emit(Op.STORE, 60, chain.emit(Op.BINARY, 60, Binary.MUL, kept, gate), 0, 0)
+    yield _rowwise_case("halves of 120, GELU, gate", chain, [120, 120], 0)
+    chain = Chain(numbers=[0.0], columns=[144])
+    gate = chain.emit(Op.UNARY, 144, Unary.SIGMOID, chain.emit(Op.LOAD, 144, 1, 0, 1), 1)
+    gated = chain.emit(Op.BINARY, 144, Binary.MUL, chain.emit(Op.LOAD, 144, 0, 0, 0), gate)
+    chain.emit(Op.STORE, 144, chain.emit(Op.AFFINE, 144, gated, 0, 1), 0, 0)
+    yield _rowwise_case("gate of an image on 144, affine", chain, [144, 144], 2)
+
+
+def _rowwise_case(name: str, chain: Chain, strides: list[int], constants: int) -> Case:
+    arguments = {
+        "inputs": ("*bf16",) * len(strides), "outputs": ("*bf16",) * len(chain.columns),
+        "constants": ("*fp32",) * constants, "rows": "i32", "rows_per_image": "i32",
+        **rowwise.program(chain.code, chain.numbers, strides, chain.columns), "BLOCK_M": rowwise.tile(chain.code),
+    }  # fmt: skip
+    return Case(f"rowwise / {name}", rowwise.rowwise_kernel, arguments, integer_mma=False)
+
+
 CASES: tuple[Case, ...] = (
     *_linear_cases(),
     *_mlp_cases(),
     *_window_cases(),
     *_attention_cases(),
+    *_channel_cases(),
     *_convolution_cases(),
+    *_rowwise_cases(),
 )
 
 

@@ -147,14 +147,19 @@ def compile_case(case: Case, target: GPUTarget) -> Any:
     missing = set(names) ^ set(case.arguments)
     if missing:
         raise ValueError(f"{case.name}: arguments do not match the kernel: {sorted(missing)}")
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     for position, name in enumerate(names):
         value = case.arguments[name]
-        if isinstance(value, str) and (value.startswith("*") or value in ("i32", "fp32")):
+        parts = value if isinstance(value, tuple) else (value,)
+        if all(isinstance(part, str) and (part.startswith("*") or part in ("i32", "fp32")) for part in parts):
             signature[name] = value
             # Launchers find pointers aligned as torch allocates them, and sizes that are multiples of 16.
-            if value != "fp32":
-                attributes[(position,)] = [["tt.divisibility", 16]]
+            paths = [(position, at) for at in range(len(parts))] if isinstance(value, tuple) else [(position,)]
+            attributes |= {
+                path: [["tt.divisibility", 16]] for path, part in zip(paths, parts, strict=True) if part != "fp32"
+            }
         else:
             signature[name] = "constexpr"
             constants[name] = value

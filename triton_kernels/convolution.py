@@ -25,6 +25,7 @@ from harmoq_ao.triton_kernels.launch import (
     check_vector,
     on_device,
     power_of_two,
+    precision,
 )
 
 BLOCK_M = 64
@@ -106,11 +107,6 @@ def tile(channels: int, outputs: int) -> dict[str, int]:
     return {"BLOCK_M": BLOCK_M, "BLOCK_C": block, "STEPS": steps, "BLOCK_O": min(power_of_two(outputs, 16), 64)}
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How float32 is multiplied: three products in TF32 on NVIDIA; of other types and GPUs there is but one way."""
-    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
-
-
 def launch_convolution(
     x: Tensor,
     weight: Tensor,
@@ -145,7 +141,7 @@ def launch_convolution(
         convolution_kernel[(blocks(pixels, sizes["BLOCK_M"]), blocks(outputs, sizes["BLOCK_O"]))](
             x, weight, bias, residual, out, pixels, height, width,
             C=channels, OUT=outputs, KERNEL_H=kernel[0], KERNEL_W=kernel[1],
-            PRECISION=_precision(x.dtype), **sizes,
+            PRECISION=precision(x.dtype), **sizes,
         )  # fmt: skip
     return out
 

@@ -38,7 +38,7 @@ class Linear(NamedTuple):
         offset_ptr: `[K]` float32, or None.
         ROW: Bytes of a row of weights; zeros behind K.
         DOUBLED: Whether contractions are doubled and row sums of the codes added (`integers`).
-        ACT_BITS: Width of an activation code.
+        ACT_BITS: Width of an activation code; 0 where weights and activations stay bfloat16 (`operands.from_floats`).
     """
 
     weight_ptr: tl.tensor
@@ -166,19 +166,23 @@ def float_codes(position: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
 def quantize_columns(
     x: tl.tensor, linear: Linear, columns: tl.tensor, inside: tl.tensor, EXACT: tl.constexpr
 ) -> tl.tensor:
-    """Signed codes of ``x * reciprocal + offset``, `[R, C]` int8, by static qparams of each column.
+    """Signed codes of ``x * reciprocal + offset``, `[R, C]` int8, by static qparams of each column; or bfloat16.
 
     ``EXACT``: product and sum are rounded one by one, as in `integer_reference`; else ``x`` was computed here, and a
     fused multiply-add is closer to the truth.
     """
     reciprocal = tl.load(linear.reciprocal_ptr + columns, mask=inside, other=0.0)
     # Columns of padding get 0 * 0 + half, the signed code 0: they add nothing to a contraction.
-    offset = tl.load(linear.offset_ptr + columns, mask=inside, other=1 << (linear.ACT_BITS - 1))
+    offset = tl.load(linear.offset_ptr + columns, mask=inside, other=(1 << linear.ACT_BITS) // 2)
     if EXACT:
         position = x * reciprocal[None, :] + offset[None, :]
     else:
         position = tl.fma(x, tl.broadcast_to(reciprocal[None, :], x.shape), tl.broadcast_to(offset[None, :], x.shape))
-    return signed_codes(position, linear.ACT_BITS)
+    if linear.ACT_BITS == 0:
+        left = position.to(tl.bfloat16)
+    else:
+        left = signed_codes(position, linear.ACT_BITS)
+    return left
 
 
 @triton.jit
@@ -210,9 +214,16 @@ def token_position(x: tl.tensor, lower: tl.tensor, step: tl.tensor) -> tl.tensor
 
 @triton.jit
 def start_accumulator(linear: Linear, columns: tl.tensor, inside: tl.tensor, ROWS: tl.constexpr) -> tl.tensor:
-    """`[ROWS, C]` int32 that begins with ``start`` (see `operands`): unsigned codes from signed ones, at no cost."""
-    start = tl.load(linear.start_ptr + columns, mask=inside, other=0)
-    return tl.zeros([ROWS, columns.shape[0]], tl.int32) + start[None, :]
+    """`[ROWS, C]` int32 that begins with ``start`` (see `operands`): unsigned codes from signed ones, at no cost.
+
+    Of floats, zeros.
+    """
+    if linear.ACT_BITS == 0:
+        acc = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+    else:
+        start = tl.load(linear.start_ptr + columns, mask=inside, other=0)
+        acc = tl.zeros([ROWS, columns.shape[0]], tl.int32) + start[None, :]
+    return acc
 
 
 @triton.jit
@@ -224,13 +235,13 @@ def contract(
     first: tl.tensor,
     acc: tl.tensor,
 ) -> tl.tensor:
-    """``acc + sum_j left[m, j] w[n, first + j]`` in int32 for the weights' rows ``rows``.
+    """``acc + sum_j left[m, j] w[n, first + j]`` in int32 (float32) for the weights' rows ``rows``.
 
-    ``left`` is `[M, K]` int8, K at least 32; rows of weights are padded to whole blocks of K.
+    ``left`` is `[M, K]` int8 (bfloat16), K at least 32; rows of weights are padded to whole blocks of K.
     """
     at = linear.weight_ptr + rows[:, None] * linear.ROW + first + tl.arange(0, left.shape[1])[None, :]
     weight = tl.load(at, mask=inside[:, None], other=0)
-    return tl.dot(left, tl.trans(weight), acc, out_dtype=tl.int32)
+    return tl.dot(left, tl.trans(weight), acc, out_dtype=acc.dtype)
 
 
 @triton.jit

@@ -47,6 +47,11 @@ def power_of_two(value: int, least: int = 1) -> int:
     return max(1 << max(value - 1, 0).bit_length(), least)
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How float32 is multiplied: three products in TF32 on NVIDIA; of other types and GPUs there is but one way."""
+    return "tf32x3" if dtype == torch.float32 and torch.version.hip is None else "ieee"
+
+
 def blocks(length: int, block: int) -> int:
     """Blocks of ``block`` that cover ``length``."""
     return -(-length // block)
@@ -108,5 +113,6 @@ __all__ = [
     "check_vector",
     "on_device",
     "power_of_two",
+    "precision",
     "supported",
 ]

@@ -352,7 +352,10 @@ def reference(
         x = x.float() if eps is None else F.layer_norm(x.float(), x.shape[-1:], eps=eps)
         x = x if gate is None else x * gate.float()
     codes, act = _codes(x, weight)
-    y = reference_accumulate(codes, weight).float() * weight.scale
+    if weight.act_bits == 0:
+        y = codes @ weight.codes[:, : weight.columns].float().t() * weight.scale
+    else:
+        y = reference_accumulate(codes, weight).float() * weight.scale
     if act is not None and weight.total is not None:
         y = y * act.step + act.lower * weight.total
     y = y + weight.constant
@@ -362,10 +365,12 @@ def reference(
 
 
 def _codes(x: Tensor, weight: PackedLinear) -> tuple[Tensor, reference_integers.Affine | None]:
-    """Codes of ``x``, and their qparams where each token has its own."""
+    """Codes of ``x``, and their qparams where each token has its own; of a linear in floats, what it contracts."""
     if x.dtype == torch.uint8:
         return x, None
     if weight.reciprocal is not None and weight.offset is not None:
+        if weight.act_bits == 0:
+            return x * weight.reciprocal + weight.offset, None
         return reference_integers.quantize_codes(x, weight.reciprocal, weight.offset, weight.act_bits), None
     scaled = x if weight.reciprocal is None else x * weight.reciprocal
     return reference_integers.quantize_dynamic(scaled, -1, weight.act_bits)

@@ -165,7 +165,7 @@ def launch_mlp(
     out = torch.empty(len(x), fc2.rows, dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    sizes, warps = tile(fc1.columns, fc1.rows, fc2.rows)
+    sizes, warps = tile(fc1.columns, fc1.rows, fc2.rows, floats=fc1.act_bits == 0)
     with on_device(x):
         mlp_kernel[(blocks(len(x), sizes["BLOCK_M"]),)](
             x.contiguous(), *fc1.tensors, *fc2.tensors, *check_norm(after, fc2.rows),
@@ -177,11 +177,14 @@ def launch_mlp(
     return out
 
 
-def tile(channels: int, hidden: int, outputs: int) -> tuple[dict[str, int], int]:
-    """Block sizes and warps. Wide rows take eight warps and few hidden channels at once, or their operands spill."""
+def tile(channels: int, hidden: int, outputs: int, floats: bool = False) -> tuple[dict[str, int], int]:
+    """Block sizes and warps. Wide rows take eight warps and few hidden channels at once, or their operands spill.
+
+    So do bfloat16 weights and activations (``floats``) of few hidden channels at once.
+    """
     # 64 rows are one wgmma.
     wide = max(channels, outputs) > 64
-    most = 32 if wide else 64
+    most = 32 if wide or floats else 64
     sizes = {"BLOCK_M": 64, "BLOCK_H": min(most, power_of_two(hidden, 32)), "BLOCK_O": power_of_two(outputs, 16)}
     return sizes, 8 if wide else 4
 

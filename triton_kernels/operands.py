@@ -73,11 +73,12 @@ class PackedLinear:
     """A linear made ready for the kernels; build it with `from_operands`.
 
     Attributes:
-        codes: `[N, padded_columns(K)]` int8, ``E``, or ``w`` if ``doubled``; zeros behind K.
+        codes: `[N, padded_columns(K)]` int8, ``E``, or ``w`` if ``doubled``; bfloat16 weights if ``act_bits`` is 0;
+            zeros behind K.
         columns: K.
         doubled: Whether weights are mid-rise with 8 bits.
         mid_rise: Whether weights are ``w + 1/2`` steps (else ``w``).
-        act_bits: Width of an activation code, 2 to 8.
+        act_bits: Width of an activation code, 2 to 8, or 0 where nothing is rounded to codes.
         start: `[N]` int32, where accumulators start; half of it if ``doubled``.
         scale: `[N]` float32, value of one unit of ``A`` (per token: of one unit times the step).
         constant: `[N]` float32: bias, and with static bounds all that is constant with it.
@@ -99,13 +100,14 @@ class PackedLinear:
     offset: Tensor | None
 
     def __post_init__(self) -> None:
-        check_bits(self.act_bits, "activation")
-        row = padded_columns(self.columns)
-        if self.codes.dtype != torch.int8 or self.codes.dim() != 2 or self.codes.shape[1] != row:
+        if self.act_bits:
+            check_bits(self.act_bits, "activation")
+        row, dtype = padded_columns(self.columns), torch.int8 if self.act_bits else torch.bfloat16
+        if self.codes.dtype != dtype or self.codes.dim() != 2 or self.codes.shape[1] != row:
             raise KernelError(
                 "Weights have the wrong shape",
                 found=f"{self.codes.dtype} {tuple(self.codes.shape)}",
-                expected=f"torch.int8 [N, {row}] for {self.columns} columns",
+                expected=f"{dtype} [N, {row}] for {self.columns} columns",
                 remedy="unpack them with from_operands",
             )
         if self.columns > MAX_COLUMNS:
@@ -199,6 +201,27 @@ def from_operands(operands: LinearOperands, packed_codes: Tensor, weight_bits: i
     )  # fmt: skip
 
 
+def from_floats(operands: LinearOperands, packed_codes: Tensor, weight_bits: int) -> PackedLinear:
+    """The same linear in bfloat16, in the same kernels: what integers alone give is what it is slower by.
+
+    Args:
+        operands: As of `from_operands`; values of weight codes become the weights, joint scale and shift stay.
+        packed_codes: Not read, like the next one; both as of `from_operands`.
+        weight_bits: Width of a weight code.
+    """
+    rows, columns = operands.weight.shape
+    weights = (operands.weight.float() + operands.weight_shift[:, None]) * operands.weight_scale[:, None]
+    ones = torch.ones(columns, device=weights.device)
+    reciprocal = ones if operands.joint_scale is None else operands.joint_scale.reciprocal()
+    offset = ones * 0 if operands.joint_shift is None else -operands.joint_shift * reciprocal
+    return PackedLinear(
+        F.pad(weights.bfloat16(), (0, padded_columns(columns) - columns)), columns, False, False, 0,
+        torch.zeros(rows, dtype=torch.int32, device=weights.device), torch.ones(rows, device=weights.device),
+        torch.zeros(rows, device=weights.device) if operands.bias is None else operands.bias, None,
+        reciprocal.contiguous(), offset.contiguous(),
+    )  # fmt: skip
+
+
 def fold_norm(weight: Tensor | None, bias: Tensor | None, reciprocal: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Reciprocal and offset that also apply a LayerNorm's affine: ``w r`` and ``b r + c``, `[K]` or 0-d."""
     factor = reciprocal if weight is None else weight.float() * reciprocal
@@ -227,4 +250,13 @@ def _one_pair(act: integer_reference.Affine) -> integer_reference.Affine:
     return integer_reference.Affine(act.step.reshape(()), act.lower.reshape(()), act.bits)
 
 
-__all__ = ["MAX_COLUMNS", "Norm", "PackedLinear", "fold_norm", "from_operands", "padded_columns", "with_norm"]
+__all__ = [
+    "MAX_COLUMNS",
+    "Norm",
+    "PackedLinear",
+    "fold_norm",
+    "from_floats",
+    "from_operands",
+    "padded_columns",
+    "with_norm",
+]

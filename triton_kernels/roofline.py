@@ -55,10 +55,13 @@ WORK = (
     Work("window / swinir-light w4 regions", *_WINDOW),
     Work("window / swinir-light w8", *_WINDOW),
     Work("window / swinir-light w8 regions", *_WINDOW),
+    Work("window / swinir-light bf16 weights", _TILES, 180, 0, 60 * 240 + 2 * 64 * 60),
+    Work("window / swinir-light bf16 weights regions", _TILES, 180, 0, 60 * 240 + 2 * 64 * 60),
     Work("window / swinir-light paper w4 regions", *_WINDOW),
     Work("window / swin2sr-light cosine w8 regions", *_WINDOW),
     Work("mlp / swinir-light w4", *_MLP),
     Work("mlp / swinir-light w8", *_MLP),
+    Work("mlp / swinir-light bf16 weights", _TILES, 180, 0, 2 * 60 * 120),
     Work("mlp / hat-s w8", _TILES, 432, 2 * 144 * 288),
     Work("mlp / swinir-classical w8", _TILES, 540, 2 * 180 * 360),
     Work("lowbit_linear / hat-s qkv w8", _TILES * 4, 144 + 432, 144 * 432),
@@ -70,6 +73,14 @@ WORK = (
     Work("attention / hat-s overlapping", _TILES * 6, 144 + 2.25 * 288 + 144, 0, 2 * 576 * 144),
     Work("attention / hat-s 16x16 paper", _TILES * 6, 864 + 72, 0, 2 * 256 * 144),
     Work("attention / dat-light 8x32", _TILES * 6, 180 + 60, 0, 2 * 256 * 60),
+    Work("attention / drct 2 heads of 122", _TILES * 2, 732 + 122, 0, 2 * 256 * 244),
+    Work("channel sums / dat-light", 6 * 64, 120, 0, 600),
+    Work("channel maps / dat-light", 6, 0),
+    Work("channel product / dat-light", 6 * 512, 120, 0, 600),
+    Work("channel sums / restormer paper", 4 * 64, 384, 0, 4 * 48 * 48),
+    Work("channel product / restormer paper", 4 * 1024, 384, 0, 4 * 48 * 48),
+    Work("rowwise / sum of 180 and its norm", TOKENS // 16, 720),
+    Work("rowwise / halves of 120, GELU, gate", TOKENS // 64, 180),
 )
 
 _SM_90 = " @ sm_90"
@@ -116,23 +127,23 @@ def model_rows(seconds: dict[str, float]) -> Iterator[str]:
     """Lines of the table of SwinIR-light; every second block is shifted, and has regions."""
     yield "| weights | window, mean of both | mlp | a block | 24 blocks at 60 % of issue | whole model |"
     yield "|---|--:|--:|--:|--:|--:|"
-    for bits in (8, 4):
-        block, mlp = block_seconds(seconds, bits), seconds[f"mlp / swinir-light w{bits}"]
+    for weights in ("w8", "w4", "bf16 weights"):
+        block, mlp = block_seconds(seconds, weights), seconds[f"mlp / swinir-light {weights}"]
         yield (
-            f"| w{bits} | {(block - mlp) * 1e6:.1f} us | {mlp * 1e6:.1f} us | {block * 1e6:.1f} us "
-            f"| {BLOCKS * block / ISSUE_SHARE * 1e3:.2f} ms | {model_seconds(seconds, bits) * 1e3:.2f} ms |"
+            f"| {weights} | {(block - mlp) * 1e6:.1f} us | {mlp * 1e6:.1f} us | {block * 1e6:.1f} us "
+            f"| {BLOCKS * block / ISSUE_SHARE * 1e3:.2f} ms | {model_seconds(seconds, weights) * 1e3:.2f} ms |"
         )
 
 
-def block_seconds(seconds: dict[str, float], bits: int) -> float:
+def block_seconds(seconds: dict[str, float], weights: str) -> float:
     """Issue time of a block of SwinIR-light, the mean of one with regions and one without."""
-    window = sum(seconds[f"window / swinir-light w{bits}{kind}"] for kind in ("", " regions")) / 2
-    return window + seconds[f"mlp / swinir-light w{bits}"]
+    window = sum(seconds[f"window / swinir-light {weights}{kind}"] for kind in ("", " regions")) / 2
+    return window + seconds[f"mlp / swinir-light {weights}"]
 
 
-def model_seconds(seconds: dict[str, float], bits: int) -> float:
+def model_seconds(seconds: dict[str, float], weights: str) -> float:
     """Estimated time of SwinIR-light x2 at 256 x 256 pixels."""
-    return BLOCKS * block_seconds(seconds, bits) / ISSUE_SHARE + OTHERS
+    return BLOCKS * block_seconds(seconds, weights) / ISSUE_SHARE + OTHERS
 
 
 def main() -> int:

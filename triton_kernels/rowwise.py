@@ -1,7 +1,8 @@
 """Chains of token-wise operations in floats as one kernel: norms, activations, gates, residuals between contractions.
 
 A chain is a list of instructions on values whose rows are tokens; it is compiled into the kernel, in which every value
-lives in registers. Values are numbered by the instructions that make them. Plain torch: :func:`reference`.
+lives in registers. Values are numbered by the instructions that make them. GELU is `device.gelu`, to its stated error.
+Plain torch: :func:`reference`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch import Tensor
 from harmoq_ao.common import elementwise
 from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.triton_kernels.launch import blocks, on_device, power_of_two
+from harmoq_ao.triton_kernels.device import gelu, standardize
+from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, on_device, power_of_two
 
 _FIELDS = 7
 _ELEMENTS = 4096  # of a value that a program holds
@@ -70,9 +72,9 @@ class Chain:
 @triton.jit
 def _unary(x: tl.tensor, slope: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
     if KIND == 0:
-        y = 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        y = gelu(x, "erf")
     elif KIND == 1:
-        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        y = gelu(x, "tanh")
     elif KIND == 2:
         y = tl.sigmoid(x)
     elif KIND == 3:
@@ -95,14 +97,6 @@ def _combine(left: tl.tensor, right: tl.tensor, KIND: tl.constexpr) -> tl.tensor
     else:
         y = left * right
     return y
-
-
-@triton.jit
-def _norm(x: tl.tensor, inside: tl.tensor, WIDTH: tl.constexpr, eps: tl.constexpr) -> tl.tensor:
-    mean = tl.sum(x, 1) / WIDTH
-    centred = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    variance = tl.sum(centred * centred, 1) / WIDTH
-    return centred / tl.sqrt(variance + eps)[:, None]
 
 
 @triton.jit
@@ -143,7 +137,9 @@ def rowwise_kernel(
             places = at[:, None] * STRIDES[CODE[7 * i + 3]] + CODE[7 * i + 4] + columns[None, :]
             value = tl.load(inputs[CODE[7 * i + 3]] + places, mask=kept, other=0.0).to(tl.float32)
         elif CODE[7 * i] == _NORM:
-            value = _norm(values[CODE[7 * i + 3]], inside, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
+            # Columns of padding are zero where they are loaded, and anything behind a sigmoid or a sum.
+            value = tl.where(kept, values[CODE[7 * i + 3]], 0.0)
+            value = standardize(value, kept, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
             value = _affine(value, constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
         elif CODE[7 * i] == _UNARY:
             value = _unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
@@ -182,15 +178,29 @@ def launch_rowwise(
     out = _empty(inputs[0], columns, half, rows)
     if rows == 0:
         return out
-    block = max(1, _ELEMENTS // max(code[2::_FIELDS]))
-    block = min(block, 128, power_of_two(rows))
+    block = min(tile(code), power_of_two(rows))
     with on_device(inputs[0]):
         rowwise_kernel[(blocks(rows, block),)](
             tuple(inputs), tuple(out), tuple(constants), rows, rows_per_image,
-            CODE=tuple(code), NUMBERS=(0.0, *numbers), STRIDES=tuple(x.shape[1] for x in inputs),
-            COLUMNS=tuple(columns), COUNT=len(code) // _FIELDS, BLOCK_M=block,
+            **program(code, numbers, [x.shape[1] for x in inputs], columns), BLOCK_M=block,
+            num_warps=4, num_stages=1, **OPTIONS,
         )  # fmt: skip
     return out
+
+
+def program(
+    code: Sequence[int], numbers: Sequence[float], strides: Sequence[int], columns: Sequence[int]
+) -> dict[str, Any]:
+    """Constexprs of `rowwise_kernel` but for its block of rows; ``strides`` are columns of the inputs."""
+    return {
+        "CODE": tuple(code), "NUMBERS": (0.0, *numbers), "STRIDES": tuple(strides), "COLUMNS": tuple(columns),
+        "COUNT": len(code) // _FIELDS,
+    }  # fmt: skip
+
+
+def tile(code: Sequence[int]) -> int:
+    """Rows of a program: fewer of wide ones, so that values fit into registers."""
+    return min(max(1, _ELEMENTS // max(code[2::_FIELDS])), 128)
 
 
 def _empty(like: Tensor, columns: Sequence[int], half: Sequence[bool], rows: int) -> list[Tensor]:
@@ -287,4 +297,4 @@ def _(inputs: Any, constants: Any, code: Any, numbers: Any, columns: Any, half: 
     return _empty(inputs[0], columns, half, rows)
 
 
-__all__ = ["Chain", "Op", "launch_rowwise", "reference", "rowwise", "rowwise_kernel"]
+__all__ = ["Chain", "Op", "launch_rowwise", "program", "reference", "rowwise", "rowwise_kernel", "tile"]

@@ -7,9 +7,9 @@ For each window and head, with the linears of `operands` and the attention of `a
     y = quantized linear of o, all heads, [LayerNorm] [+ residual]
 
 One program takes a window of up to 64 tokens: q, k, v and the scores never leave the registers. Its tokens are rows of
-an image by an index, so that partition, shift and their reverses move nothing. Larger windows, up to 256 tokens, and
-more than 128 channels take three kernels: the qkv linear, `attention.attention_kernel`, which writes codes, and the
-projection. Plain torch: `reference`.
+an image by an index, so that partition, shift and their reverses move nothing. Larger windows, up to 256 tokens, more
+than 128 channels and heads of more than 32 take three kernels: the qkv linear, `attention.attention_kernel`, which
+writes codes, and the projection. Plain torch: `reference`.
 """
 
 from __future__ import annotations
@@ -209,13 +209,15 @@ def launch_window_attention(
     Raises:
         KernelError: Operands that the kernels do not take.
     """
-    qkv, proj = operands.qkv_heads, operands.proj_heads
-    if qkv is None or proj is None:
+    if operands.qkv is None or operands.proj is None:
         raise KernelError("A whole attention needs qkv and projection", found="one of them", expected="both")
-    windows, tokens = _check_windows(x, qkv.columns, operands, index, regions)
-    out = torch.empty(*x.shape[:2], proj.rows, dtype=x.dtype, device=x.device)
+    windows, tokens = _check_windows(x, operands.qkv.columns, operands, index, regions)
+    out = torch.empty(*x.shape[:2], operands.proj.rows, dtype=x.dtype, device=x.device)
     _check_residual(residual, out)
-    if tokens > FUSED_TOKENS or max(qkv.columns, proj.rows) > FUSED_CHANNELS:
+    # They are packed where heads are narrow enough.
+    qkv, proj = operands.qkv_heads, operands.proj_heads
+    large = tokens > FUSED_TOKENS or max(operands.qkv.columns, operands.proj.rows) > FUSED_CHANNELS
+    if large or qkv is None or proj is None:
         return _launch_apart(x, operands, index, regions, eps, after, residual, compute)
     if out.numel() == 0:
         return out

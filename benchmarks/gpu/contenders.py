@@ -17,8 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.gpu.models import float_model, quantized_model
-from benchmarks.gpu.plan import ALL_BITS, BASE, Shape
+from benchmarks.gpu.plan import ALL_BITS, BASE, UNROUNDED, Shape
 from benchmarks.peers import Run, bfloat16_run, flex, for_size, padded_attention, sdpa, torchao_int8
+from harmoq_ao.gpu_programs.operands import Operands
+from harmoq_ao.gpu_programs.program import make_program
+from harmoq_ao.gpu_programs.replay import Replay
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,15 @@ def _ours(subject: Subject, bits: int) -> Run:
     return quantized
 
 
+def _unrounded(subject: Subject) -> Run:
+    """The same program of the same kernels, whose linears stay in bfloat16: what is left to integers alone."""
+    shape, image = subject.shape, subject.image(0)
+    quantized = quantized_model(shape.model, shape.scale, 8, subject.work)
+    program = make_program(quantized.float32_twin(), image.cpu(), torch.bfloat16, Operands(floats=True))
+    program = program.to(subject.device)
+    return Replay(program, image) if image.is_cuda else program
+
+
 _GRAPHS, _TUNED = "reduce-overhead", "max-autotune"  # both with CUDA graphs
 CONTENDERS: dict[str, Callable[[Subject], Run]] = {
     BASE: _float32,
@@ -112,5 +124,6 @@ CONTENDERS: dict[str, Callable[[Subject], Run]] = {
     "bfloat16 compile, flex_attention": partial(_compiled, mode=_GRAPHS, change=partial(padded_attention, core=flex)),
     "torchao int8, CUDA graphs": partial(_compiled, mode=_GRAPHS, change=torchao_int8),
     "torchao int8, max-autotune": partial(_compiled, mode=_TUNED, change=torchao_int8),
+    UNROUNDED: _unrounded,
     **{f"W{bits}A{bits}": partial(_ours, bits=bits) for bits in ALL_BITS},
 }

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import BASE, MAIN, QUICK
+from benchmarks.gpu.plan import BASE, MAIN, QUICK, is_ours
 from benchmarks.gpu.results import FOLDER, STAND_IN, Results
 from harmoq_ao.common.errors import InputError
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
@@ -195,7 +195,7 @@ def _growth(each: Measured, shapes: dict[str, dict[str, dict[str, Any]]]) -> Non
 
 def _is_ours(name: str) -> bool:
     peers = name.startswith(("model/", "compile/")) and name.count("/") == 2
-    return not peers or name.rpartition("/")[2].startswith("W")
+    return not peers or is_ours(name.rpartition("/")[2])
 
 
 def _machine(each: Measured) -> str:

@@ -62,6 +62,7 @@ class Shape:
 MAIN = Shape("swinir-light", 2, 256, 256)
 TINY = Shape("swinir-tiny", 2, 16, 16)
 BASE = "float32 eager"
+UNROUNDED = "our kernels, bfloat16 weights"
 ALL_BITS = (8, 4, 3, 2)
 
 _EAGER = (BASE, "float32 eager, TF32", "bfloat16 eager")
@@ -72,11 +73,16 @@ _COMPILED = (
     "torchao int8, CUDA graphs",
 )
 _AUTOTUNED = ("bfloat16 compile, max-autotune", "torchao int8, max-autotune")
-QUICK = (BASE, "W8A8", *_EAGER[1:], *_COMPILED, *_AUTOTUNED)
+QUICK = (BASE, "W8A8", *_EAGER[1:], *_COMPILED, *_AUTOTUNED, UNROUNDED)
 FEW = (BASE, "bfloat16 eager", _COMPILED[0], "W8A8")
 """The contenders at other shapes than the main one."""
 
 _GROWTH = (64, 128, 512, 1024, 2048)
+
+
+def is_ours(contender: str) -> bool:
+    """Whether a whole model is one of ours, of any width or in bfloat16: what our sources decide."""
+    return contender == UNROUNDED or contender.startswith("W")
 
 
 def shapes() -> Iterator[Shape]:
@@ -163,7 +169,7 @@ def _model(shape: Shape, contender: str) -> Step:
     # Autotuning tries kernels out, alone; the rest is compiled before, as far as it fits beside others.
     compiling = 150 if contender in _AUTOTUNED else 35 if contender in _COMPILED else 10
     seconds = compiling + 0.6 * _size(shape)
-    return Step(f"model/{shape.name}/{contender}", seconds, 240 + 4 * _size(shape), ours=contender.startswith("W"))
+    return Step(f"model/{shape.name}/{contender}", seconds, 240 + 4 * _size(shape), ours=is_ours(contender))
 
 
 def _size(shape: Shape) -> float:

@@ -19,8 +19,22 @@ from benchmarks.gpu.plan import ALL_BITS
 from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.quant.integer_reference import Affine, LinearOperands, MatmulOperand, linear_accumulate
 from harmoq_ao.quant.packing import pack
-from harmoq_ao.triton_kernels import attention, attention_operands, convolution, lowbit_linear, mlp, window_attention
-from harmoq_ao.triton_kernels.attention_operands import MatmulQuantizers, PackedAttention, pack_attention
+from harmoq_ao.triton_kernels import (
+    attention,
+    attention_operands,
+    channel_attention,
+    convolution,
+    lowbit_linear,
+    mlp,
+    window_attention,
+)
+from harmoq_ao.triton_kernels.attention_operands import (
+    FUSED_HEAD_DIM,
+    MatmulQuantizers,
+    PackedAttention,
+    pack_attention,
+)
+from harmoq_ao.triton_kernels.channel_attention import PackedChannels, pack_channels
 from harmoq_ao.triton_kernels.operands import Norm, from_operands, with_norm
 from harmoq_ao.triton_kernels.rowwise import Chain, Op, launch_rowwise
 from harmoq_ao.triton_kernels.rowwise import reference as reference_rowwise
@@ -146,13 +160,14 @@ def _checks(tiny: bool) -> Iterator[Problem]:
         yield Problem(f"mlp, norm after: {size}", partial(_mlp, rows, channels, hidden, 4, after=True))
         yield Problem(f"mlp, float32: {size}", partial(_mlp, rows, channels, hidden, 4, dtype=torch.float32))
     yield from _attention_checks(tiny)
+    yield from _channel_checks(tiny)
     yield from _float_checks(tiny)
 
 
 def _attention_checks(tiny: bool) -> Iterator[Problem]:
     sizes: list[tuple[Grid, int, int]] = [
         ((3, 2, 8, 8), 60, 6), ((1, 3, 7, 7), 90, 3), ((2, 2, 8, 8), 180, 6), ((2, 2, 16, 16), 144, 6),
-        ((2, 1, 8, 32), 60, 3),
+        ((2, 1, 8, 32), 60, 3), ((1, 2, 16, 16), 244, 2),
     ]  # fmt: skip
     if tiny:
         sizes = [((1, 2, 3, 3), 12, 2)]
@@ -167,12 +182,21 @@ def _attention_checks(tiny: bool) -> Iterator[Problem]:
         for form, options in forms:
             for bits in (4,) if tiny else ALL_BITS if "norm" in form else (4,):
                 windows = partial(_Windows, 2, grid, channels, heads, bits, **options)
-                yield Problem(f"window {form}: {name} w{bits}", _then(windows, _Windows.whole))
+                if channels // heads <= FUSED_HEAD_DIM:
+                    yield Problem(f"window {form}: {name} w{bits}", _then(windows, _Windows.whole))
                 if "norm" not in form:
                     yield Problem(f"attention {form}: {name} w{bits}", _then(windows, _Windows.core))
         overlapping = partial(_Windows, 2, grid, channels, heads, 4)
         if grid[2] * grid[3] <= 64:
             yield Problem(f"attention overlapping: {name}", _then(overlapping, _Windows.overlapping))
+
+
+def _channel_checks(tiny: bool) -> Iterator[Problem]:
+    for heads, width in [(2, 6)] if tiny else [(6, 10), (4, 48)]:
+        rows, name = 40 if tiny else 5001, f"channel attention: {heads}x{width}"
+        for form in ("paper", "deploy"):
+            yield Problem(f"{name} {form}", partial(_channels, 2, rows, heads, width, form == "paper"))
+        yield Problem(f"{name} sums of codes", partial(_channel_sums, 2, rows, heads, width), exact=True)
 
 
 def _float_checks(tiny: bool) -> Iterator[Problem]:
@@ -207,7 +231,11 @@ def _timings(tiny: bool) -> Iterator[Problem]:
         yield Problem(f"attention: {model}", _then(windows, _Windows.core))
         image = (1, grid[0] * grid[2], grid[1] * grid[3])
         yield Problem(f"convolution: {model} 3x3", partial(_convolution, image, channels, channels, 3, _HALF))
-        yield Problem(f"rowwise: {model}", partial(_rowwise, 1, tokens, channels))
+        if model not in ("hat-s", "swinir"):
+            yield Problem(f"rowwise: {model}", partial(_rowwise, 1, tokens, channels))
+    heads, width = (2, 6) if tiny else (6, 10)
+    name = f"channel attention: {'tiny' if tiny else 'dat-light'}"
+    yield Problem(name, partial(_channels, 1, 18 if tiny else 256 * 256, heads, width, False))
 
 
 # --- operands ---------------------------------------------------------------------------------------------------------
@@ -351,6 +379,40 @@ class _Windows:
 
     def _core(self) -> PackedAttention:
         return replace(self.operands, qkv=None, proj=None, qkv_heads=None, proj_heads=None)
+
+
+def _channel_operands(
+    images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device
+) -> tuple[list[Tensor], PackedChannels]:
+    """q, k and v, parts of one matrix whose columns depend on each other, and an attention among its channels."""
+    generator = torch.Generator().manual_seed(heads + width)
+    whole = torch.randn(images * rows, 3 * heads * width, generator=generator)
+    parts = (whole + whole.roll(1, 1) + 0.5 * whole[:, :1]).to(device, _HALF).chunk(3, 1)
+    largest = 6 / math.sqrt(rows)  # of entries of columns of length one
+    ranges = ((-largest, largest), (-largest, largest), (0.0, 1.0), (-4.0, 4.0))
+    quantizers = [_affine(*bounds, 8, device) for bounds in ranges] if paper else None
+    factor = torch.linspace(4.0, 9.0, heads).to(device)
+    return list(parts), pack_channels(heads, width, factor, (1e-12, 1e-12), quantizers)
+
+
+def _channels(images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device) -> Call:
+    """Attention among channels of images."""
+    parts, operands = _channel_operands(images, rows, heads, width, paper, device)
+    kernel, reference = channel_attention.launch_channel_attention, channel_attention.reference
+    products = 2 * images * rows * heads * width**2
+    return replace(
+        _beside(kernel, reference, *parts, operands, images),
+        bytes=(6 if paper else 4) * parts[0].element_size() * parts[0].numel(),
+        float16=products,
+    )
+
+
+def _channel_sums(images: int, rows: int, heads: int, width: int, device: torch.device) -> Call:
+    """Sums of products of codes, which lengths that are given make of queries and keys."""
+    (q, k, _), o = _channel_operands(images, rows, heads, width, True, device)
+    options = (o.bounds, heads, images, o.eps, o.bits)
+    squares = channel_attention.reference_sums(q, k, None, *options)
+    return _beside(channel_attention.launch_sums, channel_attention.reference_sums, q, k, squares, *options)
 
 
 def _convolution(

@@ -119,7 +119,7 @@ class QuantizedModel(AuthorModel):
         # On a CPU the first answers unless Triton is asked for; looking at every tensor of the model twice is dear.
         fused = self.programs.run(model, image, self.float_dtype)
         if fused is None:
-            fused = self.gpu_programs.run(model, self._float32_twin, image, self.float_dtype)
+            fused = self.gpu_programs.run(model, self.float32_twin, image, self.float_dtype)
         return None if fused is None else fused.to(image.dtype)
 
     def _quantizes(self) -> bool:
@@ -140,9 +140,9 @@ class QuantizedModel(AuthorModel):
         """The graph of fused kernels that computes images like this one on its device, a GPU; None where modules do."""
         if not self._quantizes():
             return None
-        return self.gpu_programs.graph(self.image_module(), self._float32_twin, image, self.float_dtype)
+        return self.gpu_programs.graph(self.image_module(), self.float32_twin, image, self.float_dtype)
 
-    def _float32_twin(self) -> nn.Module:
+    def float32_twin(self) -> nn.Module:
         """A copy of the author's model on the CPU, whose float parts are float32, for kernels of its sites."""
         twin = copy.deepcopy(self)
         twin.exchanged = exchanged_in(self.model)  # what a run would find
@@ -186,7 +186,7 @@ class QuantizedModel(AuthorModel):
             raise ConfigError("Kernels are for CPUs and GPUs", found=device, expected="cpu or cuda")
         sites = self.sites()
         if any(s.backend == "triton" for s in sites.values()) or (device or self._place().type) == "cuda":
-            twin = self._float32_twin()
+            twin = self.float32_twin()
             known = {m.site.name: m for m in twin.modules() if isinstance(m, QuantizedSite)}
             return survey(twin, known, torch.empty(self.example_shapes[0], device="meta"), self.float_dtype)
         return {name: Lowering(module.kernel) for name, module in sites.items()}

@@ -16,12 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from harmoq_ao.gpu_programs.kernels import AttentionCore, Mlp, WindowAttention, Windows
+from harmoq_ao.gpu_programs.kernels import AttentionCore, ChannelAttention, Mlp, WindowAttention, Windows
 
-FUSED = (WindowAttention, AttentionCore, Mlp)
+FUSED = (WindowAttention, AttentionCore, ChannelAttention, Mlp)
 """What counts as a fused island."""
 
-_OURS = ("window_attention", "attention", "mlp", "fused_linear")
+_OURS = ("window_attention", "attention", "channel_sums", "channel_product", "mlp", "fused_linear")
 _SAME_MEMORY = {torch.ops.aten.lift_fresh.default, torch.ops.aten.detach.default}
 
 

@@ -21,6 +21,7 @@ from harmoq_ao.gpu_programs.operands import LayerNorm
 from harmoq_ao.gpu_programs.torch_steps import Contraction
 from harmoq_ao.programs.emit import needed, readers_of
 from harmoq_ao.programs.steps import Matrix, ModuleStep, Read, RowStep, Step
+from harmoq_ao.triton_kernels.attention_operands import FUSED_HEAD_DIM
 from harmoq_ao.triton_kernels.launch import MAX_CHANNELS
 from harmoq_ao.triton_kernels.window_attention import FUSED_CHANNELS, FUSED_TOKENS
 
@@ -36,7 +37,7 @@ def fuse(last: Matrix, lowering: GpuLowering) -> None:
         lowering: The walk that made it.
     """
     fusing = _Fusing(last, lowering)
-    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention)
+    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention, fusing.gate)
     for join in (*front, fusing.norm_behind, fusing.residual):
         fusing.everywhere(join)
 
@@ -161,6 +162,7 @@ class _Fusing:
         windows = core.windows
         usual = core.firsts == (0, width, 2 * width) and source.columns == 3 * width and windows.key_index is None
         small = windows.index.tensor.shape[1] <= FUSED_TOKENS and max(qkv.columns, proj.width) <= FUSED_CHANNELS
+        small = small and core.head_dim <= FUSED_HEAD_DIM
         if not (usual and small and self.alone(source, mixed.step)):
             return False
         assert source.step is not None
@@ -172,6 +174,23 @@ class _Fusing:
         except KernelError:
             return False
         _becomes(step, WindowAttention(core.spec, packed, windows, eps, sites, proj.width), [source.step.reads[0]])
+        return True
+
+    def gate(self, step: Step) -> bool:
+        """Two results of kernels multiplied in front of a linear; what token-wise steps make, they also multiply."""
+        module = _module(step, Linear)
+        if module is None or module.norm is not None or not module.packed.value.static or not self.whole(step.reads[0]):
+            return False
+        source = step.reads[0].matrix
+        found = _single(source.step, Op.BINARY)
+        if found is None or found[0][0] != Binary.MUL or found[0][-1] != Broadcast.NONE or not self.alone(source, step):
+            return False
+        assert source.step is not None
+        left, right = source.step.reads
+        if isinstance(left.matrix.step, RowStep) or isinstance(right.matrix.step, RowStep):
+            return False
+        module.first, module.gate = left.first, right.first
+        step.reads[:1] = [left, right]
         return True
 
     def norm_behind(self, step: Step) -> bool:

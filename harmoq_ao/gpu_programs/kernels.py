@@ -1,4 +1,4 @@
-"""Steps that our Triton kernels compute: linears, MLPs, attention and whole window attention.
+"""Steps that our Triton kernels compute: linears, MLPs, attention, whole window attention, attention among channels.
 
 Every module takes matrices `[rows, columns]`, whose rows are the tokens of all images. Whatever one kernel computes
 together is put into it by :mod:`fusing`: the norm in front, GELU and norm behind, the residual that is added last.
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from harmoq_ao.gpu_programs.operands import AttentionSpec, LayerNorm, Operands, Packed, Site, Table
 from harmoq_ao.triton_kernels import ops
+from harmoq_ao.triton_kernels.channel_attention import channel_attention
 
 
 class Producer(nn.Module):
@@ -53,6 +54,9 @@ class Linear(Producer):
         operands: Of the model.
         first: First column.
         out_dtype: Of the result.
+
+    Attributes:
+        gate: First column of what multiplies its input, in its second operand; None where nothing does.
     """
 
     takes_norm = False
@@ -63,7 +67,7 @@ class Linear(Producer):
         self.first, self.columns, self.out_dtype = first, site.operands.weight.shape[1], out_dtype
         self.norm: LayerNorm | None = None
         self.gelu = "none"
-        self.gated = False
+        self.gate: int | None = None
 
     @property
     def site(self) -> Site:
@@ -88,11 +92,16 @@ class Linear(Producer):
     def forward(self, x: Tensor, *others: Tensor) -> Tensor:
         """`[rows, N]`."""
         rest = list(others)
-        gate = rest.pop(0) if self.gated else None
-        rows = x[:, self.first : self.first + self.columns].contiguous()
+        gate = None if self.gate is None else self._part(rest.pop(0), self.gate)
+        rows = self._part(x, self.first)
         eps = None if self.norm is None else self.norm.eps
         options = {"gate": gate, "eps": eps, "gelu": self.gelu, "out_dtype": self.out_dtype, **self.epilogue(rest)}
         return ops.linear(rows, self.packed.value, **options)
+
+    def _part(self, matrix: Tensor, first: int) -> Tensor:
+        """Its columns of a matrix: the kernel takes rows at any stride."""
+        part = matrix[:, first : first + self.columns]
+        return part if part.stride(1) == 1 else part.contiguous()
 
 
 class Mlp(Producer):
@@ -160,6 +169,39 @@ class AttentionCore(nn.Module):
         table = self.windows.key_index
         options = {**self.windows.options(), **({} if table is None else {"key_index": table.tensor})}
         return ops.attention(parts[0], parts[1], parts[2], self.packed.value, **options).flatten(0, 1)
+
+
+class ChannelAttention(nn.Module):
+    """Attention among channels, whose scores are sums over the tokens of an image.
+
+    Args:
+        packed: Its operands.
+        images: Size of the batch.
+        firsts: First columns of queries, keys and values in their matrices.
+        dtype: Of operands and result.
+        products: What tells the sites of both products from others: where their first ranges lie.
+    """
+
+    def __init__(
+        self,
+        packed: Packed,
+        images: int,
+        firsts: tuple[int, int, int],
+        dtype: torch.dtype,
+        products: tuple[int, ...],
+    ) -> None:
+        super().__init__()
+        self.packed, self.images, self.firsts, self.dtype, self.products = packed, images, firsts, dtype, products
+
+    def forward(self, *matrices: Tensor) -> Tensor:
+        """`[rows, heads * width]`."""
+        operands = self.packed.value
+        width = operands.heads * operands.width
+        parts = []
+        for matrix, first in zip(matrices, self.firsts, strict=True):
+            part = matrix[:, first : first + width].to(self.dtype)
+            parts.append(part if part.stride(1) == 1 else part.contiguous())
+        return channel_attention(parts[0], parts[1], parts[2], operands, self.images)
 
 
 class WindowAttention(Producer):

@@ -10,10 +10,10 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.cpu_kernels.rowwise import Columns, Op, RowProgram
-from harmoq_ao.gpu_programs.kernels import AttentionCore, Linear, Windows
+from harmoq_ao.gpu_programs.kernels import AttentionCore, ChannelAttention, Linear, Windows
 from harmoq_ao.gpu_programs.layout import Operator, Reordered
-from harmoq_ao.gpu_programs.operands import AttentionSpec, Operands, Site, Table
-from harmoq_ao.gpu_programs.torch_steps import ChannelAttention, Contraction, Convolution, Depthwise, FloatLinear, Means
+from harmoq_ao.gpu_programs.operands import AttentionSpec, Operands, Packed, Site, Table
+from harmoq_ao.gpu_programs.torch_steps import Contraction, Convolution, Depthwise, FloatLinear, Means
 from harmoq_ao.kernels.ops import linear_operands, matmul_contraction
 from harmoq_ao.programs.attention_matching import Match, resolved, scaled
 from harmoq_ao.programs.channel_attention import find_channel_attention, normalized
@@ -23,6 +23,7 @@ from harmoq_ao.programs.masks import Mask
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, Read, RowStep, Value
 from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, MatmulQuantizers
+from harmoq_ao.triton_kernels.channel_attention import pack_channels
 
 _REGION_VALUE = -100.0
 _COSINE_EPS = 1e-12
@@ -141,11 +142,11 @@ class GpuLowering(Lowering):
         found = find_channel_attention(self, match)
         if found is None:
             return None
-        if found.quantizers is not None:
-            raise KernelError("Its quantized products sum over the pixels of an image", expected="windows of tokens")
-        parts = (found.q, found.k, found.v)
-        module = ChannelAttention(parts, found.eps, found.factor)
-        width = found.v.heads * found.v.width
+        parts, width = (found.q, found.k, found.v), found.v.heads * found.v.width
+        quantizers = None if found.quantizers is None else [act for pair in found.quantizers for act in pair]
+        packed = Packed(pack_channels(found.v.heads, found.v.width, found.factor, found.eps, quantizers))
+        firsts = (found.q.first, found.k.first, found.v.first)
+        module = ChannelAttention(packed, self.images, firsts, self.dtype, _keys(self, match))
         matrices = (found.query, found.key, found.value.matrix)
         reads = [Read(m, p.first, width) for m, p in zip(matrices, parts, strict=True)]
         rows = self.roots.rows_last((found.value.matrix.rows, width))

@@ -118,9 +118,14 @@ def _mapped(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
 
 
 class Operands:
-    """What the programs of one model share: weights by site, and by the norm that is folded into them."""
+    """What the programs of one model share: weights by site, and by the norm that is folded into them.
 
-    def __init__(self) -> None:
+    Args:
+        floats: Leave linears in bfloat16, unrounded, in the same kernels; for comparison.
+    """
+
+    def __init__(self, floats: bool = False) -> None:
+        self.floats = floats
         self._kept: dict[Hashable, list[tuple[tuple[Tensor | None, ...], Packed]]] = {}
 
     def linear(self, site: Site, norm: LayerNorm | None = None) -> Packed:
@@ -131,7 +136,7 @@ class Operands:
         """
 
         def make() -> Any:
-            packed = kernels.from_operands(*site.packing)
+            packed = (kernels.from_floats if self.floats else kernels.from_operands)(*site.packing)
             return packed if norm is None else kernels.with_norm(packed, norm.weight, norm.bias)
 
         return self._shared(("linear", site.key), (site.operands.bias, *_of(norm)), make)
@@ -150,6 +155,7 @@ class Operands:
             packed = attention_kernels.pack_attention(
                 qkv, proj, spec.heads, spec.head_dim, spec.scale,
                 bias=spec.bias, cosine=spec.cosine, scale_after=spec.scale_after, matmuls=spec.matmuls,
+                floats=self.floats,
             )  # fmt: skip
             return packed if norm is None else attention_kernels.with_norm(packed, norm.weight, norm.bias)
 

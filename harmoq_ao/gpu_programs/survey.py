@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.gpu_programs.kernels import AttentionCore, Linear, Mlp, WindowAttention
+from harmoq_ao.gpu_programs.kernels import AttentionCore, ChannelAttention, Linear, Mlp, WindowAttention
 from harmoq_ao.gpu_programs.operands import AttentionSpec, Operands
 from harmoq_ao.gpu_programs.program import make_program
 from harmoq_ao.kernels.select import select_kernel
@@ -67,6 +67,8 @@ def _computed(program: fx.GraphModule) -> Iterator[tuple[str, list[int]]]:
             yield "triton window_attention", [*(site.key for site in module.sites), *_products(module.spec)]
         elif isinstance(module, AttentionCore):
             yield "triton attention", _products(module.spec)
+        elif isinstance(module, ChannelAttention):
+            yield "triton channel_attention", list(module.products)
         elif isinstance(module, Mlp):
             yield "triton mlp", [site.key for site in module.sites]
         elif isinstance(module, Linear):

@@ -1,4 +1,4 @@
-"""Steps that torch's own kernels compute: float linears and convolutions, means, attention among channels."""
+"""Steps that torch's own kernels compute: float linears and convolutions, means."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from harmoq_ao.gpu_programs.kernels import Producer
-from harmoq_ao.programs.heads import Heads
 from harmoq_ao.programs.materialize import to_matrix
 from harmoq_ao.triton_kernels import convolution
 
@@ -130,40 +129,3 @@ class Means(nn.Module):
         """`[images, width]`."""
         columns = matrix[:, self.first : self.first + self.width]
         return columns.unflatten(0, (self.images, -1)).mean(1)
-
-
-class ChannelAttention(nn.Module):
-    """Attention among channels: scores are sums over the pixels of an image, of queries and keys of length one.
-
-    Args:
-        parts: Where queries, keys and values are.
-        eps: Smallest lengths of queries and keys.
-        factor: `[heads]`, of the scores.
-    """
-
-    def __init__(self, parts: tuple[Heads, Heads, Heads], eps: tuple[float, float], factor: Tensor) -> None:
-        super().__init__()
-        self.places = tuple((part.first, part.heads, part.width, len(part.rows)) for part in parts)
-        self.eps = eps
-        self.factor: Tensor
-        self.register_buffer("factor", factor.reshape(-1, 1, 1), persistent=False)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """`[rows, heads * width]`."""
-        matrices = (query, key, value)
-        q, k, v = (self._heads(m, *place) for m, place in zip(matrices, self.places, strict=True))
-        lengths = [
-            torch.linalg.vector_norm(part, dim=2, dtype=torch.float32).clamp_min(eps)
-            for part, eps in zip((q, k), self.eps, strict=True)
-        ]
-        gram = torch.matmul(q.transpose(2, 3), k)
-        scores = gram / lengths[0].unsqueeze(3) / lengths[1].unsqueeze(2) * self.factor
-        weights = torch.softmax(scores, -1).to(v.dtype)
-        mixed = torch.matmul(v, weights.transpose(2, 3))
-        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)
-
-    @staticmethod
-    def _heads(matrix: Tensor, first: int, heads: int, width: int, images: int) -> Tensor:
-        """`[images, heads, tokens, width]`."""
-        columns = matrix[:, first : first + heads * width]
-        return columns.reshape(images, -1, heads, width).transpose(1, 2)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from harmoq_ao.config import HarmoqConfig
-from harmoq_ao.gpu_programs.kernels import WindowAttention
+from harmoq_ao.gpu_programs.kernels import Linear, WindowAttention
 from harmoq_ao.gpu_programs.operands import Operands
 from harmoq_ao.gpu_programs.program import make_program
 from tests.lowering.helpers import Network, assert_same_image, quantize
@@ -98,3 +98,29 @@ def test_masks(masked: str) -> None:
     kernels = [module for module in program.children() if isinstance(module, WindowAttention)]
     assert [k.windows.regions is not None for k in kernels] == ([True] if masked == "shared" else [])
     assert bool(program.meta["missed"]) == (masked == "own")
+
+
+class Gated(nn.Module):
+    """Two halves of what a linear makes multiplied in front of another one, or a half that something else reads too."""
+
+    def __init__(self, used_twice: bool) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.used_twice = nn.Linear(8, 32), nn.Linear(16, 8), used_twice
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        left, right = self.fc1(x).chunk(2, dim=-1)
+        gated = left * right
+        y = self.fc2(gated)
+        return y + gated[..., :8] if self.used_twice else y + x
+
+
+@pytest.mark.parametrize("used_twice", [False, True])
+def test_a_gate_is_multiplied_inside_the_linear_behind_it(used_twice: bool) -> None:
+    torch.manual_seed(0)
+    example = torch.rand(2, 3, 8, 12)
+    quantized = quantize(Network(Gated(used_twice)), HarmoqConfig(8, 8), example)
+    program = make_program(quantized.model, example, torch.float32, Operands())
+    quantized.use_reference()
+    assert_same_image(program(example), quantized(example))
+    linears = [module for module in program.children() if isinstance(module, Linear)]
+    assert sorted(-1 if linear.gate is None else linear.gate for linear in linears) == [-1, -1 if used_twice else 16]

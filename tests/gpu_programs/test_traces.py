@@ -28,10 +28,12 @@ MEAN = {torch.float32: 1e-3, torch.bfloat16: 2e-3}
 @cache
 def quantized(name: str, profile: str) -> tuple[h.QuantizedModel, Tensor, Tensor]:
     """A converted small instance, an image, and its output by plain integers."""
-    example = models.entry(name).example()
-    config = HarmoqConfig(8, 8, profile)
-    prepared = h.prepare_harmoq(models.build(name), config, [example])
-    model = h.convert_harmoq(h.calibrate(prepared, [example], show_progress=False))
+    architecture, config = models.entry(name), HarmoqConfig(8, 8, profile)
+    example = architecture.example()
+    # Of one size, products over all pixels would be given a joint scale for each.
+    examples = [example] if profile == "deploy" else [example, architecture.example(architecture.sizes[1])]
+    prepared = h.prepare_harmoq(models.build(name), config, examples)
+    model = h.convert_harmoq(h.calibrate(prepared, examples, show_progress=False))
     model.use_reference()
     with torch.no_grad():
         expected: Tensor = model(example)
@@ -61,9 +63,8 @@ def test_every_architecture_is_as_in_the_table(name: str, dtype: torch.dtype) ->
     assert {t for types in count.types.values() for t in types} <= {dtype}
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", "Swin2SR", "HAT", "DRCT", "DAT/light", "RGT", "CRAFT", "GRL"])
+@pytest.mark.parametrize("name", ["SwinIR/light", "Swin2SR", "HAT", "DRCT", "DAT/light", "RGT", "CRAFT", "GRL", "FDAT"])
 def test_quantized_products_are_fused_alike(name: str) -> None:
-    """Attention among channels aside, whose products sum over an image."""
     count = counted(name, "paper", torch.bfloat16)
     assert entry(name, torch.bfloat16, count)["islands"] == KEPT[name, "bfloat16"]["islands"]
 
@@ -75,3 +76,7 @@ def test_the_published_models_keep_their_budget() -> None:
     assert swinir["launches"] <= 60
     assert swinir["moved"] <= 1e9
     assert lines["SwinIR-light x2, 2048x2048"]["masks"] < 16e6
+    assert lines["DRCT x2"]["islands"]["AttentionCore"] == 30
+    assert lines["DRCT x2"]["launches"] <= 222
+    assert lines["DAT-light x2"]["islands"] == {"AttentionCore": 18, "ChannelAttention": 9}
+    assert lines["DAT-light x2"]["launches"] <= 404

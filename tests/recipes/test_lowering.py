@@ -18,7 +18,7 @@ def test_a_row_counts_sites_by_kernel_and_reason() -> None:
         Lowering("triton lowbit_linear", "operands (1, 2) and (3, 4) are odd"),
         Lowering("triton lowbit_linear", "operands (5, 6) and (7,) are odd"),
     ]
-    assert row(BY_NAME["HAT"], found) == "| HAT | 1 |  | 2 | 2: operands ... and ... are odd |\n"
+    assert row(BY_NAME["HAT"], found) == "| HAT | 1 |  |  | 2 | 2: operands ... and ... are odd |\n"
 
 
 def test_reasons_lose_what_differs_from_site_to_site() -> None:

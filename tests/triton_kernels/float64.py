@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from harmoq_ao.triton_kernels.attention_operands import LOG2E, PackedAttention
+from harmoq_ao.triton_kernels.channel_attention import PackedChannels
 from harmoq_ao.triton_kernels.operands import Norm, PackedLinear
 
 _margins: list[float] | None = None
@@ -117,6 +118,25 @@ def _window(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, apart: T
         return (rounded(weights, operands.bounds[2], operands.left_bits) @ v).transpose(0, 1).flatten(1)
     weights = rounded(weights / weights.amax(-1, keepdim=True), operands.bounds[2], operands.left_bits)
     return (weights @ v / weights.sum(-1, keepdim=True).clamp(min=1e-30)).transpose(0, 1).flatten(1)
+
+
+def channel_attention(q: Tensor, k: Tensor, v: Tensor, operands: PackedChannels, images: int) -> Tensor:
+    """Attention among channels, `[images * tokens, heads * D]` float64."""
+
+    def heads(x: Tensor) -> Tensor:
+        return x.double().view(images, -1, operands.heads, operands.width).permute(0, 2, 3, 1)
+
+    left, right = (
+        heads(x) / heads(x).norm(dim=-1, keepdim=True).clamp_min(eps)
+        for x, eps in zip((q, k), operands.eps, strict=True)
+    )
+    bounds, bits, value = operands.bounds, operands.bits, heads(v)
+    if bounds is not None:
+        left, right, value = (rounded(x, bounds[at], bits[at]) for x, at in ((left, 0), (right, 1), (value, 3)))
+    weights = (left @ right.mT * operands.factor.double()[:, None, None]).softmax(-1)
+    if bounds is not None:
+        weights = rounded(weights, bounds[2], bits[2])
+    return (weights @ value).permute(0, 3, 1, 2).reshape(v.shape)
 
 
 def codes(x: Tensor, reciprocal: Tensor, offset: Tensor, bits: int) -> Tensor:

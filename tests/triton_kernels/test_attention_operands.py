@@ -19,7 +19,7 @@ NARROW = MatmulOperand(4, affine(0.0, 1.0, 4))
 @pytest.mark.parametrize(
     ("qkv", "proj", "head_dim", "message"),
     [
-        (None, None, 33, "this head"),
+        (None, None, 129, "this head"),
         (site(seeded(0), 50, 20, 4), None, 10, "qkv linear"),
         (None, site(seeded(0), 20, 21, 4), 10, "projection does not fit"),
     ],

@@ -60,10 +60,10 @@ def test_blocks_of_swinir_light_issue_in_thirty_microseconds() -> None:
     """By the table of sm_90: window and MLP, the mean of blocks with and without regions; fewer bits take no more."""
     found = roofline.table()
     seconds = {work.case: roofline.issue_seconds(work, found[work.case]) for work in roofline.WORK}
-    blocks = {bits: roofline.block_seconds(seconds, bits) for bits in (4, 8)}
-    assert blocks[8] <= 30e-6
-    assert blocks[4] <= blocks[8]
-    assert roofline.model_seconds(seconds, 8) <= 1.5e-3
+    blocks = {weights: roofline.block_seconds(seconds, weights) for weights in ("w4", "w8")}
+    assert blocks["w8"] <= 30e-6
+    assert blocks["w4"] <= blocks["w8"]
+    assert roofline.model_seconds(seconds, "w8") <= 1.5e-3
 
 
 @pytest.mark.parametrize(

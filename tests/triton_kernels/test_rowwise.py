@@ -10,6 +10,7 @@ from torch import Tensor
 from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.triton_kernels import rowwise
+from harmoq_ao.triton_kernels.device import GELU_ERROR
 from harmoq_ao.triton_kernels.rowwise import Chain, Op
 from tests.triton_kernels.interpreter import interpreted
 
@@ -36,13 +37,23 @@ def test_a_norm_of_a_sum_and_the_sum(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
 
 
+def test_a_norm_does_not_see_what_lies_beyond_its_columns() -> None:
+    """Padding of 12 columns to 16 is no longer zero behind a sum with a number."""
+    chain = Chain(numbers=[3.0, 1e-5], columns=[12], half=[False])
+    raised = chain.emit(Op.SCALAR, 12, Binary.ADD, chain.emit(Op.LOAD, 12, 0, 0, 0), 1)
+    chain.emit(Op.STORE, 12, chain.emit(Op.NORM, 12, raised, -1, -1, 2), 0, 0)
+    reference, kernel = run(chain, torch.randn(7, 12), rows=7)
+    torch.testing.assert_close(kernel, reference, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("kind", list(Unary))
 def test_functions_of_one_value(kind: Unary) -> None:
     chain = Chain(numbers=[0.2], columns=[5], half=[False])
     value = chain.emit(Op.UNARY, 5, kind, chain.emit(Op.LOAD, 5, 0, 2, 0), 1)
     chain.emit(Op.STORE, 5, value, 0, 0)
-    reference, kernel = run(chain, torch.randn(9, 8) * 3, rows=9)
-    torch.testing.assert_close(kernel, reference, rtol=1e-5, atol=1e-6)
+    reference, kernel = run(chain, torch.linspace(-8, 8, 8 * 97).view(97, 8), rows=97)
+    stated = GELU_ERROR if kind in (Unary.GELU, Unary.GELU_TANH) else 0.0
+    torch.testing.assert_close(kernel, reference, rtol=1e-5, atol=stated + 1e-6)
 
 
 def test_gates_of_images_and_of_tokens_side_by_side() -> None:
