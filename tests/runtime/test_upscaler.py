@@ -66,7 +66,7 @@ def test_a_quantized_model_takes_square_images_where_its_float_one_does(tmp_path
     assert (actual - expected).square().mean() < 1e-2 * expected.var()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (3, 40), (40, 9)])
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (40, 2)])
 @pytest.mark.parametrize("tile", [None, 16])
 def test_small_images_of_a_model_whose_minimum_nobody_states(size: tuple[int, int], tile: int | None) -> None:
     model = converted("SwinIR/light", HarmoqConfig(8, 8))

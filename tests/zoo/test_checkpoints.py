@@ -328,7 +328,8 @@ def test_objects_beside_the_weights_are_neither_made_nor_in_the_way(
         patch.setattr(Callback, "__module__", module.__name__)
         patch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
         patch.setitem(sys.modules, module.__name__, module)
-        loaded = checkpoints.load_model(path)
+        path = saved(tmp_path / "last.ckpt", {"state_dict": state, "best": beside, "epoch": 3})
+    loaded = checkpoints.load_model(path)
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
 
 
