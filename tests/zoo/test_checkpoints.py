@@ -87,8 +87,9 @@ def test_loads_safetensors_whatever_the_name(tmp_path: Path) -> None:
     assert loaded.hyperparameters["embed_dim"] == 16
 
 
-def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
-    half = {n: t.half() if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_half_precision_checkpoints_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}
     model = checkpoints.load_model(saved(tmp_path / "half.pth", half)).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -216,6 +217,10 @@ TRAINED: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"state_dict": _prefixed("module.model.", STATE)}, "state_dict.module.model"),
     "gan by prefix": (_prefixed("net_g.", STATE) | {"net_d.conv.weight": ONE}, "net_d.*"),
     "gan by key": ({"generator": STATE, "discriminator": {"conv.weight": ONE}}, "at generator"),
+    "mmagic": (
+        {"state_dict": _prefixed("generator.", OTHER) | _prefixed("generator_ema.", STATE) | {"step_counter": ONE}},
+        "generator.*, step_counter.*",
+    ),
     "averaged gan": ({"g": OTHER, "g_ema": STATE, "d": {"conv.weight": ONE}, "iter": 3}, "at g_ema"),
     "basicsr": ({"params": OTHER, "params_ema": STATE}, "--weights model takes the others"),
     "ema package": (_prefixed("online_model.", OTHER) | _prefixed("ema_model.", STATE) | {"initted": ONE}, "(EMA)"),
