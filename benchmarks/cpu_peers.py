@@ -210,6 +210,18 @@ def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
     return h.lower_openvino(quantized_model(job, bits, per_token), keep=1)
 
 
+def _exported(job: Job, bits: int) -> Run:
+    """The file of ``harmoq export model.xml``, by OpenVINO alone."""
+    import openvino as ov
+
+    path = job.work / f"{job.model}-{job.size}-w{bits}a{bits}.xml"
+    if not path.exists():
+        h.export_openvino(quantized_model(job, bits), path, (job.size, job.size))
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
+    compiled = ov.Core().compile_model(str(path), "CPU", options)
+    return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+
+
 CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "float32 eager": Job.build,
     "bfloat16 eager": lambda job: bfloat16_run(job.fixed(torch.bfloat16)),
@@ -226,6 +238,7 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "harmoq W4A4, paper": partial(quantized_model, bits=4, profile="paper"),
     **{f"harmoq W{b}A{b}, torch.compile": partial(_native_compiled, bits=b) for b in (8, 4, 2)},
     **{f"harmoq W{b}A{b}, OpenVINO": partial(_lowered, bits=b) for b in (8, 4, 2)},
+    **{f"harmoq W{b}A{b}, exported IR": partial(_exported, bits=b) for b in (8, 4, 2)},
     "harmoq W4A4 per token, OpenVINO": partial(_lowered, bits=4, per_token=True),
 }
 

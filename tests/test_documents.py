@@ -36,6 +36,13 @@ def _exists(name: str) -> bool:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_tests_exist(page: Path) -> None:
+    named = set(re.findall(r"`([\w/]+\.py)::(\w+)`", page.read_text()))
+    assert not {(file, test) for file, test in named if f"def {test}(" not in (ROOT / "tests" / file).read_text()}
+    assert named or page.name != "field.md"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
 def test_links_lead_somewhere(page: Path) -> None:
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text())
     local = {link for link in links if not link.startswith(("http:", "https:"))}

@@ -18,6 +18,7 @@ from harmoq_ao.common.files import FOLDER, NOTHING, check_file, found_at
 from harmoq_ao.conversion.format import (
     CONFIG_NAME,
     FORMAT,
+    MAX_CONFIG_BYTES,
     OLDEST_VERSION,
     REMEDY,
     SCHEMA_VERSION,
@@ -88,9 +89,6 @@ MAX_EXAMPLE_VALUES = 1 << 22
 """Of one example batch: a load runs the model on it."""
 
 
-_MAX_CONFIG_BYTES = 16 << 20
-
-
 _MAX_WEIGHTS_BYTES = 4 << 30
 
 
@@ -115,7 +113,7 @@ def read_config(folder: Path) -> dict[str, Any]:
                 found=f"a folder without {CONFIG_NAME}" if at == FOLDER else at,
                 expected="a folder written by save_quantized",
             )
-        check_file(path, SavedModelError, "the config of a saved model", _MAX_CONFIG_BYTES)
+        check_file(path, SavedModelError, "the config of a saved model", MAX_CONFIG_BYTES)
         config = json.loads(path.read_bytes())
         # Written out here, since Python may refuse to (integers of many digits, deep nesting) what it has just read.
         body = canonical_json({k: v for k, v in config.items() if k != "sha256"}) if isinstance(config, dict) else b""

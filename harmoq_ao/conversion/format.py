@@ -28,10 +28,11 @@ from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.sites.base import PreparedSite
 
 FORMAT = "harmoq-ao"
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 OLDEST_VERSION = 3
 """The oldest that is read: it lacks what the preparation found, so that loading prepares the model anew."""
 CONFIG_NAME = "config.json"
+MAX_CONFIG_BYTES = 16 << 20
 WEIGHTS_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors")
 LEFTOVER_NAME = re.compile(r"model-[0-9a-f]{12}\.safetensors|\.(model-|config\.json).*\.tmp")
 """Files that an interrupted save may leave: weights without a config, and temporary files."""

@@ -5,8 +5,10 @@
 * ``islands``: ``[*name, plan]``, the plan by its number in ``plans``; of one that stays float also why.
 * ``mlps`` and ``kept``: modules whose forward is replaced.
 
-A name is two entries: how many letters it shares with the one before in its list, and the rest of it. Names written out
-would take more room than a 2-bit weight. A plan lists the contractions of all islands of one class, each as
+A name is two entries: how many letters it shares with the one before in its list, and the rest of it. Entries that
+stood in the list before, since blocks are alike, are one of two numbers: how many entries before, and how many of them
+(version 4 wrote them all). Otherwise they would take more room than 2-bit weights. A plan lists the contractions of all
+islands of one class, each as
 ``[operation, number, function, line, occurrence, facts]``: its name among the island's sites, its place in the source
 as in :class:`SourceKey`, and what its site is made from, or null where the call stays float.
 """
@@ -34,6 +36,7 @@ from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite, Role
 
 _MAX_ENTRIES = 1 << 16  # sites, modules and contractions that a saved model may claim to have
 _MAX_VALUES = 1 << 26  # of all joint scales and computed weights together, which are made before tensors are read
+_REACH = 256  # entries back in which repeated ones are looked for when writing
 _MAX_TEXT = 4000
 _MAX_NAME = 400
 _MAX_MACS = 1 << 62
@@ -151,7 +154,27 @@ def _named(entries: Sequence[N], more: Callable[[N, int], list[Any]]) -> list[li
             shared += 1
         rows.append([shared, name[shared:], *more(entry, index)])
         before = name
-    return rows
+    return _shortened(rows)
+
+
+def _shortened(rows: list[list[Any]]) -> list[list[Any]]:
+    """Rows of three and more members, those that repeat earlier ones as ``[how many rows before, how many]``."""
+    short: list[list[Any]] = []
+    index = 0
+    while index < len(rows):
+        runs = [(_alike(rows, index, back), -back) for back in range(1, min(index, _REACH) + 1)]
+        length, back = max(runs, default=(0, 0))
+        short.append([-back, length] if length > 1 else rows[index])
+        index += max(length, 1)
+    return short
+
+
+def _alike(rows: list[list[Any]], index: int, back: int) -> int:
+    """How many rows from an index on equal those so many rows before them."""
+    end = index
+    while end < len(rows) and rows[end] == rows[end - back]:
+        end += 1
+    return end - index
 
 
 def _number_of(value: T, values: list[T]) -> int:
@@ -217,11 +240,25 @@ def _read_spot(entry: Any) -> Spot:
 def _with_names(value: Any) -> Iterator[list[Any]]:
     """Entries whose first two members, the name, are read."""
     name = ""
-    for shared, rest, *more in _entries(value):
+    for shared, rest, *more in _expanded(value):
         name = name[: _whole(shared, len(name))] + _text(rest)
         if len(name) > _MAX_NAME:
             raise ValueError(f"no name: {shown(name)}")
         yield [name, *more]
+
+
+def _expanded(value: Any) -> list[Any]:
+    """Inverse of :func:`_shortened`."""
+    rows: list[Any] = []
+    for row in _entries(value):
+        if len(row) > 2:
+            rows.append(row)
+            continue
+        back, length = row
+        first = len(rows) - _whole(back, len(rows))
+        for index in range(first, first + _whole(length, _MAX_ENTRIES - len(rows))):
+            rows.append(rows[index])  # a run may go on into itself
+    return rows
 
 
 def _entries(value: Any) -> list[Any]:

@@ -26,6 +26,7 @@ from harmoq_ao.conversion.format import (
     FLOAT_TYPES,
     FORMAT,
     LEFTOVER_NAME,
+    MAX_CONFIG_BYTES,
     SCHEMA_VERSION,
     canonical_json,
     flatten_floats,
@@ -234,5 +235,5 @@ def _may_replace(folder: Path) -> bool:
     """Whether a folder is empty, holds a saved model, or only what an interrupted save left."""
     config = folder / CONFIG_NAME
     if config.is_file():  # other programs write files of this name, too
-        return f'"format":"{FORMAT}"'.encode() in config.read_bytes()
+        return config.stat().st_size <= MAX_CONFIG_BYTES and f'"format":"{FORMAT}"'.encode() in config.read_bytes()
     return all(LEFTOVER_NAME.fullmatch(file.name) for file in folder.iterdir())

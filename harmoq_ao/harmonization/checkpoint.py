@@ -12,11 +12,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from harmoq_ao.common.errors import CheckpointError, shown
+from harmoq_ao.common.files import NOTHING, check_file, found_at
 from harmoq_ao.common.output import atomic_write
 
 Progress = tuple[dict[str, Tensor], dict[str, Any]]
 """Contents of a file: tensors by name, and JSON-able data."""
 _KEY = "harmoq_ao_progress"
+_MAX_BYTES = 16 << 30
 
 
 class Checkpoint:
@@ -48,10 +50,11 @@ class Checkpoint:
         """Contents of the file, or None if there is no file.
 
         Raises:
-            CheckpointError: It is damaged, not a checkpoint of this project, or of other work.
+            CheckpointError: It is damaged, larger than 16 GiB, not a checkpoint of this project, or of other work.
         """
-        if self.path is None or not self.path.exists():
+        if self.path is None or found_at(self.path) == NOTHING:
             return None
+        check_file(self.path, CheckpointError, "a file that harmonization has saved", _MAX_BYTES)
         try:
             with safe_open(str(self.path), framework="pt") as file:
                 stored = json.loads((file.metadata() or {})[_KEY])

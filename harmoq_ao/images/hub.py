@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from harmoq_ao.common.errors import DatasetError, HarmoqError
+from harmoq_ao.common.files import NOTHING, check_file, found_at
 from harmoq_ao.common.progress import track
 from harmoq_ao.images.columns import ImageColumn, as_record, choose_column, from_hf_dataset, image_features
 from harmoq_ao.images.reading import EncodedImage
@@ -153,6 +154,8 @@ def _read(path: str) -> bytes:
     """The bytes of a local file, or of one next to the data set (``hf://``, ``zip://...``)."""
     import fsspec
 
+    if found_at(path) != NOTHING:  # otherwise it is remote, or in an archive
+        check_file(path, DatasetError, "an image file", _MAX_IMAGE_BYTES)
     with fsspec.open(path, "rb") as file:
         data: bytes = file.read(_MAX_IMAGE_BYTES)
     return data

@@ -11,16 +11,17 @@ import io
 import logging
 import struct
 import sys
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from harmoq_ao.common.errors import ImageError
 from harmoq_ao.common.files import check_file
@@ -28,11 +29,14 @@ from harmoq_ao.images.records import Array, ImageRecord, PathLike, record_of
 from harmoq_ao.images.tiff import is_tiff, read_tiff, tiff_size
 
 logger = logging.getLogger(__name__)
+_pillow_limits = threading.Lock()
+T = TypeVar("T")
 
 MAX_PIXELS = 178_956_970
 """Largest image read by default, in pixels (Pillow's own limit against decompression bombs)."""
 
 _FILE_BYTES = 16, 64 << 20  # most bytes of a file: those of a pixel of four floats, and of all beside the pixels
+_MAX_TEXT_BYTES = 64 << 20  # of a text or profile of a PNG, unpacked: as much as Pillow allows all of a file together
 _BAND_PIXELS = 1 << 20
 _CONVERTIBLE_MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
 _ORIENTATION_TAG = 0x0112
@@ -93,14 +97,18 @@ class EncodedImage:
 
 
 def _decoded(opened: Callable[[], Path | BinaryIO], name: str, size: int, max_pixels: int) -> ImageRecord:
-    """Decode a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour."""
-    try:
+    """Decode a file of ``size`` bytes, which is opened more than once where it holds 16-bit colour or long texts."""
+
+    def decode() -> ImageRecord:
         with _without_bomb_warning(), Image.open(opened()) as image:
             _check_size(image.size, max_pixels)
             _check_held(image, size)
             rawmode = _colour_rawmode(image)
             deep = _read_deep_colour(opened, name, rawmode) if ";16" in rawmode else None
             return _record_from_pillow(image, name) if deep is None else deep
+
+    try:
+        return _with_long_texts(decode)
     except Image.DecompressionBombError as error:
         raise _in_file(name, _too_large(str(error).rstrip("."), max_pixels)) from error
     except UnidentifiedImageError as error:
@@ -164,14 +172,18 @@ def image_size(path: PathLike) -> tuple[int, int]:
     """
     path = Path(path)
     _check_file(path, MAX_PIXELS)
-    try:
+
+    def read() -> tuple[bool, tuple[int, int]]:
         with _without_bomb_warning(), Image.open(path) as image:
             sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
             if sideways and image.format == "TIFF":
                 # Whether the header's size is already rotated depends on Pillow's version; the loaded one always is.
                 image.load()
                 sideways = image.getexif().get(_ORIENTATION_TAG, 1) >= 5
-            width, height = image.size
+            return sideways, image.size
+
+    try:
+        sideways, (width, height) = _with_long_texts(read)
     except UnidentifiedImageError as error:
         (height, width), orientation = _size_unknown_to_pillow(path, error)
         sideways = 5 <= orientation <= 8
@@ -201,6 +213,26 @@ def _without_bomb_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
+
+
+def _with_long_texts(read: Callable[[], T]) -> T:
+    """What reading gives; once more where a text or colour profile of a PNG is larger, unpacked, than Pillow's 1 MiB.
+
+    Picture generators store their programs there, and calibrated screens large profiles. The limit is one for the whole
+    process: other threads that read meanwhile meet the wider one.
+    """
+    try:
+        return read()
+    except ValueError as error:
+        if "decompressed data too large" not in str(error).lower():
+            raise
+    with _pillow_limits:
+        before = PngImagePlugin.MAX_TEXT_CHUNK
+        PngImagePlugin.MAX_TEXT_CHUNK = max(before, _MAX_TEXT_BYTES)
+        try:
+            return read()
+        finally:
+            PngImagePlugin.MAX_TEXT_CHUNK = before
 
 
 def _in_file(name: str, error: ImageError) -> ImageError:

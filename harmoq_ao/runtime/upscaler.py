@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -187,9 +187,22 @@ class Upscaler(ImageTraits):
         x = image.colour_codes() if isinstance(image, ImageRecord) else image.float()
         if self.channels == 1:
             x = _as_batch(x)
-        window, multiple = self.size_multiple, self._multiple(x, tile)
-        bands = upscale_rows(self._image, x, self.scale, tile, overlap, window, progress, pad_multiple=multiple)
-        return self._in_memory(bands, (x.shape[-2], x.shape[-1]))
+
+        def bands(multiple: int) -> Iterator[Tensor]:
+            window = self.size_multiple
+            return upscale_rows(self._image, x, self.scale, tile, overlap, window, progress, pad_multiple=multiple)
+
+        found = bands(self._multiple(x, tile))
+        if min(x.shape[-2:]) < self._known_side:
+            found = _started(found, lambda: bands(_round_up(self._known_side, self.size_multiple)))
+        return self._in_memory(found, (x.shape[-2], x.shape[-1]))
+
+    @property
+    def _known_side(self) -> int:
+        """A side that a module takes of which no minimum is known: that of the images it was prepared with."""
+        if self.size_minimum or not isinstance(self.model, QuantizedModel):
+            return 0
+        return min(min(shape[-2:]) for shape in self.model.example_shapes)
 
     def _image(self, batch: Tensor) -> Tensor:
         """The image in the module's output for a batch of input images."""
@@ -225,6 +238,18 @@ class Upscaler(ImageTraits):
         if min(height, width) < self.size_minimum:
             return _round_up(self.size_minimum, self.size_multiple)
         return self.size_multiple
+
+
+def _started(bands: Iterator[Tensor], otherwise: Callable[[], Iterator[Tensor]]) -> Iterator[Tensor]:
+    """The bands; if there is no first one, since the author's code does not take so small an image, the others."""
+    try:
+        first = next(bands)
+    except Exception:  # whatever it raises for a window that is larger than the image
+        yield from otherwise()
+    else:
+        yield first
+        del first
+        yield from bands
 
 
 def of_loaded(loaded: LoadedModel, name: str) -> Upscaler:

@@ -31,6 +31,7 @@ from harmoq_ao.common.traits import ImageTraits
 from harmoq_ao.zoo.architectures import first_lines, spandrel_version
 from harmoq_ao.zoo.construction_budget import ConstructionBudget
 from harmoq_ao.zoo.file_kinds import kind_of_file, kind_of_folder
+from harmoq_ao.zoo.stand_ins import load_with_stand_ins
 from harmoq_ao.zoo.state import WEIGHTS, Candidate, Weights, candidates, with_index_tables, wrapper_parts
 from harmoq_ao.zoo.transformers_models import hub_snapshot, is_transformers_model, load_transformers
 
@@ -192,9 +193,19 @@ def _read_state(path: Path) -> object:
             return safetensors.torch.load_file(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on odd pickles, which are refused below in clearer words
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return _unpickled(path)
     except Exception as error:  # parsers of a corrupt file fail in every way there is
         raise _unreadable(path, error) from error
+
+
+def _unpickled(path: Path) -> object:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        try:
+            return load_with_stand_ins(path)
+        except Exception:
+            raise error from None  # which names what is in the way
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:

@@ -23,6 +23,8 @@ from harmoq_ao.zoo.file_kinds import config_of
 CLASSES = {"Swin2SRForImageSuperResolution": "Swin2SRConfig"}
 """Models from image to image, and the configurations that they are built from."""
 _MOST_REFERENCE = 1 << 10  # bytes
+_MOST_BYTES = 16 << 30
+_READ_SUFFIXES = (".json", ".safetensors", ".bin")
 
 
 def hub_snapshot(folder: Path) -> Path:
@@ -57,8 +59,11 @@ def load_transformers(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The model in a folder that `save_pretrained` wrote, and what :class:`LoadedModel` says of it.
 
     Raises:
-        CheckpointError: transformers is not installed, or the folder does not fit it.
+        CheckpointError: transformers is not installed, or the folder does not fit it or holds files of other kinds.
     """
+    for file in folder.iterdir():  # transformers opens those that it knows
+        if file.suffix in _READ_SUFFIXES:
+            check_file(file, CheckpointError, "a file of a model", _MOST_BYTES)
     if importlib.util.find_spec("transformers") is None:
         raise CheckpointError(
             f"{folder} is a model of transformers, which is not installed",

@@ -105,7 +105,10 @@ FORGED_VALUES: dict[str, list[Any]] = {
         *(_entry(2, -1), _entry(2, 10**400), _entry(2, 1.0), _first(lambda site: site[:2])),
         *map(_ratio, (float("nan"), 10**400, True, "1")),
     ],
-    "found.floats": [None, _entry(3, 10**6), _entry(3, -1), _entry(2, "x"), _entry(0, 5)],
+    "found.floats": [
+        *(None, _entry(3, 10**6), _entry(3, -1), _entry(2, "x"), _entry(0, 5)),
+        *(lambda floats, run=run: [floats[0], run] for run in ([2, 1], [-1, 1], [1, 10**6], [1, -1], [1, 0.5], [1])),
+    ],
     "found.reasons": [None, [], _entry(1, "because"), _entry(2, 7), _entry(0, None)],
     "found.islands": [
         [],

@@ -6,12 +6,16 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import harmoq_ao as h
@@ -19,6 +23,7 @@ from harmoq_ao.common.errors import SavedModelError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.conversion.format import OLDEST_VERSION, canonical_json, seal
 from harmoq_ao.conversion.found_format import Description, description_of
+from harmoq_ao.sites.site import FloatCause, FloatReason, FloatSite
 from tests.conversion.helpers import CONFIG, SMALL
 from tests.models import build, converted, entry, images, run
 
@@ -98,7 +103,52 @@ def test_the_description_survives_and_shares_what_is_equal() -> None:
     data = json.loads(json.dumps(description.to_dict()))
     assert Description.from_dict(data) == description
     assert len(data["plans"]) < len(data["islands"])
-    assert len(data["reasons"]) < len(data["floats"])
+    assert len(data["reasons"]) < len(description.found.floats)
+
+
+def test_entries_of_blocks_that_are_alike_are_written_once() -> None:
+    description = description_of(converted("DAT/light", CONFIG))
+    data = description.to_dict()
+    assert Description.from_dict(data) == description
+    assert len(data["floats"]) < len(description.found.floats) * 2 / 3
+    assert len(data["sites"]) == len(description.found.sites), "each has a ratio of its own"
+
+
+@given(names=st.lists(st.sampled_from(["a.0.x", "a.1.x", "a.1.y", "b"]), max_size=60), period=st.integers(1, 9))
+def test_any_list_with_repetitions_survives(names: list[str], period: int) -> None:
+    reason = FloatReason(FloatCause.SETTINGS, "asked for")
+    floats = tuple(FloatSite(name, "conv2d", reason, 7) for name in (names[:period] * 9 + names)[:200])
+    description = description_of(converted("linears", CONFIG))
+    description = replace(description, found=replace(description.found, floats=floats))
+    assert Description.from_dict(json.loads(json.dumps(description.to_dict()))) == description
+
+
+def _written_out(data: dict[str, Any]) -> None:
+    """What a description of version 4 is: all entries."""
+    for field in ("sites", "floats", "islands"):
+        rows: list[Any] = []
+        for row in data[field]:
+            if len(row) > 2:
+                rows.append(row)
+            else:
+                rows.extend(islice(cycle(rows[len(rows) - row[0] :]), row[1]))
+        data[field] = rows
+
+
+def test_a_folder_of_version_4_loads_without_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = converted("DAT/light", CONFIG)
+    folder = h.save_quantized(model, tmp_path / "m")
+
+    def older(config: dict[str, Any]) -> None:
+        config["schema_version"] = 4
+        _written_out(config["found"])
+        assert len(config["found"]["floats"]) == sum(not row.quantized for row in model.rows)
+
+    _change(folder, older)
+    with monkeypatch.context() as patch:
+        _without_runs(patch)
+        loaded = h.load_quantized(folder)
+    assert torch.equal(run(loaded), run(model))
 
 
 def test_a_folder_of_the_older_version_is_prepared_and_computes_the_same(

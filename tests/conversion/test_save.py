@@ -165,6 +165,13 @@ def test_a_folder_of_somebody_else_is_no_target(files: list[str], tmp_path: Path
     assert contents(tmp_path) == before
 
 
+def test_what_would_be_replaced_is_not_read_whatever_its_size(tmp_path: Path) -> None:
+    (tmp_path / "config.json").touch()
+    os.truncate(tmp_path / "config.json", 40 << 30)
+    with pytest.raises(OutputError, match="something else"):
+        h.save_quantized(converted("linears", CONFIG), tmp_path)
+
+
 def test_other_files_beside_a_saved_model_stay(folder: Path) -> None:
     (folder / "README.md").write_text("mine")
     (folder / "model-00001-of-00002.safetensors").write_text("mine")

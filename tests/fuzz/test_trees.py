@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import harmoq_ao as h
-from harmoq_ao.common.errors import HarmoqError
+from harmoq_ao.common.errors import CheckpointError, HarmoqError
 from harmoq_ao.common.output import check_output_file, check_output_folder
-from harmoq_ao.images import image_files, image_size, list_sources, load_image, load_pairs
+from harmoq_ao.harmonization.checkpoint import Checkpoint
+from harmoq_ao.images import hub, image_files, image_size, list_sources, load_image, load_pairs
 from harmoq_ao.runtime.file_jobs import FileUpscaler, upscale_here
 from harmoq_ao.runtime.targets import Naming, plan_jobs
 from harmoq_ao.runtime.upscaler import Upscaler, open_float, open_model
@@ -47,6 +48,24 @@ SPECIAL: dict[str, Callable[[Path], Any]] = {
     "nothing": lambda path: None,
     "empty": Path.touch,
 }
+
+
+def _progress(path: Path) -> None:
+    if Checkpoint(path, {}).load() is None:
+        raise CheckpointError("no progress, so there is nothing to resume")
+
+
+def _of_transformers(path: Path) -> None:
+    if os.path.isdir(path.parent):
+        (path.parent / "config.json").write_text('{"architectures": ["Swin2SRForImageSuperResolution"]}')
+    open_float(path.parent)
+
+
+def _image_of_data_set(path: Path) -> None:
+    with hub._typed_errors(hub.DatasetName.parse("x")):
+        hub._read(str(path))
+
+
 LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "image": ("a.png", load_image),
     "size": ("a.png", image_size),
@@ -58,6 +77,9 @@ LOADERS: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "config": ("config.json", lambda path: h.load_quantized(path.parent, model=nn.Identity())),
     "weights": ("weights", lambda path: h.load_quantized(path.parent, model=nn.Identity())),
     "snapshot": ("refs/main", lambda path: open_model(path.parent.parent)),
+    "progress": ("progress.safetensors", _progress),
+    "transformers": ("model.safetensors", _of_transformers),
+    "image of a data set": ("a.png", _image_of_data_set),
     "pairs": ("HR", lambda path: load_pairs(path.parent, None, 2)),
 }
 ODD_PATHS = ("x" * 300, "a\0b", "a/" * 3000, "x" * 5000, "\ud800", "")

@@ -15,7 +15,7 @@ import tifffile
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from harmoq_ao.common.errors import ImageError
 from harmoq_ao.images import image_from_array, image_from_pillow, image_size, load_image, save_image
@@ -278,3 +278,25 @@ def test_bad_pillow_images_and_arrays_are_named(image: Any, message: str) -> Non
     with pytest.raises(ImageError) as caught:
         (image_from_pillow if isinstance(image, Image.Image) else image_from_array)(image)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["text", "profile"])
+def test_long_texts_and_profiles_of_a_png_are_read(tmp_path: Path, kind: str) -> None:
+    before = PngImagePlugin.MAX_TEXT_CHUNK
+    array, long = codes(3), bytes(3 * before)
+    info = PngImagePlugin.PngInfo()
+    info.add_text("workflow", long.decode(), zip=True)
+    Image.fromarray(array).save(tmp_path / "a.png", **({"pnginfo": info} if kind == "text" else {"icc_profile": long}))
+    record = load_image(tmp_path / "a.png")
+    np.testing.assert_array_equal(record.to_uint8(), array)
+    assert (record.icc_profile or b"") == (long if kind == "profile" else b"")
+    assert image_size(tmp_path / "a.png") == record.size
+    assert before == PngImagePlugin.MAX_TEXT_CHUNK
+
+
+def test_a_text_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    info = PngImagePlugin.PngInfo()
+    info.add_text("bomb", "x" * (80 << 20), zip=True)
+    Image.fromarray(codes(3)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises(ImageError, match="corrupt"):
+        load_image(tmp_path / "a.png")

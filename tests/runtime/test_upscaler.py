@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from harmoq_ao import HarmoqConfig, calibrate, convert_harmoq, prepare_harmoq, save_quantized
 from harmoq_ao.common.errors import CheckpointError, ConfigError, InputError, SavedModelError
 from harmoq_ao.images import image_from_array
-from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, open_float, open_model
+from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, of_quantized, open_float, open_model
 from harmoq_ao.zoo.checkpoints import LoadedModel
-from tests.models import BY_NAME
+from tests.models import BY_NAME, converted
 
 
 class Doubling(nn.Module):
@@ -63,6 +64,18 @@ def test_a_quantized_model_takes_square_images_where_its_float_one_does(tmp_path
     actual = open_model(folder)(image)
     assert actual.shape == expected.shape == image.shape
     assert (actual - expected).square().mean() < 1e-2 * expected.var()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 40), (40, 2)])
+@pytest.mark.parametrize("tile", [None, 16])
+def test_small_images_of_a_model_whose_minimum_nobody_states(size: tuple[int, int], tile: int | None) -> None:
+    model = converted("SwinIR/light", HarmoqConfig(8, 8))
+    assert model.traits.size_minimum == 0
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(3))
+    found = of_quantized(model, "x")(image, tile, 4)
+    stated = replace(of_quantized(model, "x"), size_minimum=16)
+    assert found.shape[-2:] == (2 * size[0], 2 * size[1])
+    assert torch.equal(found, stated(image, tile, 4))
 
 
 def test_a_model_of_one_channel_keeps_colour_and_takes_gray_once() -> None:

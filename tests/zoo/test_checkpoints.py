@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import math
 import os
@@ -9,9 +10,11 @@ import pickle
 import sys
 import zipfile
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -84,8 +87,9 @@ def test_loads_safetensors_whatever_the_name(tmp_path: Path) -> None:
     assert loaded.hyperparameters["embed_dim"] == 16
 
 
-def test_half_precision_checkpoints_become_float32(tmp_path: Path) -> None:
-    half = {n: t.half() if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+def test_half_precision_checkpoints_become_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    half = {n: t.to(dtype) if t.is_floating_point() else t for n, t in state_of(SWINIR).items()}
     model = checkpoints.load_model(saved(tmp_path / "half.pth", half)).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
@@ -213,6 +217,10 @@ TRAINED: dict[str, tuple[dict[str, Any], str]] = {
     "twice": ({"state_dict": _prefixed("module.model.", STATE)}, "state_dict.module.model"),
     "gan by prefix": (_prefixed("net_g.", STATE) | {"net_d.conv.weight": ONE}, "net_d.*"),
     "gan by key": ({"generator": STATE, "discriminator": {"conv.weight": ONE}}, "at generator"),
+    "mmagic": (
+        {"state_dict": _prefixed("generator.", OTHER) | _prefixed("generator_ema.", STATE) | {"step_counter": ONE}},
+        "generator.*, step_counter.*",
+    ),
     "averaged gan": ({"g": OTHER, "g_ema": STATE, "d": {"conv.weight": ONE}, "iter": 3}, "at g_ema"),
     "basicsr": ({"params": OTHER, "params_ema": STATE}, "--weights model takes the others"),
     "ema package": (_prefixed("online_model.", OTHER) | _prefixed("ema_model.", STATE) | {"initted": ONE}, "(EMA)"),
@@ -303,6 +311,47 @@ def test_archives_folders_and_devices_are_called_what_they_are(tmp_path: Path) -
     assert "model.safetensors" in str(refused(folder).remedy)
     (folder / "config.json").write_text('{"format":"harmoq-ao"}')
     assert "a quantized model" in str(refused(folder).found)
+
+
+class Callback:
+    """Of a package that trainers save objects of, and that is not installed."""
+
+    def __init__(self) -> None:
+        self.best = "epoch=3.ckpt"
+
+
+@pytest.mark.parametrize(
+    "beside", [np.float64(31.2), np.arange(3), argparse.Namespace(scale=2), PurePosixPath("runs/1"), Callback()]
+)
+def test_objects_beside_the_weights_are_neither_made_nor_in_the_way(
+    beside: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = state_of(SWINIR)
+    module = ModuleType("pytorch_lightning.callbacks")
+    module.Callback = Callback  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:  # known while it is saved alone
+        patch.setattr(Callback, "__module__", module.__name__)
+        patch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
+        patch.setitem(sys.modules, module.__name__, module)
+        path = saved(tmp_path / "last.ckpt", {"state_dict": state, "best": beside, "epoch": 3})
+    loaded = checkpoints.load_model(path)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.model.state_dict().items())
+
+
+class RunsCode:
+    """Something that a NumPy function makes of a text, by running it."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return np.testing.runstring, ("import os; os.environ['HARMOQ_CALLED'] = '1'", {})
+
+
+def test_functions_of_known_packages_are_not_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HARMOQ_CALLED", raising=False)
+    path = saved(tmp_path / "a.pth", {"params": state_of(SWINIR), "best": RunsCode()})
+    checkpoints.load_model(path)
+    assert "HARMOQ_CALLED" not in os.environ
+    torch.load(path, weights_only=False)
+    assert os.environ.pop("HARMOQ_CALLED") == "1", "the file does run code"
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
