@@ -169,21 +169,31 @@ class _RowGroup:
         self.outputs = [step.results[0] for step in group if self._leaves(step)]
         self.program = RowProgram(len(self.inputs))
         self.slots: dict[Matrix, int] = {matrix: slot for slot, matrix in enumerate(self.inputs)}
-        self.copies: dict[Matrix, int] = {}
+        self.copies: dict[Matrix, Columns] = {}
         self._place()
         for step in group:
             sources = [Columns(self.slots[r.matrix], r.first) for r in step.reads]
             (matrix,) = step.results
             step.emit(self.program, Columns(self.slots[matrix]), sources)
             if matrix in self.copies:
-                self.program.emit(Op.COPY, Columns(self.copies[matrix]), Columns(self.slots[matrix]), matrix.columns)
+                to = self.copies[matrix]
+                width = self._span(matrix)[1] - to.first
+                self.program.emit(Op.COPY, to, Columns(self.slots[matrix], to.first), width)
 
     def _leaves(self, step: RowStep) -> bool:
         matrix = step.results[0]
         return matrix is self.last or any(reader not in self.group for reader, _ in self.readers.get(matrix, []))
 
+    def _span(self, matrix: Matrix) -> tuple[int, int]:
+        """First column that others read, and the one behind their last."""
+        reads = [r for s, r in self.readers.get(matrix, []) if s not in self.group]
+        if matrix is self.last or not reads:
+            return 0, matrix.columns
+        return min(r.first for r in reads), max(r.first + r.width for r in reads)
+
     def _place(self) -> None:
-        """Slots: outputs that no step here reads, or in float32, are computed in place; others are copied."""
+        """Slots: outputs of which all is read, in float32 or by no step here, are computed in place; others are copied,
+        as far as they are read."""
         temporaries = []
         for matrix in self.outputs:
             exact = matrix is self.last or any(r.exact for s, r in self.readers.get(matrix, []) if s not in self.group)
@@ -191,10 +201,11 @@ class _RowGroup:
             self.program.outputs.append((matrix.columns, dtype))
             slot = len(self.inputs) + len(self.program.outputs) - 1
             read_here = any(s in self.group for s, _ in self.readers.get(matrix, []))
-            if dtype is torch.float32 or not read_here:
+            first, end = self._span(matrix)
+            if (dtype is torch.float32 or not read_here) and end - first == matrix.columns:
                 self.slots[matrix] = slot
             else:
-                self.copies[matrix] = slot
+                self.copies[matrix] = Columns(slot, first)
                 temporaries.append(matrix)
         temporaries += [s.results[0] for s in self.group if s.results[0] not in self.outputs]
         self._share(temporaries)

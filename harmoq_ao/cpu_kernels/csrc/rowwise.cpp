@@ -82,14 +82,18 @@ class Worker {
   void fetch(int64_t begin) const {
     const int64_t rows = std::min(layout_.block, program_.rows - begin);
     for (const Slot& slot : program_.slots) {
-      if (slot.temporary || slot.rows != program_.rows) continue;
-      const int64_t size = static_cast<int64_t>(c10::elementSize(slot.type));
-      const char* at = static_cast<const char*>(slot.data) + begin * slot.stride * size;
-      for (const char* end = at + rows * slot.stride * size; at < end; at += kLine) {
-        if (slot.input) {
-          __builtin_prefetch(at, 0, 2);
-        } else {
-          __builtin_prefetch(at, 1, 2);
+      if (slot.temporary || slot.rows != program_.rows || slot.end <= slot.first) continue;
+      const int64_t size = static_cast<int64_t>(c10::elementSize(slot.type)), stride = slot.stride * size;
+      const int64_t length = (slot.end - slot.first) * size;
+      const char* row = static_cast<const char*>(slot.data) + begin * stride + slot.first * size;
+      for (int64_t r = 0; r < rows; ++r, row += stride) {
+        for (int64_t i = 0; i < length + kLine - 1; i += kLine) {
+          const char* at = row + std::min(i, length - 1);
+          if (slot.input) {
+            __builtin_prefetch(at, 0, 2);
+          } else {
+            __builtin_prefetch(at, 1, 2);
+          }
         }
       }
     }

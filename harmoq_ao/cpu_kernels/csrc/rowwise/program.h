@@ -1,6 +1,7 @@
 // A row program as `rowwise.py` encodes it: decoded, and checked to the last operand, before anything runs.
 #pragma once
 
+#include <limits>
 #include <vector>
 
 #include "linear.h"
@@ -27,6 +28,7 @@ struct Slot {
   int64_t rows, columns, stride;
   at::ScalarType type;
   bool input, temporary;
+  int64_t first = std::numeric_limits<int64_t>::max(), end = 0;  // columns that steps read or write
 };
 
 // `width` columns of a slot.
@@ -207,6 +209,8 @@ class Decoder {
     TORCH_CHECK(width > 0 && width <= s.columns && columns.first >= 0 && columns.first <= s.columns - width,
                 "rowwise: slot ", columns.slot, " has ", s.columns, " columns, not ", width, " from ", columns.first);
     columns.width = width;
+    Slot& used = program_.slots[columns.slot];
+    used.first = std::min(used.first, columns.first), used.end = std::max(used.end, columns.first + width);
     program_.widest = std::max(program_.widest, width);
     return s;
   }
