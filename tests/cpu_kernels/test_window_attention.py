@@ -259,7 +259,7 @@ def test_given_codes_are_those_of_their_values(data: st.DataObject, arguments: A
     actual = _actual(arguments | {"out": out}, out_quantizer=quantizer, out_bits=3)
     written = arguments["out_rows"][arguments["out_rows"] >= 0].long()
     wanted = torch.full_like(out, 77)
-    wanted[written, columns] = quantize_codes(values[written, columns], *quantizer, bits=3)
+    wanted[written, columns] = quantize_codes(values[written, columns], quantizer[0], quantizer[1], bits=3)
     assert torch.equal(actual, wanted)
     attention.reference(**arguments | {"out": out, "out_quantizer": quantizer, "out_bits": 3})
     assert int((out.int() - wanted.int()).abs().max()) <= 1 or not torch.allclose(expected.float(), values, atol=1e-3)
