@@ -19,6 +19,15 @@ settings.register_profile("thorough", parent=settings.get_profile("ci"), max_exa
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _memory_is_returned() -> Iterator[None]:
+    """The command line lets its process keep what is freed; one that runs all tests would hold gigabytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for user in ("harmoq_ao.cli.common", "harmoq_ao.recipes.options"):
+            patch.setattr(f"{user}.keep_memory", lambda: True)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     random.seed(0)

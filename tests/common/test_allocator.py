@@ -45,13 +45,10 @@ def _faults(how: str) -> int:
 
 @glibc
 def test_what_was_freed_is_used_again_without_asking_the_system() -> None:
-    assert _faults("keep") < 0.1 * _PAGES_OF_FOUR_ROUNDS
-
-
-@glibc
-def test_without_it_the_system_is_asked_every_time() -> None:
-    """Else there would be nothing to keep, and the test above would show nothing."""
-    assert _faults("default") > 0.5 * _PAGES_OF_FOUR_ROUNDS
+    """By default the system is asked every time; a machine short of memory may take back some of what was kept."""
+    default = _faults("default")
+    assert default > 0.5 * _PAGES_OF_FOUR_ROUNDS
+    assert _faults("keep") < 0.4 * default
 
 
 def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
