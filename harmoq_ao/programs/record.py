@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
+from harmoq_ao.programs.views import View
 
 _LARGE = 1 << 16  # values of a constant that is looked for among others
 
@@ -162,6 +163,7 @@ class _Recorder:
         self._large: list[tuple[Tensor, fx.Node]] = []
         self._versions: list[tuple[Tensor, int]] = []  # of constants, when they were met
         self._storages: dict[int, set[int]] = {}  # the recorded tensors that lie in each
+        self._views: dict[int, View] = {}  # how those that lie in another's memory come from it
         self._stale: set[int] = set()  # those that an operator wrote into by another name
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -179,11 +181,17 @@ class _Recorder:
             return result  # an assertion that held
         result = pytree.tree_map_only(Tensor, lambda shape: StandIn(shape, self), result)
         node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
-        node = self.graph.call_function(target, node_args, node_kwargs)
+        if target is torch.ops.aten.copy.default and node_args[1].meta.get("dtype") == args[0].dtype:
+            node = self._spread(node_args[1], args[0].shape)
+        else:
+            node = self.graph.call_function(target, node_args, node_kwargs)
         if target is not func:  # the tensor that was written to is the new value from here on
-            self.place(args[0], node)
+            self._written(args[0], node)
             return args[0]
         self._place_results(result, node)
+        if func.is_view:
+            parts = [(None, result)] if isinstance(result, Tensor) else enumerate(result)
+            self._views.update({id(made): View(args[0], func, args[1:], kwargs, part) for part, made in parts})
         return result
 
     def finish(self, output: Tensor) -> None:
@@ -220,24 +228,39 @@ class _Recorder:
         if id(tensor) not in self.nodes:
             self._alive.append(tensor)
             self._storages.setdefault(storage, set()).add(id(tensor))
+        self._stale.discard(id(tensor))
         self.nodes[id(tensor)] = node
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
 
     def _without_write(self, func: Any, args: Any) -> Any:
-        """The operator that gives what an in-place one writes; other names of the memory may not be used any more."""
+        """The operator that gives what an in-place one writes."""
         name = func._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
         target: Any = args[0] if args else None
         recorded = isinstance(target, Tensor) and id(target) in self.nodes
         if packet is None or not recorded or func._overloadname not in packet.overloads():
             raise Unrecordable(f"it writes into a tensor: {func}")
-        storage = self._shape_only(target).untyped_storage()._cdata
-        self._stale |= self._storages[storage] - {id(target)}
         return getattr(packet, func._overloadname)
+
+    def _spread(self, node: fx.Node, shape: torch.Size) -> fx.Node:
+        """A node as a tensor of a shape that it is written into."""
+        same = node.meta["shape"] == tuple(shape)
+        return node if same else self.graph.call_function(torch.ops.aten.expand.default, (node, list(shape)))
+
+    def _written(self, tensor: Tensor, node: fx.Node) -> None:
+        """Let a tensor have a new value, and with it those in whose memory it lies; other names are made when read."""
+        self._stale |= self._storages[self._shape_only(tensor).untyped_storage()._cdata]
+        self.place(tensor, node)
+        while (view := self._views.get(id(tensor))) is not None:
+            source = view.written(self.graph, self.nodes[id(view.source)], self.nodes[id(tensor)])
+            if source is None:
+                return
+            tensor = view.source
+            self.place(tensor, source)
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self._stale:
-            raise Unrecordable("it reads a tensor that was written into by another name")
+            self._seen_again(tensor)
         known = self.nodes.get(id(tensor)) or self._constants.get(id(tensor)) or self._twin(tensor)
         if known is None:
             name = f"constant_{len(self._constants)}"
@@ -249,6 +272,15 @@ class _Recorder:
             if tensor.numel() >= _LARGE:
                 self._large.append((tensor, known))
         return known
+
+    def _seen_again(self, tensor: Tensor) -> None:
+        """Make a tensor anew from the one in whose memory it lies, which was written into."""
+        view = self._views.get(id(tensor))
+        if view is None:
+            raise Unrecordable("it reads a tensor that was written into by another name")
+        node = self.graph.call_function(view.target, (self._node(view.source), *view.args), view.kwargs)
+        alone = view.part is None
+        self.place(tensor, node if alone else self.graph.call_function(operator.getitem, (node, view.part)))
 
     def _twin(self, tensor: Tensor) -> fx.Node | None:
         """A large constant of the same content: authors make the same mask anew in each block."""
