@@ -305,7 +305,8 @@ class Lowering:
 
     def cat(self, node: fx.Node, parts: Any, axis: int = 0) -> Known:
         """Values side by side in the same rows."""
-        if not all(isinstance(part, Value) for part in parts):
+        parts = [part for part in parts if part.shape[axis]] or parts
+        if not all(isinstance(part, Value) and part.index.rows.numel() for part in parts):
             return None
         channels = [part.index.channels(axis) for part in parts]
         if any(c is None or c.padded for c in channels):
