@@ -216,7 +216,7 @@ def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool,
         "bias_ptr": "*fp32", "factors_ptr": quantizers, "bounds_ptr": quantizers, "out_ptr": "*bf16",
         "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": channels // heads,
         "PADDED": power_of_two(channels // heads, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
-        "RELATIVE": False, "SCORES": "scaled", "DTYPE": tl.float16 if paper else tl.bfloat16,
+        "RELATIVE": False, "SCORES": "scaled", "APART": -100, "DTYPE": tl.float16 if paper else tl.bfloat16,
     }  # fmt: skip
 
 

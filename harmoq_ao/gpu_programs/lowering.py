@@ -25,7 +25,6 @@ from harmoq_ao.programs.steps import Emit, Known, Matrix, Read, RowStep, Value
 from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, MatmulQuantizers
 from harmoq_ao.triton_kernels.channel_attention import pack_channels
 
-_REGION_VALUE = -100.0
 _COSINE_EPS = 1e-12
 
 
@@ -173,6 +172,7 @@ class GpuLowering(Lowering):
             cosine,
             after,
             quantizers,
+            -100 if found.mask is None else int(found.mask.value),
             _keys(self, match),
         )
         firsts = (found.q.first, found.k.first, found.v.first)
@@ -214,8 +214,8 @@ class GpuLowering(Lowering):
     def _regions(self, mask: Mask | None, windows: int) -> Table | None:
         if mask is None:
             return None
-        if mask.regions is None or mask.value != _REGION_VALUE:
-            raise KernelError("Its mask is none of regions", found=mask.value, expected=_REGION_VALUE)
+        if mask.regions is None or mask.value != int(mask.value) or mask.value > -50:
+            raise KernelError("Its mask is none of regions", found=mask.value, expected="a whole number, -50 or less")
         regions = mask.regions
         if len(regions) != windows:
             if len(regions) % windows or not bool(
