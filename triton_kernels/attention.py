@@ -447,7 +447,8 @@ def reference(
             None if q, k and v are windows.
         key_index: `[nW, M]` int32, rows of the keys, -1 for zeros; ``index`` by default.
         regions: `[nW, N]` uint8 ids of the queries' regions, the windows of an image in order; or None.
-        key_regions: `[nW, M]` uint8 of the keys'; ``regions`` by default. `apart` of the operands is added to scores between regions.
+        key_regions: `[nW, M]` uint8 of the keys'; ``regions`` by default. ``operands.apart`` is added to scores
+            between regions.
         after: A LayerNorm behind the projection, or None.
         residual: Floats of the shape of the result added last, or None.
         out_dtype: Of the result; the type of ``q`` by default.

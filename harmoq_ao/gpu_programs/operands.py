@@ -156,8 +156,8 @@ class Operands:
         def make() -> Any:
             packed = attention_kernels.pack_attention(
                 qkv, proj, spec.heads, spec.head_dim, spec.scale,
-                bias=spec.bias, cosine=spec.cosine, scale_after=spec.scale_after, matmuls=spec.matmuls, apart=spec.apart,
-                floats=self.floats,
+                bias=spec.bias, cosine=spec.cosine, scale_after=spec.scale_after, matmuls=spec.matmuls,
+                floats=self.floats, apart=spec.apart,
             )  # fmt: skip
             return packed if norm is None else attention_kernels.with_norm(packed, norm.weight, norm.bias)
 

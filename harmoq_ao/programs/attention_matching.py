@@ -37,8 +37,8 @@ class Match:
         scores: Arguments of a quantized score product after its operands; None where it is float.
         products: Likewise of the product with the values.
         relative: Whether the map is quantized relative to its rows.
-        terms: What is done to the scores, in order: ``("add", "mul" or "div", node or number)``, ``("view", shape)``, or
-            ``("fill", (node, number))``: scores become the number where the node is true.
+        terms: What is done to the scores, in order: ``("add", "mul" or "div", node or number)``, ``("view", shape)``,
+            or ``("fill", (node, number))``: scores become the number where the node is true.
         absorbed: Nodes that nothing else uses.
     """
 

@@ -78,7 +78,13 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     q, k, v = parts
     if k.rows.shape != v.rows.shape or not torch.equal(k.rows, v.rows) or (q.heads, q.width) != (k.heads, k.width):
         return None
-    if len(q.rows) != len(k.rows) or len({q.leads, k.leads, v.leads}) != 1 or v.heads != q.heads or v.width != q.width or not _once(q.rows):
+    if (
+        len(q.rows) != len(k.rows)
+        or len({q.leads, k.leads, v.leads}) != 1
+        or v.heads != q.heads
+        or v.width != q.width
+        or not _once(q.rows)
+    ):
         return None
     shape = (len(q.rows), q.heads, q.rows.shape[1], k.rows.shape[1])
     scores = _scores(lowering, match, shape, q.leads)
