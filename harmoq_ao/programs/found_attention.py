@@ -78,13 +78,9 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     q, k, v = parts
     if k.rows.shape != v.rows.shape or not torch.equal(k.rows, v.rows) or (q.heads, q.width) != (k.heads, k.width):
         return None
-    if (
-        len(q.rows) != len(k.rows)
-        or len({q.leads, k.leads, v.leads}) != 1
-        or v.heads != q.heads
-        or v.width != q.width
-        or not _once(q.rows)
-    ):
+    if len(q.rows) != len(k.rows) or v.heads != q.heads or v.width != q.width or not _once(query.index, q.rows):
+        return None
+    if len({q.leads, k.leads, v.leads}) != 1:
         return None
     shape = (len(q.rows), q.heads, q.rows.shape[1], k.rows.shape[1])
     scores = _scores(lowering, match, shape, q.leads)
@@ -95,10 +91,15 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     return Attention(query, key, value, q, k, v, q_factor, *scores, first, second, match.relative, index)
 
 
-def _once(rows: Tensor) -> bool:
+def _once(index: Index, rows: Tensor) -> bool:
     """Whether no token is in two windows."""
-    real = rows[rows >= 0]
-    return len(torch.unique(real)) == len(real)
+    if "once" not in index.derived:
+        real = rows[rows >= 0]
+        seen = torch.zeros(index.length, dtype=torch.bool)
+        seen[real.long()] = True
+        index.derived["once"] = int(seen.sum()) == len(real)
+    found: bool = index.derived["once"]
+    return found
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
@@ -162,6 +163,10 @@ def _parts(
 
 def _mask(lowering: Context, table: Tensor) -> Mask | None:
     """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
+    place = table.data_ptr(), table.shape, table.stride()
+    for other, mask in lowering.masks:  # all blocks share what was recorded, as a rule
+        if place == (other.data_ptr(), other.shape, other.stride()):
+            return mask
     for other, mask in lowering.masks:
         if other.shape == table.shape and torch.equal(other, table):
             return mask

@@ -8,7 +8,7 @@ show themselves as one operator each (`common/tracing.py`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,11 @@ from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
+from harmoq_ao.programs.indices import compact
 from harmoq_ao.programs.views import View
 
 _LARGE = 1 << 16  # values of a constant that is looked for among others
+_SAMPLED = 64  # of them, compared first
 
 
 class Unrecordable(Exception):  # noqa: N818 - an answer, not an error of the user
@@ -160,7 +162,8 @@ class _Recorder:
         self._alive: list[Tensor] = []  # so that no other tensor takes an identity
         self._constants: dict[int, fx.Node] = {}
         self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._large: list[tuple[Tensor, fx.Node]] = []
+        self._made: dict[Hashable, Any] = {}
+        self._large: dict[Hashable, list[tuple[Tensor, fx.Node]]] = {}
         self._versions: list[tuple[Tensor, int]] = []  # of constants, when they were met
         self._storages: dict[int, set[int]] = {}  # the recorded tensors that lie in each
         self._views: dict[int, View] = {}  # how those that lie in another's memory come from it
@@ -173,14 +176,11 @@ class _Recorder:
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
-        meta_args, meta_kwargs = pytree.tree_map_only(Tensor, self._shape_only, (args, kwargs))
-        if "device" in kwargs:
-            meta_kwargs["device"] = torch.device("meta")
-        result = target(*meta_args, **meta_kwargs)
+        result = self._shapes_of(target, args, kwargs)
         if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
             return result  # an assertion that held
-        result = pytree.tree_map_only(Tensor, lambda shape: StandIn(shape, self), result)
-        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
+        result = _mapped(result, lambda shape: StandIn(shape, self))
+        node_args, node_kwargs = _mapped(args, self._node), _mapped(kwargs, self._node)
         if target is torch.ops.aten.copy.default and node_args[1].meta.get("dtype") == args[0].dtype:
             node = self._spread(node_args[1], args[0].shape)
         else:
@@ -203,6 +203,23 @@ class _Recorder:
         self.graph.output(self._node(output))
         if any(version_of(tensor) != version for tensor, version in self._versions):
             raise Unrecordable("it writes into a tensor that it has read, and that does not depend on the image")
+
+    def _shapes_of(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator makes of stand-ins' shapes; asked once for what the blocks of a network have in common."""
+        args, kwargs = _mapped(args, self._shape_only), _mapped(kwargs, self._shape_only)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        key = (target, _hashable(args), _hashable(kwargs))
+        if key not in self._made:
+            result = target(*args, **kwargs)
+            memory = {t.untyped_storage()._cdata for t in pytree.arg_tree_leaves(args, kwargs) if isinstance(t, Tensor)}
+            made = [t for t in pytree.tree_leaves(result) if isinstance(t, Tensor)]
+            if not made or any(t.untyped_storage()._cdata in memory for t in made):  # views: it is said which memory
+                return result
+            self._made[key] = result
+        return _mapped(
+            self._made[key], lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        )
 
     def _shape_only(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, StandIn):
@@ -270,7 +287,7 @@ class _Recorder:
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 known = self._constants[id(tensor)] = self.graph.get_attr(name)
             if tensor.numel() >= _LARGE:
-                self._large.append((tensor, known))
+                self._large.setdefault(_sample(tensor), []).append((tensor, known))
         return known
 
     def _seen_again(self, tensor: Tensor) -> None:
@@ -284,7 +301,37 @@ class _Recorder:
 
     def _twin(self, tensor: Tensor) -> fx.Node | None:
         """A large constant of the same content: authors make the same mask anew in each block."""
-        for other, node in self._large if tensor.numel() >= _LARGE else ():
-            if other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor):
-                return node
+        if tensor.numel() >= _LARGE:
+            for other, node in self._large.get(_sample(tensor), ()):
+                if torch.equal(compact(other), compact(tensor)):
+                    return node
         return None
+
+
+def _sample(tensor: Tensor) -> Hashable:
+    """What constants of the same content have in common, and few others: asked before all entries are compared."""
+    stored = compact(tensor)
+    few = stored.flatten()[:: max(1, stored.numel() // _SAMPLED)] if stored.is_contiguous() else stored[:0]
+    return tensor.shape, stored.shape, tensor.dtype, few.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _hashable(value: Any) -> Hashable:
+    """Arguments of an operator as a key: of tensors what shapes depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple([_hashable(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _hashable(item)) for name, item in value.items()])
+    return type(value), value
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments of an operator with their tensors changed; several times faster than what torch has for any tree."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(item, change) for item in value])
+    if isinstance(value, dict):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    return value
