@@ -22,6 +22,7 @@ from harmoq_ao.programs.attention_matching import Match, match_attention
 from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
 from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots, compact
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
+from harmoq_ao.programs.norms import SpelledNorm, match_norm
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Codes, Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
 
@@ -233,6 +234,10 @@ class Lowering:
     # --- two values -----------------------------------------------------------------------------------------------
 
     def binary(self, node: fx.Node, left: Any, right: Any, **options: Any) -> Known:
+        norm = match_norm(node)
+        found = None if norm is None else self.spelled_norm(norm)
+        if found is not None:
+            return found
         target: Any = node.target
         kind = _BINARY[target]
         if options.get("alpha", 1) != 1 or options.get("rounding_mode"):
@@ -391,6 +396,17 @@ class Lowering:
 
         found = self.channel_step(x, -1, width, emit)
         return None if found is None else [found]
+
+    def spelled_norm(self, norm: SpelledNorm) -> Known:
+        x, width = self.known[norm.source], norm.source.meta["shape"][norm.axis]
+        if not isinstance(x, Value):
+            return None
+        factor = None if norm.factor == 1 else torch.full((width,), norm.factor)
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.LAYER_NORM, to, at[0], width, p.constant(factor), p.constant(None), p.number(norm.eps))
+
+        return self.channel_step(x, norm.axis, width, emit)
 
     def batch_norm(self, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Known:
         trained = len(rest) == 3 and rest[0]
