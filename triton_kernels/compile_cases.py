@@ -258,8 +258,8 @@ def _convolution_cases() -> Iterator[Case]:
         sizes = convolution.tile(channels, outputs)
         arguments = {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "out_ptr": "*bf16",
-            "pixels": "i32", "height": "i32", "width": "i32", "C": channels, "OUT": outputs, "KERNEL_H": 3,
-            "KERNEL_W": 3, "PRECISION": "ieee", **sizes,
+            "pixels": "i32", "height": "i32", "width": "i32", "C": channels, "X_ROW": channels,
+            "OUT": outputs, "KERNEL_H": 3, "KERNEL_W": 3, "PRECISION": "ieee", "KIND": -1, "SLOPE": 0.0, **sizes,
         }  # fmt: skip
         kernel, trips = convolution.convolution_kernel, 9 * sizes["STEPS"]
         yield Case(f"convolution / {name}", kernel, arguments, integer_mma=False, num_stages=3, trips=trips)

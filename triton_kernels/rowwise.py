@@ -21,7 +21,7 @@ from torch import Tensor
 from harmoq_ao.common import elementwise
 from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.triton_kernels.device import gelu, standardize
+from harmoq_ao.triton_kernels.device import standardize, unary
 from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, on_device, power_of_two
 
 _FIELDS = 7
@@ -67,25 +67,6 @@ class Chain:
 
 
 # --- the kernel -------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _unary(x: tl.tensor, slope: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
-    if KIND == 0:
-        y = gelu(x, "erf")
-    elif KIND == 1:
-        y = gelu(x, "tanh")
-    elif KIND == 2:
-        y = tl.sigmoid(x)
-    elif KIND == 3:
-        y = tl.maximum(x, 0.0)
-    elif KIND == 4:
-        y = tl.where(x >= 0, x, x * slope)
-    elif KIND == 5:
-        y = x * tl.sigmoid(x)
-    else:
-        y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
-    return y
 
 
 @triton.jit
@@ -142,7 +123,7 @@ def rowwise_kernel(
             value = standardize(value, kept, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
             value = _affine(value, constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
         elif CODE[7 * i] == _UNARY:
-            value = _unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
+            value = unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _BINARY:
             value = _combine(values[CODE[7 * i + 4]], values[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _SCALAR:

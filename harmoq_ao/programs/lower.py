@@ -322,6 +322,9 @@ class Lowering:
         ):
             return None
         widths = [part.shape[axis] for part in parts]
+        firsts = [channels[0].first + sum(widths[:place]) for place in range(len(parts))]
+        if len({part.matrix for part in parts}) == 1 and firsts == [c.first for c in channels]:
+            return Value(parts[0].matrix, parts[0].index.widened(axis, sum(widths)).shifted(-firsts[0]))
         reads = [Read(p.matrix, c.first, w) for p, c, w in zip(parts, channels, widths, strict=True)]
 
         def emit(p: RowProgram, to: Columns, at: Any) -> None:
@@ -439,9 +442,13 @@ class Lowering:
 
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
         """A convolution of a value with its channels last in memory."""
-        natural = self.roots.channels_first(tuple(x.shape))
-        x = self.reordered(x, natural)
-        read = Read(x.matrix, 0, x.matrix.columns, exact)
+        channels = x.index.channels(1)
+        if channels is not None and channels.in_order and getattr(module, "ours", False):
+            module.first = channels.first
+            read = Read(x.matrix, channels.first, x.shape[1], exact)
+        else:
+            x = self.reordered(x, self.roots.channels_first(tuple(x.shape)))
+            read = Read(x.matrix, 0, x.matrix.columns, exact)
         return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
 
     def reordered(self, value: Value, natural: Index) -> Value:
