@@ -127,6 +127,12 @@ class GpuLowering(Lowering):
         found.matrix.step.module.out_dtype = found.matrix.step.dtype = self._types[found.matrix] = dtype
         return found
 
+    def takes_columns(self, module: nn.Module, first: int) -> bool:
+        if not isinstance(module, Convolution) or not module.ours:
+            return False
+        module.first = first
+        return True
+
     # --- attention ----------------------------------------------------------------------------------------------------
 
     def matched(self, match: Match) -> Value | None:

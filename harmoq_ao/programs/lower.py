@@ -443,13 +443,16 @@ class Lowering:
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
         """A convolution of a value with its channels last in memory."""
         channels = x.index.channels(1)
-        if channels is not None and channels.in_order and getattr(module, "ours", False):
-            module.first = channels.first
+        if channels is not None and channels.in_order and self.takes_columns(module, channels.first):
             read = Read(x.matrix, channels.first, x.shape[1], exact)
         else:
             x = self.reordered(x, self.roots.channels_first(tuple(x.shape)))
             read = Read(x.matrix, 0, x.matrix.columns, exact)
         return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
+
+    def takes_columns(self, module: nn.Module, first: int) -> bool:
+        """Whether a convolution takes some columns of a matrix, and from now on those from `first` on."""
+        return False
 
     def reordered(self, value: Value, natural: Index) -> Value:
         """The same value as all of a matrix in natural order."""

@@ -309,8 +309,11 @@ class _Recorder:
 def _sample(tensor: Tensor) -> Hashable:
     """What constants of the same content have in common, and few others: asked before all entries are compared."""
     stored = compact(tensor)
-    few = stored.flatten()[:: max(1, stored.numel() // _SAMPLED)] if stored.is_contiguous() else stored[:0]
-    return tensor.shape, stored.shape, tensor.dtype, few.contiguous().view(torch.uint8).numpy().tobytes()
+    few = b""
+    if stored.is_contiguous():
+        sample = stored.flatten()[:: max(1, stored.numel() // _SAMPLED)]
+        few = sample.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.shape, stored.shape, tensor.dtype, few
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
