@@ -281,6 +281,11 @@ def _rowwise_cases() -> Iterator[Case]:
     gated = chain.emit(Op.BINARY, 144, Binary.MUL, chain.emit(Op.LOAD, 144, 0, 0, 0), gate)
     chain.emit(Op.STORE, 144, chain.emit(Op.AFFINE, 144, gated, 0, 1), 0, 0)
     yield _rowwise_case("gate of an image on 144, affine", chain, [144, 144], 2)
+    chain = Chain(numbers=[0.0], columns=[144])
+    narrow = chain.emit(Op.PRODUCT, 6, chain.emit(Op.LOAD, 144, 0, 0, 0), 0, 1, 144)
+    wide = chain.emit(Op.PRODUCT, 144, chain.emit(Op.UNARY, 6, Unary.RELU, narrow, 1), 2, 3, 6)
+    chain.emit(Op.STORE, 144, chain.emit(Op.UNARY, 144, Unary.SIGMOID, wide, 1), 0, 0)
+    yield _rowwise_case("144 to 6 and back", chain, [144], 4)
 
 
 def _rowwise_case(name: str, chain: Chain, strides: list[int], constants: int) -> Case:

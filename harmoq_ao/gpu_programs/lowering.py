@@ -21,9 +21,10 @@ from harmoq_ao.programs.found_attention import Attention, find_attention
 from harmoq_ao.programs.lower import Lowering, Modules
 from harmoq_ao.programs.masks import Mask
 from harmoq_ao.programs.record import Recorded
-from harmoq_ao.programs.steps import Emit, Known, Matrix, Read, RowStep, Value
+from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Value
 from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, MatmulQuantizers
 from harmoq_ao.triton_kernels.channel_attention import pack_channels
+from harmoq_ao.triton_kernels.rowwise import NARROW
 
 _COSINE_EPS = 1e-12
 
@@ -112,6 +113,8 @@ class GpuLowering(Lowering):
     def float_linear(self, x: Any, axis: int, weight: Tensor, bias: Tensor | None) -> Known:
         if not isinstance(x, Value):
             return None
+        if min(weight.shape) <= NARROW:
+            return super().float_linear(x, axis, weight, bias)
         channels = x.index.channels(axis)
         if channels is None:
             return None
@@ -120,11 +123,12 @@ class GpuLowering(Lowering):
 
     def convolution(self, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> Known:
         found = super().convolution(node, x, weight, bias, *geometry)
-        if found is None or not isinstance(found.matrix.step.module, Convolution):
+        step = None if found is None else found.matrix.step
+        if not isinstance(step, ModuleStep) or not isinstance(step.module, Convolution):
             return found
         # what becomes pixels without another contraction is not rounded to 16 bits
         dtype = torch.float32 if node in self.last else self.dtype
-        found.matrix.step.module.out_dtype = found.matrix.step.dtype = self._types[found.matrix] = dtype
+        step.module.out_dtype = step.dtype = self._types[found.matrix] = dtype
         return found
 
     def takes_columns(self, module: nn.Module, first: int) -> bool:
