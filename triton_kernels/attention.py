@@ -108,6 +108,7 @@ def attention_kernel(
     RIGHT_BITS: tl.constexpr,
     RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
+    APART: tl.constexpr,
     DTYPE: tl.constexpr,
     OUT_BITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -131,7 +132,7 @@ def attention_kernel(
         ),
         Attention(
             score_scale_ptr, bias_ptr, factors_ptr, bounds_ptr,
-            TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES, DTYPE,
+            TOKENS, KEYS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES, APART, DTYPE,
         ),
         BLOCK_N,
     )  # fmt: skip
@@ -329,6 +330,7 @@ def constants(operands: PackedAttention, tokens: int, compute: torch.dtype) -> d
         "TOKENS": tokens, "HEADS": operands.heads, "HEAD_DIM": operands.head_dim,
         "PADDED": operands.padded, "LEFT_BITS": operands.left_bits, "RIGHT_BITS": operands.right_bits,
         "RELATIVE": operands.relative, "SCORES": operands.scores,
+        "APART": operands.apart,
         # Codes are exact in either 16-bit type.
         "DTYPE": tl.float16 if operands.left_bits else _COMPUTE[compute],
     }  # fmt: skip
@@ -445,7 +447,8 @@ def reference(
             None if q, k and v are windows.
         key_index: `[nW, M]` int32, rows of the keys, -1 for zeros; ``index`` by default.
         regions: `[nW, N]` uint8 ids of the queries' regions, the windows of an image in order; or None.
-        key_regions: `[nW, M]` uint8 of the keys'; ``regions`` by default. -100 is added to scores between regions.
+        key_regions: `[nW, M]` uint8 of the keys'; ``regions`` by default. ``operands.apart`` is added to scores
+            between regions.
         after: A LayerNorm behind the projection, or None.
         residual: Floats of the shape of the result added last, or None.
         out_dtype: Of the result; the type of ``q`` by default.
@@ -469,7 +472,7 @@ def reference(
         scores = scores + operands.bias.float() / LOG2E
     if regions is not None and key_regions is not None:
         apart = regions[:, None, :, None] != key_regions[:, None, None, :]
-        scores = (scores.unflatten(0, (-1, len(regions))) - 100.0 * apart).flatten(0, 1)
+        scores = (scores.unflatten(0, (-1, len(regions))) + operands.apart * apart).flatten(0, 1)
     y = _reference_values(scores.softmax(-1), v, operands).transpose(1, 2).flatten(2)
     if index is not None:
         out = y.new_empty(*shape, y.shape[-1])

@@ -19,8 +19,6 @@ from harmoq_ao.triton_kernels.attention_operands import LOG2E
 from harmoq_ao.triton_kernels.device import float_codes
 
 _LOG2E = tl.constexpr(LOG2E)
-_APART = tl.constexpr(-100 * LOG2E)
-"""What is added to scores between regions."""
 
 
 class Attention(NamedTuple):
@@ -38,6 +36,7 @@ class Attention(NamedTuple):
         RIGHT_BITS: Width of the codes of k and v.
         RELATIVE: Whether probabilities are rounded relative to the largest one of their row.
         SCORES: "scaled", "products" or "cosine".
+        APART: What is added to scores between regions.
         DTYPE: Type of the operands of contractions.
     """
 
@@ -52,6 +51,7 @@ class Attention(NamedTuple):
     RIGHT_BITS: tl.constexpr
     RELATIVE: tl.constexpr
     SCORES: tl.constexpr
+    APART: tl.constexpr
     DTYPE: tl.constexpr
 
 
@@ -168,7 +168,7 @@ def attention_scores(
     # Few windows have several regions; the others skip the comparison.
     if regions.GIVEN:  # noqa: SIM102 - one is known to the compiler, the other one is not
         if regions.mixed:
-            scores += tl.where(regions.queries[:, None] == regions.keys[None, :], 0.0, _APART)
+            scores += tl.where(regions.queries[:, None] == regions.keys[None, :], 0.0, a.APART * _LOG2E)
     return scores
 
 

@@ -85,6 +85,7 @@ class PackedAttention:
         right_bits: Width of k and v.
         relative: Whether the probabilities are rounded relative to the largest one of their row, and the product
             normalised afterwards.
+        apart: What is added to scores between regions.
     """
 
     qkv: PackedLinear | None
@@ -103,6 +104,7 @@ class PackedAttention:
     left_bits: int
     right_bits: int
     relative: bool = False
+    apart: int = -100
 
     @property
     def scores(self) -> str:
@@ -124,6 +126,7 @@ def pack_attention(
     scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
     floats: bool = False,
+    apart: int = -100,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
 
@@ -139,6 +142,7 @@ def pack_attention(
         scale_after: Scale the product of q and k, and not q; rounding tells them apart in mode "paper" only.
         matmuls: Quantize the operands of both products (mode "paper"); None leaves them in 16-bit floats ("deploy").
         floats: Leave the linears in bfloat16 too (`operands.from_floats`).
+        apart: What is added to scores between regions.
 
     Raises:
         KernelError: Shapes or bounds that the kernels do not take.
@@ -168,6 +172,7 @@ def pack_attention(
         0 if matmuls is None else matmuls.q.bits,
         0 if matmuls is None else matmuls.k.bits,
         matmuls is not None and matmuls.relative,
+        apart,
     )  # fmt: skip
 
 

@@ -216,7 +216,7 @@ def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool,
         "bias_ptr": "*fp32", "factors_ptr": quantizers, "bounds_ptr": quantizers, "out_ptr": "*bf16",
         "windows": "i32", "length": "i32", "TOKENS": tokens, "HEADS": heads, "HEAD_DIM": channels // heads,
         "PADDED": power_of_two(channels // heads, 16), "LEFT_BITS": 8 if paper else 0, "RIGHT_BITS": 8 if paper else 0,
-        "RELATIVE": False, "SCORES": "scaled", "DTYPE": tl.float16 if paper else tl.bfloat16,
+        "RELATIVE": False, "SCORES": "scaled", "APART": -100, "DTYPE": tl.float16 if paper else tl.bfloat16,
     }  # fmt: skip
 
 
@@ -258,8 +258,8 @@ def _convolution_cases() -> Iterator[Case]:
         sizes = convolution.tile(channels, outputs)
         arguments = {
             "x_ptr": "*bf16", "weight_ptr": "*bf16", "bias_ptr": "*fp32", "residual_ptr": "*bf16", "out_ptr": "*bf16",
-            "pixels": "i32", "height": "i32", "width": "i32", "C": channels, "OUT": outputs, "KERNEL_H": 3,
-            "KERNEL_W": 3, "PRECISION": "ieee", **sizes,
+            "pixels": "i32", "height": "i32", "width": "i32", "C": channels, "X_ROW": channels,
+            "OUT": outputs, "KERNEL_H": 3, "KERNEL_W": 3, "PRECISION": "ieee", "KIND": -1, "SLOPE": 0.0, **sizes,
         }  # fmt: skip
         kernel, trips = convolution.convolution_kernel, 9 * sizes["STEPS"]
         yield Case(f"convolution / {name}", kernel, arguments, integer_mma=False, num_stages=3, trips=trips)
@@ -281,6 +281,11 @@ def _rowwise_cases() -> Iterator[Case]:
     gated = chain.emit(Op.BINARY, 144, Binary.MUL, chain.emit(Op.LOAD, 144, 0, 0, 0), gate)
     chain.emit(Op.STORE, 144, chain.emit(Op.AFFINE, 144, gated, 0, 1), 0, 0)
     yield _rowwise_case("gate of an image on 144, affine", chain, [144, 144], 2)
+    chain = Chain(numbers=[0.0], columns=[144])
+    narrow = chain.emit(Op.PRODUCT, 6, chain.emit(Op.LOAD, 144, 0, 0, 0), 0, 1, 144)
+    wide = chain.emit(Op.PRODUCT, 144, chain.emit(Op.UNARY, 6, Unary.RELU, narrow, 1), 2, 3, 6)
+    chain.emit(Op.STORE, 144, chain.emit(Op.UNARY, 144, Unary.SIGMOID, wide, 1), 0, 0)
+    yield _rowwise_case("144 to 6 and back", chain, [144], 4)
 
 
 def _rowwise_case(name: str, chain: Chain, strides: list[int], constants: int) -> Case:

@@ -1,4 +1,4 @@
-"""Convolutions of tokens as they lie in memory, channels last, with bias and residual: ``conv(x) + bias + residual``.
+"""Convolutions of tokens as they lie in memory, channels last, with what follows: ``f(conv(x) + bias) + residual``.
 
 Torch's own adds bias and residual in passes of their own, and writes 16 bits where pixels need more. Here a program
 takes a block of pixels and outputs, and sums the products of all taps and channels in float32. Plain torch:
@@ -16,7 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from harmoq_ao.common import elementwise
+from harmoq_ao.common.elementwise import Unary
 from harmoq_ao.common.errors import KernelError
+from harmoq_ao.triton_kernels.device import unary
 from harmoq_ao.triton_kernels.launch import (
     FLOATS,
     blocks,
@@ -43,11 +46,14 @@ def convolution_kernel(
     height: int,
     width: int,
     C: tl.constexpr,
+    X_ROW: tl.constexpr,
     OUT: tl.constexpr,
     KERNEL_H: tl.constexpr,
     KERNEL_W: tl.constexpr,
     STEPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    KIND: tl.constexpr,
+    SLOPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -65,7 +71,9 @@ def convolution_kernel(
         inside &= rows < pixels
         source = rows + (down * width + right)
         left = tl.load(
-            x_ptr + source[:, None] * C + channels[None, :], mask=inside[:, None] & (channels < C)[None, :], other=0.0
+            x_ptr + source[:, None] * X_ROW + channels[None, :],
+            mask=inside[:, None] & (channels < C)[None, :],
+            other=0.0,
         )
         weight = tl.load(
             weight_ptr + (tap * C + channels)[:, None] * OUT + outputs[None, :],
@@ -77,6 +85,7 @@ def convolution_kernel(
     places = rows[:, None] * OUT + outputs[None, :]
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + outputs, mask=outputs < OUT, other=0.0)[None, :]
+    acc = unary(acc, SLOPE, KIND)
     if residual_ptr is not None:
         acc += tl.load(residual_ptr + places, mask=kept, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, acc.to(out_ptr.dtype.element_ty), mask=kept)
@@ -115,6 +124,8 @@ def launch_convolution(
     kernel: Sequence[int],
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    activation: int = -1,
+    slope: float = 0.0,
 ) -> Tensor:
     """Run `convolution_kernel`; arguments as in :func:`reference`.
 
@@ -127,11 +138,11 @@ def launch_convolution(
     check_matrix(x, channels, "The activation", FLOATS)
     check_vector(bias, outputs, "bias")
     check_residual(residual, pixels, outputs)
-    if len(x) != pixels or weight.dtype != x.dtype or not x.is_contiguous():
+    if len(x) != pixels or weight.dtype != x.dtype:
         raise KernelError(
             "The image does not fit the convolution",
             found=f"{x.dtype} {tuple(x.shape)} with strides {x.stride()} for weights of {weight.dtype}",
-            expected=f"contiguous {weight.dtype} [{pixels}, {channels}]",
+            expected=f"{weight.dtype} [{pixels}, {channels}], channels side by side",
         )
     out = torch.empty(pixels, outputs, dtype=out_dtype, device=x.device)
     if out.numel() == 0:
@@ -140,8 +151,8 @@ def launch_convolution(
     with on_device(x):
         convolution_kernel[(blocks(pixels, sizes["BLOCK_M"]), blocks(outputs, sizes["BLOCK_O"]))](
             x, weight, bias, residual, out, pixels, height, width,
-            C=channels, OUT=outputs, KERNEL_H=kernel[0], KERNEL_W=kernel[1],
-            PRECISION=precision(x.dtype), **sizes,
+            C=channels, X_ROW=x.stride(0), OUT=outputs, KERNEL_H=kernel[0], KERNEL_W=kernel[1],
+            PRECISION=precision(x.dtype), KIND=activation, SLOPE=slope, **sizes,
         )  # fmt: skip
     return out
 
@@ -154,17 +165,21 @@ def reference(
     kernel: Sequence[int],
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    activation: int = -1,
+    slope: float = 0.0,
 ) -> Tensor:
     """A convolution that keeps the size of the image.
 
     Args:
-        x: `[images * H * W, C]` float32, float16 or bfloat16, contiguous.
+        x: `[images * H * W, C]` float32, float16 or bfloat16; may be some columns of a matrix.
         weight: From :func:`pack`, in the type of ``x``.
         bias: `[O]` float32, or None.
         size: Images, H and W.
         kernel: Height and width of the kernel.
         residual: `[images * H * W, O]` floats added last, or None.
         out_dtype: Of the result.
+        activation: A `common.elementwise.Unary` behind the bias; -1 for none.
+        slope: Of a leaky ReLU.
 
     Returns:
         `[images * H * W, O]`.
@@ -175,6 +190,7 @@ def reference(
     taps = weight.float().unflatten(0, (kernel[0], kernel[1])).permute(3, 2, 0, 1)
     y = F.conv2d(image, taps, bias, padding=(kernel[0] // 2, kernel[1] // 2))
     y = y.permute(0, 2, 3, 1).reshape(-1, outputs)
+    y = y if activation < 0 else elementwise.unary(Unary(activation), y, slope)
     return (y if residual is None else y + residual.float()).to(out_dtype)
 
 
@@ -187,14 +203,18 @@ def convolution(
     kernel: Sequence[int],
     residual: Tensor | None,
     out_dtype: torch.dtype,
+    activation: int = -1,
+    slope: float = 0.0,
 ) -> Tensor:
     """:func:`reference` as the operator ``harmoq::convolution``: the kernel on a GPU."""
     run = launch_convolution if x.is_cuda else reference
-    return run(x, weight, bias, size, kernel, residual, out_dtype)
+    return run(x, weight, bias, size, kernel, residual, out_dtype, activation, slope)
 
 
 @convolution.register_fake
-def _(x: Tensor, weight: Tensor, bias: Any, size: Any, kernel: Any, residual: Any, out_dtype: torch.dtype) -> Tensor:
+def _(
+    x: Tensor, weight: Tensor, bias: Any, size: Any, kernel: Any, residual: Any, out_dtype: torch.dtype, *rest: Any
+) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[2], dtype=out_dtype)
 
 

@@ -128,6 +128,26 @@ def gelu(x: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     return x
 
 
+@triton.jit
+def unary(x: tl.tensor, slope: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
+    """A function of `common.elementwise.Unary`, GELU as :func:`gelu`; -1: the identity."""
+    if KIND == 0:
+        x = gelu(x, "erf")
+    elif KIND == 1:
+        x = gelu(x, "tanh")
+    elif KIND == 2:
+        x = tl.sigmoid(x)
+    elif KIND == 3:
+        x = tl.maximum(x, 0.0)
+    elif KIND == 4:
+        x = tl.where(x >= 0, x, x * slope)
+    elif KIND == 5:
+        x = x * tl.sigmoid(x)
+    elif KIND == 6:
+        x = 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    return x
+
+
 # --- codes ------------------------------------------------------------------------------------------------------------
 
 

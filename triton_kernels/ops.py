@@ -25,7 +25,7 @@ _NUMBERS = ("columns", "doubled", "mid_rise", "act_bits")
 _LINEARS = ("qkv", "qkv_heads", "proj", "proj_heads")
 _ATTENTION_TENSORS = ("score_scale", "bias", "factors", "bounds")
 _ATTENTION_NUMBERS = (
-    "heads", "head_dim", "padded", "cosine", "scale_after", "left_bits", "right_bits", "relative",
+    "heads", "head_dim", "padded", "cosine", "scale_after", "left_bits", "right_bits", "relative", "apart",
 )  # fmt: skip
 _FLAGS = ("doubled", "mid_rise", "cosine", "scale_after", "relative")
 

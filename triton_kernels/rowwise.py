@@ -21,12 +21,14 @@ from torch import Tensor
 from harmoq_ao.common import elementwise
 from harmoq_ao.common.elementwise import Binary, Unary
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.triton_kernels.device import gelu, standardize
+from harmoq_ao.triton_kernels.device import standardize, unary
 from harmoq_ao.triton_kernels.launch import OPTIONS, blocks, on_device, power_of_two
 
 _FIELDS = 7
 _ELEMENTS = 4096  # of a value that a program holds
-_LOAD, _NORM, _UNARY, _BINARY, _SCALAR, _AFFINE, _STORE = (tl.constexpr(n) for n in range(7))
+_LOAD, _NORM, _UNARY, _BINARY, _SCALAR, _AFFINE, _STORE, _PRODUCT = (tl.constexpr(n) for n in range(8))
+NARROW = 8
+"""Columns on one side of a product: no more are unrolled."""
 
 
 class Op(IntEnum):
@@ -39,6 +41,7 @@ class Op(IntEnum):
     SCALAR = 4  # Binary, value, number: value (op) number
     AFFINE = 5  # value, constants scale and shift (or -1): value * scale + shift
     STORE = 6  # value, output, first column
+    PRODUCT = 7  # value, constants weight `[K, N]` and bias (or -1), K: K or N at most `NARROW`
 
 
 @dataclass
@@ -70,25 +73,6 @@ class Chain:
 
 
 @triton.jit
-def _unary(x: tl.tensor, slope: tl.constexpr, KIND: tl.constexpr) -> tl.tensor:
-    if KIND == 0:
-        y = gelu(x, "erf")
-    elif KIND == 1:
-        y = gelu(x, "tanh")
-    elif KIND == 2:
-        y = tl.sigmoid(x)
-    elif KIND == 3:
-        y = tl.maximum(x, 0.0)
-    elif KIND == 4:
-        y = tl.where(x >= 0, x, x * slope)
-    elif KIND == 5:
-        y = x * tl.sigmoid(x)
-    else:
-        y = 2.0 * tl.sigmoid(2.0 * x) - 1.0
-    return y
-
-
-@triton.jit
 def _combine(left: tl.tensor, right: tl.tensor, KIND: tl.constexpr) -> tl.tensor:
     if KIND == 0:
         y = left + right
@@ -108,6 +92,25 @@ def _affine(
     if SHIFT >= 0:
         x += tl.load(constants[SHIFT] + columns, mask=inside, other=0.0)[None, :]
     return x
+
+
+@triton.jit
+def _product(
+    x: tl.tensor, weight_ptr: tl.tensor, columns: tl.tensor, inside: tl.tensor, K: tl.constexpr, N: tl.constexpr
+) -> tl.tensor:
+    """``x @ weight``, one of the narrower side's columns after the other."""
+    channels = tl.arange(0, x.shape[1])
+    x = tl.where((channels < K)[None, :], x, 0.0)
+    y = tl.zeros([x.shape[0], columns.shape[0]], tl.float32)
+    if N <= K:
+        for n in tl.static_range(N):
+            weight = tl.load(weight_ptr + channels * N + n, mask=channels < K, other=0.0)
+            y = tl.where((columns == n)[None, :], tl.sum(x * weight[None, :], 1)[:, None], y)
+    else:
+        for k in tl.static_range(K):
+            weight = tl.load(weight_ptr + k * N + columns, mask=inside, other=0.0)
+            y += tl.sum(tl.where((channels == k)[None, :], x, 0.0), 1)[:, None] * weight[None, :]
+    return y
 
 
 @triton.jit
@@ -142,13 +145,17 @@ def rowwise_kernel(
             value = standardize(value, kept, CODE[7 * i + 1], NUMBERS[CODE[7 * i + 6]])
             value = _affine(value, constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
         elif CODE[7 * i] == _UNARY:
-            value = _unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
+            value = unary(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _BINARY:
             value = _combine(values[CODE[7 * i + 4]], values[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _SCALAR:
             value = _combine(values[CODE[7 * i + 4]], NUMBERS[CODE[7 * i + 5]], CODE[7 * i + 3])
         elif CODE[7 * i] == _AFFINE:
             value = _affine(values[CODE[7 * i + 3]], constants, columns, inside, CODE[7 * i + 4], CODE[7 * i + 5])
+        elif CODE[7 * i] == _PRODUCT:
+            weight_ptr = constants[CODE[7 * i + 4]]
+            value = _product(values[CODE[7 * i + 3]], weight_ptr, columns, inside, CODE[7 * i + 6], CODE[7 * i + 1])
+            value = _affine(value, constants, columns, inside, -1, CODE[7 * i + 5])
         else:
             value = values[CODE[7 * i + 3]]
             out_ptr = outputs[CODE[7 * i + 4]]
@@ -273,6 +280,8 @@ def _step(
     if op in (Op.BINARY, Op.SCALAR):
         right = known[three] if op is Op.BINARY else numbers[three]
         return elementwise.binary(Binary(one), known[two], right)
+    if op is Op.PRODUCT:
+        return elementwise.affine(known[one] @ constants[two].view(four, width), None, vector(three))
     return elementwise.affine(known[one], vector(two), vector(three)) if op is Op.AFFINE else known[one]
 
 

@@ -100,6 +100,7 @@ def window_kernel(
     RIGHT_BITS: tl.constexpr,
     RELATIVE: tl.constexpr,
     SCORES: tl.constexpr,
+    APART: tl.constexpr,
     NORM: tl.constexpr,
     DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -123,7 +124,7 @@ def window_kernel(
         ),
         Attention(
             score_scale_ptr, bias_ptr, factors_ptr, bounds_ptr,
-            TOKENS, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES, DTYPE,
+            TOKENS, TOKENS, HEAD_DIM, LEFT_BITS, RIGHT_BITS, RELATIVE, SCORES, APART, DTYPE,
         ),
         Linear(
             weight2_ptr, start2_ptr, scale2_ptr, constant2_ptr, reciprocal2_ptr, offset2_ptr,
@@ -312,8 +313,8 @@ def reference(
         x: `[windows, N, C]` float32, float16 or bfloat16, N at most 256; `[images, L, C]` with an index.
         operands: From `attention_operands.pack_attention`.
         index: `[nW, N]` int32, rows of the tokens of each window of an image, each row once; None if ``x`` is windows.
-        regions: `[nW, N]` uint8 ids of the tokens' regions, the windows of an image in order: -100 is added to scores
-            between regions. Or None.
+        regions: `[nW, N]` uint8 ids of the tokens' regions, the windows of an image in order: ``operands.apart``
+            is added to scores between regions. Or None.
         eps: Of a LayerNorm in front, whose affine is folded into qkv (`attention_operands.with_norm`); or None.
         after: A LayerNorm behind the projection, or None.
         residual: Floats of the shape of the result added last, or None.

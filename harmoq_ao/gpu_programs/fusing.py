@@ -37,7 +37,15 @@ def fuse(last: Matrix, lowering: GpuLowering) -> None:
         lowering: The walk that made it.
     """
     fusing = _Fusing(last, lowering)
-    front = (fusing.affine, fusing.norm_in_front, fusing.gelu, fusing.mlp, fusing.window_attention, fusing.gate)
+    front = (
+        fusing.affine,
+        fusing.activation,
+        fusing.norm_in_front,
+        fusing.gelu,
+        fusing.mlp,
+        fusing.window_attention,
+        fusing.gate,
+    )
     for join in (*front, fusing.norm_behind, fusing.residual):
         fusing.everywhere(join)
 
@@ -112,11 +120,26 @@ class _Fusing:
         if not self.whole(step.reads[0]) or not self.alone(source, step):
             return False
         if isinstance(module, Contraction):
+            if module.activation is not None:
+                return False
             module.fold(scale, shift)
         elif scale is None and shift is not None:
             module.shift(shift, self.operands)
         else:
             return False
+        return self.takes_over(source.step, step)
+
+    def activation(self, step: Step) -> bool:
+        """A function of each value behind a contraction in floats."""
+        found = _single(step, Op.UNARY)
+        source = step.reads[0].matrix if step.reads else self.last
+        module = _module(source.step, Contraction)
+        if found is None or module is None or not module.ours or module.activation is not None or module.adds:
+            return False
+        if not self.whole(step.reads[0]) or not self.alone(source, step):
+            return False
+        operands, program = found
+        module.activation = Unary(operands[0]), program.numbers[operands[-1]]
         return self.takes_over(source.step, step)
 
     def gelu(self, step: Step) -> bool:

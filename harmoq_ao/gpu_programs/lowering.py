@@ -21,11 +21,11 @@ from harmoq_ao.programs.found_attention import Attention, find_attention
 from harmoq_ao.programs.lower import Lowering, Modules
 from harmoq_ao.programs.masks import Mask
 from harmoq_ao.programs.record import Recorded
-from harmoq_ao.programs.steps import Emit, Known, Matrix, Read, RowStep, Value
+from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Value
 from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, MatmulQuantizers
 from harmoq_ao.triton_kernels.channel_attention import pack_channels
+from harmoq_ao.triton_kernels.rowwise import NARROW
 
-_REGION_VALUE = -100.0
 _COSINE_EPS = 1e-12
 
 
@@ -113,6 +113,8 @@ class GpuLowering(Lowering):
     def float_linear(self, x: Any, axis: int, weight: Tensor, bias: Tensor | None) -> Known:
         if not isinstance(x, Value):
             return None
+        if min(weight.shape) <= NARROW:
+            return super().float_linear(x, axis, weight, bias)
         channels = x.index.channels(axis)
         if channels is None:
             return None
@@ -121,12 +123,19 @@ class GpuLowering(Lowering):
 
     def convolution(self, node: fx.Node, x: Any, weight: Any, bias: Any, *geometry: Any) -> Known:
         found = super().convolution(node, x, weight, bias, *geometry)
-        if found is None or not isinstance(found.matrix.step.module, Convolution):
+        step = None if found is None else found.matrix.step
+        if not isinstance(step, ModuleStep) or not isinstance(step.module, Convolution):
             return found
         # what becomes pixels without another contraction is not rounded to 16 bits
         dtype = torch.float32 if node in self.last else self.dtype
-        found.matrix.step.module.out_dtype = found.matrix.step.dtype = self._types[found.matrix] = dtype
+        step.module.out_dtype = step.dtype = self._types[found.matrix] = dtype
         return found
+
+    def takes_columns(self, module: nn.Module, first: int) -> bool:
+        if not isinstance(module, Convolution) or not module.ours:
+            return False
+        module.first = first
+        return True
 
     # --- attention ----------------------------------------------------------------------------------------------------
 
@@ -173,6 +182,7 @@ class GpuLowering(Lowering):
             cosine,
             after,
             quantizers,
+            -100 if found.mask is None else int(found.mask.value),
             _keys(self, match),
         )
         firsts = (found.q.first, found.k.first, found.v.first)
@@ -214,8 +224,8 @@ class GpuLowering(Lowering):
     def _regions(self, mask: Mask | None, windows: int) -> Table | None:
         if mask is None:
             return None
-        if mask.regions is None or mask.value != _REGION_VALUE:
-            raise KernelError("Its mask is none of regions", found=mask.value, expected=_REGION_VALUE)
+        if mask.regions is None or mask.value != int(mask.value) or mask.value > -50:
+            raise KernelError("Its mask is none of regions", found=mask.value, expected="a whole number, -50 or less")
         regions = mask.regions
         if len(regions) != windows:
             if len(regions) % windows or not bool(

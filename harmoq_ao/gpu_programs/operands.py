@@ -73,6 +73,7 @@ class AttentionSpec:
         cosine: Whether queries and keys are normalised.
         scale_after: Whether the product is scaled, not the queries.
         matmuls: Quantizers of both products, or None.
+        apart: What is added to scores between regions.
         products: What tells the sites of both products from others: where their first ranges lie.
     """
 
@@ -83,6 +84,7 @@ class AttentionSpec:
     cosine: bool
     scale_after: bool
     matmuls: attention_kernels.MatmulQuantizers | None
+    apart: int = -100
     products: tuple[int, ...] = ()
 
 
@@ -155,12 +157,12 @@ class Operands:
             packed = attention_kernels.pack_attention(
                 qkv, proj, spec.heads, spec.head_dim, spec.scale,
                 bias=spec.bias, cosine=spec.cosine, scale_after=spec.scale_after, matmuls=spec.matmuls,
-                floats=self.floats,
+                floats=self.floats, apart=spec.apart,
             )  # fmt: skip
             return packed if norm is None else attention_kernels.with_norm(packed, norm.weight, norm.bias)
 
         keys = () if sites is None else tuple(site.key for site in sites)
-        numbers = (spec.heads, spec.head_dim, spec.cosine, spec.scale_after)
+        numbers = (spec.heads, spec.head_dim, spec.cosine, spec.scale_after, spec.apart)
         bounds = () if spec.matmuls is None else _bounds(spec.matmuls)
         biases = () if sites is None else tuple(site.operands.bias for site in sites)
         return self._shared(("attention", keys, numbers), (spec.scale, spec.bias, *biases, *bounds, *_of(norm)), make)

@@ -157,6 +157,11 @@ class _Translation:
             number = self.number(program.numbers[operands[-1]])
             kind = Op.UNARY if op is Instruction.UNARY else Op.SCALAR
             return self.chain.emit(kind, width, operands[0], self.value(reads[0], width), number)
+        if op is Instruction.FLOAT_LINEAR:
+            *_, channels, _, weight, bias = operands
+            return self.chain.emit(
+                Op.PRODUCT, width, self.value(reads[0], channels), vector(weight), vector(bias), channels
+            )
         assert op is Instruction.BINARY
         left = self.value(reads[0], width)
         right = self.value(reads[1], 1 if operands[-1] == Broadcast.COLUMN else width)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from harmoq_ao.common.elementwise import Unary
 from harmoq_ao.gpu_programs.kernels import Producer
 from harmoq_ao.programs.materialize import to_matrix
 from harmoq_ao.triton_kernels import convolution
@@ -23,13 +24,15 @@ class Contraction(Producer):
 
     Attributes:
         out_dtype: Of the result.
-        ours: Whether our kernel computes it, which adds a residual.
+        ours: Whether our kernel computes it, which takes some columns of a matrix and adds a residual.
+        activation: The function behind it and its slope, or None.
         kernel: Height and width of that kernel's.
     """
 
     takes_norm = False
     out_dtype: torch.dtype = torch.float32
     ours = False
+    activation: tuple[Unary, float] | None = None
     kernel: tuple[int, ...] = (1, 1)
     weight: Tensor
     bias: Tensor | None
@@ -38,7 +41,7 @@ class Contraction(Producer):
         super().__init__(len(weight))
         self.register_buffer("weight", weight.float(), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
-        self.first = first
+        self.first, self.columns = first, weight.shape[1]
 
     def fold(self, scale: Tensor | None, shift: Tensor | None) -> None:
         """Multiply its result, then add: a number for each channel."""
@@ -65,7 +68,10 @@ class Contraction(Producer):
     def convolved(self, x: Tensor, size: tuple[int, int, int], residual: tuple[Tensor, ...]) -> Tensor:
         """The kernel for a convolution of `[images * H * W, C]`."""
         added = residual[0].contiguous() if self.adds else None
-        return convolution.convolution(x.contiguous(), self.weight, self.bias, size, self.kernel, added, self.out_dtype)
+        columns = x[:, self.first : self.first + self.columns]
+        function = () if self.activation is None else self.activation
+        operands = (self.weight, self.bias, size, self.kernel, added, self.out_dtype, *function)
+        return convolution.convolution(columns, *operands)
 
 
 class FloatLinear(Contraction):
@@ -75,12 +81,11 @@ class FloatLinear(Contraction):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, first: int, out_dtype: torch.dtype) -> None:
         super().__init__(weight.t()[:, :, None, None], bias, first)
-        self.out_dtype, self.columns = out_dtype, len(weight)
+        self.out_dtype = out_dtype
 
     def forward(self, x: Tensor, *residual: Tensor) -> Tensor:
         """`[rows, N]`."""
-        columns = x[:, self.first : self.first + self.columns]
-        return self.convolved(columns, (1, 1, len(x)), residual)
+        return self.convolved(x, (1, 1, len(x)), residual)
 
 
 class Convolution(Contraction):

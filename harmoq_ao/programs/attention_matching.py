@@ -37,7 +37,8 @@ class Match:
         scores: Arguments of a quantized score product after its operands; None where it is float.
         products: Likewise of the product with the values.
         relative: Whether the map is quantized relative to its rows.
-        terms: What is done to the scores, in order: ``("add" or "mul", node or number)`` or ``("view", shape)``.
+        terms: What is done to the scores, in order: ``("add", "mul" or "div", node or number)``, ``("view", shape)``,
+            or ``("fill", (node, number))``: scores become the number where the node is true.
         absorbed: Nodes that nothing else uses.
     """
 
@@ -62,7 +63,7 @@ def match_attention(node: Any) -> Match | None:
     match = Match(node, node, node, node.args[1], relative=node.target is _MAP_PRODUCT)
     if node.target not in _FLOAT:
         match.products = tuple(node.args[2:])
-    softmax: Any = _through(node.args[0], match, _VIEWS)
+    softmax: Any = _through(node.args[0], match)
     if softmax.target is not _aten._softmax.default or not _is_inner(softmax):
         return None
     if softmax.args[1] not in (-1, len(softmax.meta["shape"]) - 1) or softmax.args[2]:
@@ -70,6 +71,8 @@ def match_attention(node: Any) -> Match | None:
     match.absorbed.append(softmax)
     product: Any = _chain(softmax.args[0], match)
     if product is None:
+        return None
+    if product.meta["shape"][-1] != softmax.meta["shape"][-1]:
         return None
     match.query, match.key = product.args[:2]
     if product.target not in _FLOAT:
@@ -86,9 +89,24 @@ def _is_inner(node: Any) -> bool:
     return isinstance(node, fx.Node) and len(node.users) == 1
 
 
-def _through(node: Any, match: Match, targets: set[Any]) -> fx.Node:
+def _is_view(node: Any) -> bool:
+    """Whether entries keep their order: of axes, only those of length one change places (as for an einsum)."""
+    if node.target not in (_aten.permute.default, _aten.transpose.int):
+        return node.target in _VIEWS
+    source = node.args[0].meta["shape"]
+    order = list(range(len(source)))
+    if node.target is _aten.permute.default:
+        order = [axis % len(source) for axis in node.args[1]]
+    else:
+        one, other = (axis % len(source) for axis in node.args[1:])
+        order[one], order[other] = other, one
+    long = [axis for axis in order if source[axis] > 1]
+    return long == sorted(long)
+
+
+def _through(node: Any, match: Match) -> fx.Node:
     """What lies behind a chain of views that nothing else uses."""
-    while node.target in targets and _is_inner(node):
+    while _is_view(node) and _is_inner(node):
         match.absorbed.append(node)
         node = node.args[0]
     return node
@@ -100,9 +118,12 @@ def _chain(node: Any, match: Match) -> fx.Node | None:
         if node.target in (_MATMUL, *_FLOAT):
             return node
         operation = {_aten.add.Tensor: "add", _aten.mul.Tensor: "mul", _aten.div.Tensor: "div"}.get(node.target)
-        if node.target in _VIEWS:
+        if _is_view(node):
             match.terms.append(("view", tuple(node.meta["shape"])))
             inner = node.args[0]
+        elif node.target is _aten.masked_fill.Scalar and node.args[1].op == "get_attr":
+            inner, *fill = node.args
+            match.terms.append(("fill", tuple(fill)))
         elif operation is not None and not node.kwargs:
             inner, other = node.args
             if isinstance(inner, fx.Node) and inner.op == "get_attr" and operation != "div":

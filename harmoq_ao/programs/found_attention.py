@@ -11,8 +11,8 @@ from torch import Tensor
 from harmoq_ao.programs.attention_matching import Match, constant_of, resolved
 from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
-from harmoq_ao.programs.indices import Index
-from harmoq_ao.programs.masks import Mask
+from harmoq_ao.programs.indices import Index, compact, reshaped
+from harmoq_ao.programs.masks import EXCLUDED, Mask
 from harmoq_ao.programs.steps import Read, Value
 
 
@@ -78,10 +78,12 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     q, k, v = parts
     if k.rows.shape != v.rows.shape or not torch.equal(k.rows, v.rows) or (q.heads, q.width) != (k.heads, k.width):
         return None
-    if len(q.rows) != len(k.rows) or v.heads != q.heads or v.width != q.width or not _once(q.rows):
+    if len(q.rows) != len(k.rows) or v.heads != q.heads or v.width != q.width or not _once(query.index, q.rows):
+        return None
+    if len({q.leads, k.leads, v.leads}) != 1:
         return None
     shape = (len(q.rows), q.heads, q.rows.shape[1], k.rows.shape[1])
-    scores = _scores(lowering, match, shape)
+    scores = _scores(lowering, match, shape, q.leads)
     if scores is None:
         return None
     first, second = (resolved(lowering.known, arguments) for arguments in (match.scores, match.products))
@@ -89,17 +91,22 @@ def find_attention(lowering: Context, match: Match, operands: list[Any], q_facto
     return Attention(query, key, value, q, k, v, q_factor, *scores, first, second, match.relative, index)
 
 
-def _once(rows: Tensor) -> bool:
+def _once(index: Index, rows: Tensor) -> bool:
     """Whether no token is in two windows."""
-    real = rows[rows >= 0]
-    return len(torch.unique(real)) == len(real)
+    if "once" not in index.derived:
+        real = rows[rows >= 0]
+        seen = torch.zeros(index.length, dtype=torch.bool)
+        seen[real.long()] = True
+        index.derived["once"] = int(seen.sum()) == len(real)
+    found: bool = index.derived["once"]
+    return found
 
 
 # --- scores -----------------------------------------------------------------------------------------------------------
 
 
 def _scores(
-    lowering: Context, match: Match, shape: tuple[int, ...]
+    lowering: Context, match: Match, shape: tuple[int, ...], leads: bool
 ) -> tuple[Tensor, Tensor | None, Mask | None] | None:
     """Factor `[heads]`, bias `[heads, N, M]`, mask of scores `[windows, heads, N, M]`; None where they are others."""
     _, heads, queries, keys = shape
@@ -109,8 +116,8 @@ def _scores(
         if kind == "view":
             view = operand
             continue
-        constant = constant_of(lowering.known, operand)
-        parts = None if constant is None else _parts(constant, view, shape)
+        constant = _excluding(lowering, *operand) if kind == "fill" else constant_of(lowering.known, operand)
+        parts = None if constant is None else _parts(constant, view, shape, leads)
         if parts is None:
             return None
         of_heads, of_windows = parts
@@ -129,31 +136,37 @@ def _scores(
     return factor, whole, mask
 
 
-def _parts(constant: Any, view: tuple[int, ...], shape: tuple[int, ...]) -> tuple[Tensor | None, Tensor | None] | None:
+def _excluding(lowering: Context, where: Any, number: float) -> Tensor | None:
+    """A term that leaves nothing of the scores that a number so small replaces; None for another number."""
+    chosen = constant_of(lowering.known, where)
+    if not isinstance(chosen, Tensor) or number > EXCLUDED or bool(chosen.all(-1).any()):
+        return None
+    return torch.where(chosen, EXCLUDED, 0.0)
+
+
+def _parts(
+    constant: Any, view: tuple[int, ...], shape: tuple[int, ...], leads: bool
+) -> tuple[Tensor | None, Tensor | None] | None:
     """A term as a table of the heads `[heads or 1, N or 1, M or 1]`, or of the windows `[windows, N, M]`."""
     windows, heads, queries, keys = shape
-    if not isinstance(constant, Tensor):
-        constant = torch.tensor(float(constant))
-    if len(view) == 3 and view != shape[1:]:  # windows and heads in one axis
-        if constant.dim() == 3 and constant.shape[0] == windows * heads:
-            constant, view = constant.unflatten(0, (windows, heads)), shape
-        elif constant.dim() == 3 and constant.shape[0] > 1:
-            return None
-    if len(view) > 3 and view[-3] != heads:
-        return None
-    term = constant.reshape((1,) * (max(len(view), 4) - constant.dim()) + tuple(constant.shape)).float()
-    lead = [n if term.stride(i) else 1 for i, n in enumerate(term.shape[:-3])]
-    if all(n == 1 for n in lead):
-        return term[(0,) * len(lead)], None
-    if term.shape[-3] > 1 and term.stride(-3) and not bool((term == term[..., :1, :, :]).all()):
-        flat = term.expand(*view[:-3], *term.shape[-3:]).reshape(-1, *term.shape[-3:])
-        return (flat[0], None) if bool((flat == flat[:1]).all()) else None
-    table = term[..., 0, :, :].expand(*view[:-3], queries, keys)
-    return None, table.reshape(-1, queries, keys)
+    whole = torch.as_tensor(constant, dtype=torch.float32).expand(view)
+    if leads:
+        term = reshaped(whole, (heads, windows, queries, keys)).transpose(0, 1)
+    else:
+        term = reshaped(whole, shape)
+    if windows == 1 or term.stride(0) == 0:
+        return compact(term)[0], None
+    if heads > 1 and term.stride(1) and not bool((term == term[:, :1]).all()):
+        return (term[0], None) if bool((term == term[:1]).all()) else None
+    return None, term[:, 0]
 
 
 def _mask(lowering: Context, table: Tensor) -> Mask | None:
     """A mask `[windows, N, M]` with equal tables stored once; None where all are zero."""
+    place = table.data_ptr(), table.shape, table.stride()
+    for other, mask in lowering.masks:  # all blocks share what was recorded, as a rule
+        if place == (other.data_ptr(), other.shape, other.stride()):
+            return mask
     for other, mask in lowering.masks:
         if other.shape == table.shape and torch.equal(other, table):
             return mask

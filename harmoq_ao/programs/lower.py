@@ -22,6 +22,7 @@ from harmoq_ao.programs.attention_matching import Match, match_attention
 from harmoq_ao.programs.convolution import ColumnMeans, Convolution, Depthwise, is_depthwise, is_pointwise
 from harmoq_ao.programs.indices import MOVEMENTS, Aligned, Index, Roots, compact
 from harmoq_ao.programs.materialize import Reordered, TorchOperator
+from harmoq_ao.programs.norms import SpelledNorm, match_norm
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Codes, Emit, Known, Matrix, ModuleStep, Read, RowStep, Step, Value, row_level
 
@@ -233,6 +234,10 @@ class Lowering:
     # --- two values -----------------------------------------------------------------------------------------------
 
     def binary(self, node: fx.Node, left: Any, right: Any, **options: Any) -> Known:
+        norm = match_norm(node)
+        found = None if norm is None else self.spelled_norm(norm)
+        if found is not None:
+            return found
         target: Any = node.target
         kind = _BINARY[target]
         if options.get("alpha", 1) != 1 or options.get("rounding_mode"):
@@ -305,7 +310,8 @@ class Lowering:
 
     def cat(self, node: fx.Node, parts: Any, axis: int = 0) -> Known:
         """Values side by side in the same rows."""
-        if not all(isinstance(part, Value) for part in parts):
+        parts = [part for part in parts if part.shape[axis]] or parts
+        if not all(isinstance(part, Value) and part.index.rows.numel() for part in parts):
             return None
         channels = [part.index.channels(axis) for part in parts]
         if any(c is None or c.padded for c in channels):
@@ -316,6 +322,9 @@ class Lowering:
         ):
             return None
         widths = [part.shape[axis] for part in parts]
+        firsts = [channels[0].first + sum(widths[:place]) for place in range(len(parts))]
+        if len({part.matrix for part in parts}) == 1 and firsts == [c.first for c in channels]:
+            return Value(parts[0].matrix, parts[0].index.widened(axis, sum(widths)).shifted(-firsts[0]))
         reads = [Read(p.matrix, c.first, w) for p, c, w in zip(parts, channels, widths, strict=True)]
 
         def emit(p: RowProgram, to: Columns, at: Any) -> None:
@@ -391,6 +400,17 @@ class Lowering:
         found = self.channel_step(x, -1, width, emit)
         return None if found is None else [found]
 
+    def spelled_norm(self, norm: SpelledNorm) -> Known:
+        x, width = self.known[norm.source], norm.source.meta["shape"][norm.axis]
+        if not isinstance(x, Value):
+            return None
+        factor = None if norm.factor == 1 else torch.full((width,), norm.factor)
+
+        def emit(p: RowProgram, to: Columns, at: Any) -> None:
+            p.emit(Op.LAYER_NORM, to, at[0], width, p.constant(factor), p.constant(None), p.number(norm.eps))
+
+        return self.channel_step(x, norm.axis, width, emit)
+
     def batch_norm(self, node: fx.Node, x: Any, weight: Any, bias: Any, mean: Any, var: Any, *rest: Any) -> Known:
         trained = len(rest) == 3 and rest[0]
         if not isinstance(x, Value) or trained or _users_beyond_first(node):
@@ -422,10 +442,17 @@ class Lowering:
 
     def _laid_out(self, module: nn.Module, x: Value, shape: tuple[int, ...], exact: bool) -> Value:
         """A convolution of a value with its channels last in memory."""
-        natural = self.roots.channels_first(tuple(x.shape))
-        x = self.reordered(x, natural)
-        read = Read(x.matrix, 0, x.matrix.columns, exact)
+        channels = x.index.channels(1)
+        if channels is not None and channels.in_order and self.takes_columns(module, channels.first):
+            read = Read(x.matrix, channels.first, x.shape[1], exact)
+        else:
+            x = self.reordered(x, self.roots.channels_first(tuple(x.shape)))
+            read = Read(x.matrix, 0, x.matrix.columns, exact)
         return self.module_step(module, [read], [(shape, None)], torch.float32 if exact else torch.bfloat16)[0]
+
+    def takes_columns(self, module: nn.Module, first: int) -> bool:
+        """Whether a convolution takes some columns of a matrix, and from now on those from `first` on."""
+        return False
 
     def reordered(self, value: Value, natural: Index) -> Value:
         """The same value as all of a matrix in natural order."""

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+EXCLUDED = -1e4
+"""Added to a score, leaves nothing of it: authors write minus infinity, or a number like it, in its place."""
+
 
 @dataclass(frozen=True)
 class Mask:

@@ -8,19 +8,21 @@ show themselves as one operator each (`common/tracing.py`).
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from harmoq_ao.common.errors import TraceError
 from harmoq_ao.common.tracing import recording
+from harmoq_ao.programs.indices import compact
+from harmoq_ao.programs.views import View
 
 _LARGE = 1 << 16  # values of a constant that is looked for among others
+_SAMPLED = 64  # of them, compared first
 
 
 class Unrecordable(Exception):  # noqa: N818 - an answer, not an error of the user
@@ -144,8 +146,7 @@ class StandIn(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        leaves = pytree.arg_tree_leaves(*args, **(kwargs or {}))
-        recorder = next(leaf.recorder for leaf in leaves if isinstance(leaf, StandIn))
+        recorder = next(leaf.recorder for leaf in _tensors((args, kwargs)) if isinstance(leaf, StandIn))
         return recorder.operator(func, args, kwargs or {})
 
 
@@ -159,9 +160,11 @@ class _Recorder:
         self._alive: list[Tensor] = []  # so that no other tensor takes an identity
         self._constants: dict[int, fx.Node] = {}
         self._shapes: dict[int, tuple[Tensor, Tensor]] = {}
-        self._large: list[tuple[Tensor, fx.Node]] = []
+        self._made: dict[Hashable, Any] = {}
+        self._large: dict[Hashable, list[tuple[Tensor, fx.Node]]] = {}
         self._versions: list[tuple[Tensor, int]] = []  # of constants, when they were met
         self._storages: dict[int, set[int]] = {}  # the recorded tensors that lie in each
+        self._views: dict[int, View] = {}  # how those that lie in another's memory come from it
         self._stale: set[int] = set()  # those that an operator wrote into by another name
 
     def operator(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -171,19 +174,22 @@ class _Recorder:
         if torch.Tag.nondeterministic_seeded in func.tags and not _without_dropout(func, args, kwargs):
             raise Unrecordable(f"it draws random numbers: {func}")
         target = self._without_write(func, args) if func._schema.is_mutable else func
-        meta_args, meta_kwargs = pytree.tree_map_only(Tensor, self._shape_only, (args, kwargs))
-        if "device" in kwargs:
-            meta_kwargs["device"] = torch.device("meta")
-        result = target(*meta_args, **meta_kwargs)
-        if not any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result)):
+        result = self._shapes_of(target, args, kwargs)
+        if next(_tensors(result), None) is None:
             return result  # an assertion that held
-        result = pytree.tree_map_only(Tensor, lambda shape: StandIn(shape, self), result)
-        node_args, node_kwargs = pytree.tree_map_only(Tensor, self._node, (args, kwargs))
-        node = self.graph.call_function(target, node_args, node_kwargs)
+        result = _mapped(result, lambda shape: StandIn(shape, self))
+        node_args, node_kwargs = _mapped(args, self._node), _mapped(kwargs, self._node)
+        if target is torch.ops.aten.copy.default and node_args[1].meta.get("dtype") == args[0].dtype:
+            node = self._spread(node_args[1], args[0].shape)
+        else:
+            node = self.graph.call_function(target, node_args, node_kwargs)
         if target is not func:  # the tensor that was written to is the new value from here on
-            self.place(args[0], node)
+            self._written(args[0], node)
             return args[0]
         self._place_results(result, node)
+        if func.is_view:
+            parts = [(None, result)] if isinstance(result, Tensor) else enumerate(result)
+            self._views.update({id(made): View(args[0], func, args[1:], kwargs, part) for part, made in parts})
         return result
 
     def finish(self, output: Tensor) -> None:
@@ -195,6 +201,23 @@ class _Recorder:
         self.graph.output(self._node(output))
         if any(version_of(tensor) != version for tensor, version in self._versions):
             raise Unrecordable("it writes into a tensor that it has read, and that does not depend on the image")
+
+    def _shapes_of(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """What an operator makes of stand-ins' shapes; asked once for what the blocks of a network have in common."""
+        args, kwargs = _mapped(args, self._shape_only), _mapped(kwargs, self._shape_only)
+        if "device" in kwargs:
+            kwargs["device"] = torch.device("meta")
+        key = (target, _hashable(args), _hashable(kwargs))
+        if key not in self._made:
+            result = target(*args, **kwargs)
+            memory = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
+            made = list(_tensors(result))
+            if not made or any(t.untyped_storage()._cdata in memory for t in made):  # views: it is said which memory
+                return result
+            self._made[key] = result
+        return _mapped(
+            self._made[key], lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+        )
 
     def _shape_only(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, StandIn):
@@ -220,24 +243,39 @@ class _Recorder:
         if id(tensor) not in self.nodes:
             self._alive.append(tensor)
             self._storages.setdefault(storage, set()).add(id(tensor))
+        self._stale.discard(id(tensor))
         self.nodes[id(tensor)] = node
         node.meta["shape"], node.meta["dtype"] = tuple(tensor.shape), tensor.dtype
 
     def _without_write(self, func: Any, args: Any) -> Any:
-        """The operator that gives what an in-place one writes; other names of the memory may not be used any more."""
+        """The operator that gives what an in-place one writes."""
         name = func._schema.name.split("::")[1]
         packet = getattr(torch.ops.aten, name.removesuffix("_"), None) if name.endswith("_") else None
         target: Any = args[0] if args else None
         recorded = isinstance(target, Tensor) and id(target) in self.nodes
         if packet is None or not recorded or func._overloadname not in packet.overloads():
             raise Unrecordable(f"it writes into a tensor: {func}")
-        storage = self._shape_only(target).untyped_storage()._cdata
-        self._stale |= self._storages[storage] - {id(target)}
         return getattr(packet, func._overloadname)
+
+    def _spread(self, node: fx.Node, shape: torch.Size) -> fx.Node:
+        """A node as a tensor of a shape that it is written into."""
+        same = node.meta["shape"] == tuple(shape)
+        return node if same else self.graph.call_function(torch.ops.aten.expand.default, (node, list(shape)))
+
+    def _written(self, tensor: Tensor, node: fx.Node) -> None:
+        """Let a tensor have a new value, and with it those in whose memory it lies; other names are made when read."""
+        self._stale |= self._storages[self._shape_only(tensor).untyped_storage()._cdata]
+        self.place(tensor, node)
+        while (view := self._views.get(id(tensor))) is not None:
+            source = view.written(self.graph, self.nodes[id(view.source)], self.nodes[id(tensor)])
+            if source is None:
+                return
+            tensor = view.source
+            self.place(tensor, source)
 
     def _node(self, tensor: Tensor) -> fx.Node:
         if id(tensor) in self._stale:
-            raise Unrecordable("it reads a tensor that was written into by another name")
+            self._seen_again(tensor)
         known = self.nodes.get(id(tensor)) or self._constants.get(id(tensor)) or self._twin(tensor)
         if known is None:
             name = f"constant_{len(self._constants)}"
@@ -247,12 +285,65 @@ class _Recorder:
             with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
                 known = self._constants[id(tensor)] = self.graph.get_attr(name)
             if tensor.numel() >= _LARGE:
-                self._large.append((tensor, known))
+                self._large.setdefault(_sample(tensor), []).append((tensor, known))
         return known
+
+    def _seen_again(self, tensor: Tensor) -> None:
+        """Make a tensor anew from the one in whose memory it lies, which was written into."""
+        view = self._views.get(id(tensor))
+        if view is None:
+            raise Unrecordable("it reads a tensor that was written into by another name")
+        node = self.graph.call_function(view.target, (self._node(view.source), *view.args), view.kwargs)
+        alone = view.part is None
+        self.place(tensor, node if alone else self.graph.call_function(operator.getitem, (node, view.part)))
 
     def _twin(self, tensor: Tensor) -> fx.Node | None:
         """A large constant of the same content: authors make the same mask anew in each block."""
-        for other, node in self._large if tensor.numel() >= _LARGE else ():
-            if other.shape == tensor.shape and other.dtype == tensor.dtype and torch.equal(other, tensor):
-                return node
+        if tensor.numel() >= _LARGE:
+            for other, node in self._large.get(_sample(tensor), ()):
+                if torch.equal(compact(other), compact(tensor)):
+                    return node
         return None
+
+
+def _sample(tensor: Tensor) -> Hashable:
+    """What constants of the same content have in common, and few others: asked before all entries are compared."""
+    stored = compact(tensor)
+    few = b""
+    if stored.is_contiguous():
+        sample = stored.flatten()[:: max(1, stored.numel() // _SAMPLED)]
+        few = sample.contiguous().view(torch.uint8).numpy().tobytes()
+    return tensor.shape, stored.shape, tensor.dtype, few
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """Tensors among arguments or results of an operator, which are lists and tuples of plain values."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        yield from _tensors(list(value.values()))
+
+
+def _hashable(value: Any) -> Hashable:
+    """Arguments of an operator as a key: of tensors what shapes depend on."""
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.storage_offset(), value.dtype
+    if isinstance(value, (tuple, list)):
+        return tuple([_hashable(item) for item in value])
+    if isinstance(value, dict):
+        return tuple([(name, _hashable(item)) for name, item in value.items()])
+    return type(value), value
+
+
+def _mapped(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments of an operator with their tensors changed; several times faster than torch's for any tree."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)([_mapped(item, change) for item in value])
+    if isinstance(value, dict):
+        return {name: _mapped(item, change) for name, item in value.items()}
+    return value

@@ -77,7 +77,7 @@ def test_random_islands(
     assert (lowering.kernel == "triton window_attention") == (lowering.reason is None) == fits
 
 
-@pytest.mark.parametrize("masked", ["shared", "own"])
+@pytest.mark.parametrize("masked", ["shared", "far", "own"])
 def test_masks(masked: str) -> None:
     """Region ids where a mask is one of regions, which all windows of an image share; another mask is no kernel's."""
     example = torch.rand(2, 3, 8, 12)
@@ -87,7 +87,7 @@ def test_masks(masked: str) -> None:
             if masked == "own":
                 return super().mask(windows)
             ids = torch.arange(windows * 16).reshape(-1, 16) % 5 < 2
-            return torch.where(ids[:, :, None] == ids[:, None, :], 0.0, -100.0)
+            return torch.where(ids[:, :, None] == ids[:, None, :], 0.0, -100.0 if masked == "shared" else -1e4)
 
     torch.manual_seed(0)
     model = Masked(Attention(2, (0, 1, 2), 0.5, True, "none"), masked=True)
@@ -96,7 +96,7 @@ def test_masks(masked: str) -> None:
     quantized.use_reference()
     assert_same_image(program(example), quantized(example))
     kernels = [module for module in program.children() if isinstance(module, WindowAttention)]
-    assert [k.windows.regions is not None for k in kernels] == ([True] if masked == "shared" else [])
+    assert [k.windows.regions is not None for k in kernels] == ([] if masked == "own" else [True])
     assert bool(program.meta["missed"]) == (masked == "own")
 
 

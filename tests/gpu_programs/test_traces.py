@@ -76,6 +76,10 @@ def test_the_published_models_keep_their_budget() -> None:
     assert swinir["launches"] <= 60
     assert swinir["moved"] <= 1e9
     assert lines["SwinIR-light x2, 2048x2048"]["masks"] < 16e6
+    hat = lines["HAT-S x2"]
+    assert hat["islands"] == {"AttentionCore": 42, "Mlp": 42}
+    assert hat["launches"] <= 400  # 10 of a block with channel attention, 4 of one with overlapping windows
+    assert hat["moved"] <= 16.7e9
     assert lines["DRCT x2"]["islands"]["AttentionCore"] == 30
     assert lines["DRCT x2"]["launches"] <= 222
     assert lines["DAT-light x2"]["islands"] == {"AttentionCore": 18, "ChannelAttention": 9}

@@ -144,9 +144,36 @@ def flash(m: Written, x: Tensor) -> Tensor:
     return m.tail((mixed + tokens).transpose(1, 2).reshape(len(x), 8, *x.shape[2:]))
 
 
+def spelled_norms(m: Written, x: Tensor) -> Tensor:
+    """Of channels, by each way to write a variance; and of pixels, which no token-wise norm is."""
+    y = m.head(x)
+    mean = y.mean(1, keepdim=True)
+    y = (y - mean) / ((y - mean).pow(2).mean(1, keepdim=True) + 1e-3).sqrt() * m.table
+    tokens = y.flatten(2).transpose(1, 2)
+    variance = tokens.var(-1, keepdim=True, unbiased=True)
+    tokens = (tokens - tokens.mean(-1, keepdim=True)) / torch.sqrt(variance + 0.1)
+    centred = tokens - tokens.mean(-1, keepdim=True)
+    tokens = tokens + centred * torch.rsqrt((centred * centred).mean(-1, True) + 1e-2)
+    y = tokens.transpose(1, 2).reshape(y.shape)
+    return m.tail(y + (y - y.mean(3, True)) / (y.var(3, keepdim=True) + 1.0).sqrt())
+
+
+def heads_first(m: Written, x: Tensor) -> Tensor:
+    """Window attention by einsum, with the heads in front of images and windows and a mask that is filled in."""
+    b, c, h, w = (y := m.head(x)).shape
+    tokens = y.reshape(b, c, h // 4, 4, w // 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, 16, c)
+    q, k, v = (m.linear(tokens + i).unflatten(-1, (2, 4)).permute(3, 0, 1, 2, 4) for i in range(3))
+    scores = torch.einsum("hbwpc,hbwqc->hbwpq", q, k) * 0.5 + m.linear.weight[:2, :1, None, None, None]
+    ids = torch.arange(tokens.shape[1] * 16).reshape(-1, 16) % 5 < 2
+    scores = scores.masked_fill_((ids[:, :, None] != ids[:, None])[None, None], float("-inf"))
+    mixed = torch.einsum("hbwpq,hbwqc->hbwpc", scores.softmax(-1), v)
+    mixed = mixed.permute(1, 2, 3, 0, 4).reshape(b, h // 4, w // 4, 4, 4, c).permute(0, 5, 1, 3, 2, 4)
+    return m.tail(mixed.reshape(b, c, h, w))
+
+
 #: Forwards that a program can be made of.
 BODIES: tuple[Body, ...] = (
     *(where, largest, whole_numbers, frequencies, first_of_two, second_of_two, half_images),
     *(channel_attention_of_halves, narrow, pads, arithmetic, gates, group_norms, strides, nothing_but_moved),
-    *(in_place, flash),
+    *(in_place, flash, spelled_norms, heads_first),
 )

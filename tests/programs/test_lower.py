@@ -17,13 +17,12 @@ from harmoq_ao.programs.materialize import TorchOperator
 from harmoq_ao.programs.program import make_program
 from harmoq_ao.programs.record import Unrecordable
 from tests import models
-from tests.programs.helpers import AVAILABLE, BODIES, Body, off_by, written
+from tests.programs.helpers import AVAILABLE, BODIES, Body, heads_first, off_by, spelled_norms, written
 
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the C++ kernels cannot be built here")
 
 #: Why architectures have no program.
 REFUSED = {
-    "ATD": "written into by another name",
     "RestoreFormer": "writes into a tensor",
     "HVICIDNet": "asks for values",
     "AuraSR": "draws random numbers",
@@ -102,6 +101,21 @@ def test_a_program_computes_what_a_forward_computes(body: Body, batch: int) -> N
     model, image = written(body), torch.rand(batch, 3, 16, 12, generator=torch.Generator().manual_seed(3))
     want = output(model, image.clone())
     assert off_by(make_program(model, image, half=False)(image), want) < EXACT
+
+
+def test_norms_that_authors_spell_out_are_token_wise() -> None:
+    program = make_program(written(spelled_norms), models.images(1)[0], half=False)
+    targets = [m.target for m in program.children() if isinstance(m, TorchOperator)]
+    assert targets.count(torch.ops.aten.var.correction) == targets.count(torch.ops.aten.sqrt.default) == 1
+    assert not {torch.ops.aten.pow.Tensor_Scalar, torch.ops.aten.rsqrt.default} & set(targets)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_heads_may_come_before_windows(half: bool) -> None:
+    model, image = written(heads_first), torch.rand(2, 3, 16, 12, generator=torch.Generator().manual_seed(3))
+    program = make_program(model, image, half)
+    assert off_by(program(image), output(model, image)) < (HALF if half else EXACT)
+    assert count(program)[AttentionKernel] == 1
 
 
 def test_what_networks_consist_of_becomes_kernels() -> None:

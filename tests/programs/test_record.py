@@ -23,7 +23,7 @@ def replayed(model: nn.Module, image: Tensor, example: Tensor | None = None) -> 
     return result
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light", "Swin2SR", "KBNet/s", "forms", "HAT", "GRL"])
+@pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light", "Swin2SR", "KBNet/s", "forms", "HAT", "GRL", "ATD"])
 def test_a_recorded_architecture_is_the_model(name: str) -> None:
     model = models.build(name)
     image = torch.rand(2, 3, 16, 24, generator=torch.Generator().manual_seed(1))
@@ -99,17 +99,11 @@ def test_refusals(name: str, body: Body, reason: str) -> None:
         record(written(body), models.images(1)[0])
 
 
-def test_writes_by_another_name_are_refused_where_they_are_read() -> None:
-    def part_written(m: Written, x: Tensor) -> Tensor:
+def test_writes_that_no_graph_follows_are_refused_where_they_are_read() -> None:
+    def overlapping(m: Written, x: Tensor) -> Tensor:
         y = m.head(x)
-        y[:, :1].add_(1)
+        y.unfold(3, 2, 1).mul_(2)
         return y
-
-    def whole_written(m: Written, x: Tensor) -> Tensor:
-        y = m.head(x)
-        part = y[:, :1]
-        y.add_(1)
-        return m.tail(y * part)
 
     def constant_written(m: Written, x: Tensor) -> Tensor:
         table = torch.zeros(8, 1, 1)
@@ -117,20 +111,62 @@ def test_writes_by_another_name_are_refused_where_they_are_read() -> None:
         table.fill_(1.0)
         return m.tail(y + table)
 
-    for body in (part_written, whole_written, constant_written):
+    for body in (overlapping, constant_written):
         with pytest.raises(Unrecordable, match=r"by another name|that it has read"):
             record(written(body), models.images(1)[0])
 
 
-def test_writes_by_the_same_name_are_followed() -> None:
-    def body(m: Written, x: Tensor) -> Tensor:
-        y = m.head(x)
-        part = y[:, :4]
-        z = part * 2  # read before the write
-        y.mul_(3)
-        return m.tail(torch.cat([y[:, 4:], z], 1))
+def same_name(y: Tensor) -> Tensor:
+    part = y[:, :4]
+    z = part * 2  # read before the write
+    y.mul_(3)
+    return torch.cat([y[:, 4:], z], 1)
 
-    model, image = written(body), models.images(1)[0]
+
+def part_of(y: Tensor) -> Tensor:
+    y[:, :1].add_(1)
+    return y
+
+
+def whole_of(y: Tensor) -> Tensor:
+    part, inner = y[:, 1:], y[:, 1:][..., 2]
+    y.add_(1)
+    part[0, 2] += inner.mean()
+    return y * part.sum(1, keepdim=True) + inner[:, :1, :, None]
+
+
+def assigned(y: Tensor) -> Tensor:
+    y[:, 0] = 1.5
+    y[:, 3:5, ::2] = y[:, 1:2, ::2]
+    y.transpose(2, 3)[:, 6] = y[:, 7].transpose(1, 2)
+    return y
+
+
+def through_shapes(y: Tensor) -> Tensor:
+    tokens = y.permute(0, 2, 3, 1).unsqueeze(1)
+    first, second = y.split(4, 1)
+    tokens.squeeze(1).detach()[..., 2].zero_()
+    second.mul_(first)
+    *_, last = y.unbind(1)
+    last[0].view(-1)[:5] = 7
+    first.split_with_sizes([1, 3], dim=1)[1].copy_(second[:, 1:])
+    return torch.cat([tokens[:, 0].permute(0, 3, 1, 2) + first.repeat(1, 2, 1, 1), second], 1)[:, 4:]
+
+
+def ranks(y: Tensor) -> Tensor:
+    """The inverse of a permutation that depends on values."""
+    order = y.flatten(2).mean(1).argsort(-1)
+    inverse = torch.zeros_like(order)
+    for image in range(len(order)):
+        inverse[image, order[image]] = torch.arange(order.shape[-1])
+    return y.flatten(2).gather(2, inverse[:, None].expand(-1, 8, -1)).reshape(y.shape)
+
+
+@pytest.mark.parametrize(
+    "body", [same_name, part_of, whole_of, assigned, through_shapes, ranks], ids=lambda b: b.__name__
+)
+def test_writes_are_followed(body: Callable[[Tensor], Tensor]) -> None:
+    model, image = written(lambda m, x: m.tail(body(m.head(x)))), models.images(1)[0].repeat(2, 1, 1, 1)
     with torch.no_grad():
         assert torch.equal(replayed(model, image), model(image))
 

@@ -109,7 +109,7 @@ def _window(q: Tensor, k: Tensor, v: Tensor, operands: PackedAttention, apart: T
     if operands.bias is not None:
         scores = scores + operands.bias.double() / LOG2E
     if apart is not None:
-        scores = scores - 100.0 * apart
+        scores = scores + operands.apart * apart
     weights = scores.softmax(-1)
     if operands.bounds is None:
         return (weights @ v).transpose(0, 1).flatten(1)

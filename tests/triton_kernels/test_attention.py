@@ -22,10 +22,10 @@ few = settings(max_examples=8)
 @given(
     seed=SEEDS, tokens=st.integers(1, 140), keys=st.integers(1, 140), head_dim=st.integers(1, 32),
     cosine=st.booleans(), scale_after=st.booleans(), mode=st.sampled_from(["deploy", "paper", "relative"]),
-    masked=st.booleans(),
+    apart=st.sampled_from([0, -57, -100]),
 )  # fmt: skip
 def test_attention_of_given_q_k_v(
-    seed: int, tokens: int, keys: int, head_dim: int, cosine: bool, scale_after: bool, mode: str, masked: bool
+    seed: int, tokens: int, keys: int, head_dim: int, cosine: bool, scale_after: bool, mode: str, apart: int
 ) -> None:
     generator, paper = seeded(seed), mode != "deploy"
     twist = {"cosine": cosine, "scale_after": scale_after, "paper": paper, "relative": mode == "relative"}
@@ -33,8 +33,8 @@ def test_attention_of_given_q_k_v(
     q = torch.randn(2, tokens, 2, head_dim, generator=generator)
     k, v = torch.randn(2, 2, keys, 2, head_dim, generator=generator).unbind(1)
     bias = torch.randn(2, tokens, keys, generator=generator)
-    operands = replace(whole, qkv=None, qkv_heads=None, proj=None, proj_heads=None, bias=bias)
-    ids = (regions(generator, 2, tokens), regions(generator, 2, keys)) if masked else (None, None)
+    operands = replace(whole, qkv=None, qkv_heads=None, proj=None, proj_heads=None, bias=bias, apart=apart)
+    ids = (regions(generator, 2, tokens), regions(generator, 2, keys)) if apart else (None, None)
     options = {"regions": ids[0], "key_regions": ids[1]}
     o = attention.launch_attention(q, k, v, operands, compute=torch.float32, **options)
     error = (o - float64.attention(q, k, v, operands, **options)).abs()

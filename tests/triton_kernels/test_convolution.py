@@ -7,8 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from harmoq_ao.common import elementwise
+from harmoq_ao.common.elementwise import Unary
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.triton_kernels import convolution
+from harmoq_ao.triton_kernels.device import GELU_ERROR
 from tests.triton_kernels.interpreter import interpreted
 
 PLAIN = ([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
@@ -32,6 +35,19 @@ def test_kernel_and_reference_are_a_convolution(
     with interpreted():
         found = convolution.launch_convolution(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(Unary))
+def test_a_function_comes_before_the_residual_and_operands_may_be_columns(kind: Unary) -> None:
+    wide, weight, bias = torch.randn(35, 12), torch.randn(9, 5, 6) / 5, torch.randn(6)
+    residual = torch.randn(35, 6)
+    arguments = (wide[:, 4:9], weight, bias, (1, 5, 7), (3, 3), residual, torch.float32, int(kind), 0.2)
+    plain = convolution.reference(wide[:, 4:9].contiguous(), *arguments[1:5], None, torch.float32)
+    expected = elementwise.unary(kind, plain, 0.2) + residual
+    torch.testing.assert_close(convolution.reference(*arguments), expected)
+    with interpreted():
+        found = convolution.launch_convolution(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=GELU_ERROR + 1e-4)
 
 
 def test_bias_and_residual_may_be_missing() -> None:

@@ -73,6 +73,20 @@ def test_gates_of_images_and_of_tokens_side_by_side() -> None:
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize(("channels", "width"), [(5, 3), (3, 12), (60, 8), (8, 8), (1, 9), (9, 1)])
+def test_products_with_a_narrow_side(channels: int, width: int) -> None:
+    """Of a value whose padding is not zero."""
+    weight, bias = torch.randn(channels, width), torch.randn(width)
+    chain = Chain(constants=[weight, bias], numbers=[0.0], columns=[width, width], half=[False] * 2)
+    x = chain.emit(Op.UNARY, channels, Unary.SIGMOID, chain.emit(Op.LOAD, channels, 0, 1, 0), 1)
+    chain.emit(Op.STORE, width, chain.emit(Op.PRODUCT, width, x, 0, 1, channels), 0, 0)
+    chain.emit(Op.STORE, width, chain.emit(Op.PRODUCT, width, x, 0, -1, channels), 1, 0)
+    inputs = torch.randn(11, channels + 2)
+    product = inputs[:, 1:-1].sigmoid() @ weight
+    for found in run(chain, inputs, rows=11):
+        torch.testing.assert_close(found, [product + bias, product], rtol=1e-4, atol=1e-5)
+
+
 def test_strided_matrices_are_refused() -> None:
     chain = Chain(columns=[4], half=[False])
     chain.emit(Op.STORE, 4, chain.emit(Op.LOAD, 4, 0, 0, 0), 0, 0)
