@@ -39,7 +39,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     "fast": HarmonizeSettings(None, RefineSettings(steps=100, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8, fused=True), crops=128),
+    "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8), crops=128),
     "best": HarmonizeSettings(
         None,
         refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),

@@ -31,7 +31,6 @@ from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.stages import find_stages
 from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.harmonization.weights import frozen
-from harmoq_ao.quant.fused_rounding import fused_rounding
 from harmoq_ao.sites.model import PreparedModel
 
 
@@ -107,7 +106,7 @@ def refine(
     teacher = teacher or Teacher(prepared)
     enable_fake_quant(prepared)
     disable_observers(prepared)
-    with frozen(prepared), fused_rounding(settings.fused):
+    with frozen(prepared):
         store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, settings, algorithm))
         run = _Refinement(prepared, teacher, crops, settings, held_out)
         run.resume(_same_everywhere(store.load(), prepared))

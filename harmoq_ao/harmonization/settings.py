@@ -66,9 +66,6 @@ class RefineSettings:
         warm_up: Steps over which the rates rise from zero.
         checks: How often the held-out crops are measured in a cycle, evenly over its steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
-        fused: Compile the arithmetic of the fake-quantizers of large operands, attention maps above all
-            (`quant/fused_rounding.py`), where there is a compiler: shorter steps after a wait of a few seconds. Two
-            runs may differ in their last digits.
         seed: Of the order of the crops and their mirroring.
 
     Raises:
@@ -86,7 +83,6 @@ class RefineSettings:
     warm_up: int = 5
     checks: int = 8
     precision: Precision = "float32"
-    fused: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -74,12 +74,16 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         Raises:
             CalibrationError: A static quantizer has no bounds yet.
         """
-        if self.observer is not None and bool(self.observer_enabled[0]):
-            self.observer(x.detach())
+        self.observe(x)
         if not self.active:
             return x
         lo, hi = dynamic_bounds_for(x, self.spec, scale) if self.spec.dynamic else self.bounds()
         return fake_quantize(x, lo, hi, self.spec.bits, scale, shift)
+
+    def observe(self, x: Tensor) -> None:
+        """Show an operand to the observer, if there is one and it is switched on."""
+        if self.observer is not None and bool(self.observer_enabled[0]):
+            self.observer(x.detach())
 
     def rounded_rows(self, rows: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
         """``(rows - shift) / scale`` on the quantizer's levels, whatever its switches.

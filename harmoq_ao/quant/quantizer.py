@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError, shown
-from harmoq_ao.common.tracing import is_traced
-from harmoq_ao.quant.fused_rounding import compiled, is_fused
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bit widths that quantize."""
@@ -196,10 +194,24 @@ def fake_quantize(
         value moves the bound it hit; a value inside, at position ``t`` in steps above `lo`, moves `hi` by
         ``(round(t) - t) / (2**bits - 1)`` and `lo` by the opposite (LSQ: Esser et al., ICLR 2020).
     """
-    operands = (x, lo, hi, scale, shift)
-    learning = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale, shift, learning and is_fused(x))
+    result: Tensor = _FakeQuantize.apply(x, lo, hi, bits, scale, shift)
     return result
+
+
+def bound_gradients(grad: Tensor, position: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Gradients of `lo` and `hi` in :func:`fake_quantize`.
+
+    Args:
+        grad: Gradient of the rounded values.
+        position: Where the values were before rounding, in steps from `lo`.
+        lo: Lower bound.
+        hi: Upper bound.
+        bits: 2 to 8.
+    """
+    _, grad_lo, grad_hi, _, _ = _gradients(grad, position, lo, hi, bits, None, None, _Needs(bounds=True))
+    assert grad_lo is not None
+    assert grad_hi is not None
+    return grad_lo, grad_hi
 
 
 def dynamic_bounds(x: Tensor, axis: int | None = -1) -> tuple[Tensor, Tensor]:
@@ -234,48 +246,36 @@ class _FakeQuantize(torch.autograd.Function):
 
     What is kept for the backward pass is the position ``t`` between the bounds, 0 at `lo` and ``2**bits - 1`` at `hi`;
     everything follows from it: ``(x - shift) / scale = t * step + lo``, and ``t`` outside of its range was clipped.
-    Fused (`fused_rounding.py`) `x` is kept instead, and the position computed anew.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        lo: Tensor,
-        hi: Tensor,
-        bits: int,
-        scale: Tensor | None,
-        shift: Tensor | None,
-        fused: bool,
+        ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
-        ctx.bits, ctx.shape, ctx.dtype, ctx.fused = bits, x.shape, x.dtype, fused
-        if fused:
-            ctx.save_for_backward(x, lo, hi, scale, shift)
-            return compiled(_round_trip)(x, lo, hi, bits, scale, shift)
+        ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
         position = _position(x, lo, hi, bits, scale, shift)
         ctx.save_for_backward(position, lo, hi, scale, shift)
         return _value_at(position, lo, hi, bits).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        kept, lo, hi, scale, shift = ctx.saved_tensors
-        needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift, _ = ctx.needs_input_grad
+        position, lo, hi, scale, shift = ctx.saved_tensors
+        needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
         needs = _Needs(needs_x, needs_lo or needs_hi, needs_scale, needs_shift)
-        gradients = compiled(_gradients) if ctx.fused else _gradients_at
-        grad_x, grad_lo, grad_hi, grad_scale, grad_shift = gradients(
-            grad_outputs[0], kept, lo, hi, ctx.bits, scale, shift, needs
+        grad_x, grad_lo, grad_hi, grad_scale, grad_shift = _gradients(
+            grad_outputs[0], position, lo, hi, ctx.bits, scale, shift, needs
         )
         grad_x = None if grad_x is None else grad_x.sum_to_size(ctx.shape).to(ctx.dtype)
-        return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift, None
+        return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift
 
 
 class _Needs(NamedTuple):
     """Whose gradients are asked for."""
 
-    x: bool
-    bounds: bool
-    scale: bool
-    shift: bool
+    x: bool = False
+    bounds: bool = False
+    scale: bool = False
+    shift: bool = False
 
 
 def _position(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
@@ -287,25 +287,7 @@ def _value_at(position: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
     return position.round().clamp_(0, 2**bits - 1).mul_(step_size(lo, hi, bits)).add_(lo)
 
 
-def _round_trip(x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None) -> Tensor:
-    return _value_at(_position(x, lo, hi, bits, scale, shift), lo, hi, bits).to(x.dtype)
-
-
 def _gradients(
-    grad: Tensor,
-    x: Tensor,
-    lo: Tensor,
-    hi: Tensor,
-    bits: int,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    needs: _Needs,
-) -> tuple[Tensor | None, ...]:
-    position = _position(x, lo, hi, bits, scale, shift)
-    return _gradients_at(grad, position, lo, hi, bits, scale, shift, needs)
-
-
-def _gradients_at(
     grad: Tensor,
     position: Tensor,
     lo: Tensor,
@@ -345,6 +327,6 @@ def _sum_to(values: Tensor, bound: Tensor) -> Tensor:
 
 def _dot_to(left: Tensor, right: Tensor, bound: Tensor) -> Tensor:
     """``(left * right)`` summed to the shape of `bound`; changes `left`."""
-    if bound.dim() == 0 and not is_traced():  # a compiler makes one pass of a product and its sum
+    if bound.dim() == 0:
         return torch.dot(left.reshape(-1), right.reshape(-1))
     return _sum_to(left.mul_(right), bound)

@@ -11,12 +11,15 @@ In an integer kernel this costs nothing: the largest score and the sum of codes 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from harmoq_ao.quant.quantizer import widen
+from harmoq_ao.quant.quantizer import affine_form, bound_gradients, step_size, widen
 
 _TINY = 1e-30
+_SAMPLED_FROM, _SAMPLED = 64, 8  # rows of a map from which on the range learns from some, and which of them
 
 
 def relative_rows(attention_map: Tensor) -> Tensor:
@@ -39,3 +42,87 @@ def renormalized(product: Tensor, attention_map: Tensor, sums: Tensor) -> Tensor
 def row_sums(codes: Tensor, step: Tensor, lower: Tensor) -> Tensor:
     """``sum_j (step * codes_j + lower)`` `[..., M, 1]` in float32, of uint8 codes `[..., M, K]`, whose sum is exact."""
     return codes.sum(-1, keepdim=True, dtype=torch.int32) * step + lower * codes.shape[-1]
+
+
+def map_product(attention_map: Tensor, values: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+    """``(p' v~) * sum_j p_j / sum_j p'_j``, differentiable as its parts are by the straight-through estimator.
+
+    Step by step that is some thirty passes over a map and its gradient, of which nothing but the products and the
+    rounding need be: the step of the codes cancels, and so does the gradient of their sum but for one number a row.
+    Of the range's gradient, two numbers, every eighth row is asked where a map has at least 64.
+
+    Args:
+        attention_map: `p`, `[..., M, K]`; its gradient is that of ``relative_rows`` and ``renormalized``.
+        values: `v~`, already rounded, `[..., K, N]`.
+        lo: Lower bound of ``p / max_j p_j``, 0-d, a whole number of steps and not positive.
+        hi: Upper bound, 0-d.
+        bits: 2 to 8.
+
+    Returns:
+        `[..., M, N]` in the type of a product of the operands.
+    """
+    result: Tensor = _MapProduct.apply(attention_map, values, lo, hi, bits)
+    return result
+
+
+class _MapProduct(torch.autograd.Function):
+    """With whole numbers ``c = p' / step``: ``y = (c v~) * sum p / sum c``."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, values: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
+        wide = widen(p)
+        top = wide.amax(-1, keepdim=True).clamp_min_(_TINY)
+        factor, offset = affine_form(lo, hi, bits)
+        below, above = torch.stack((lo < 0, hi < 1)).tolist()  # else nothing is clipped: entries are in 0..1
+        codes = (wide / top).mul_(factor)
+        if below:
+            codes.add_(offset)
+        codes.round_()
+        if below or above:
+            codes.clamp_(0, 2**bits - 1)
+        if below:
+            codes.sub_(offset.round())
+        sums, total = wide.sum(-1, keepdim=True), codes.sum(-1, keepdim=True).clamp_min_(_TINY)
+        product = torch.matmul(codes.to(values.dtype), values)  # exact in 16 bits too
+        y = (product * (sums / total)).to(product.dtype)
+        ctx.bits, ctx.clips = bits, below or above
+        ctx.save_for_backward(p, values, lo, hi, codes, y, top, sums, total)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        p, values, lo, hi, codes, y, top, sums, total = ctx.saved_tensors
+        needs_map, needs_values, needs_lo, needs_hi, _ = ctx.needs_input_grad
+        grad, wide = widen(grad_outputs[0]), widen(values)
+        product = grad * (sums / total)  # of c v~
+        along = (grad * y).sum(-1, keepdim=True)  # of the logarithm of the sums' ratio
+        grad_map = grad_values = grad_lo = grad_hi = None
+        if needs_values:
+            grad_values = torch.matmul(codes.mT, product).sum_to_size(values.shape).to(values.dtype)
+        if needs_map:
+            step = step_size(lo, hi, ctx.bits)
+            slope, of_sum = (step * top).reciprocal(), along / sums.clamp_min(_TINY)
+            grad_map = torch.matmul(product * slope, wide.mT)
+            if ctx.clips:
+                relative = widen(p) / top
+                grad_map.sub_(along * slope / total).masked_fill_((relative < lo) | (relative > hi), 0.0).add_(of_sum)
+            else:
+                grad_map.add_(of_sum - along * slope / total)
+            grad_map = grad_map.sum_to_size(p.shape).to(p.dtype)
+        if needs_lo or needs_hi:
+            grad_lo, grad_hi = _range_gradients(ctx.bits, p, top, lo, hi, product, along / total, wide)
+        return grad_map, grad_values, grad_lo, grad_hi, None
+
+
+def _range_gradients(
+    bits: int, p: Tensor, top: Tensor, lo: Tensor, hi: Tensor, product: Tensor, of_sum: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the bounds from some of the rows; `product` and `of_sum` are those of ``c v~`` and of ``sum c``."""
+    every = _SAMPLED if p.shape[-2] >= _SAMPLED_FROM else 1
+    rows = slice(None, None, every)
+    factor, offset = affine_form(lo, hi, bits)
+    position = (widen(p[..., rows, :]) / top[..., rows, :]).mul_(factor).add_(offset)
+    grad = torch.matmul(product[..., rows, :], values.mT).sub_(of_sum[..., rows, :]).mul_(factor)
+    share = p.shape[-2] / position.shape[-2]
+    grad_lo, grad_hi = bound_gradients(grad, position.expand_as(grad), lo, hi, bits)
+    return grad_lo * share, grad_hi * share

@@ -233,10 +233,8 @@ class PreparedSite(nn.Module):
         if is_quiet():
             return
         for quantizer, operand in ((self.act_quantizer, act), (self.weight_quantizer, weight)):
-            if quantizer is None or operand is None or quantizer.observer is None:
-                continue
-            if bool(quantizer.observer_enabled[0]):
-                quantizer.observer(operand.detach())
+            if quantizer is not None and operand is not None:
+                quantizer.observe(operand)
 
     def _active(self) -> bool:
         """Whether the next call rounds an operand."""

@@ -17,8 +17,8 @@ from harmoq_ao.config import HarmoqConfig, SiteSettings
 from harmoq_ao.graph.contractions import contraction_macs
 from harmoq_ao.quant.joint_scale import joint_scale
 from harmoq_ao.quant.joint_shift import joint_shift
-from harmoq_ao.quant.quantizer import Scheme, widen
-from harmoq_ao.quant.relative_maps import relative_rows, renormalized
+from harmoq_ao.quant.quantizer import Scheme
+from harmoq_ao.quant.relative_maps import map_product, relative_rows
 from harmoq_ao.sites import sqnr
 from harmoq_ao.sites.base import PreparedSite, observer_of, quiet, solve_activation, stacked_qparams
 from harmoq_ao.sites.forms import MatmulForm
@@ -201,11 +201,12 @@ class PreparedMatmul(PreparedSite):
             return self.form.original(*operands, **options)
         scale = self.joint_scale
         self.site.check_length(left, scale)
-        a = self._rounded(self.act_quantizer, self._map(left), scale)
         b = self._rounded(self.weight_quantizer, right, None if scale is None else 1.0 / scale[:, None])
-        product = torch.matmul(a, b)
-        if self.relative:
-            product = renormalized(product, left, widen(a).sum(-1, keepdim=True))
+        if self.relative and self.act_quantizer is not None and self.act_quantizer.active:
+            self.act_quantizer.observe(self._map(left))
+            product = map_product(left, b, *self.act_quantizer.bounds(), self.act_quantizer.spec.bits)
+        else:
+            product = torch.matmul(self._rounded(self.act_quantizer, left, scale), b)
         return self.form.finish(product, *operands, **options)
 
     def _map(self, left: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -19,7 +20,7 @@ from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.quant.quantizer import Scheme, fake_quantize, quantize
-from harmoq_ao.quant.relative_maps import relative_rows, renormalized, row_sums
+from harmoq_ao.quant.relative_maps import map_product, relative_rows, renormalized, row_sums
 from harmoq_ao.sites.prepared import PreparedMatmul
 from harmoq_ao.sites.quantized import QuantizedMatmul
 from tests.harmonization.helpers import crops
@@ -35,10 +36,28 @@ def maps(seed: int, rows: int, keys: int, spread: float, dtype: torch.dtype = to
     return (torch.randn(rows, keys, generator=generator, dtype=dtype) * spread).softmax(-1)
 
 
-def product(attention_map: Tensor, values: Tensor, bits: int) -> Tensor:
-    """What a site computes with its values in float."""
-    rounded = fake_quantize(relative_rows(attention_map), ZERO, ONE, bits)
+def product(attention_map: Tensor, values: Tensor, bits: int, lo: Tensor = ZERO, hi: Tensor = ONE) -> Tensor:
+    """What a site computes with its values in float, step by step."""
+    rounded = fake_quantize(relative_rows(attention_map), lo, hi, bits)
     return renormalized(rounded @ values, attention_map, rounded.sum(-1, keepdim=True))
+
+
+def with_gradients(function: Callable[..., Tensor], *operands: Tensor) -> list[Tensor]:
+    """The value of a function of a map, values and two bounds, and its gradients by all of them."""
+    leaves = [operand.clone().requires_grad_() for operand in operands]
+    value = function(*leaves)
+    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(3), dtype=value.dtype)
+    return [value, *torch.autograd.grad(value, leaves, upstream)]
+
+
+def in_one(attention_map: Tensor, values: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """At 3 bits."""
+    return map_product(attention_map, values, lo, hi, 3)
+
+
+def step_by_step(attention_map: Tensor, values: Tensor, lo: Tensor, hi: Tensor) -> Tensor:
+    """Likewise."""
+    return product(attention_map, values, 3, lo, hi)
 
 
 sizes = {"seed": st.integers(0, 2**32), "rows": st.integers(1, 6), "keys": st.integers(1, 40)}
@@ -73,6 +92,49 @@ def test_the_sum_of_codes_is_that_of_what_they_stand_for(seed: int, rows: int, k
     expected = fake_quantize(relative.double(), lower, upper, bits).sum(-1, keepdim=True)
     found = row_sums(codes, (upper - lower) / (2**bits - 1), lower)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@given(**sizes, spread=st.sampled_from([0.3, 3.0, 30.0]), lo=st.sampled_from([0, 1, 2]), hi=st.floats(0.3, 1.2))
+def test_in_few_passes_it_has_the_same_value_and_gradients(
+    seed: int, rows: int, keys: int, spread: float, lo: int, hi: float
+) -> None:
+    """Also with levels below zero and with entries that are clipped."""
+    attention_map = maps(seed, 2 * rows, keys, spread, torch.float64).unflatten(0, (2, rows))
+    values = torch.randn(2, keys, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    step = torch.tensor(hi, dtype=torch.float64) / (7 - lo)
+    bounds = -lo * step, (7 - lo) * step
+    position = attention_map / attention_map.amax(-1, keepdim=True).clamp_min(1e-30) / step
+    assume(bool(((position - position.round()).abs() < 0.5 - 1e-9).all()))  # no tie
+    assume(bool(((position - (7 - lo)).abs() > 1e-3).all()))  # neither inside nor clipped
+    found = with_gradients(in_one, attention_map, values, *bounds)
+    torch.testing.assert_close(
+        found, with_gradients(step_by_step, attention_map, values, *bounds), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_many_rows_give_the_ranges_gradient_by_some_of_them() -> None:
+    """Where each row is there eight times, that is all of it."""
+    attention_map, values = maps(0, 16, 9, 2.0), torch.randn(9, 4, generator=torch.Generator().manual_seed(1))
+    bounds = torch.tensor(0.0), torch.tensor(0.83)
+    leaves = [bound.clone().requires_grad_() for bound in bounds]
+    whole = step_by_step(attention_map.repeat_interleave(8, 0), values, *leaves).square().sum()
+    some = in_one(attention_map.repeat_interleave(8, 0), values, *leaves).square().sum()
+    torch.testing.assert_close(
+        torch.autograd.grad(some, leaves), torch.autograd.grad(whole, leaves), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_half_precision_keeps_its_type() -> None:
+    attention_map, values = (
+        maps(0, 5, 6, 2.0).bfloat16().requires_grad_(),
+        torch.randn(6, 3).bfloat16().requires_grad_(),
+    )
+    y = map_product(attention_map, values, ZERO, ONE, 4)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16
+    for leaf in (attention_map, values):
+        assert leaf.grad is not None
+        assert leaf.grad.dtype == torch.bfloat16
 
 
 def test_a_map_of_flat_and_peaked_rows_gains() -> None:
