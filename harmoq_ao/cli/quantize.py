@@ -49,7 +49,7 @@ def quantize(
     ] = None,
     conv_bits: Annotated[int, typer.Option(help="Bits of convolutions; 32 leaves them in float.")] = 32,
     observer: Annotated[str, typer.Option(help="Activation observer: minmax, percentile, mse or histogram.")] = "mse",
-    joint_scale: Annotated[str, typer.Option(help="Joint scales: hso, search or none.")] = "hso",
+    joint_scale: Annotated[str, typer.Option(help="Joint scales: hso or none.")] = "hso",
     relative_maps: Annotated[
         bool,
         typer.Option(
