@@ -1,5 +1,6 @@
 // Calls of operators, recorded once and made again without Python (`replay.py`).
 
+#include <ATen/ScalarOps.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/custom_class.h>
@@ -153,10 +154,12 @@ class Replay : public torch::CustomClassHolder {
     return arguments[current.arguments.size()].type();
   }
 
-  // Python writes floats like integers.
+  // Python writes floats like integers, and numbers where operators take tensors.
   IValue converted(const IValue& value) {
-    const bool floating = without_optional(expected())->kind() == c10::TypeKind::FloatType;
-    return floating && value.isInt() ? IValue(static_cast<double>(value.toInt())) : value;
+    const c10::TypeKind kind = without_optional(expected())->kind();
+    if (kind == c10::TypeKind::FloatType && value.isInt()) return static_cast<double>(value.toInt());
+    if (kind == c10::TypeKind::TensorType && value.isScalar()) return at::native::wrapped_scalar_tensor(value.toScalar());
+    return value;
   }
 
   void add(Argument argument) {
