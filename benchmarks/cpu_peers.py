@@ -1,8 +1,8 @@
 """How fast are whole models on this CPU, ours and everybody else's, and what does each lose in PSNR?
 
 Every contender runs in a process of its own. One contender at a time is measured against two yardsticks, float32 eager
-and OpenVINO bfloat16: the three processes take turns, one call each per round, on the same fresh random image, and the
-ratios are taken within rounds. A contender is done once; run the script again to go on where it stopped.
+and OpenVINO bfloat16, or what of them works: they take turns, one call each per round, on the same fresh random image,
+and the ratios are taken within rounds. A contender is done once; run the script again to go on where it stopped.
 
 All that calibrate do so on the same crops. PSNR is of luma on Set5, in tiles of the size that is timed, for every
 contender alike, since most of them take one size only.
@@ -367,7 +367,7 @@ def measure(
             if index >= warm_up:
                 times[name].append(seconds)
     found: dict[str, Any] = percentiles(times[worker.name])
-    for name in YARDSTICKS:
+    for name in (w.name for w in yardsticks):
         found[f"speed_vs_{name.replace(' ', '_')}"] = round(paired_ratio(times[name], times[worker.name]), 3)
     found["peak_mib"] = round(worker.ask("memory"))
     psnr = None if set5 is None else round(worker.ask("psnr"), 3)
@@ -391,10 +391,16 @@ def run(job: Job, options: Any) -> None:
         return
     about |= {"model": f"{job.model} x{SCALE}", "image": [1, 3, *job.image_size], "rounds": options.rounds}
     about |= {"tile": job.size} if job.frame else {}
+    about |= {"isa": job.isa} if job.isa else {}
     about |= {"calibration_crops": job.crop_count, **environment(PACKAGES)}
     with ExitStack() as stack:
         start = partial(Worker, job=job, set5=set5, threads=options.threads)
-        yardsticks = {name: stack.enter_context(closing(start(name))) for name in YARDSTICKS}
+        yardsticks: dict[str, Worker] = {}
+        for name in options.yardsticks:
+            try:
+                yardsticks[name] = stack.enter_context(closing(start(name)))
+            except RuntimeError as error:
+                rows[name] = {"contender": name, "error": str(error)}
         for name in missing:
             with ExitStack() as own:
                 try:
@@ -416,14 +422,17 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         cells = {"contender": row["contender"], "p20 ms": row.get("error", "")}
         if "error" not in row:
             cells |= {f"{p} ms": f"{row[f'{p}_ms']:.1f}" for p in ("p20", "p50", "p80")}
-            cells |= {f"vs {y}": f"{row[f'speed_vs_{y}'.replace(' ', '_')]:.2f}" for y in YARDSTICKS}
+            speeds = {y: row.get(f"speed_vs_{y}".replace(" ", "_")) for y in YARDSTICKS}
+            cells |= {f"vs {y}": f"{speed:.2f}" for y, speed in speeds.items() if speed is not None}
             cells["MiB"] = str(row["peak_mib"])
             cells["PSNR dB"] = "" if row["psnr_y"] is None else f"{row['psnr_y']:.3f}"
         lines.append(cells)
     columns = ["contender", "p20 ms", "p50 ms", "p80 ms", *_RATIOS, "MiB", "PSNR dB"]
     table = pd.DataFrame(lines, columns=columns).fillna("")
     tiles = f" in tiles of {about['tile']}" if "tile" in about else ""
-    head = f"## {about['model']}, {about['image'][3]}x{about['image'][2]} input{tiles}"
+    held = f", held to {about['isa']}" if about.get("isa") else ""
+    threads = f", threads {about['threads']}" if "threads" in about else ""
+    head = f"## {about['model']}, {about['image'][3]}x{about['image'][2]} input{tiles}{threads}{held}"
     return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}"
 
 
@@ -452,7 +461,7 @@ def write_pages(folder: Path) -> str:
         about, known = read_results(path)
         rows = [row for name in CONTENDERS for row in known if row["contender"] == name]
         pages.append(markdown(about, rows))
-        if any("p50_ms" in row for row in rows):
+        if path.stem.removeprefix("cpu_peers_") in MODELS:  # at the usual size, with all threads
             chart(about, rows, path.with_suffix(".png"))
     text = "\n\n".join(pages) + "\n"
     write_text(folder / "cpu_peers.md", text)
@@ -468,6 +477,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--contenders", type=lambda text: text.split(";"), default=list(CONTENDERS), help="A;B;C")
+    parser.add_argument("--yardsticks", type=lambda text: text.split(";"), default=list(YARDSTICKS), help="A;B")
     parser.add_argument("--set5", type=Path, help="benchmark root with HR and LR_bicubic/X2")
     parser.add_argument("--isa", choices=("avx2",), help="hold torch and our kernels to it")
     parser.add_argument("--work", type=Path, default=Path("build/cpu_peers"))
@@ -477,7 +487,7 @@ def main() -> None:
     if options.isa:  # read by the contenders' processes when they start
         for name in ("ATEN_CPU_CAPABILITY", "HARMOQ_CPU_KERNELS", "ONEDNN_MAX_CPU_ISA"):
             os.environ[name] = options.isa
-    if unknown := [name for name in options.contenders if name not in CONTENDERS]:
+    if unknown := [name for name in options.contenders + options.yardsticks if name not in CONTENDERS]:
         parser.error(f"unknown contenders: {', '.join(unknown)}; known: {'; '.join(CONTENDERS)}")
     for name in options.model or MODELS:
         run(Job(name, options.size, options.work, options.isa, options.frame), options)

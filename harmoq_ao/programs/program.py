@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from harmoq_ao.cpu_kernels import library
+from harmoq_ao.cpu_kernels.replay import NotReplayableError, Replay
+from harmoq_ao.cpu_kernels.replay import record as record_calls
 from harmoq_ao.lowering.fusing import is_traced
 from harmoq_ao.programs.emit import emit
 from harmoq_ao.programs.lower import Lowering
@@ -108,7 +110,34 @@ class SizedPrograms(Generic[P]):
         logger.warning("The model runs without fused %s kernels: %s", self.kernels, self.refusal)
 
 
-class Programs(SizedPrograms[fx.GraphModule]):
+class Program:
+    """A program whose operators are called without Python from the second image on.
+
+    Args:
+        graph: Takes an image batch.
+    """
+
+    def __init__(self, graph: fx.GraphModule) -> None:
+        self.graph = graph
+        self._replay: Replay | None = None
+        self._fixed = True
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The output; grad mode and autocast must be off."""
+        if self._replay is not None and self._replay.takes(image):
+            return self._replay(image)
+        if self._replay is None and self._fixed:
+            try:
+                output, self._replay = record_calls(self.graph, image)
+                return output
+            except NotReplayableError as error:
+                self._fixed = False
+                logger.debug("A program is not replayed: %s", error)
+        result: Tensor = self.graph(image)
+        return result
+
+
+class Programs(SizedPrograms[Program]):
     """Programs of one model for a CPU, by image size."""
 
     kernels = "CPU"
@@ -133,7 +162,7 @@ class Programs(SizedPrograms[fx.GraphModule]):
             return None
         try:
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                output: Tensor = program(image)
+                output = program(image)
         except (RuntimeError, TypeError, IndexError) as error:  # an operator that shapes alone did not speak for
             self._refuse(error)
             return None
@@ -141,9 +170,9 @@ class Programs(SizedPrograms[fx.GraphModule]):
             raise nan_error()
         return output
 
-    def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> fx.GraphModule | None:
-        def make() -> fx.GraphModule:
-            made = make_program(model, image, library.status().isa == HALF, dtype)
+    def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Program | None:
+        def make() -> Program:
+            made = Program(make_program(model, image, library.status().isa == HALF, dtype))
             # graphs of islands may have been traced meanwhile, with tensors of their own
             self._watch = Watch(model)
             return made

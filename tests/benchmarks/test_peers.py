@@ -120,6 +120,15 @@ def test_what_a_contender_failed_with_reaches_the_results(monkeypatch: pytest.Mo
     assert "| torchao int8 dynamic | RuntimeError: no kernel \\| for this |" in cpu_peers.markdown(about, [row])
 
 
+def test_tables_without_a_yardstick() -> None:
+    times = {"p20_ms": 1.0, "p50_ms": 2.0, "p80_ms": 3.0, "peak_mib": 5, "psnr_y": None}
+    row = {"contender": "harmoq W8A8", **times, "speed_vs_float32_eager": 4.0}
+    about = {"model": "dat-light x2", "image": [1, 3, 24, 24], "rounds": 2, "threads": 1, "isa": "avx2"}
+    text = cpu_peers.markdown(about, [row])
+    assert "## dat-light x2, 24x24 input, threads 1, held to avx2" in text
+    assert "| harmoq W8A8 | 1.0 | 2.0 | 3.0 | 4.00 |  | 5 |  |" in text
+
+
 def test_a_contender_answers_from_a_process_of_its_own() -> None:
     with closing(cpu_peers.Worker("float32 eager", cpu_peers.Job("swinir-light", 16, Path()), None, 1)) as worker:
         found = cpu_peers.measure(worker, [worker_named(name, worker) for name in cpu_peers.YARDSTICKS], 2, None)

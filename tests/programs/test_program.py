@@ -19,7 +19,7 @@ from harmoq_ao.common.errors import InputError
 from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.programs import program as programs
-from harmoq_ao.programs.program import KEPT, Programs
+from harmoq_ao.programs.program import KEPT, Program, Programs, make_program
 from tests import models
 from tests.programs.helpers import AVAILABLE, Body, Written, off_by, written
 
@@ -106,6 +106,39 @@ def state_loaded(model: h.QuantizedModel) -> None:
 
 def module_exchanged(model: h.QuantizedModel) -> None:
     model.model.two = nn.Linear(16, 3)
+
+
+@pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light", "HAT"])
+def test_later_images_are_replayed(name: str) -> None:
+    graph, calls = make_program(quantized(name).model, image(), half=False), list[int]()
+    handle = graph.register_forward_hook(lambda *_: calls.append(1))
+    program = Program(graph)
+    with torch.no_grad():
+        outputs = [program(image(seed=seed)) for seed in range(3)]
+        assert len(calls) == 1
+        handle.remove()
+        for seed, output in enumerate(outputs):
+            assert torch.equal(output, graph(image(seed=seed)))
+
+
+def test_other_layouts_are_not_replayed() -> None:
+    graph = make_program(quantized("SwinIR/light").model, image(), half=False)
+    program = Program(graph)
+    with torch.no_grad():
+        want = program(image())
+        assert torch.equal(program(image().to(memory_format=torch.channels_last)), want)
+        assert torch.equal(program(image().double()), want)
+
+
+def test_graphs_that_read_values_stay_in_python() -> None:
+    class Reading(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * float(x.amax())
+
+    program = Program(torch.fx.GraphModule(Reading(), torch.fx.Graph()))
+    program.graph.forward = Reading().forward
+    for seed in range(3):
+        assert torch.equal(program(image(seed=seed)), Reading()(image(seed=seed)))
 
 
 @pytest.mark.parametrize("change", [weight_changed, weight_exchanged, state_loaded, module_exchanged])

@@ -10,22 +10,37 @@
 #include <torch/library.h>
 
 #include <atomic>
+#include <vector>
 
 namespace harmoq {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
 
-// Calls f(next) in every thread; next(first, last) hands out runs of tasks until there are none. Threads that are held
-// up, or have cheaper tasks, take fewer of them.
+// Calls f(next) in every thread; next(first, last) hands out runs of tasks until there are none. Each thread takes those
+// of its own share first, the same in every kernel, so that it finds in its cache what it wrote before; then it helps
+// the others: threads may be held up, or have the costlier tasks.
 template <typename F>
 void share_tasks(int64_t tasks, const F& f) {
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks), run = std::max<int64_t>(tasks / (threads * 8 + 1), 1);
-  std::atomic<int64_t> taken{0};
-  at::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  struct alignas(64) Share {
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
+  const int64_t run = std::max<int64_t>(tasks / (threads * 8 + 1), 1);
+  std::vector<Share> shares(threads);
+  for (int64_t t = 0; t < threads; ++t) {
+    shares[t].next = tasks * t / threads, shares[t].end = tasks * (t + 1) / threads;
+  }
+  at::parallel_for(0, threads, 1, [&](int64_t own, int64_t) {
+    int64_t done = 0;  // shares that are handed out, the own one first
     f([&](int64_t& first, int64_t& last) {
-      first = taken.fetch_add(run), last = std::min(first + run, tasks);
-      return first < tasks;
+      for (; done < threads; ++done) {
+        Share& share = shares[(own + done) % threads];
+        first = share.next.fetch_add(run), last = std::min(first + run, share.end);
+        if (first < share.end) return true;
+      }
+      return false;
     });
   });
 }
