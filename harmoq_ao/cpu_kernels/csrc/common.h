@@ -26,6 +26,7 @@ void share_tasks(int64_t tasks, const F& f) {
     std::atomic<int64_t> next;
     int64_t end;
   };
+  if (tasks <= 0) return;
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), tasks);
   const int64_t run = std::max<int64_t>(tasks / (threads * 8 + 1), 1);
   std::vector<Share> shares(threads);
