@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 from collections.abc import Iterator
 
 import numpy as np
@@ -17,6 +18,14 @@ settings.register_profile(
 )
 settings.register_profile("thorough", parent=settings.get_profile("ci"), max_examples=1000, derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _forks_with_memory_of_their_own() -> Iterator[None]:
+    """A worker of many threads and gigabytes has ended without a word where it started a process by vfork."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess, "_USE_VFORK", False)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
