@@ -199,7 +199,7 @@ def test_clang_is_not_used_beside_the_openmp_of_gcc(place: Path, monkeypatch: py
             "failed with exit status 1: no such thing",
         ),
         ("exit 3", "failed with exit status 3"),
-        ("kill -SEGV $$", "was stopped by signal 11"),
+        ("ulimit -c 0; kill -SEGV $$", "was stopped by signal 11"),
     ],
 )
 def test_a_compiler_that_fails(place: Path, monkeypatch: pytest.MonkeyPatch, body: str, said: str) -> None:
