@@ -433,8 +433,7 @@ def markdown(about: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     held = f", held to {about['isa']}" if about.get("isa") else ""
     threads = f", threads {about['threads']}" if "threads" in about else ""
     head = f"## {about['model']}, {about['image'][3]}x{about['image'][2]} input{tiles}{threads}{held}"
-    notes = "".join(f"\n\n{row['contender']}: {row['note']}." for row in rows if "note" in row)
-    return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}{notes}"
+    return f"{head}\n\n{machine}; {about['rounds']} rounds.\n\n{markdown_table(table)}"
 
 
 @styled

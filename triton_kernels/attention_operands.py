@@ -20,6 +20,9 @@ from harmoq_ao.triton_kernels.operands import PackedLinear, from_floats, from_op
 LOG2E = 1.4426950408889634
 """Factor of position bias and scores: the kernels' softmax takes ``exp2``."""
 
+APART = -100
+"""What authors add to scores between regions, as a rule."""
+
 MAX_HEAD_DIM = 128
 FUSED_HEAD_DIM = 32
 """Widest head of an attention that is one kernel with its linears: it holds q, k and v of a window at once."""
@@ -104,7 +107,7 @@ class PackedAttention:
     left_bits: int
     right_bits: int
     relative: bool = False
-    apart: int = -100
+    apart: int = APART
 
     @property
     def scores(self) -> str:
@@ -126,7 +129,7 @@ def pack_attention(
     scale_after: bool = False,
     matmuls: MatmulQuantizers | None = None,
     floats: bool = False,
-    apart: int = -100,
+    apart: int = APART,
 ) -> PackedAttention:
     """Bring an attention into the kernels' layout.
 

@@ -22,7 +22,7 @@ from harmoq_ao.programs.lower import Lowering, Modules
 from harmoq_ao.programs.masks import Mask
 from harmoq_ao.programs.record import Recorded
 from harmoq_ao.programs.steps import Emit, Known, Matrix, ModuleStep, Read, RowStep, Value
-from harmoq_ao.triton_kernels.attention_operands import MAX_KEYS, MAX_TOKENS, MatmulQuantizers
+from harmoq_ao.triton_kernels.attention_operands import APART, MAX_KEYS, MAX_TOKENS, MatmulQuantizers
 from harmoq_ao.triton_kernels.channel_attention import pack_channels
 from harmoq_ao.triton_kernels.rowwise import NARROW
 
@@ -182,7 +182,7 @@ class GpuLowering(Lowering):
             cosine,
             after,
             quantizers,
-            -100 if found.mask is None else int(found.mask.value),
+            APART if found.mask is None else int(found.mask.value),
             _keys(self, match),
         )
         firsts = (found.q.first, found.k.first, found.v.first)

@@ -84,7 +84,7 @@ class AttentionSpec:
     cosine: bool
     scale_after: bool
     matmuls: attention_kernels.MatmulQuantizers | None
-    apart: int = -100
+    apart: int = attention_kernels.APART
     products: tuple[int, ...] = ()
 
 

@@ -80,9 +80,14 @@ class HarmoqFakeQuantize(pt2e.FakeQuantizeBase):
         lo, hi = dynamic_bounds_for(x, self.spec, scale) if self.spec.dynamic else self.bounds()
         return fake_quantize(x, lo, hi, self.spec.bits, scale, shift)
 
+    @property
+    def observing(self) -> bool:
+        """Whether there is an observer, and it is switched on."""
+        return self.observer is not None and bool(self.observer_enabled[0])
+
     def observe(self, x: Tensor) -> None:
         """Show an operand to the observer, if there is one and it is switched on."""
-        if self.observer is not None and bool(self.observer_enabled[0]):
+        if self.observer is not None and self.observing:
             self.observer(x.detach())
 
     def rounded_rows(self, rows: Tensor, scale: Tensor | None, shift: Tensor | None = None) -> Tensor:
