@@ -12,6 +12,7 @@ import statistics
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +20,7 @@ from torch import Tensor, fx
 from benchmarks.cpu_peers import MODELS, Job, quantized_model
 from benchmarks.measuring import random_image
 from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.config import Profile
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.programs.program import HALF, make_program
 
@@ -41,6 +43,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="swinir-light")
+    parser.add_argument("--bits", type=int, default=8, help="of weights and activations")
+    parser.add_argument("--profile", choices=get_args(Profile), default="deploy")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--runs", type=int, default=12)
     parser.add_argument("--threads", type=int, default=2)
@@ -48,7 +52,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_memory()
     torch.set_num_threads(options.threads)
-    model = quantized_model(Job(options.model, options.size, options.work), 8)
+    model = quantized_model(Job(options.model, options.size, options.work), options.bits, profile=options.profile)
     program = make_program(model.model, random_image(options.size, 0), library.status().isa == HALF)
     found: dict[str, list[float]] = defaultdict(list)
     calls: dict[str, int] = {}

@@ -8,7 +8,8 @@ For each image and head, with queries and keys of length one along the tokens::
 
 In mode "deploy" the contractions are of floats with float32 sums. In mode "paper" normalised queries and keys, ``P``
 and v are rounded to codes, whose contractions are exact: 16-bit floats hold codes, float32 the products of a block of
-tokens, int32 those of a part of an image, int64 all of them.
+tokens, int32 those of a part of an image, int64 all of them. Relative maps (`quant/relative_maps.py`) round
+``exp(S - max S)`` and divide the product by the sum of what it was rounded to.
 
 Sums come from parts of an image, which programs of their own write down: no atomics, the same bits each time. `sums`
 (twice in mode "paper": lengths first, as codes need them), `maps` and `product` are operators of torch; `reference` is
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
 from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
+from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.triton_kernels.attention_operands import LOG2E
 from harmoq_ao.triton_kernels.device import float_codes
 from harmoq_ao.triton_kernels.launch import (
@@ -62,6 +64,7 @@ class PackedChannels:
         bounds: `[4, 4]` float32: reciprocal, offset, step and lower bound of queries, keys, map and values; None in
             mode "deploy".
         bits: Widths of their codes; zeros in mode "deploy".
+        relative: Whether the map is rounded relative to its rows' largest entries (`quant.relative_maps`).
     """
 
     heads: int
@@ -70,10 +73,16 @@ class PackedChannels:
     eps: tuple[float, float]
     bounds: Tensor | None
     bits: tuple[int, int, int, int]
+    relative: bool = False
 
 
 def pack_channels(
-    heads: int, width: int, factor: Tensor, eps: tuple[float, float], quantizers: Sequence[Affine] | None = None
+    heads: int,
+    width: int,
+    factor: Tensor,
+    eps: tuple[float, float],
+    quantizers: Sequence[Affine] | None = None,
+    relative: bool = False,
 ) -> PackedChannels:
     """Bring an attention among channels into the kernels' form.
 
@@ -83,6 +92,7 @@ def pack_channels(
         factor: `[heads]` float32, of the scores.
         eps: Smallest lengths of queries and keys.
         quantizers: Of queries, keys, map and values, a single range each (mode "paper"); None leaves them in floats.
+        relative: Whether the map's range is of a map relative to its rows' largest entries.
 
     Raises:
         KernelError: A head or a range that the kernels do not take.
@@ -98,7 +108,7 @@ def pack_channels(
     rows = [[*static_qparams(act), act.step, act.lower] for act in quantizers]
     bounds = torch.stack([torch.stack([value.reshape(()) for value in row]) for row in rows])
     q, k, probabilities, v = (act.bits for act in quantizers)
-    return PackedChannels(heads, width, factor, eps, bounds, (q, k, probabilities, v))
+    return PackedChannels(heads, width, factor, eps, bounds, (q, k, probabilities, v), relative)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
@@ -204,6 +214,7 @@ def maps_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ) -> None:
     """The map of a head, `[PADDED, PADDED]`, from the sums of all parts: probabilities, or their codes of ``BITS``."""
@@ -224,7 +235,8 @@ def maps_kernel(
         scores = acc * q_step * k_step + outer[:, None] + (k_sums * k_step * q_lower)[None, :]
     scores = tl.where((lanes < WIDTH)[None, :], scores * (tl.load(factor_ptr + pair % heads) * _LOG2E), float("-inf"))
     weights = tl.exp2(scores - tl.max(scores, 1)[:, None])
-    weights = weights / tl.sum(weights, 1)[:, None]
+    if not RELATIVE:
+        weights = weights / tl.sum(weights, 1)[:, None]
     if BITS != 0:
         inside = (lanes < WIDTH)[None, :]
         weights = _codes(weights, tl.load(bounds_ptr + 8), bounds_ptr + 9, inside, BITS)
@@ -261,6 +273,7 @@ def product_kernel(
     WIDTH: tl.constexpr,
     PADDED: tl.constexpr,
     BITS: tl.constexpr,
+    RELATIVE: tl.constexpr,
     DTYPE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -281,6 +294,8 @@ def product_kernel(
         of_map = tl.sum(weights.to(tl.float32), 1) * left_step + left_lower * WIDTH
         acc = (acc * left_step + (tl.sum(codes, 1) * left_lower)[:, None]) * tl.load(bounds_ptr + 14)
         acc += (of_map * tl.load(bounds_ptr + 15))[None, :]
+        if RELATIVE:  # rows sum to one again
+            acc = acc / tl.maximum(of_map, 1e-30)[None, :]
     else:
         acc = tl.dot(v.to(DTYPE), tl.trans(weights), input_precision=PRECISION)
     out_at = out_ptr + rows[:, None] * OUT + (head * WIDTH + lanes)[None, :]
@@ -351,6 +366,7 @@ def launch_maps(
     length: int,
     eps: Sequence[float],
     bits: Sequence[int],
+    relative: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Run `maps_kernel`; arguments as in `reference_maps`."""
@@ -359,12 +375,14 @@ def launch_maps(
     with on_device(sums):
         maps_kernel[(images * heads,)](
             sums, factor, bounds, out, length, parts, heads, float(eps[0]), float(eps[1]), WIDTH=width, PADDED=padded,
-            BITS=bits[2], BLOCK_S=part_block(padded), num_warps=warps(padded), num_stages=1, **OPTIONS,
+            BITS=bits[2], RELATIVE=relative, BLOCK_S=part_block(padded), num_warps=warps(padded), num_stages=1, **OPTIONS,
         )  # fmt: skip
     return out
 
 
-def launch_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int]) -> Tensor:
+def launch_product(
+    value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int], relative: bool
+) -> Tensor:
     """Run `product_kernel`; arguments as in `reference_product`.
 
     Raises:
@@ -378,7 +396,7 @@ def launch_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Seq
         with on_device(value):
             product_kernel[(heads, blocks(length, token_block(padded)), images)](
                 value, maps, bounds, out, length, V_STRIDE=value.stride(0), OUT=value.shape[1], WIDTH=width,
-                PADDED=padded, BITS=bits[3], **_contraction(value.dtype, bounds), BLOCK_T=token_block(padded),
+                PADDED=padded, BITS=bits[3], RELATIVE=relative, **_contraction(value.dtype, bounds), BLOCK_T=token_block(padded),
                 num_warps=warps(padded), num_stages=1, **OPTIONS,
             )  # fmt: skip
     return out
@@ -471,6 +489,7 @@ def reference_maps(
     length: int,
     eps: Sequence[float],
     bits: Sequence[int],
+    relative: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """Maps of channels from sums.
@@ -483,10 +502,12 @@ def reference_maps(
         length: Tokens of an image.
         eps: Of `PackedChannels`.
         bits: Likewise.
+        relative: Likewise.
         dtype: Of the result.
 
     Returns:
-        `[images, heads, P, P]`, rows of probabilities or of their codes, zero beyond ``width`` columns.
+        `[images, heads, P, P]`, rows of probabilities or of their codes, zero beyond ``width`` columns; relative ones
+        are divided by what they sum to behind the product.
     """
     total = sums.sum(2) if bounds is None else sums.long().sum(2).float()
     q, k, gram = total[..., 0, :width], total[..., 1, :width], total[..., 2 : 2 + width, :width]
@@ -499,12 +520,15 @@ def reference_maps(
         scores = gram * q_step * k_step + outer[..., None] + (k * k_step * q_lower)[..., None, :]
     weights = torch.softmax(scores * factor[:, None, None], -1)
     if bounds is not None:
+        weights = relative_rows(weights) if relative else weights
         weights = quantize_codes(weights, bounds[2, 0], bounds[2, 1], bits[2]).float()
     beyond = sums.shape[-1] - width
     return F.pad(weights, (0, beyond, 0, beyond)).to(dtype)
 
 
-def reference_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int]) -> Tensor:
+def reference_product(
+    value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int], relative: bool
+) -> Tensor:
     """Values times maps.
 
     Args:
@@ -512,6 +536,7 @@ def reference_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: 
         maps: From `reference_maps`.
         bounds: Of `PackedChannels`.
         bits: Likewise.
+        relative: Likewise.
 
     Returns:
         `[images * tokens, heads * D]` in the type of ``value``.
@@ -522,6 +547,7 @@ def reference_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: 
     weights = maps[..., :width, :width].float()
     if bounds is not None:
         weights = weights * bounds[2, 2] + bounds[2, 3]
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(1e-30) if relative else weights
         v = quantize_codes(v, bounds[3, 0], bounds[3, 1], bits[3]).float() * bounds[3, 2] + bounds[3, 3]
     return (v @ weights.mT).transpose(1, 2).reshape(value.shape).to(value.dtype)
 
@@ -558,25 +584,28 @@ def _maps(
     length: int,
     eps: Sequence[float],
     bits: Sequence[int],
+    relative: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     run = launch_maps if sums.is_cuda else reference_maps
-    return run(sums, factor, bounds, width, length, eps, bits, dtype)
+    return run(sums, factor, bounds, width, length, eps, bits, relative, dtype)
 
 
 @_maps.register_fake
-def _(sums: Tensor, factor: Any, bounds: Any, width: Any, length: Any, eps: Any, bits: Any, dtype: Any) -> Tensor:
+def _(
+    sums: Tensor, factor: Any, bounds: Any, width: Any, length: Any, eps: Any, bits: Any, relative: Any, dtype: Any
+) -> Tensor:
     return sums.new_empty(*sums.shape[:2], sums.shape[-1], sums.shape[-1], dtype=dtype)
 
 
 @torch.library.custom_op("harmoq::channel_product", mutates_args=())
-def _product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int]) -> Tensor:
+def _product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int], relative: bool) -> Tensor:
     run = launch_product if value.is_cuda else reference_product
-    return run(value, maps, bounds, bits)
+    return run(value, maps, bounds, bits, relative)
 
 
 @_product.register_fake
-def _(value: Tensor, maps: Tensor, bounds: Any, bits: Any) -> Tensor:
+def _(value: Tensor, maps: Tensor, bounds: Any, bits: Any, relative: Any) -> Tensor:
     return value.new_empty(value.shape)
 
 
@@ -620,8 +649,8 @@ def _attention(
     squares = None if bounds is None else sums_of(query, key, None, bounds, o.heads, images, eps, bits)
     sums = sums_of(query, key, squares, bounds, o.heads, images, eps, bits)
     length, dtype = len(query) // images, _operand(value.dtype, bounds)
-    maps = maps_of(sums, o.factor, bounds, o.width, length, eps, bits, dtype)
-    y: Tensor = product_of(value, maps, bounds, bits)
+    maps = maps_of(sums, o.factor, bounds, o.width, length, eps, bits, o.relative, dtype)
+    y: Tensor = product_of(value, maps, bounds, bits, o.relative)
     return y
 
 

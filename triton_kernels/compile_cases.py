@@ -222,7 +222,7 @@ def _attention_arguments(channels: int, tokens: int, regions: bool, paper: bool,
 
 def _channel_cases() -> Iterator[Case]:
     yield from _channel_case("dat-light", 6, 10, False)
-    yield from _channel_case("restormer paper", 4, 48, True)
+    yield from _channel_case("restormer paper relative", 4, 48, True)
 
 
 def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Case]:
@@ -239,11 +239,11 @@ def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Ca
     }  # fmt: skip
     maps = {
         "sums_ptr": sums["out_ptr"], "factor_ptr": "*fp32", "out_ptr": "*fp16" if paper else "*bf16", "parts": "i32",
-        "heads": heads, "BITS": bits, "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
+        "heads": heads, "BITS": bits, "RELATIVE": paper, "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
     }  # fmt: skip
     product = {
         "v_ptr": "*bf16", "maps_ptr": maps["out_ptr"], "out_ptr": "*bf16", "V_STRIDE": 3 * heads * width,
-        "OUT": heads * width, "BITS": bits, **shared, **contraction,
+        "OUT": heads * width, "BITS": bits, "RELATIVE": paper, **shared, **contraction,
     }  # fmt: skip
     options: dict[str, Any] = {"integer_mma": False, "num_warps": channel_attention.warps(padded)}
     kernel, trips = channel_attention.sums_kernel, blocks(part, block)

@@ -77,8 +77,8 @@ WORK = (
     Work("channel sums / dat-light", 6 * 64, 120, 0, 600),
     Work("channel maps / dat-light", 6, 0),
     Work("channel product / dat-light", 6 * 512, 120, 0, 600),
-    Work("channel sums / restormer paper", 4 * 64, 384, 0, 4 * 48 * 48),
-    Work("channel product / restormer paper", 4 * 1024, 384, 0, 4 * 48 * 48),
+    Work("channel sums / restormer paper relative", 4 * 64, 384, 0, 4 * 48 * 48),
+    Work("channel product / restormer paper relative", 4 * 1024, 384, 0, 4 * 48 * 48),
     Work("rowwise / sum of 180 and its norm", TOKENS // 16, 720),
     Work("rowwise / halves of 120, GELU, gate", TOKENS // 64, 180),
 )

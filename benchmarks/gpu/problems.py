@@ -194,8 +194,11 @@ def _attention_checks(tiny: bool) -> Iterator[Problem]:
 def _channel_checks(tiny: bool) -> Iterator[Problem]:
     for heads, width in [(2, 6)] if tiny else [(6, 10), (4, 48)]:
         rows, name = 40 if tiny else 5001, f"channel attention: {heads}x{width}"
-        for form in ("paper", "deploy"):
-            yield Problem(f"{name} {form}", partial(_channels, 2, rows, heads, width, form == "paper"))
+        for form in ("paper relative", "paper", "deploy"):
+            relative = form == "paper relative"
+            yield Problem(
+                f"{name} {form}", partial(_channels, 2, rows, heads, width, form != "deploy", relative=relative)
+            )
         yield Problem(f"{name} sums of codes", partial(_channel_sums, 2, rows, heads, width), exact=True)
 
 
@@ -382,7 +385,7 @@ class _Windows:
 
 
 def _channel_operands(
-    images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device
+    images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device, relative: bool = False
 ) -> tuple[list[Tensor], PackedChannels]:
     """q, k and v, parts of one matrix whose columns depend on each other, and an attention among its channels."""
     generator = torch.Generator().manual_seed(heads + width)
@@ -392,12 +395,14 @@ def _channel_operands(
     ranges = ((-largest, largest), (-largest, largest), (0.0, 1.0), (-4.0, 4.0))
     quantizers = [_affine(*bounds, 8, device) for bounds in ranges] if paper else None
     factor = torch.linspace(4.0, 9.0, heads).to(device)
-    return list(parts), pack_channels(heads, width, factor, (1e-12, 1e-12), quantizers)
+    return list(parts), pack_channels(heads, width, factor, (1e-12, 1e-12), quantizers, relative)
 
 
-def _channels(images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device) -> Call:
+def _channels(
+    images: int, rows: int, heads: int, width: int, paper: bool, device: torch.device, relative: bool = False
+) -> Call:
     """Attention among channels of images."""
-    parts, operands = _channel_operands(images, rows, heads, width, paper, device)
+    parts, operands = _channel_operands(images, rows, heads, width, paper, device, relative)
     kernel, reference = channel_attention.launch_channel_attention, channel_attention.reference
     products = 2 * images * rows * heads * width**2
     return replace(

@@ -27,16 +27,20 @@ class Operand(NamedTuple):
 
 
 class Quantizer(NamedTuple):
-    """``code = clamp(round(x * reciprocal + offset), 0, 2**bits - 1)``, channel by channel.
+    """``code = clamp(round(x * (factor / length) + offset), 0, 2**bits - 1)``, a length for each channel of an image.
 
     Attributes:
-        reciprocal: `[images, heads, head_dim]` float32, contiguous.
-        offset: `[images, heads, head_dim]` float32, contiguous.
+        squares: `[images, heads * head_dim]` float32 means of a channel's squares over the tokens, dense rows.
+        eps: Smallest length, ``length = max(sqrt(squares * tokens), eps)``.
+        factor: Reciprocal of the step.
+        offset: What is added then.
         bits: Width of a code, 1 to 8.
     """
 
-    reciprocal: Tensor
-    offset: Tensor
+    squares: Tensor
+    eps: float
+    factor: float
+    offset: float
     bits: int
 
 
@@ -87,13 +91,18 @@ def channel_gram_codes_reference(
     q: Operand, k: Operand, heads: int, head_dim: int, images: int, q_codes: Quantizer, k_codes: Quantizer
 ) -> Gram:
     """What :func:`channel_gram_codes` computes, in plain torch integers."""
-    left, right = (
-        integer_reference.quantize_codes(
-            _by_head(x, heads, head_dim, images), codes.reciprocal.unsqueeze(-2), codes.offset.unsqueeze(-2), codes.bits
-        ).long()
-        for x, codes in ((q, q_codes), (k, k_codes))
-    )
+    left, right = (_codes(*operand, heads, head_dim, images) for operand in ((q, q_codes), (k, k_codes)))
     return Gram(left.mT @ right, left.sum(-2), right.sum(-2))
+
+
+def _codes(x: Operand, codes: Quantizer, heads: int, head_dim: int, images: int) -> Tensor:
+    """`[images, heads, tokens, head_dim]` int64."""
+    values = _by_head(x, heads, head_dim, images)
+    lengths = (codes.squares * values.shape[2]).sqrt().clamp_min(codes.eps).reshape(images, heads, 1, head_dim)
+    reciprocal = (
+        torch.tensor(codes.factor) / lengths
+    )  # a plain number would be multiplied with the lengths' reciprocals
+    return integer_reference.quantize_codes(values, reciprocal, codes.offset, codes.bits).long()
 
 
 def _by_head(x: Operand, heads: int, head_dim: int, images: int) -> Tensor:
@@ -125,11 +134,15 @@ def register_fakes(namespace: str) -> None:
         heads: int,
         head_dim: int,
         images: int,
-        q_reciprocal: Tensor,
-        q_offset: Tensor,
+        q_squares: Tensor,
+        q_eps: float,
+        q_factor: float,
+        q_offset: float,
         q_bits: int,
-        k_reciprocal: Tensor,
-        k_offset: Tensor,
+        k_squares: Tensor,
+        k_eps: float,
+        k_factor: float,
+        k_offset: float,
         k_bits: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         return sums(q, heads, head_dim, images, torch.int64)

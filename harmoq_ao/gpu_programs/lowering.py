@@ -152,8 +152,9 @@ class GpuLowering(Lowering):
         if found is None:
             return None
         parts, width = (found.q, found.k, found.v), found.v.heads * found.v.width
-        quantizers = None if found.quantizers is None else [act for pair in found.quantizers for act in pair]
-        packed = Packed(pack_channels(found.v.heads, found.v.width, found.factor, found.eps, quantizers))
+        quantizers, relative = found.quantizers, found.quantizers is not None and found.quantizers.relative
+        acts = None if quantizers is None else (quantizers.query, quantizers.key, quantizers.map, quantizers.value)
+        packed = Packed(pack_channels(found.v.heads, found.v.width, found.factor, found.eps, acts, relative))
         firsts = (found.q.first, found.k.first, found.v.first)
         module = ChannelAttention(packed, self.images, firsts, self.dtype, _keys(self, match))
         matrices = (found.query, found.key, found.value.matrix)

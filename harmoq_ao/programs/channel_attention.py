@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from harmoq_ao.common.elementwise import Binary
 from harmoq_ao.cpu_kernels.channel_gram import Operand, Quantizer, channel_gram, channel_gram_codes
+from harmoq_ao.cpu_kernels.channel_map import MapQuantizers, channel_map, channel_map_codes
 from harmoq_ao.cpu_kernels.column_means import column_means
 from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
@@ -24,12 +25,9 @@ from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
 from harmoq_ao.programs.indices import Index
 from harmoq_ao.programs.steps import Matrix, Read, Value
-from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
+from harmoq_ao.quant.integer_reference import Affine, static_qparams
 
 _TURN: tuple[Any, Any, Any] = (torch.ops.aten.transpose.int, (-2, -1), {})
-
-
-Quantizers = tuple[tuple[Affine, Affine], tuple[Affine, Affine]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,7 +53,7 @@ class Channels:
     v: Heads
     eps: tuple[float, float]
     factor: Tensor
-    quantizers: Quantizers | None
+    quantizers: MapQuantizers | None
     index: Index
 
 
@@ -92,7 +90,8 @@ def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
     if found is None:
         return None
     q, k, v = found.q, found.k, found.v
-    maps = ChannelMaps(q, k, found.eps, found.factor, found.quantizers)
+    together = found.query is found.key and k.first == q.first + q.heads * q.width
+    maps = ChannelMaps(q, k, found.eps, found.factor, found.quantizers, together)
     exact = bool(found.quantizers) or not lowering.half
     reads = [Read(found.query, q.first, q.heads * q.width, exact), Read(found.key, k.first, k.heads * k.width, exact)]
     matrices = [((v.heads * v.width,), _rows(lowering, len(v.rows) * v.heads * v.width, v.heads * v.width))]
@@ -140,9 +139,9 @@ def _factor(lowering: Context, match: Match, heads: int) -> Tensor | None:
     return factor
 
 
-def _quantizers(lowering: Context, match: Match) -> Quantizers | bool | None:
+def _quantizers(lowering: Context, match: Match) -> MapQuantizers | bool | None:
     """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
-    found: list[Any] = []
+    found: list[Affine | None] = []
     for arguments in (match.scores, match.products):
         own = resolved(lowering.known, arguments)
         if own is None:
@@ -151,8 +150,11 @@ def _quantizers(lowering: Context, match: Match) -> Quantizers | bool | None:
         if left_bounds is None or right_bounds is None or joint_scale is not None or backend != "auto":
             return False
         contraction = matmul_contraction(left_bounds, right_bounds, None, left_bits, right_bits)
-        found.append((contraction.left.act, contraction.right.act))
-    return False if match.relative else (found[0], found[1])
+        found += [contraction.left.act, contraction.right.act]
+    query, key, of_map, value = found
+    if query is None or key is None or of_map is None or value is None:
+        return False
+    return MapQuantizers(query, key, of_map, value, match.relative)
 
 
 class ChannelMaps(nn.Module):
@@ -165,61 +167,50 @@ class ChannelMaps(nn.Module):
         factor: `[heads]`, of the scores.
         quantizers: Of both products; None in float. With them tokens are codes, the matrices hold rounded maps times
             the step of the values, and a second result `[images, C]` is what the lower bound of the values adds.
+        together: Whether keys are the columns behind the queries.
     """
 
     def __init__(
-        self, query: Heads, key: Heads, eps: tuple[float, float], factor: Tensor, quantizers: Quantizers | None
+        self,
+        query: Heads,
+        key: Heads,
+        eps: tuple[float, float],
+        factor: Tensor,
+        quantizers: MapQuantizers | None,
+        together: bool = False,
     ) -> None:
         super().__init__()
         self.query, self.key, self.eps, self.factor, self.quantizers = query, key, eps, factor, quantizers
+        self.together = together
+        # numbers, since a recorded run reads no tensors
+        acts = () if quantizers is None else (quantizers.query, quantizers.key)
+        self.codes = [(float(a.step.reciprocal()), float(-a.lower / a.step), a.bits) for a in acts]
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
-        operands = Operand(query, self.query.first), Operand(key, self.key.first), heads, width, images
+        q, k = Operand(query, self.query.first), Operand(key, self.key.first)
         if self.quantizers is None:
-            gram, *squares = channel_gram(*operands)
-            q_norms, k_norms = (s.sqrt().clamp_min(e) for s, e in zip(squares, self.eps, strict=True))
-            scores = gram / q_norms.unsqueeze(-1) / k_norms.unsqueeze(-2)
-            return _block_diagonal(torch.softmax(scores * self.factor[:, None, None], -1).transpose(-2, -1))
-        (left, right), (map_act, value_act) = self.quantizers
-        q_norms, k_norms = (self._norms(x, eps) for x, eps in zip(operands[:2], self.eps, strict=True))
-        scores = self._integer_scores(operands, left, right, q_norms, k_norms)
-        weights = torch.softmax(scores * self.factor[:, None, None], -1)
-        codes = quantize_codes(weights, *static_qparams(map_act), map_act.bits)
-        rounded = codes.float() * map_act.step + map_act.lower
-        return _block_diagonal((rounded * value_act.step).transpose(-2, -1)), (
-            rounded.sum(-1) * value_act.lower
-        ).flatten(1)
+            return channel_map(channel_gram(q, k, heads, width, images), self.eps, self.factor)
+        squares = self._squares(q, k, heads * width, images)
+        q_codes, k_codes = (
+            Quantizer(s, eps, factor, offset, bits)
+            for s, eps, (factor, offset, bits) in zip(squares, self.eps, self.codes, strict=True)
+        )
+        gram = channel_gram_codes(q, k, heads, width, images, q_codes, k_codes)
+        return channel_map_codes(gram, len(query) // images, self.factor, self.quantizers)
 
-    def _norms(self, operand: Operand, eps: float) -> Tensor:
-        """Lengths along the pixels, `[images, heads, D]`."""
-        heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
-        squares = column_means(operand.matrix, operand.first, heads * width, images, squares=True)
-        length = len(operand.matrix) // images
-        return (squares * length).sqrt().clamp_min(eps).reshape(images, heads, width)
-
-    def _integer_scores(self, operands: Any, left: Affine, right: Affine, q_norms: Tensor, k_norms: Tensor) -> Tensor:
-        qparams = []
-        for act, norms in ((left, q_norms), (right, k_norms)):
-            factor, offset = static_qparams(act)
-            qparams.append(Quantizer((factor / norms).contiguous(), offset.expand(norms.shape).contiguous(), act.bits))
-        acc, q_sums, k_sums = channel_gram_codes(*operands, *qparams)
-        length = len(operands[0].matrix) // operands[-1]
-        rows, columns = q_sums.float().unsqueeze(-1), k_sums.float().unsqueeze(-2)
-        outer = (rows * left.step + left.lower * length) * right.lower
-        return acc.float() * left.step * right.step + outer + columns * right.step * left.lower
+    def _squares(self, q: Operand, k: Operand, width: int, images: int) -> tuple[Tensor, Tensor]:
+        """Mean squares of both operands, in one pass where their columns follow one another."""
+        if self.together:
+            both = column_means(q.matrix, q.first, 2 * width, images, squares=True)
+            return both[:, :width], both[:, width:]
+        means = [column_means(x.matrix, x.first, width, images, squares=True) for x in (q, k)]
+        return means[0], means[1]
 
 
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """`[images, heads, D, D]` to `[images * heads * D, heads * D]`."""
-    images, heads, width, _ = blocks.shape
-    whole = blocks.new_zeros(images, heads, width, heads, width)
-    diagonal = torch.arange(heads)
-    whole[:, diagonal, :, diagonal] = blocks.transpose(0, 1)
-    return whole.reshape(images * heads * width, heads * width)
-
-
-def _mixed(lowering: Context, values: Matrix, heads: Heads, results: list[Matrix], quantizers: Any) -> Matrix:
+def _mixed(
+    lowering: Context, values: Matrix, heads: Heads, results: list[Matrix], quantizers: MapQuantizers | None
+) -> Matrix:
     """Each token's values times the matrix of its image."""
     width = heads.heads * heads.width
     exact = bool(quantizers) or not lowering.half
@@ -232,7 +223,7 @@ def _mixed(lowering: Context, values: Matrix, heads: Heads, results: list[Matrix
 
     if not quantizers:
         return lowering.row_step(values.rows, width, [read, matrices], emit)
-    act = quantizers[1][1]
+    act = quantizers.value
     factor, offset = (v.expand(width).contiguous() for v in static_qparams(act))
     codes = coded(lowering, read, factor, offset, act.bits)
     return lowering.row_step(values.rows, width, [codes, matrices, Read(results[1], 0, width)], emit)

@@ -48,12 +48,13 @@ def test_codes_are_exact(
     images, tokens, heads, dim = size
     q, k = (operand(generator, images * tokens, heads * dim, first, dtype) for first in (0, 2))
     codes = [
+        # columns of a wider matrix; smallest lengths that some channels fall short of
         Quantizer(
-            torch.rand(images, heads, dim, generator=generator) * (1 << bits) / 3,
-            torch.rand(images, heads, dim, generator=generator) * (1 << bits),
-            bits,
+            torch.rand(images, heads * dim + 2, generator=generator)[:, 1:-1], tokens**0.5 / 2, step, top / 2, bits
         )
         for bits in (q_bits, k_bits)
+        for top in [float((1 << bits) - 1)]
+        for step in [tokens**0.5 * top / 6]
     ]
     got = channel_gram.channel_gram_codes(q, k, heads, dim, images, *codes)
     want = channel_gram.channel_gram_codes_reference(q, k, heads, dim, images, *codes)
@@ -61,7 +62,7 @@ def test_codes_are_exact(
 
 
 def test_sums_beyond_what_int32_and_float32_hold() -> None:
-    tokens, largest = 70_000, Quantizer(torch.ones(1, 1, 3), torch.full((1, 1, 3), 1e9), 8)
+    tokens, largest = 70_000, Quantizer(torch.ones(1, 3), 1e-12, 1.0, 1e9, 8)
     x = Operand(torch.zeros(tokens, 3), 0)
     got = channel_gram.channel_gram_codes(x, x, 1, 3, 1, largest, largest)
     assert (got.gram == 255 * 255 * tokens).all()
@@ -84,7 +85,7 @@ def test_any_number_of_threads_gives_the_same() -> None:
 def test_shapes_are_known_without_running() -> None:
     channel_gram.register_fakes(library.kernels().name)
     with FakeTensorMode():
-        x, codes = Operand(torch.empty(12, 10), 0), Quantizer(torch.empty(2, 2, 5), torch.empty(2, 2, 5), 8)
+        x, codes = Operand(torch.empty(12, 10), 0), Quantizer(torch.empty(2, 10), 1e-12, 1.0, 0.0, 8)
         floats = channel_gram.channel_gram(x, x, 2, 5, 2)
         integers = channel_gram.channel_gram_codes(x, x, 2, 5, 2, codes, codes)
     for sums, dtype in ((floats, torch.float32), (integers, torch.int64)):
@@ -120,9 +121,10 @@ def test_operands_that_do_not_fit_are_refused(arguments: tuple[Tensor | int, ...
 @pytest.mark.parametrize(
     "codes",
     [
-        Quantizer(torch.ones(1, 2, 4), torch.ones(1, 2, 5), 8),
-        Quantizer(torch.ones(1, 2, 5), torch.ones(1, 2, 5).double(), 8),
-        Quantizer(torch.ones(1, 2, 5), torch.ones(1, 2, 5), 9),
+        Quantizer(torch.ones(1, 9), 1e-12, 1.0, 0.0, 8),
+        Quantizer(torch.ones(1, 10).double(), 1e-12, 1.0, 0.0, 8),
+        Quantizer(torch.ones(10, 1).t(), 1e-12, 1.0, 0.0, 9),
+        Quantizer(torch.ones(1, 20)[:, ::2], 1e-12, 1.0, 0.0, 8),
     ],
 )
 def test_quantizers_that_do_not_fit_are_refused(codes: Quantizer) -> None:

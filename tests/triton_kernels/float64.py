@@ -134,8 +134,11 @@ def channel_attention(q: Tensor, k: Tensor, v: Tensor, operands: PackedChannels,
     if bounds is not None:
         left, right, value = (rounded(x, bounds[at], bits[at]) for x, at in ((left, 0), (right, 1), (value, 3)))
     weights = (left @ right.mT * operands.factor.double()[:, None, None]).softmax(-1)
-    if bounds is not None:
+    if bounds is not None and not operands.relative:
         weights = rounded(weights, bounds[2], bits[2])
+    elif bounds is not None:
+        weights = rounded(weights / weights.amax(-1, keepdim=True), bounds[2], bits[2])
+        weights = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30)
     return (weights @ value).permute(0, 3, 1, 2).reshape(v.shape)
 
 

@@ -19,11 +19,14 @@ from tests.triton_kernels.helpers import affine, seeded
 EPS = (1e-12, 1e-12)
 
 
-def operands_of(heads: int, width: int, paper: bool, bits: int = 8, spread: float = 0.3) -> PackedChannels:
+def operands_of(
+    heads: int, width: int, paper: bool, bits: int = 8, spread: float = 0.3, relative: bool = False
+) -> PackedChannels:
     """With scores that tell channels apart."""
     ranges = (affine(-spread, spread, bits), affine(-spread, spread * 1.1, bits))
     quantizers = (*ranges, affine(0.01, 1.0, bits), affine(-3.0, 2.9, bits))
-    return pack_channels(heads, width, torch.linspace(4.0, 9.0, heads), EPS, quantizers if paper else None)
+    factor = torch.linspace(4.0, 9.0, heads)
+    return pack_channels(heads, width, factor, EPS, quantizers if paper else None, relative)
 
 
 def slices(generator: torch.Generator, rows: int, columns: int) -> tuple[Tensor, ...]:
@@ -35,12 +38,12 @@ def slices(generator: torch.Generator, rows: int, columns: int) -> tuple[Tensor,
 @settings(max_examples=8)
 @given(
     seed=SEEDS, images=st.integers(1, 2), tokens=st.integers(1, 300), heads=st.integers(1, 3), width=st.integers(1, 40),
-    paper=st.booleans(), bits=st.sampled_from([2, 4, 8]),
+    paper=st.booleans(), bits=st.sampled_from([2, 4, 8]), relative=st.booleans(),
 )  # fmt: skip
 def test_images_of_any_size(
-    seed: int, images: int, tokens: int, heads: int, width: int, paper: bool, bits: int
+    seed: int, images: int, tokens: int, heads: int, width: int, paper: bool, bits: int, relative: bool
 ) -> None:
-    operands = operands_of(heads, width, paper, bits)
+    operands = operands_of(heads, width, paper, bits, relative=paper and relative)
     q, k, v = slices(seeded(seed), images * tokens, heads * width)
     y = channels.launch_channel_attention(q, k, v, operands, images)
     with float64.margins() as margins:
@@ -96,7 +99,7 @@ def test_the_largest_sums_that_there_are() -> None:
     maps = channels.launch_maps(
         torch.full((1, 1, 130, 18, 16), 2**31 - 1, dtype=torch.int32), torch.ones(1),
         torch.tensor([[0, 0, 1e-12, 0], [0, 0, 1, 0], [255, 0, 1 / 255, 0], [0, 0, 1, 0]]),
-        16, length, EPS, [8, 8, 8, 8], torch.float16,
+        16, length, EPS, [8, 8, 8, 8], False, torch.float16,
     )  # fmt: skip
     assert torch.equal(maps, torch.full((1, 1, 16, 16), 16.0, dtype=torch.float16))  # 255 / 16, rounded
 
