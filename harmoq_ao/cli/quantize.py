@@ -49,14 +49,13 @@ def quantize(
     ] = None,
     conv_bits: Annotated[int, typer.Option(help="Bits of convolutions; 32 leaves them in float.")] = 32,
     observer: Annotated[str, typer.Option(help="Activation observer: minmax, percentile, mse or histogram.")] = "mse",
-    joint_scale: Annotated[str, typer.Option(help="Joint scales: hso, search or none.")] = "hso",
+    joint_scale: Annotated[str, typer.Option(help="Joint scales: hso or none.")] = "hso",
     relative_maps: Annotated[
         bool,
         typer.Option(
-            "--relative-maps",
             help="Quantize attention maps relative to the largest entry of each row, where products are quantized.",
         ),
-    ] = False,
+    ] = True,
     rule: Annotated[
         list[str] | None,
         typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins."),
