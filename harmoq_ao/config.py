@@ -129,7 +129,7 @@ class HarmoqConfig:
     observer: Observer = "mse"
     joint_scale: JointScale = "hso"
     joint_shift: bool = True
-    relative_maps: bool = False
+    relative_maps: bool = True
     matmul_bits: int | None = None
     conv_bits: int = 32
     storage_dtype: StorageDtype = "auto"
@@ -230,7 +230,7 @@ class HarmoqConfig:
         """
         if not isinstance(data, dict):
             raise ConfigError("A configuration is a mapping of settings", found=type(data).__name__)
-        data = _current(data)
+        data = {"relative_maps": False} | _current(data)  # written before there were any
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(map(str, data)) - known)
         if unknown:

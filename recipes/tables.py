@@ -35,11 +35,13 @@ Options = Mapping[str, Value]
 REFINED = "then refined"
 COMPONENTS = ("src", "hso", "abr")
 PROJECTIONS = ("none", "laplacian", "sobel", "dct", "learned", "random", "identity")
-BARE: Options = {"algorithm": None, "refine": None, "config.joint_scale": "none"}
+ABSOLUTE: Options = {"algorithm": None, "refine": None, "config.relative_maps": False}
+BARE: Options = {**ABSOLUTE, "config.joint_scale": "none"}
 ADDITIONS: dict[str, Options] = {
     "MSE bounds": BARE,
-    "+ HSO": {"algorithm": None, "refine": None, "config.joint_shift": False},
-    "+ joint shift": {"algorithm": None, "refine": None},
+    "+ HSO": {**ABSOLUTE, "config.joint_shift": False},
+    "+ joint shift": ABSOLUTE,
+    "+ relative maps": {"algorithm": None, "refine": None},
     "+ Algorithm 1 (left out below)": {"refine": None, "algorithm.src": True},
     "+ bounds refined": {"refine.rates.scales": 0.0, "refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ scales": {"refine.rates.weights": 0.0, "refine.rates.rest": 0.0},

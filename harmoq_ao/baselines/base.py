@@ -67,7 +67,8 @@ class Baseline:
     def configure(self, config: HarmoqConfig) -> HarmoqConfig:
         """`config` with this method's observer and no joint scales or shifts, HarmoQ's own; the rest stays."""
         rules = tuple(replace(rule, joint_scale=None) for rule in config.rules)
-        return replace(config, observer=self.observer, joint_scale="none", joint_shift=False, rules=rules)
+        plain = {"joint_scale": "none", "joint_shift": False, "relative_maps": False}
+        return replace(config, observer=self.observer, rules=rules, **plain)
 
     def apply(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Calibrate, adjust, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.

@@ -53,10 +53,9 @@ def quantize(
     relative_maps: Annotated[
         bool,
         typer.Option(
-            "--relative-maps",
             help="Quantize attention maps relative to the largest entry of each row, where products are quantized.",
         ),
-    ] = False,
+    ] = True,
     rule: Annotated[
         list[str] | None,
         typer.Option(help="GLOB:W8A8 or KIND:W8A8, repeatable; the last that matches a site wins."),

@@ -44,13 +44,13 @@ def test_quantize_writes_a_model_and_a_summary(given: Given, tmp_path: Path) -> 
     printed = succeeds(
         *(*given, "--crops", 1, "--crop-size", 16, "--lr", "--weight-bits", 4, "--act-bits", 4),
         *("--rule", "layers.0.*:W8A8", "--rule", "matmul:W8A8", "--profile", "paper", "--observer", "minmax"),
-        "--relative-maps",
+        "--no-relative-maps",
     )
     assert "sites" in printed
     assert "smaller" in printed
     config = load_quantized(tmp_path / "out").config
     assert (config.weight_bits, config.profile, config.observer) == (4, "paper", "minmax")
-    assert config.relative_maps
+    assert not config.relative_maps
     assert config.settings("layers.0.x", "linear").weight.bits == 8
     assert config.settings("layers.1.x", "matmul").act.bits == 8
     assert config.settings("layers.1.x", "linear").weight.bits == 4
