@@ -65,10 +65,10 @@ class Baseline:
     learns: ClassVar[bool] = False
 
     def configure(self, config: HarmoqConfig) -> HarmoqConfig:
-        """`config` with this method's observer and no joint scales or shifts, HarmoQ's own; the rest stays."""
+        """`config` with this method's observer, without HarmoQ's own joint scales, shifts and relative maps."""
         rules = tuple(replace(rule, joint_scale=None) for rule in config.rules)
-        plain = {"joint_scale": "none", "joint_shift": False, "relative_maps": False}
-        return replace(config, observer=self.observer, rules=rules, **plain)
+        plain = replace(config, joint_scale="none", joint_shift=False, relative_maps=False)
+        return replace(plain, observer=self.observer, rules=rules)
 
     def apply(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Calibrate, adjust, learn: afterwards `prepared` is ready for :func:`convert_harmoq`.

@@ -6,8 +6,7 @@ transposed maps of all heads on its diagonal, and ``+ offset`` where maps and va
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +27,8 @@ class MapQuantizers:
         map: Of the map, or of a map relative to its rows' largest entries.
         value: Of the values.
         relative: Whether the map is relative (`quant.relative_maps`).
+        numbers: Of queries, keys and values each step and lower bound; of the map reciprocal and offset before them.
+            Read from the tensors once, since a recorded run reads none.
     """
 
     query: Affine
@@ -35,14 +36,14 @@ class MapQuantizers:
     map: Affine
     value: Affine
     relative: bool = False
+    numbers: tuple[tuple[float, ...], ...] = field(init=False)
 
-    @cached_property
-    def numbers(self) -> tuple[tuple[float, ...], ...]:
-        """Of queries, keys and values each step and lower bound; of the map reciprocal and offset in front of them."""
+    def __post_init__(self) -> None:
         query, key, of_map, value = (
             (float(a.step), float(a.lower)) for a in (self.query, self.key, self.map, self.value)
         )
-        return query, key, value, (*map(float, static_qparams(self.map)), *of_map)
+        numbers = query, key, value, (*map(float, static_qparams(self.map)), *of_map)
+        object.__setattr__(self, "numbers", numbers)
 
 
 def channel_map(gram: Gram, eps: tuple[float, float], factor: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from tests.programs.helpers import AVAILABLE, Body, Written, off_by, written
 pytestmark = pytest.mark.skipif(not AVAILABLE, reason="the C++ kernels cannot be built here")
 
 CONFIG = HarmoqConfig(8, 8, observer="minmax", joint_scale="none", joint_shift=False)
+PAPER = replace(CONFIG, profile="paper")
 LARGE = (64, 64)
 
 Change = Callable[[h.QuantizedModel], Any]
@@ -49,8 +50,8 @@ def image(size: tuple[int, int] = LARGE, seed: int = 11) -> Tensor:
     return models.images(1, size, seed)[0]
 
 
-def quantized(name: str = "linears") -> h.QuantizedModel:
-    return models.converted(name, CONFIG)
+def quantized(name: str = "linears", config: h.HarmoqConfig = CONFIG) -> h.QuantizedModel:
+    return models.converted(name, config)
 
 
 def by_modules(model: h.QuantizedModel, x: Tensor) -> Tensor:
@@ -108,9 +109,11 @@ def module_exchanged(model: h.QuantizedModel) -> None:
     model.model.two = nn.Linear(16, 3)
 
 
-@pytest.mark.parametrize("name", ["SwinIR/light", "DAT/light", "HAT"])
-def test_later_images_are_replayed(name: str) -> None:
-    graph, calls = make_program(quantized(name).model, image(), half=False), list[int]()
+@pytest.mark.parametrize(
+    ("name", "config"), [("SwinIR/light", CONFIG), ("DAT/light", CONFIG), ("HAT", CONFIG), ("DAT/light", PAPER)]
+)
+def test_later_images_are_replayed(name: str, config: h.HarmoqConfig) -> None:
+    graph, calls = make_program(quantized(name, config).model, image(), half=False), list[int]()
     handle = graph.register_forward_hook(lambda *_: calls.append(1))
     program = Program(graph)
     with torch.no_grad():

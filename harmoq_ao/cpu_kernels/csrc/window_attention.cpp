@@ -31,6 +31,7 @@ using OptionalTensor = std::optional<Tensor>;
 constexpr int64_t kTile = 16;                // queries of a column of blocks, and side of a transposed tile
 constexpr float kBound = 80;                 // 2^t, its sums and products with v stay within float32 without a maximum
 constexpr float kCodesBound = 100;           // likewise where exponentials are only summed and divided by the sum
+constexpr float kRelativeBound = 60;         // twice this is how far a score can lie below the largest
 constexpr float kSmallestExponent = -120;    // 2^t below this is as good as zero
 constexpr int64_t kBiasBytes = 1 << 20;      // bias of the heads that a pass over the windows takes: half the L2
 constexpr int64_t kScores = 4096;            // scores at a time where none waits for a maximum: a third of the L1
@@ -377,9 +378,9 @@ __attribute__((noinline)) void maxima(const Scores<Element>& s, int64_t n, Vec* 
   for (int c = 0; c < columns; ++c) largest[c] = most[c];
 }
 
-// Exponentials in place of products (bounded) or of scores whose largest are known, and for each query their sum, or the
-// largest of them where the map is relative. Not inlined: its sums stay in registers.
-template <typename Element, Mask mask, bool bounded, bool relative, int columns>
+// Exponentials in place of products (bounded) or of scores whose largest are known, and for each query their sum. Not
+// inlined: its sums stay in registers.
+template <typename Element, Mask mask, bool bounded, int columns>
 __attribute__((noinline)) void exponentials(const Scores<Element>& s, int64_t n, const Vec* subtracted, Vec* total) {
   float* scores = reinterpret_cast<float*>(s.products) + n;
   const int64_t keys = s.keys, block = s.block;
@@ -395,7 +396,7 @@ __attribute__((noinline)) void exponentials(const Scores<Element>& s, int64_t n,
     }
     for (int c = 0; c < columns; ++c) x[c] = power_of_two<float>(x[c]);
     for (int c = 0; c < columns; ++c) {
-      sums[c] = relative ? larger(sums[c], x[c]) : sums[c] + x[c];
+      sums[c] = sums[c] + x[c];
       x[c].store(scores + c * kLanes);
     }
   }
@@ -415,41 +416,66 @@ inline void write_map(const Scores<Element>& s, int64_t n, const Row& row) {
   }
 }
 
-// Codes of a map: entries lie in 0..1, so clamping is seldom needed.
-template <bool clamp>
-inline Vec map_code(Vec x, const Quantizer& quantizer) {
-  const Vec position = at::vec::fmadd(x, Vec(quantizer.factor[0]), Vec(quantizer.offset[0]));
-  return clamp ? codes_of(position, Vec(1.f), Vec(0.f), Vec(quantizer.top)) : position;
+// Entries of a map lie in 0..1, so their codes seldom need clamping.
+inline bool needs_clamp(const Quantizer& q) {
+  return q.offset[0] <= -0.49f || q.factor[0] + q.offset[0] >= q.top + 0.49f;
 }
 
-// Codes of exponentials divided by their sum, or by their largest where the map is relative.
+template <bool clamp>
+inline Vec clamped(Vec position, const Quantizer& q) {
+  return clamp ? codes_of(position, Vec(1.f), Vec(0.f), Vec(q.top)) : position;
+}
+
+// Codes of exponentials divided by their sum.
 template <typename Element, bool clamp, int columns>
 __attribute__((noinline)) void write_codes(const Scores<Element>& s, int64_t n, const Vec* total) {
   const float* scores = reinterpret_cast<const float*>(s.products) + n;
+  const Vec factor(s.quantizer.factor[0]), offset(s.quantizer.offset[0]);
   Vec reciprocals[columns];
   for (int c = 0; c < columns; ++c) reciprocals[c] = Vec(1.f) / total[c];
   write_map<Element, columns>(s, n, [&](int64_t m, int c) {
-    return map_code<clamp>(Vec::loadu(scores + m * s.block + c * kLanes) * reciprocals[c], s.quantizer);
+    const Vec x = Vec::loadu(scores + m * s.block + c * kLanes) * reciprocals[c];
+    return clamped<clamp>(at::vec::fmadd(x, factor, offset), s.quantizer);
+  });
+}
+
+// Codes of 2^(t - max t), a map relative to its rows' largest entries; the quantizer's factor is part of the exponent.
+template <typename Element, bool bounded, bool clamp, int columns>
+__attribute__((noinline)) void write_relative(const Scores<Element>& s, int64_t n, const Vec* largest) {
+  const float* scores = reinterpret_cast<const float*>(s.products) + n;
+  const Vec offset(s.quantizer.offset[0]);
+  Vec less[columns];
+  for (int c = 0; c < columns; ++c) less[c] = largest[c] - Vec(std::log2(s.quantizer.factor[0]));
+  write_map<Element, columns>(s, n, [&](int64_t m, int c) {
+    const Vec t = Vec::loadu(scores + m * s.block + c * kLanes) - less[c];
+    return clamped<clamp>(power_of_two<float>(bounded ? t : larger(t, Vec(kSmallestExponent))) + offset, s.quantizer);
   });
 }
 
 template <typename Element, Mask mask, bool bounded, int columns>
+void relative_columns(const Scores<Element>& s, int64_t n) {
+  Vec largest[columns];
+  maxima<Element, mask, columns>(s, n, largest);
+  if (needs_clamp(s.quantizer))
+    write_relative<Element, bounded, true, columns>(s, n, largest);
+  else
+    write_relative<Element, bounded, false, columns>(s, n, largest);
+}
+
+template <typename Element, Mask mask, bool bounded, int columns>
 void codes_columns(const Scores<Element>& s, int64_t n) {
+  if (s.relative) return relative_columns<Element, mask, bounded, columns>(s, n);
   Vec subtracted[columns], total[columns];
   if constexpr (bounded) {
     for (int c = 0; c < columns; ++c) subtracted[c] = Vec::loadu(s.query_constants + n + c * kLanes);
   } else {
     maxima<Element, mask, columns>(s, n, subtracted);
   }
-  if (s.relative)
-    exponentials<Element, mask, bounded, true, columns>(s, n, subtracted, total);
-  else
-    exponentials<Element, mask, bounded, false, columns>(s, n, subtracted, total);
-  const Quantizer& q = s.quantizer;
-  if (q.offset[0] > -0.49f && q.factor[0] + q.offset[0] < q.top + 0.49f)
-    write_codes<Element, false, columns>(s, n, total);
-  else
+  exponentials<Element, mask, bounded, columns>(s, n, subtracted, total);
+  if (needs_clamp(s.quantizer))
     write_codes<Element, true, columns>(s, n, total);
+  else
+    write_codes<Element, false, columns>(s, n, total);
 }
 
 template <typename Element, Mask mask, bool bounded, int columns>
@@ -774,9 +800,10 @@ class Worker {
 
   void attend(int64_t n, int64_t width, int64_t h) {
     const Element* q = queries_packed_ + (h * stride_ / kPack * queries_ + n) * kPack;
-    const bool bounded = bounds_[h] < (kCodes<Element> ? kCodesBound : kBound) && !table_ && !regions_;
+    const float bound = !kCodes<Element> ? kBound : p_.relative ? kRelativeBound : kCodesBound;
+    const bool bounded = bounds_[h] < bound && !table_ && !regions_;
     if constexpr (kCodes<Element>) {
-      if (bounded) centre(n, width, h);
+      if (bounded && !p_.relative) centre(n, width, h);
     }
     // with neither a maximum nor a sum to wait for, scores of some keys at a time
     const int64_t step = bounded && !kCodes<Element> ? std::max(kScores / p_.block / kTile, int64_t(1)) * kTile : p_.keys;
