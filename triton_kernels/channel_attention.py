@@ -295,7 +295,7 @@ def product_kernel(
         acc = (acc * left_step + (tl.sum(codes, 1) * left_lower)[:, None]) * tl.load(bounds_ptr + 14)
         acc += (of_map * tl.load(bounds_ptr + 15))[None, :]
         if RELATIVE:  # rows sum to one again
-            acc = acc / tl.maximum(of_map, 1e-30)[None, :]
+            acc = acc * (1.0 / tl.maximum(of_map, 1e-30))[None, :]
     else:
         acc = tl.dot(v.to(DTYPE), tl.trans(weights), input_precision=PRECISION)
     out_at = out_ptr + rows[:, None] * OUT + (head * WIDTH + lanes)[None, :]
