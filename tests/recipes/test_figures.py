@@ -113,7 +113,7 @@ def test_a_failing_cell_is_reported(tmp_path: Path, capsys: pytest.CaptureFixtur
 @pytest.fixture(scope="module")
 def calibrated() -> h.PreparedModel:
     crops = [torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
-    config = h.HarmoqConfig(4, 4, "paper", observer="minmax", joint_scale="none")
+    config = h.HarmoqConfig(4, 4, "paper", observer="minmax", joint_scale="none", relative_maps=False)
     return h.calibrate(h.prepare_harmoq(load_transformer(), config), crops)
 
 
