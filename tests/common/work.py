@@ -35,7 +35,8 @@ LOST = 17
 def prepare(observer: str) -> h.PreparedModel:
     """A small model with joint scales, except where the observer takes none."""
     joint_scale: Any = "none" if observer == "histogram" else "hso"
-    config = h.HarmoqConfig(4, 4, profile="paper", observer=observer, joint_scale=joint_scale)  # type: ignore[arg-type]
+    # maps relative to their rows clip the largest entry of each row or not by the last bit of a range that is learned
+    config = h.HarmoqConfig(4, 4, "paper", observer=observer, joint_scale=joint_scale, relative_maps=False)  # type: ignore[arg-type]
     return h.prepare_harmoq(tiny(), config, images(1))
 
 
