@@ -116,7 +116,7 @@ def test_static_bounds_lie_within_what_was_seen(observer: Any) -> None:
         assert quantizer.observer is not None
         lo, hi = (float(v) for v in quantizer.bounds())
         if isinstance(module, PreparedMatmul) and module.relative:
-            assert (lo, hi) == pytest.approx((0.0, 1.0))
+            assert (lo, hi) == pytest.approx((0.0, 1.0), abs=1e-4)
             continue
         low, high = (float(v) for v in quantizer.observer.value_range())
         margin = 0.02 * (high - low)  # the search may move the end levels outwards
