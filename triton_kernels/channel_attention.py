@@ -375,7 +375,8 @@ def launch_maps(
     with on_device(sums):
         maps_kernel[(images * heads,)](
             sums, factor, bounds, out, length, parts, heads, float(eps[0]), float(eps[1]), WIDTH=width, PADDED=padded,
-            BITS=bits[2], RELATIVE=relative, BLOCK_S=part_block(padded), num_warps=warps(padded), num_stages=1, **OPTIONS,
+            BITS=bits[2], RELATIVE=relative, BLOCK_S=part_block(padded), num_warps=warps(padded), num_stages=1,
+            **OPTIONS,
         )  # fmt: skip
     return out
 
@@ -396,8 +397,8 @@ def launch_product(
         with on_device(value):
             product_kernel[(heads, blocks(length, token_block(padded)), images)](
                 value, maps, bounds, out, length, V_STRIDE=value.stride(0), OUT=value.shape[1], WIDTH=width,
-                PADDED=padded, BITS=bits[3], RELATIVE=relative, **_contraction(value.dtype, bounds), BLOCK_T=token_block(padded),
-                num_warps=warps(padded), num_stages=1, **OPTIONS,
+                PADDED=padded, BITS=bits[3], RELATIVE=relative, **_contraction(value.dtype, bounds),
+                BLOCK_T=token_block(padded), num_warps=warps(padded), num_stages=1, **OPTIONS,
             )  # fmt: skip
     return out
 

@@ -239,7 +239,8 @@ def _channel_case(name: str, heads: int, width: int, paper: bool) -> Iterator[Ca
     }  # fmt: skip
     maps = {
         "sums_ptr": sums["out_ptr"], "factor_ptr": "*fp32", "out_ptr": "*fp16" if paper else "*bf16", "parts": "i32",
-        "heads": heads, "BITS": bits, "RELATIVE": paper, "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
+        "heads": heads, "BITS": bits, "RELATIVE": paper,
+        "BLOCK_S": channel_attention.part_block(padded), **shared, **eps,
     }  # fmt: skip
     product = {
         "v_ptr": "*bf16", "maps_ptr": maps["out_ptr"], "out_ptr": "*bf16", "V_STRIDE": 3 * heads * width,
