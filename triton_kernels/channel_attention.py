@@ -381,9 +381,7 @@ def launch_maps(
     return out
 
 
-def launch_product(
-    value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int], relative: bool
-) -> Tensor:
+def launch_product(value: Tensor, maps: Tensor, bounds: Tensor | None, bits: Sequence[int], relative: bool) -> Tensor:
     """Run `product_kernel`; arguments as in `reference_product`.
 
     Raises:
