@@ -22,8 +22,10 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 @pytest.fixture(autouse=True)
 def _no_handler_of_ended_children_stays() -> Iterator[None]:
-    """A data loader with workers leaves one for good, and OpenVINO an alternate signal stack that is not mapped: the next
-    process that a test started and that ended took this one with it, without a word of the fault handler."""
+    """A data loader with workers leaves one for good, and OpenVINO an alternate signal stack that is not mapped.
+
+    The next process that a test started and that ended took this one with it, without a word of the fault handler.
+    """
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if signal.getsignal(signal.SIGCHLD) is not before:
