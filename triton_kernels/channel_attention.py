@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
-from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
+from harmoq_ao.quant.integer_reference import Affine, product_from_sums, quantize_codes, static_qparams
 from harmoq_ao.quant.relative_maps import relative_rows
 from harmoq_ao.triton_kernels.attention_operands import LOG2E
 from harmoq_ao.triton_kernels.device import float_codes
@@ -514,9 +514,8 @@ def reference_maps(
         lengths = [side.sqrt().clamp_min(least) for side, least in zip((q, k), eps, strict=True)]
         scores = gram / lengths[0][..., None] / lengths[1][..., None, :]
     else:
-        (_, _, q_step, q_lower), (_, _, k_step, k_lower) = bounds[0], bounds[1]
-        outer = (q * q_step + q_lower * length) * k_lower
-        scores = gram * q_step * k_step + outer[..., None] + (k * k_step * q_lower)[..., None, :]
+        left, right = (Affine(bounds[side, 2], bounds[side, 3], bits[side]) for side in (0, 1))
+        scores = product_from_sums(gram, q[..., None], k[..., None, :], length, left, right)
     weights = torch.softmax(scores * factor[:, None, None], -1)
     if bounds is not None:
         weights = relative_rows(weights) if relative else weights

@@ -99,9 +99,8 @@ def _codes(x: Operand, codes: Quantizer, heads: int, head_dim: int, images: int)
     """`[images, heads, tokens, head_dim]` int64."""
     values = _by_head(x, heads, head_dim, images)
     lengths = (codes.squares * values.shape[2]).sqrt().clamp_min(codes.eps).reshape(images, heads, 1, head_dim)
-    reciprocal = (
-        torch.tensor(codes.factor) / lengths
-    )  # a plain number would be multiplied with the lengths' reciprocals
+    # a plain number would be multiplied with the lengths' reciprocals
+    reciprocal = torch.tensor(codes.factor) / lengths
     return integer_reference.quantize_codes(values, reciprocal, codes.offset, codes.bits).long()
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.cpu_kernels.channel_gram import Gram
-from harmoq_ao.quant.integer_reference import Affine, quantize_codes, static_qparams
+from harmoq_ao.quant.integer_reference import Affine, product_from_sums, quantize_codes, static_qparams
 from harmoq_ao.quant.relative_maps import relative_rows, renormalized
 
 
@@ -27,8 +27,8 @@ class MapQuantizers:
         map: Of the map, or of a map relative to its rows' largest entries.
         value: Of the values.
         relative: Whether the map is relative (`quant.relative_maps`).
-        numbers: Of queries, keys and values each step and lower bound; of the map reciprocal and offset before them.
-            Read from the tensors once, since a recorded run reads none.
+        numbers: Of queries, keys, map and values each reciprocal, offset, step and lower bound. Read from the tensors
+            once, since a recorded run reads none.
     """
 
     query: Affine
@@ -39,10 +39,8 @@ class MapQuantizers:
     numbers: tuple[tuple[float, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        query, key, of_map, value = (
-            (float(a.step), float(a.lower)) for a in (self.query, self.key, self.map, self.value)
-        )
-        numbers = query, key, value, (*map(float, static_qparams(self.map)), *of_map)
+        acts = self.query, self.key, self.map, self.value
+        numbers = tuple(tuple(map(float, (*static_qparams(a), a.step, a.lower))) for a in acts)
         object.__setattr__(self, "numbers", numbers)
 
 
@@ -79,9 +77,9 @@ def channel_map_codes(gram: Gram, tokens: int, factor: Tensor, quantizers: MapQu
     Raises:
         RuntimeError: The operands do not fit each other, or there are no CPU kernels.
     """
-    query, key, value, of_map = quantizers.numbers
+    query, key, of_map, value = quantizers.numbers
     matrix, added = library.required().channel_map_codes(
-        *gram, tokens, query, key, factor, of_map, quantizers.map.bits, value, quantizers.relative
+        *gram, tokens, query[2:], key[2:], factor, of_map, quantizers.map.bits, value[2:], quantizers.relative
     )
     return matrix, added
 
@@ -97,10 +95,9 @@ def channel_map_codes_reference(
     gram: Gram, tokens: int, factor: Tensor, quantizers: MapQuantizers
 ) -> tuple[Tensor, Tensor]:
     """What :func:`channel_map_codes` computes, in plain torch."""
-    left, right, act, value = quantizers.query, quantizers.key, quantizers.map, quantizers.value
-    rows, columns = gram.q.float().unsqueeze(-1), gram.k.float().unsqueeze(-2)
-    outer = (rows * left.step + left.lower * tokens) * right.lower
-    scores = gram.gram.float() * left.step * right.step + outer + columns * right.step * left.lower
+    act, value = quantizers.map, quantizers.value
+    sums = gram.gram, gram.q.unsqueeze(-1), gram.k.unsqueeze(-2)
+    scores = product_from_sums(*sums, tokens, quantizers.query, quantizers.key)
     weights = torch.softmax(scores * factor[:, None, None], -1)
     codes = quantize_codes(relative_rows(weights) if quantizers.relative else weights, *static_qparams(act), act.bits)
     rounded = codes.float() * act.step + act.lower

@@ -182,19 +182,18 @@ class ChannelMaps(nn.Module):
         super().__init__()
         self.query, self.key, self.eps, self.factor, self.quantizers = query, key, eps, factor, quantizers
         self.together = together
-        # numbers, since a recorded run reads no tensors
-        acts = () if quantizers is None else (quantizers.query, quantizers.key)
-        self.codes = [(float(a.step.reciprocal()), float(-a.lower / a.step), a.bits) for a in acts]
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         heads, width, images = self.query.heads, self.query.width, len(self.query.rows)
         q, k = Operand(query, self.query.first), Operand(key, self.key.first)
         if self.quantizers is None:
             return channel_map(channel_gram(q, k, heads, width, images), self.eps, self.factor)
-        squares = self._squares(q, k, heads * width, images)
+        acts, squares = (self.quantizers.query, self.quantizers.key), self._squares(q, k, heads * width, images)
         q_codes, k_codes = (
-            Quantizer(s, eps, factor, offset, bits)
-            for s, eps, (factor, offset, bits) in zip(squares, self.eps, self.codes, strict=True)
+            Quantizer(s, eps, factor, offset, act.bits)
+            for s, eps, act, (factor, offset, *_) in zip(
+                squares, self.eps, acts, self.quantizers.numbers[:2], strict=True
+            )
         )
         gram = channel_gram_codes(q, k, heads, width, images, q_codes, k_codes)
         return channel_map_codes(gram, len(query) // images, self.factor, self.quantizers)

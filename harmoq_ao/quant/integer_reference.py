@@ -359,10 +359,26 @@ def matmul_epilogue(acc: Tensor, qa: Tensor, qb: Tensor, a: Affine, b: Affine) -
     Returns:
         `[..., M, N]` float32.
     """
-    rows = qa.sum(-1, keepdim=True, dtype=torch.int64).float()
-    columns = qb.sum(-2, keepdim=True, dtype=torch.int64).float()
-    left = rows * a.step + a.lower * qa.shape[-1]
-    return acc.float() * a.step * b.step + left * b.lower + columns * b.step * a.lower
+    rows, columns = qa.sum(-1, keepdim=True, dtype=torch.int64), qb.sum(-2, keepdim=True, dtype=torch.int64)
+    return product_from_sums(acc, rows, columns, qa.shape[-1], a, b)
+
+
+def product_from_sums(acc: Tensor, rows: Tensor, columns: Tensor, length: int, a: Affine, b: Affine) -> Tensor:
+    """`matmul_epilogue` where the codes are gone and their sums are known.
+
+    Args:
+        acc: `[..., M, N]` of products of codes.
+        rows: `[..., M, 1]` sums of the left operand's codes.
+        columns: `[..., 1, N]` sums of the right operand's codes.
+        length: Contracted length.
+        a: Bounds of the left operand.
+        b: Bounds of the right operand.
+
+    Returns:
+        `[..., M, N]` float32.
+    """
+    left = rows.float() * a.step + a.lower * length
+    return acc.float() * a.step * b.step + left * b.lower + columns.float() * b.step * a.lower
 
 
 # --- whole contractions -----------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ LOST = 17
 def prepare(observer: str) -> h.PreparedModel:
     """A small model with joint scales, except where the observer takes none."""
     joint_scale: Any = "none" if observer == "histogram" else "hso"
-    # maps relative to their rows clip the largest entry of each row or not by the last bit of a range that is learned
+    # with maps relative to their rows losses part by a percent after four steps: sums are taken in another order
     config = h.HarmoqConfig(4, 4, "paper", observer=observer, joint_scale=joint_scale, relative_maps=False)  # type: ignore[arg-type]
     return h.prepare_harmoq(tiny(), config, images(1))
 
