@@ -56,12 +56,12 @@ def _onnxruntime(path: Path) -> Run:
 def _openvino(path: Path) -> Run:
     import openvino as ov
 
-    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    core = ov.Core()
-    model = core.read_model(str(path))
+    from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
+
+    model = ov.Core().read_model(str(path))
     # One image: with a free number, the plugin's passes fail on some transposes of windows.
     model.reshape(ov.PartialShape([1, *model.input(0).partial_shape[1:]]))
-    compiled = core.compile_model(model, "CPU", options)
+    compiled = compile_on_cpu(model, INFERENCE_PRECISION_HINT="f32", INFERENCE_NUM_THREADS=torch.get_num_threads())
     return lambda image: torch.cat([torch.from_numpy(compiled(one.numpy())[0].copy()) for one in image.split(1)])
 
 

@@ -53,16 +53,16 @@ def _converted(quantized: QuantizedModel, size: tuple[int, int] | None, target: 
     """Convert and save; where OpenVINO does not take free sizes, for one size."""
     import openvino as ov
 
+    from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
     from harmoq_ao.runtime.openvino.views import merge_views
 
     proto, traced = onnx_model(quantized, size)
-    core = ov.Core()
     try:
-        model = core.read_model(io.BytesIO(proto.SerializeToString()))
+        model = ov.Core().read_model(io.BytesIO(proto.SerializeToString()))
         model.reshape(ov.PartialShape([1, *model.input(0).partial_shape[1:]]))
         merge_views(model)
         if traced.size is None:  # where only compiling shows whether the plugin takes masks that are drawn at run time
-            core.compile_model(model, "CPU")
+            compile_on_cpu(model)
     except RuntimeError as error:
         if traced.size is not None:
             raise failed("OpenVINO does not take this model", error, remedy=RUN_IT_HERE) from error

@@ -19,6 +19,7 @@ from torch import Tensor
 from harmoq_ao.common.errors import ConfigError, InputError, OpenVinoError
 from harmoq_ao.conversion.model import QuantizedModel
 from harmoq_ao.images import check_image_tensor
+from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
 from harmoq_ao.runtime.openvino.conversion import Size, convert_at, require_openvino
 from harmoq_ao.runtime.per_size import PerSizeModel, check_count
 
@@ -108,15 +109,13 @@ class OpenVinoModel(PerSizeModel[Size, "openvino.CompiledModel"]):
         return found
 
     def _compile(self, size: Size) -> openvino.CompiledModel:
-        import openvino as ov
-
         options: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
         }
         try:
-            return ov.Core().compile_model(convert_at(self._quantized[0], size), "CPU", options)
+            return compile_on_cpu(convert_at(self._quantized[0], size), **options)
         except RuntimeError as error:
             raise OpenVinoError(
                 "OpenVINO cannot take this model at this size",
