@@ -5,6 +5,7 @@ Imports ``conversion``, ``harmonization`` and what those may import.
 
 from harmoq_ao.baselines.base import Baseline, Budget
 from harmoq_ao.baselines.brecq import BRECQ
+from harmoq_ao.baselines.condiquant import CondiQuant
 from harmoq_ao.baselines.dbdc_pac import DBDCPac
 from harmoq_ao.baselines.dobi import DOBI
 from harmoq_ao.baselines.granular_dq import GranularDQ
@@ -15,7 +16,17 @@ from harmoq_ao.baselines.two_dquant import TwoDQuant
 
 BASELINES: dict[str, Baseline] = {
     baseline.name: baseline
-    for baseline in (MinMax(), Percentile(), DOBI(), TwoDQuant(), BRECQ(), PAMS(), DBDCPac(), GranularDQ())
+    for baseline in (
+        MinMax(),
+        Percentile(),
+        DOBI(),
+        TwoDQuant(),
+        CondiQuant(),
+        BRECQ(),
+        PAMS(),
+        DBDCPac(),
+        GranularDQ(),
+    )
 }
 """Baselines by the word that selects them on the command line, in the order of the tables."""
 
@@ -26,6 +37,7 @@ __all__ = [
     "PAMS",
     "Baseline",
     "Budget",
+    "CondiQuant",
     "DBDCPac",
     "GranularDQ",
     "MinMax",

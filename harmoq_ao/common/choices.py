@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from enum import StrEnum
 
-METHODS = ("harmoq", "minmax", "percentile", "dobi", "2dquant", "brecq", "pams", "dbdc-pac", "granular-dq")
+METHODS = (
+    "harmoq",
+    "minmax",
+    "percentile",
+    "dobi",
+    "2dquant",
+    "condiquant",
+    "brecq",
+    "pams",
+    "dbdc-pac",
+    "granular-dq",
+)
 """Quantization methods: HarmoQ, then the baselines in the order of the tables."""
 
 PRESET_NAMES = ("none", "algorithm", "fast", "tables", "standard", "long", "best")

@@ -30,11 +30,11 @@ CASES = {
 
 
 def test_the_words_of_the_command_line() -> None:
-    words = ["minmax", "percentile", "dobi", "2dquant", "brecq", "pams", "dbdc-pac", "granular-dq"]
+    words = ["minmax", "percentile", "dobi", "2dquant", "condiquant", "brecq", "pams", "dbdc-pac", "granular-dq"]
     assert list(BASELINES) == words
     assert [BASELINES[word].name for word in words] == words
-    assert len({baseline.title for baseline in BASELINES.values()}) == 8
-    assert [word for word in words if BASELINES[word].learns] == ["2dquant", "brecq", "pams", "dbdc-pac"]
+    assert len({baseline.title for baseline in BASELINES.values()}) == 9
+    assert [word for word in words if BASELINES[word].learns] == ["2dquant", "condiquant", "brecq", "pams", "dbdc-pac"]
 
 
 @pytest.mark.parametrize("method", BASELINES)
