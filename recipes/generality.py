@@ -1,6 +1,6 @@
 """Whether HarmoQ's presets hold on architectures that nothing was tuned on: a nightly check.
 
-    python -m harmoq_ao.recipes.generality --output nightly                     # an hour or two on a CPU
+    python -m harmoq_ao.recipes.generality --output nightly
     python -m harmoq_ao.recipes.generality --output nightly --images PHOTOGRAPHS --device cuda
 
 Small instances of the coverage table's architectures, from random weights, learn to upscale by two. Each is quantized
