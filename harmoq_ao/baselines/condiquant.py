@@ -41,8 +41,9 @@ class CondiQuant(Baseline):
     gradient steps that keep its output and, after each, a proximal step that draws its singular values together; inputs
     that are nearly of deficient rank leave room for it. Ranges are then found as 2DQuant does, with the whole budget.
 
-    Different here: the authors' code is not published; strength, number of steps and the step length (the inverse of
-    the largest curvature, so that no step raises :func:`objective`) are ours. :class:`TwoDQuant` says what differs in
+    Different here: the authors' code is not published; the penalty (squared deviations of the singular values from
+    their mean), its strength, the number of steps and their length (the inverse of the largest curvature, so that no
+    step raises :func:`objective`) are ours. :class:`TwoDQuant` says what differs in
     the second part; its targets are the network before conditioning. Convolutions stay as they are.
     """
 
