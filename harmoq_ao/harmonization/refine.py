@@ -20,6 +20,7 @@ from torch import Tensor
 from harmoq_ao.calibration.solve import disable_observers, enable_fake_quant
 from harmoq_ao.common import distributed
 from harmoq_ao.common.errors import CalibrationError, CheckpointError
+from harmoq_ao.cpu_kernels import library
 from harmoq_ao.harmonization.checkpoint import Checkpoint, Progress
 from harmoq_ao.harmonization.distillation import feature_error, features_of, held_out_psnr, shared_variances
 from harmoq_ao.harmonization.identity import work_identity
@@ -31,6 +32,7 @@ from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.stages import find_stages
 from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.harmonization.weights import frozen
+from harmoq_ao.quant.operators import using
 from harmoq_ao.sites.model import PreparedModel
 
 
@@ -106,7 +108,7 @@ def refine(
     teacher = teacher or Teacher(prepared)
     enable_fake_quant(prepared)
     disable_observers(prepared)
-    with frozen(prepared):
+    with frozen(prepared), using(library.kernels() if next(prepared.parameters()).is_cpu else None):
         store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, settings, algorithm))
         run = _Refinement(prepared, teacher, crops, settings, held_out)
         run.resume(_same_everywhere(store.load(), prepared))

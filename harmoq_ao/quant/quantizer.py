@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum, StrEnum
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from harmoq_ao.common.errors import ConfigError, shown
+from harmoq_ao.quant.operators import operators_for
 
 QUANTIZED_BITS = (2, 3, 4, 5, 6, 7, 8)
 """Bit widths that quantize."""
@@ -198,17 +200,22 @@ def fake_quantize(
     return result
 
 
-def bound_gradients(grad: Tensor, position: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+def bound_gradients(grad: Tensor, x: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Gradients of `lo` and `hi` in :func:`fake_quantize`.
 
     Args:
         grad: Gradient of the rounded values.
-        position: Where the values were before rounding, in steps from `lo`.
+        x: What is rounded, in the shape of `grad`.
         lo: Lower bound.
         hi: Upper bound.
         bits: 2 to 8.
     """
-    _, grad_lo, grad_hi, _, _ = _gradients(grad, position, lo, hi, bits, None, None, _Needs(bounds=True))
+    operators = None if grad.dtype != x.dtype else _operators_for(x, lo, hi, None, None)
+    if operators is not None:
+        _, grad_lo, grad_hi, _, _ = operators.fake_quantize_backward(grad, x, lo, hi, bits, None, None)
+    else:
+        position = _position(x, lo, hi, bits, None, None)
+        _, grad_lo, grad_hi, _, _ = _gradients(grad, position, lo, hi, bits, None, None, _Needs(bounds=True))
     assert grad_lo is not None
     assert grad_hi is not None
     return grad_lo, grad_hi
@@ -246,6 +253,7 @@ class _FakeQuantize(torch.autograd.Function):
 
     What is kept for the backward pass is the position ``t`` between the bounds, 0 at `lo` and ``2**bits - 1`` at `hi`;
     everything follows from it: ``(x - shift) / scale = t * step + lo``, and ``t`` outside of its range was clipped.
+    C++ operators (`quant/operators.py`) compute it again from the operand, which costs less than to keep it.
     """
 
     @staticmethod
@@ -253,6 +261,11 @@ class _FakeQuantize(torch.autograd.Function):
         ctx: Any, x: Tensor, lo: Tensor, hi: Tensor, bits: int, scale: Tensor | None, shift: Tensor | None
     ) -> Tensor:
         ctx.bits, ctx.shape, ctx.dtype = bits, x.shape, x.dtype
+        ctx.operators = _operators_for(x, lo, hi, scale, shift)
+        if ctx.operators is not None:
+            ctx.save_for_backward(x, lo, hi, scale, shift)
+            rounded: Tensor = ctx.operators.fake_quantize(x, lo, hi, bits, scale, shift)
+            return rounded
         position = _position(x, lo, hi, bits, scale, shift)
         ctx.save_for_backward(position, lo, hi, scale, shift)
         return _value_at(position, lo, hi, bits).to(x.dtype)
@@ -260,6 +273,11 @@ class _FakeQuantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         position, lo, hi, scale, shift = ctx.saved_tensors
+        if ctx.operators is not None:
+            *of_bounds, of_scale, of_shift = ctx.operators.fake_quantize_backward(
+                grad_outputs[0], position, lo, hi, ctx.bits, scale, shift
+            )
+            return *of_bounds, None, None if scale is None else of_scale, None if shift is None else of_shift
         needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
         needs = _Needs(needs_x, needs_lo or needs_hi, needs_scale, needs_shift)
         grad_x, grad_lo, grad_hi, grad_scale, grad_shift = _gradients(
@@ -267,6 +285,11 @@ class _FakeQuantize(torch.autograd.Function):
         )
         grad_x = None if grad_x is None else grad_x.sum_to_size(ctx.shape).to(ctx.dtype)
         return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift
+
+
+def _operators_for(x: Tensor, lo: Tensor, hi: Tensor, scale: Tensor | None, shift: Tensor | None) -> ModuleType | None:
+    operators = operators_for(x, lo, hi, scale, shift)
+    return operators if operators is not None and operators.fake_quantize_fits(x, lo, hi, scale, shift) else None
 
 
 class _Needs(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harmoq_ao.quant.operators import operators_for, using
 from harmoq_ao.quant.quantizer import affine_form, bound_gradients, step_size, widen
 
 _TINY = 1e-30
@@ -70,22 +71,11 @@ class _MapProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, p: Tensor, values: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
-        wide = widen(p)
-        top = wide.amax(-1, keepdim=True).clamp_min_(_TINY)
-        factor, offset = affine_form(lo, hi, bits)
-        below, above = torch.stack((lo < 0, hi < 1)).tolist()  # else nothing is clipped: entries are in 0..1
-        codes = (wide / top).mul_(factor)
-        if below:
-            codes.add_(offset)
-        codes.round_()
-        if below or above:
-            codes.clamp_(0, 2**bits - 1)
-        if below:
-            codes.sub_(offset.round())
-        sums, total = wide.sum(-1, keepdim=True), codes.sum(-1, keepdim=True).clamp_min_(_TINY)
+        ctx.bits, ctx.operators = bits, operators_for(p, values, lo, hi) if p.is_contiguous() and p.numel() else None
+        of_map = _codes if ctx.operators is None else ctx.operators.relative_codes
+        codes, top, sums, total = of_map(p, lo, hi, bits)
         product = torch.matmul(codes.to(values.dtype), values)  # exact in 16 bits too
         y = (product * (sums / total)).to(product.dtype)
-        ctx.bits, ctx.clips = bits, below or above
         ctx.save_for_backward(p, values, lo, hi, codes, y, top, sums, total)
         return y
 
@@ -100,18 +90,46 @@ class _MapProduct(torch.autograd.Function):
         if needs_values:
             grad_values = torch.matmul(codes.mT, product).sum_to_size(values.shape).to(values.dtype)
         if needs_map:
-            step = step_size(lo, hi, ctx.bits)
-            slope, of_sum = (step * top).reciprocal(), along / sums.clamp_min(_TINY)
+            slope, of_sum = (step_size(lo, hi, ctx.bits) * top).reciprocal(), along / sums.clamp_min(_TINY)
+            of_codes = along * slope / total
             grad_map = torch.matmul(product * slope, wide.mT)
-            if ctx.clips:
-                relative = widen(p) / top
-                grad_map.sub_(along * slope / total).masked_fill_((relative < lo) | (relative > hi), 0.0).add_(of_sum)
+            if ctx.operators is not None and grad_map.shape == p.shape:
+                ctx.operators.relative_map_backward_(grad_map, p, top, of_codes, of_sum, lo, hi)
             else:
-                grad_map.add_(of_sum - along * slope / total)
-            grad_map = grad_map.sum_to_size(p.shape).to(p.dtype)
+                grad_map = _through_codes(grad_map, widen(p), top, of_codes, of_sum, lo, hi)
+                grad_map = grad_map.sum_to_size(p.shape).to(p.dtype)
         if needs_lo or needs_hi:
-            grad_lo, grad_hi = _range_gradients(ctx.bits, p, top, lo, hi, product, along / total, wide)
+            with using(ctx.operators):
+                grad_lo, grad_hi = _range_gradients(ctx.bits, p, top, lo, hi, product, along / total, wide)
         return grad_map, grad_values, grad_lo, grad_hi, None
+
+
+def _codes(p: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``c``, ``max_j p_j``, ``sum_j p_j`` and ``sum_j c_j``."""
+    wide = widen(p)
+    top = wide.amax(-1, keepdim=True).clamp_min_(_TINY)
+    factor, offset = affine_form(lo, hi, bits)
+    codes = (wide / top).mul_(factor)
+    if _clips(lo, hi):
+        codes.add_(offset).round_().clamp_(0, 2**bits - 1).sub_(offset.round())
+    else:
+        codes.round_()
+    return codes, top, wide.sum(-1, keepdim=True), codes.sum(-1, keepdim=True).clamp_min_(_TINY)
+
+
+def _through_codes(
+    grad: Tensor, p: Tensor, top: Tensor, of_codes: Tensor, of_sum: Tensor, lo: Tensor, hi: Tensor
+) -> Tensor:
+    """The gradient of a map, in place of that of its codes in entries; clipped entries get `of_sum` alone."""
+    if not _clips(lo, hi):
+        return grad.add_(of_sum - of_codes)
+    relative = p / top
+    return grad.sub_(of_codes).masked_fill_((relative < lo) | (relative > hi), 0.0).add_(of_sum)
+
+
+def _clips(lo: Tensor, hi: Tensor) -> bool:
+    """Whether some level is below zero, or an entry can be clipped: entries are in 0..1."""
+    return bool((lo < 0) | (hi < 1))
 
 
 def _range_gradients(
@@ -120,9 +138,9 @@ def _range_gradients(
     """Gradients of the bounds from some of the rows; `product` and `of_sum` are those of ``c v~`` and of ``sum c``."""
     every = _SAMPLED if p.shape[-2] >= _SAMPLED_FROM else 1
     rows = slice(None, None, every)
-    factor, offset = affine_form(lo, hi, bits)
-    position = (widen(p[..., rows, :]) / top[..., rows, :]).mul_(factor).add_(offset)
+    factor, _ = affine_form(lo, hi, bits)
+    relative = widen(p[..., rows, :]) / top[..., rows, :]
     grad = torch.matmul(product[..., rows, :], values.mT).sub_(of_sum[..., rows, :]).mul_(factor)
-    share = p.shape[-2] / position.shape[-2]
-    grad_lo, grad_hi = bound_gradients(grad, position.expand_as(grad), lo, hi, bits)
+    share = p.shape[-2] / relative.shape[-2]
+    grad_lo, grad_hi = bound_gradients(grad, relative.expand_as(grad), lo, hi, bits)
     return grad_lo * share, grad_hi * share

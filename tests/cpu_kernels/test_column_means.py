@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -16,14 +14,6 @@ from tests.strategies import SEEDS
 
 pytestmark = pytest.mark.skipif(not library.status().available, reason="the C++ kernels cannot be built here")
 TYPES = st.sampled_from((torch.float32, torch.bfloat16))
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    """Back to the number of threads that there was."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def matrix(seed: int, rows: int, columns: int, first: int, dtype: torch.dtype) -> torch.Tensor:

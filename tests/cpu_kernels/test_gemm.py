@@ -14,28 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.cpu_kernels.compiler import BuildFailure, find_compiler
-from harmoq_ao.cpu_kernels.instruction_sets import NAMES, best_of_cpu
-from harmoq_ao.cpu_kernels.library import kernels, status
+from tests.cpu_kernels.helpers import OF_THIS_CPU, built
 
 INTEGERS = [(torch.uint8, torch.int8), (torch.uint8, torch.uint8), (torch.int8, torch.int8)]
 FLOATS = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16)]
-OF_THIS_CPU = NAMES[: NAMES.index(best_of_cpu()) + 1]
-
-
-def built(isa: str) -> ModuleType:
-    try:
-        find_compiler()
-    except BuildFailure as missing:
-        pytest.skip(f"needs a C++ compiler: {missing.reason}")
-    operators = kernels(isa)
-    assert operators is not None, status(isa).sentence
-    return operators
-
-
-@pytest.fixture(params=OF_THIS_CPU, scope="module")
-def operators(request: pytest.FixtureRequest) -> ModuleType:
-    return built(request.param)
 
 
 def numbers(kind: torch.dtype, rows: int, columns: int, seed: int, extreme: bool) -> Tensor:

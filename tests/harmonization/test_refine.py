@@ -14,11 +14,14 @@ from safetensors.torch import save_file
 import harmoq_ao as h
 from harmoq_ao.common.errors import CalibrationError, CheckpointError, ConfigError
 from harmoq_ao.config import Profile
+from harmoq_ao.cpu_kernels import library
+from harmoq_ao.cpu_kernels.instruction_sets import SWITCH
 from harmoq_ao.harmonization.learner import Learner
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
 from harmoq_ao.harmonization.refine import RefineTrace, refine
 from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.teacher import Teacher
+from harmoq_ao.quant.operators import operators_for
 from harmoq_ao.sites.prepared import PreparedLinear
 from tests.harmonization.helpers import DyingLearner, KilledError, crops, fidelity
 from tests.models import calibrated, images
@@ -86,6 +89,25 @@ def test_a_refined_model_converts_and_computes_the_same(bits: int, profile: Prof
         simulated, integer = prepared(image), h.convert_harmoq(prepared)(image)
         exact = teacher.exact(image)
     assert (simulated - integer).square().mean() < 1e-3 * (simulated - exact).square().mean()
+
+
+@pytest.mark.skipif(not library.status().available, reason="the C++ kernels cannot be built here")
+def test_cpp_operators_change_nothing_but_the_order_of_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither does their absence, for want of a compiler."""
+    losses, used, step = [], [], Learner.step
+
+    def noted(learner: Learner, loss: torch.Tensor) -> None:
+        used.append(operators_for(loss) is not None)
+        step(learner, loss)
+
+    monkeypatch.setattr(Learner, "step", noted)
+    for switch in ("", "off"):
+        monkeypatch.setenv(SWITCH, switch)
+        prepared = calibrated("DAT/light", replace(W3A3, relative_maps=True))
+        losses.append(refine(prepared, crops(4), replace(QUICK, steps=3)).losses)
+    assert used == [True] * 3 + [False] * 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
 
 
 def test_it_is_deterministic() -> None:
