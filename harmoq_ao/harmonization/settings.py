@@ -36,13 +36,14 @@ class Rates:
                 raise ConfigError(f"The learning rate of {name} is out of range", found=value, expected="0 or more")
 
     def at(self, bits: int) -> Rates:
-        """Rates for another width, times ``sqrt(3 / (2**bits - 1))``.
+        """Rates for another width: that of weights times ``3 / (2**bits - 1)``, the others times its square root.
 
-        The smaller the step of the quantizers, the less there is to correct. On DAT-light at 4 bits the rates of 2 bits
-        first lose half a decibel on held-out crops; divided by five they gain from the start and end higher.
+        The smaller the step of the quantizers, the less there is to correct, and weights that wander are an error of
+        their own (docs/results/refinement-trials-x2.md).
         """
-        factor = math.sqrt(3.0 / (2**bits - 1))
-        return Rates(**{name: value * factor for name, value in vars(self).items()})
+        step = 3.0 / (2**bits - 1)
+        root = math.sqrt(step)
+        return Rates(self.bounds * root, self.scales * root, self.weights * step, self.rest * root)
 
 
 @dataclass(frozen=True)
