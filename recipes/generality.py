@@ -25,6 +25,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import harmoq_ao as h
+from harmoq_ao.common.devices import device_named
 from harmoq_ao.common.errors import ConfigError, DatasetError
 from harmoq_ao.common.progress import track
 from harmoq_ao.harmonization.presets import PRESETS, preset
@@ -35,6 +36,7 @@ from harmoq_ao.recipes.architectures import ARCHITECTURES, Architecture, forward
 from harmoq_ao.recipes.making import files_digest
 from harmoq_ao.recipes.options import guarded
 from harmoq_ao.recipes.store import read_json, read_state, write_json, write_state, write_text
+from harmoq_ao.runtime.per_size import check_count
 
 SCALE = 2
 BASELINE = "dobi"
@@ -57,12 +59,19 @@ class Settings:
         steps: Training steps of the float networks.
         pairs: Pairs of crops they are trained on.
         seed: Of weights, crops and refinement.
+
+    Raises:
+        ConfigError: There is nothing to train on, or no step.
     """
 
     images: str
     steps: int
     pairs: int
     seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "pairs"):
+            check_count(name, getattr(self, name))
 
 
 @dataclass(frozen=True)
@@ -124,11 +133,11 @@ class Nightly:
         device: Where to compute.
 
     Raises:
-        ConfigError: The folder holds records of other settings.
+        ConfigError: There is no such device, or the folder holds records of other settings.
     """
 
     def __init__(self, output: Path, split: Split, settings: Settings, device: str) -> None:
-        self.output, self.split, self.settings, self.device = output, split, settings, device
+        self.output, self.split, self.settings, self.device = output, split, settings, device_named(device)
         found, wanted = read_json(output / "settings.json"), asdict(settings)
         if found is not None and found != wanted:
             raise ConfigError(

@@ -272,16 +272,16 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        position, lo, hi, scale, shift = ctx.saved_tensors
+        kept, lo, hi, scale, shift = ctx.saved_tensors
         if ctx.operators is not None:
             *of_bounds, of_scale, of_shift = ctx.operators.fake_quantize_backward(
-                grad_outputs[0], position, lo, hi, ctx.bits, scale, shift
+                grad_outputs[0], kept, lo, hi, ctx.bits, scale, shift
             )
             return *of_bounds, None, None if scale is None else of_scale, None if shift is None else of_shift
         needs_x, needs_lo, needs_hi, _, needs_scale, needs_shift = ctx.needs_input_grad
         needs = _Needs(needs_x, needs_lo or needs_hi, needs_scale, needs_shift)
         grad_x, grad_lo, grad_hi, grad_scale, grad_shift = _gradients(
-            grad_outputs[0], position, lo, hi, ctx.bits, scale, shift, needs
+            grad_outputs[0], kept, lo, hi, ctx.bits, scale, shift, needs
         )
         grad_x = None if grad_x is None else grad_x.sum_to_size(ctx.shape).to(ctx.dtype)
         return grad_x, grad_lo, grad_hi, None, grad_scale, grad_shift

@@ -72,8 +72,11 @@ class _MapProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, p: Tensor, values: Tensor, lo: Tensor, hi: Tensor, bits: int) -> Tensor:
         ctx.bits, ctx.operators = bits, operators_for(p, values, lo, hi) if p.is_contiguous() and p.numel() else None
-        of_map = _codes if ctx.operators is None else ctx.operators.relative_codes
-        codes, top, sums, total = of_map(p, lo, hi, bits)
+        ctx.clips = bool((lo < 0) | (hi < 1))  # else nothing is clipped: entries are in 0..1
+        if ctx.operators is None:
+            codes, top, sums, total = _codes(p, lo, hi, bits, ctx.clips)
+        else:
+            codes, top, sums, total = ctx.operators.relative_codes(p, lo, hi, bits)
         product = torch.matmul(codes.to(values.dtype), values)  # exact in 16 bits too
         y = (product * (sums / total)).to(product.dtype)
         ctx.save_for_backward(p, values, lo, hi, codes, y, top, sums, total)
@@ -96,7 +99,8 @@ class _MapProduct(torch.autograd.Function):
             if ctx.operators is not None and grad_map.shape == p.shape:
                 ctx.operators.relative_map_backward_(grad_map, p, top, of_codes, of_sum, lo, hi)
             else:
-                grad_map = _through_codes(grad_map, widen(p), top, of_codes, of_sum, lo, hi)
+                clipped = (lo, hi) if ctx.clips else None
+                grad_map = _through_codes(grad_map, widen(p), top, of_codes, of_sum, clipped)
                 grad_map = grad_map.sum_to_size(p.shape).to(p.dtype)
         if needs_lo or needs_hi:
             with using(ctx.operators):
@@ -104,13 +108,13 @@ class _MapProduct(torch.autograd.Function):
         return grad_map, grad_values, grad_lo, grad_hi, None
 
 
-def _codes(p: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _codes(p: Tensor, lo: Tensor, hi: Tensor, bits: int, clips: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``c``, ``max_j p_j``, ``sum_j p_j`` and ``sum_j c_j``."""
     wide = widen(p)
     top = wide.amax(-1, keepdim=True).clamp_min_(_TINY)
     factor, offset = affine_form(lo, hi, bits)
     codes = (wide / top).mul_(factor)
-    if _clips(lo, hi):
+    if clips:
         codes.add_(offset).round_().clamp_(0, 2**bits - 1).sub_(offset.round())
     else:
         codes.round_()
@@ -118,18 +122,13 @@ def _codes(p: Tensor, lo: Tensor, hi: Tensor, bits: int) -> tuple[Tensor, Tensor
 
 
 def _through_codes(
-    grad: Tensor, p: Tensor, top: Tensor, of_codes: Tensor, of_sum: Tensor, lo: Tensor, hi: Tensor
+    grad: Tensor, p: Tensor, top: Tensor, of_codes: Tensor, of_sum: Tensor, clipped: tuple[Tensor, Tensor] | None
 ) -> Tensor:
-    """The gradient of a map, in place of that of its codes in entries; clipped entries get `of_sum` alone."""
-    if not _clips(lo, hi):
+    """The gradient of a map, in place of that of its codes in entries; those `clipped` by bounds get `of_sum` alone."""
+    if clipped is None:
         return grad.add_(of_sum - of_codes)
-    relative = p / top
+    relative, (lo, hi) = p / top, clipped
     return grad.sub_(of_codes).masked_fill_((relative < lo) | (relative > hi), 0.0).add_(of_sum)
-
-
-def _clips(lo: Tensor, hi: Tensor) -> bool:
-    """Whether some level is below zero, or an entry can be clipped: entries are in 0..1."""
-    return bool((lo < 0) | (hi < 1))
 
 
 def _range_gradients(

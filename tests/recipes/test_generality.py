@@ -71,6 +71,14 @@ def test_records_of_other_settings_are_refused(tmp_path: Path, photographs: Path
         Nightly(tmp_path, Split.of(photographs, 0), Settings("of others", 2, 4, 0), "cpu")
 
 
+def test_settings_and_devices_that_make_no_sense(tmp_path: Path, photographs: Path) -> None:
+    for steps, pairs in ((0, 4), (2, 0), (-1, 4)):
+        with pytest.raises(ConfigError, match="must be a whole number"):
+            Settings("of these", steps, pairs, seed=0)
+    with pytest.raises(ConfigError, match="device"):
+        Nightly(tmp_path, Split.of(photographs, 0), SETTINGS, "toaster")
+
+
 def test_training_comes_closer_to_the_photographs() -> None:
     low = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     high = bicubic(low)

@@ -9,6 +9,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <vector>
 
@@ -16,6 +17,9 @@ namespace harmoq {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLanes = Vec::size();
+
+// The distance between neighbouring levels, as `step_size` of `quant/quantizer.py` has it; top is the largest code.
+inline float step_size(float lo, float hi, float top) { return std::max((hi - lo) / top, 0x1p-64f); }
 
 // Calls f(next) in every thread; next(first, last) hands out runs of tasks until there are none. Each thread takes those
 // of its own share first, the same in every kernel, so that it finds in its cache what it wrote before; then it helps

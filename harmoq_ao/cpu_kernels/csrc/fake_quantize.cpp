@@ -14,7 +14,7 @@ namespace harmoq {
 namespace {
 
 constexpr int64_t kTask = 1 << 14;  // values of a partial sum; these are added in order, for any number of threads
-constexpr float kEdge = 1e-4f, kMinStep = 0x1p-64f;
+constexpr float kEdge = 1e-4f;
 
 using Optional = std::optional<at::Tensor>;
 
@@ -104,7 +104,7 @@ class Affine {
     row_ = row;
     const int64_t of_bounds = layout_.bounds_by_row ? row : 0;
     lo = lo_.const_data_ptr<float>()[of_bounds];
-    step = std::max((hi_.const_data_ptr<float>()[of_bounds] - lo) / top, kMinStep);
+    step = step_size(lo, hi_.const_data_ptr<float>()[of_bounds], top);
     if (layout_.joint_by_column) {
       set_columns();
       return;

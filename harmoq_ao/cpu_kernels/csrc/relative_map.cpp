@@ -12,7 +12,7 @@
 namespace harmoq {
 namespace {
 
-constexpr float kTiny = 1e-30f, kMinStep = 0x1p-64f;
+constexpr float kTiny = 1e-30f;
 
 struct Range {
   Range(const at::Tensor& lo_, const at::Tensor& hi_) : lo(lo_.item<float>()), hi(hi_.item<float>()) {}
@@ -31,7 +31,7 @@ float largest(const float* row, int64_t width) {
 // Codes of a row, as whole numbers of steps above zero, and the sums of its entries and of the codes.
 std::pair<float, float> round_row(const float* row, float* codes, int64_t width, float most, const Range& range,
                                   float top) {
-  const float step = std::max((range.hi - range.lo) / top, kMinStep), lower = -range.lo / step;
+  const float step = step_size(range.lo, range.hi, top), lower = -range.lo / step;
   const Vec largest(most), factor(1.f / step), offset(lower), zero(0.f), last(top), shift(std::nearbyint(lower));
   Vec entries(0.f), total(0.f);
   each_vector(width, [&](int64_t j, auto lanes) {
