@@ -25,6 +25,7 @@ from rich.markdown import Markdown
 from harmoq_ao.baselines import BASELINES
 from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import ConfigError
+from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.recipes import charts, options
 from harmoq_ao.recipes.cells import HARMOQ, Value
 from harmoq_ao.recipes.documents import Entry, Plan, numbers, provenance, references, to_markdown
@@ -33,6 +34,7 @@ from harmoq_ao.recipes.study import Outcome, Study
 
 Options = Mapping[str, Value]
 REFINED = "then refined"
+REFINED_ROW = "HarmoQ + refinement"
 COMPONENTS = ("src", "hso", "abr")
 PROJECTIONS = ("none", "laplacian", "sobel", "dct", "learned", "random", "identity")
 ABSOLUTE: Options = {"algorithm": None, "refine": None, "config.relative_maps": False}
@@ -52,9 +54,29 @@ ADDITIONS: dict[str, Options] = {
 """Stages of HarmoQ, each on top of those before it unless it says otherwise, as departures from the preset."""
 
 
+ALGORITHM: Options = {"refine": None, "algorithm.src": True}
+"""Algorithm 1 alone, whatever the preset does."""
+
+
 def title_of(method: str) -> str:
     """A method as tables name it."""
     return "HarmoQ" if method == HARMOQ else BASELINES[method].title
+
+
+def rows_of(method: str, settings: HarmonizeSettings) -> dict[str, Options]:
+    """Rows of a method: HarmoQ has one that runs Algorithm 1 alone beside the one of a preset that refines."""
+    if method != HARMOQ or settings.refine is None:
+        return {title_of(method): {}}
+    return {"HarmoQ (Algorithm 1)": ALGORITHM, REFINED_ROW: {}}
+
+
+def stages_of(settings: HarmonizeSettings) -> str:
+    """Which stages the rows of :func:`rows_of` run."""
+    before = "" if settings.algorithm is None else "Algorithm 1, "
+    return (
+        "HarmoQ (Algorithm 1): calibration with closed-form scales and shifts, then SRC, HSO and ABR; nothing is "
+        f"learned. {REFINED_ROW}: the same calibration, {before}then {settings.steps} gradient steps."
+    )
 
 
 # --- what the tables show ---------------------------------------------------------------------------------------------
@@ -63,13 +85,17 @@ def title_of(method: str) -> str:
 def table1(arguments: argparse.Namespace) -> Plan:
     """Methods by bits and set; the weakest baselines first, HarmoQ last."""
     ordered = [m for m in arguments.methods if m != HARMOQ] + [m for m in arguments.methods if m == HARMOQ]
+    (bits, *_), (scale, *_) = arguments.bits, arguments.scales
+    settings = options.template(arguments, HARMOQ, scale, bits).settings()
+    rows = {label: (m, o) for m in ordered for label, o in rows_of(m, settings).items()}
     entries = references(arguments.scales)
-    for widths, method, scale in itertools.product(arguments.bits, ordered, arguments.scales):
-        cell = options.template(arguments, method, scale, widths, title_of(method))
+    for widths, label, scale in itertools.product(arguments.bits, rows, arguments.scales):
+        method, departures = rows[label]
+        cell = options.template(arguments, method, scale, widths, label).with_options(departures)
         entries.append(Entry(cell.bits, cell.label, cell))
-    ours = title_of(HARMOQ) if HARMOQ in ordered and len(ordered) > 1 else None
+    ours = list(rows)[-1] if HARMOQ in ordered and len(rows) > 1 else None
     heading = f"Methods, {arguments.profile} profile, preset {arguments.preset}"
-    return Plan("table1", heading, arguments.sets, entries, ours)
+    return Plan("table1", heading, arguments.sets, entries, ours, (stages_of(settings),) if REFINED_ROW in rows else ())
 
 
 def table2(arguments: argparse.Namespace) -> Plan:

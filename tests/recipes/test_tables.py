@@ -58,12 +58,18 @@ def check_picture(path: Path) -> None:
 
 def test_table_one_agrees_with_its_cells(tmp_path: Path) -> None:
     rows, markdown, printed = run("table1", tmp_path, "--bits", "3", "8", "--methods", "harmoq", "minmax", "dobi")
-    assert [row["row"] for row in rows] == ["bicubic", "float", *(["MinMax", "DOBI", "HarmoQ"] * 2)]
+    compared = ["MinMax", "DOBI"]
+    assert [row["row"] for row in rows] == [
+        "bicubic",
+        "float",
+        *([*compared, "HarmoQ (Algorithm 1)", "HarmoQ + refinement"] * 2),
+    ]
     cells = [json.loads(path.read_text()) for path in (tmp_path / "out" / "cells").iterdir()]
     assert len(cells) == len(rows)
     for row in rows:
-        bits = (int(row["weight_bits"] or 0), row["method"])
-        record = next(c for c in cells if (c["cell"].get("weight_bits", 0), c["cell"]["method"]) == bits)
+        alone = row["row"] == "HarmoQ (Algorithm 1)"
+        wanted = (int(row["weight_bits"] or 0), row["method"], alone)
+        (record,) = (c for c in cells if _described(c["cell"]) == wanted)
         assert float(row["psnr_y"]) == pytest.approx(record["psnr_y"], abs=1e-6)
         assert float(row["ssim_y"]) == pytest.approx(record["ssim_y"], abs=1e-6)
         for text in (markdown, printed):
@@ -79,14 +85,28 @@ def test_table_one_agrees_with_its_cells(tmp_path: Path) -> None:
             row["row"] for row in rivals if float(row["psnr_y"]) == best
         }
         assert f"**{best:.3f}**" in markdown
-        strongest = max(rivals[:2], key=lambda row: float(row["psnr_y"]))
-        margin = float(rivals[2]["psnr_y"]) - float(strongest["psnr_y"])
-        assert rivals[2]["strongest_baseline"] == strongest["row"]
-        assert float(rivals[2]["margin_psnr"]) == pytest.approx(margin, abs=2e-6)
+        *others, ours = rivals
+        strongest = max(others, key=lambda row: float(row["psnr_y"]))
+        margin = float(ours["psnr_y"]) - float(strongest["psnr_y"])
+        assert ours["strongest_baseline"] == strongest["row"]
+        assert float(ours["margin_psnr"]) == pytest.approx(margin, abs=2e-6)
         assert f"{margin:+.3f} ({strongest['row']})" in markdown
     assert "python -m harmoq_ao.recipes.tables table1 --output out" in markdown
     assert "torch" in markdown
+    assert "SRC, HSO and ABR; nothing is learned" in markdown
     check_picture(tmp_path / "out" / "table1.png")
+
+
+def _described(cell: dict[str, Any]) -> tuple[int, str, bool]:
+    """Bits, method, and whether it is Algorithm 1 without refinement."""
+    settings = cell.get("settings", {})
+    alone = settings.get("algorithm") is not None and settings.get("refine") is None
+    return cell.get("weight_bits", 0), cell["method"], alone
+
+
+def test_a_preset_without_refinement_gives_one_row_of_harmoq() -> None:
+    plan = tables.table1(parse("table1", "--bits", "4", "--methods", "harmoq", "minmax", "--preset", "algorithm"))
+    assert [entry.row for entry in plan.entries if entry.group] == ["MinMax", "HarmoQ"]
 
 
 @pytest.fixture
