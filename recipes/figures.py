@@ -97,7 +97,7 @@ def _scores(outcome: Outcome, labels: Mapping[Cell, Mapping[str, object]]) -> pd
 def _crops(study: Study, scale: int, count: int, size: int = 64) -> Tensor:
     """Held-out crops `[B, C, size, size]` on the device of the study."""
     crops = study.photographs.crops(study.loaded(scale), count, size, held_out=True)
-    return torch.stack(crops).to(study.settings.device)
+    return torch.stack(crops).to(study.device)
 
 
 # --- figure 3 ---------------------------------------------------------------------------------------------------------

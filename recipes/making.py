@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 import harmoq_ao as h
@@ -63,7 +64,7 @@ class Made(NamedTuple):
     trace: dict[str, Any] | None = None
 
 
-def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: str, checkpoint: Path) -> Made:
+def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: torch.device, checkpoint: Path) -> Made:
     """Quantize the float model by the cell's method.
 
     Args:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 import harmoq_ao as h
 from harmoq_ao.calibration.solve import disable_observers
+from harmoq_ao.common.devices import device_named
 from harmoq_ao.common.errors import DatasetError
 from harmoq_ao.common.output import make_folder
 from harmoq_ao.common.progress import progress_bar
@@ -121,6 +122,7 @@ class Study:
         console: For progress; standard error by default.
 
     Raises:
+        ConfigError: There is no such device.
         OutputError: The output folder cannot be created.
         DatasetError: There are no photographs.
         CalibrationError: There is one photograph only: none would be left for the held-out crops.
@@ -130,6 +132,7 @@ class Study:
         self, settings: StudySettings, load: Callable[[int], LoadedModel], console: Console | None = None
     ) -> None:
         self.settings = settings
+        self.device = device_named(settings.device)
         self.console = console or Console(stderr=True)
         self.photographs = Photographs(settings.calibration, settings.seed)
         for kind in ("cells", "states", "pictures"):
@@ -200,7 +203,7 @@ class Study:
             measured="" if cell.is_reference else "integer model" if self.settings.converted else "simulation in float",
             cell=cell.to_dict(),
             surroundings={**self._surroundings(cell), "benchmark": self._benchmark(cell.scale, set_name)},
-            environment=environment(self.settings.device),
+            environment=environment(self.device),
         )
 
     def _evaluate(self, cell: Cell, model: Upscale, set_name: str) -> EvaluationTable:
@@ -251,7 +254,7 @@ class Study:
             upscaler = replace(upscaler, model=prepared)
             if self.settings.converted:
                 upscaler = of_quantized(h.convert_harmoq(prepared), cell.name)
-        return lambda image: upscaler(image.to(self.settings.device), tile=self.settings.tile)
+        return lambda image: upscaler(image.to(self.device), tile=self.settings.tile)
 
     def prepared(self, cell: Cell) -> h.PreparedModel:
         """The cell's quantized model: from the output folder, or made now and kept there."""
@@ -261,12 +264,12 @@ class Study:
             restore_state(prepared, read_state(self._state_path(cell, "safetensors")))
             return prepared
         start, checkpoint = time.perf_counter(), self._state_path(cell, "refining")
-        made = quantize(cell, self.loaded(cell.scale), self.photographs, self.settings.device, checkpoint)
+        made = quantize(cell, self.loaded(cell.scale), self.photographs, self.device, checkpoint)
         record = {
             "cell": cell.to_dict(),
             "surroundings": self._surroundings(cell),
             "config": made.prepared.config.to_dict(),
-            "environment": environment(self.settings.device),
+            "environment": environment(self.device),
             "seconds": round(time.perf_counter() - start, 3),
             "trace": made.trace,
         }
@@ -293,7 +296,7 @@ class Study:
         loaded, found = self._load(scale), sha256()
         for name, tensor in sorted(loaded.model.state_dict().items()):
             found.update(name.encode() + tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        loaded.model.to(self.settings.device)
+        loaded.model.to(self.device)
         return loaded, found.hexdigest()[:16]
 
     # --- what identifies a cell ---------------------------------------------------------------------------------------

@@ -241,6 +241,12 @@ def test_wrong_variations_are_refused(tmp_path: Path, text: str) -> None:
         tables.read_variations(tmp_path / "own.json")
 
 
+def test_a_device_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--output", str(tmp_path / "out"), "--benchmark", "b", "--calibration", "c", "--device", "tpu"]
+    assert tables.main(["table1", *given]) == options.EXIT_ERROR
+    assert "Unknown device" in capsys.readouterr().err
+
+
 def test_an_error_ends_the_command_with_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--output", "out", "--benchmark", "nowhere", "--calibration", "nowhere"]
     assert tables.main(["table1", *given]) == options.EXIT_ERROR
