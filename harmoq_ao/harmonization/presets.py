@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
-from harmoq_ao.harmonization.settings import RefineSettings
+from harmoq_ao.harmonization.settings import Rates, RefineSettings
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,18 @@ class HarmonizeSettings:
         return 0 if self.refine is None else self.refine.total_steps
 
 
+SHORT = Rates(bounds=2e-2, scales=2e-2, weights=5e-3)
+"""For about a hundred steps: ranges and joint scales that set out wrong have to get somewhere in that time."""
+
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(None, RefineSettings(steps=100, batch_size=2, checks=1), crops=24, held_out=4),
-    "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
-    "standard": HarmonizeSettings(None, RefineSettings(steps=400, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=1600, cuts=3, checks=8), crops=128),
+    "fast": HarmonizeSettings(
+        None, RefineSettings(steps=150, batch_size=2, checks=1, rates=SHORT), crops=24, held_out=4
+    ),
+    "tables": HarmonizeSettings(None, RefineSettings(steps=100, rates=SHORT)),
+    "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
+    "long": HarmonizeSettings(None, RefineSettings(steps=2200, cuts=3, checks=10), crops=128),
     "best": HarmonizeSettings(
         None,
         refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
@@ -47,9 +52,9 @@ PRESETS: dict[str, HarmonizeSettings] = {
         held_out=16,
     ),
 }
-"""`none`: calibration only. `algorithm`: Algorithm 1 alone. `fast`: minutes on two CPU cores. `tables`: what every
-method that learns was given for the tables of `docs/results`, 100 steps of 4 images. `standard`: tens of minutes.
-`long`: an hour or two. `best`: for a GPU.
+"""`none`: calibration only. `algorithm`: Algorithm 1 alone. `fast`: about 4 minutes on two CPU cores for DAT-light x2.
+`tables`: what every method that learns was given for the tables of `docs/results`, 100 steps of 4 images. `standard`:
+about 20 minutes. `long`: about an hour. `best`: for a GPU.
 
 Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1: on DAT-light x2 at 2 bits 120 steps
 after it ended at 40.1 dB to the float network on held-out crops, without it at 41.0 dB, although it starts higher.
