@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), numbered as in <malloc.h>
 _KEPT = 1 << 30
@@ -27,10 +28,28 @@ def keep_memory() -> bool:
     Returns:
         Whether the C library supports it: glibc does; others are left unchanged.
     """
+    mallopt = _of_glibc("mallopt")
+    return mallopt is not None and all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+
+
+def return_freed_memory() -> bool:
+    """Return freed memory to the system, wherever in the heap it lies; it is cleared when it is needed again.
+
+    For after work that is rare and takes a lot in small pieces, which otherwise stay scattered between what is in use.
+
+    Returns:
+        Whether there was any: only glibc says so.
+    """
+    trim = _of_glibc("malloc_trim")
+    return trim is not None and bool(trim(0))
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc, or None where another C library is in use."""
     if not sys.platform.startswith("linux"):
-        return False
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # musl has no mallopt
-        return False
-    return all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+        found: Callable[..., int] = getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):  # musl has neither
+        return None
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import threading
 from collections import OrderedDict
@@ -11,6 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
+from harmoq_ao.common.allocator import return_freed_memory
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.cpu_kernels.replay import NotReplayableError, Replay
 from harmoq_ao.cpu_kernels.replay import record as record_calls
@@ -101,6 +103,7 @@ class SizedPrograms(Generic[P]):
                 return None
             while len(self._programs) >= KEPT:
                 self._programs.popitem(last=False)
+            gc.collect()  # indices of every token, in graphs whose nodes refer to each other: hundreds of MiB
             self._programs[key] = made
         self._programs.move_to_end(key)
         return self._programs[key]
@@ -133,6 +136,8 @@ class Program:
             except NotReplayableError as error:
                 self._fixed = False
                 logger.debug("A program is not replayed: %s", error)
+            finally:  # making a program for a large image leaves more than a gigabyte scattered over the heap
+                return_freed_memory()
         result: Tensor = self.graph(image)
         return result
 

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from harmoq_ao.common import allocator
-from harmoq_ao.common.allocator import keep_memory
+from harmoq_ao.common.allocator import keep_memory, return_freed_memory
 
 _PROGRAM = """
 import resource, sys
@@ -51,8 +51,35 @@ def test_what_was_freed_is_used_again_without_asking_the_system() -> None:
     assert _faults("keep") < 0.4 * default
 
 
+_SCATTERED = """
+import sys
+from harmoq_ao.common.allocator import keep_memory, return_freed_memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+keep_memory()
+blocks = [bytes(65536 + 16 * (i % 7)) for i in range(4000)]
+full = resident()
+blocks = blocks[::20]  # what is left lies between what was freed
+scattered = resident()
+assert return_freed_memory()
+print(full, scattered, resident())
+"""
+
+
+@glibc
+def test_freed_memory_between_what_is_in_use_goes_back_to_the_system() -> None:
+    run = subprocess.run([sys.executable, "-c", _SCATTERED], capture_output=True, text=True, check=True)
+    full, scattered, after = map(int, run.stdout.split())
+    pages = 4000 * 16
+    assert full - scattered < 0.2 * pages  # glibc by itself keeps it
+    assert scattered - after > 0.6 * pages
+
+
 def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
     assert not keep_memory()
+    assert not return_freed_memory()
     monkeypatch.setattr(allocator.sys, "platform", "win32")
     assert not keep_memory()
