@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 SMALLEST = 64 * 64
 """Pixels of an image from which on a program pays for being made."""
+HEAVY = 192 * 192
+"""Pixels from which on making a program scatters more freed memory over the heap than returning it costs time."""
 KEPT = 4
 """Sizes whose programs are kept."""
 HALF = "avx512_bf16"
@@ -103,7 +105,6 @@ class SizedPrograms(Generic[P]):
                 return None
             while len(self._programs) >= KEPT:
                 self._programs.popitem(last=False)
-            gc.collect()  # indices of every token, in graphs whose nodes refer to each other: hundreds of MiB
             self._programs[key] = made
         self._programs.move_to_end(key)
         return self._programs[key]
@@ -136,8 +137,9 @@ class Program:
             except NotReplayableError as error:
                 self._fixed = False
                 logger.debug("A program is not replayed: %s", error)
-            finally:  # making a program for a large image leaves more than a gigabyte scattered over the heap
-                return_freed_memory()
+            finally:
+                if image.shape[-2] * image.shape[-1] >= HEAVY:
+                    return_freed_memory()
         result: Tensor = self.graph(image)
         return result
 
@@ -178,6 +180,8 @@ class Programs(SizedPrograms[Program]):
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Program | None:
         def make() -> Program:
             made = Program(make_program(model, image, library.status().isa == HALF, dtype))
+            if image.shape[-2] * image.shape[-1] >= HEAVY:
+                gc.collect()  # of graphs whose nodes refer to each other, with an index of every token
             # graphs of islands may have been traced meanwhile, with tensors of their own
             self._watch = Watch(model)
             return made

@@ -72,6 +72,18 @@ def test_one_program_for_each_size(made: list[torch.Size]) -> None:
     assert len(made) == 3
 
 
+def test_what_making_a_large_program_took_is_returned_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    returned: list[bool] = []
+    monkeypatch.setattr(programs, "return_freed_memory", lambda: returned.append(True))
+    model = quantized()
+    model(image())
+    assert not returned
+    monkeypatch.setattr(programs, "HEAVY", 64 * 65)
+    for _ in range(2):
+        model(image((64, 72)))
+        assert len(returned) == 1
+
+
 def test_small_images_run_as_modules_and_do_not_disturb_programs(made: list[torch.Size]) -> None:
     model = quantized("SwinIR/light")
     small = image((16, 16))
