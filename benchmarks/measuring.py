@@ -46,12 +46,7 @@ def environment(packages: Iterable[str] = ()) -> dict[str, Any]:
     """Machine, versions, command, and whether freed memory is kept: asking keeps it, for every contender alike."""
     versions = {name: version_of(name) for name in packages}
     command = shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
-    return {
-        **store.environment(torch.device("cpu")),
-        **versions,
-        "keeps_memory": keep_memory(),
-        "command": _FOLDERS.sub("", command),
-    }
+    return {**store.environment("cpu"), **versions, "keeps_memory": keep_memory(), "command": _FOLDERS.sub("", command)}
 
 
 def read_results(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

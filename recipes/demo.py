@@ -163,7 +163,7 @@ def run_demo(
     _save_picture(output / "comparison.png", images, contenders)
     seconds = round(time.perf_counter() - start, 1)
     results = {"rows": [asdict(row) for row in rows], "settings": asdict(settings), "seconds": seconds}
-    write_json(output / "results.json", {**results, **environment(torch.device("cpu"))})
+    write_json(output / "results.json", {**results, **environment("cpu")})
     console.print(result_table(rows, images))
     console.print(f"Picture, saved models and results.json: [bold]{output}[/]", highlight=False)
     return rows

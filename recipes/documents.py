@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from harmoq_ao.recipes.cells import Cell, bicubic_cell, float_cell
+from harmoq_ao.recipes.cells import HARMOQ, Cell, bicubic_cell, float_cell
 from harmoq_ao.recipes.study import Outcome, Result
 
 _VERSIONS = ("harmoq_ao", "torch", "numpy", "python")
@@ -46,7 +46,7 @@ class Plan:
         title: Heading.
         sets: Benchmark sets.
         entries: All cells, references first.
-        ours: Row whose margin over the best other row of its group is shown, if any.
+        ours: Row whose margin over the best baseline of its group is shown, if any.
         notes: Sentences below the title.
     """
 
@@ -81,7 +81,8 @@ def numbers(plan: Plan, outcome: Outcome) -> pd.DataFrame:
     for name in ("psnr", "ssim"):
         best = (rivals[f"{name}_y"] == places[f"{name}_y"].transform("max")) & (places["row"].transform("size") > 1)
         frame[f"best_{name}"] = best.reindex(frame.index, fill_value=False).astype(int)
-    others = rivals[rivals["row"] != plan.ours].sort_values("psnr_y", ascending=False, kind="stable")
+    others = rivals[(rivals["row"] != plan.ours) & (rivals["method"] != HARMOQ)]  # not another row of ours
+    others = others.sort_values("psnr_y", ascending=False, kind="stable")
     strongest = others.drop_duplicates(_PLACE).set_index(_PLACE)[["row", "psnr_y"]]
     frame = frame.join(strongest.set_axis(["strongest_baseline", "strongest_psnr"], axis=1), on=_PLACE)
     own = (frame["row"] == plan.ours) & frame["psnr_y"].notna()

@@ -67,7 +67,7 @@ def write_state(path: Path, state: dict[str, Tensor]) -> None:
         file.write(to_safetensors(state))
 
 
-def environment(device: torch.device) -> dict[str, Any]:
+def environment(device: str | torch.device) -> dict[str, Any]:
     """Versions and the kind of machine, without host names or dates."""
     found = {
         "torch": torch.__version__,
@@ -77,8 +77,8 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "threads": torch.get_num_threads(),
     }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
+    if torch.device(device).type == "cuda":
+        found["gpu"] = torch.cuda.get_device_name(torch.device(device))
     return found
 
 

@@ -39,12 +39,14 @@ COMPONENTS = ("src", "hso", "abr")
 PROJECTIONS = ("none", "laplacian", "sobel", "dct", "learned", "random", "identity")
 ABSOLUTE: Options = {"algorithm": None, "refine": None, "config.relative_maps": False}
 BARE: Options = {**ABSOLUTE, "config.joint_scale": "none"}
+ALGORITHM: Options = {"refine": None, "algorithm.src": True}
+"""Algorithm 1 alone, whatever the preset does."""
 ADDITIONS: dict[str, Options] = {
     "MSE bounds": BARE,
     "+ HSO": {**ABSOLUTE, "config.joint_shift": False},
     "+ joint shift": ABSOLUTE,
     "+ relative maps": {"algorithm": None, "refine": None},
-    "+ Algorithm 1 (left out below)": {"refine": None, "algorithm.src": True},
+    "+ Algorithm 1 (left out below)": ALGORITHM,
     "+ bounds refined": {"refine.rates.scales": 0.0, "refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ scales": {"refine.rates.weights": 0.0, "refine.rates.rest": 0.0},
     "+ weights": {"refine.rates.rest": 0.0},
@@ -52,10 +54,6 @@ ADDITIONS: dict[str, Options] = {
     "+ Algorithm 1 before": {"algorithm.src": True},
 }
 """Stages of HarmoQ, each on top of those before it unless it says otherwise, as departures from the preset."""
-
-
-ALGORITHM: Options = {"refine": None, "algorithm.src": True}
-"""Algorithm 1 alone, whatever the preset does."""
 
 
 def title_of(method: str) -> str:
@@ -93,7 +91,7 @@ def table1(arguments: argparse.Namespace) -> Plan:
         method, departures = rows[label]
         cell = options.template(arguments, method, scale, widths, label).with_options(departures)
         entries.append(Entry(cell.bits, cell.label, cell))
-    ours = list(rows)[-1] if HARMOQ in ordered and len(rows) > 1 else None
+    ours = list(rows)[-1] if HARMOQ in ordered and len(ordered) > 1 else None
     heading = f"Methods, {arguments.profile} profile, preset {arguments.preset}"
     return Plan("table1", heading, arguments.sets, entries, ours, (stages_of(settings),) if REFINED_ROW in rows else ())
 

@@ -81,7 +81,7 @@ def _device(subject: str, work: Path) -> dict[str, Any]:
     Raises:
         InputError: There is no GPU, nor the stand-in.
     """
-    about = store.environment(torch.device("cpu")) | {name: version_of(name) for name in PACKAGES}
+    about = store.environment("cpu") | {name: version_of(name) for name in PACKAGES}
     if is_stand_in():
         return about | {"gpu": STAND_IN}
     if not torch.cuda.is_available():

@@ -138,7 +138,7 @@ class Program:
                 self._fixed = False
                 logger.debug("A program is not replayed: %s", error)
             finally:
-                if image.shape[-2] * image.shape[-1] >= HEAVY:
+                if _pixels(image) >= HEAVY:
                     return_freed_memory()
         result: Tensor = self.graph(image)
         return result
@@ -160,7 +160,7 @@ class Programs(SizedPrograms[Program]):
         Raises:
             InputError: A value on the way was not a number.
         """
-        if image.device.type != "cpu" or image.shape[-2] * image.shape[-1] < SMALLEST or is_watched(image):
+        if image.device.type != "cpu" or _pixels(image) < SMALLEST or is_watched(image):
             return None
         with self._lock:
             watch = self._watched(model)
@@ -180,7 +180,7 @@ class Programs(SizedPrograms[Program]):
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Program | None:
         def make() -> Program:
             made = Program(make_program(model, image, library.status().isa == HALF, dtype))
-            if image.shape[-2] * image.shape[-1] >= HEAVY:
+            if _pixels(image) >= HEAVY:
                 gc.collect()  # of graphs whose nodes refer to each other, with an index of every token
             # graphs of islands may have been traced meanwhile, with tensors of their own
             self._watch = Watch(model)
@@ -196,6 +196,10 @@ class Programs(SizedPrograms[Program]):
         if not status.available:
             return status.sentence
         return f"Images of at least {SMALLEST} pixels run in fused kernels, whatever a site's own is. {status.sentence}"
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[-2] * image.shape[-1]
 
 
 def is_watched(image: Tensor) -> bool:
