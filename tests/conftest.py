@@ -48,12 +48,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+_LEVELS = {name: logging.getLogger(name).level for name in (None, "harmoq_ao", "tifffile")}
+"""Before any test, and any fixture that several tests share."""
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_before() -> Iterator[None]:
     """The command line sets levels and a handler for its process; other tests of the process must not meet them."""
-    loggers = [logging.getLogger(name) for name in (None, "harmoq_ao", "tifffile")]
-    levels, handlers = [logger.level for logger in loggers], list(loggers[0].handlers)
+    root = logging.getLogger()
+    handlers = list(root.handlers)
     yield
-    for logger, level in zip(loggers, levels, strict=True):
-        logger.setLevel(level)
-    loggers[0].handlers[:] = [one for one in loggers[0].handlers if one in handlers]
+    for name, level in _LEVELS.items():
+        logging.getLogger(name).setLevel(level)
+    root.handlers[:] = [one for one in root.handlers if one in handlers]
