@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar, cast
 
-from harmoq_ao.baselines import BASELINES
+from harmoq_ao.baselines import BASELINES, GranularDQ
 from harmoq_ao.baselines.methods import check_method
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.config import HarmoqConfig, Profile, SiteRule
@@ -21,7 +21,9 @@ BICUBIC = "bicubic"
 HARMOQ = "harmoq"
 REFERENCES = (BICUBIC, FLOAT)
 """Rows that quantize nothing."""
-_SECTIONS = ("config", "algorithm", "refine", "crops", "crop_size", "held_out")
+BY_PATCH = "by_patch"
+"""Option of Granular-DQ: bits belong to patches."""
+_SECTIONS = ("config", "algorithm", "refine", "crops", "crop_size", "held_out", BY_PATCH)
 
 Value = bool | int | float | str | None
 T = TypeVar("T")
@@ -73,6 +75,11 @@ class Cell:
         return self.method in REFERENCES
 
     @property
+    def by_patch(self) -> bool:
+        """Whether bits belong to patches, so that there is only a simulation."""
+        return bool(dict(self.options).get(BY_PATCH))
+
+    @property
     def bits(self) -> str:
         """``W4A4``; empty for a reference."""
         return "" if self.is_reference else f"W{self.weight_bits}A{self.act_bits}"
@@ -105,9 +112,12 @@ class Cell:
         """
         check_method(self.method)
         changes = {name: value for name, value in self.options if not name.startswith("config.")}
+        by_patch = changes.pop(BY_PATCH, None)
         own = [name for name in changes if name.partition(".")[0] in ("algorithm", "refine")]
         if own and self.method != HARMOQ:
             raise ConfigError(f"{self.method} has no such option", found=own[0], expected="config.*, crops, crop_size")
+        if by_patch and self.method != GranularDQ.name:
+            raise ConfigError(f"{self.method} has no such option", found=BY_PATCH, expected=f"it at {GranularDQ.name}")
         base = preset(self.preset)
         if base.algorithm is None and any(name.startswith("algorithm.") for name in changes):
             base = replace(base, algorithm=PRESETS["algorithm"].algorithm)

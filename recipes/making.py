@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import harmoq_ao as h
+from harmoq_ao.baselines.bits_by_patch import BitsByPatch, prepare_by_patch
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.images import list_images, luma, split_photographs
 from harmoq_ao.recipes.cells import HARMOQ, Cell, digest
@@ -85,3 +86,10 @@ def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: 
     prepared = h.calibrate(h.prepare_harmoq(loaded, config), crops)
     trace = h.harmonize(prepared, crops, settings, held_out=others, checkpoint=checkpoint)
     return Made(prepared, trace.to_dict())
+
+
+def quantize_by_patch(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: torch.device) -> BitsByPatch:
+    """The model of a cell whose bits belong to patches (:attr:`Cell.by_patch`); as for :func:`quantize`."""
+    settings = cell.settings()
+    crops = [c.to(device) for c in photographs.crops(loaded, settings.crops, settings.crop_size)]
+    return prepare_by_patch(loaded, crops, cell.config(photographs.seed))

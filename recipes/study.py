@@ -33,6 +33,7 @@ from rich.markup import escape
 from torch import Tensor
 
 import harmoq_ao as h
+from harmoq_ao.baselines.bits_by_patch import BitsByPatch
 from harmoq_ao.calibration.solve import disable_observers
 from harmoq_ao.common.devices import device_named
 from harmoq_ao.common.errors import DatasetError
@@ -41,10 +42,10 @@ from harmoq_ao.common.progress import progress_bar
 from harmoq_ao.images import ImagePair, atomic_write, load_pairs
 from harmoq_ao.images.metrics import bicubic_batch, to_uint8
 from harmoq_ao.recipes.cells import BICUBIC, FLOAT, Cell, digest
-from harmoq_ao.recipes.making import Photographs, files_digest, quantize
+from harmoq_ao.recipes.making import Photographs, files_digest, quantize, quantize_by_patch
 from harmoq_ao.recipes.store import environment, read_json, read_state, restore_state, state_of, write_json, write_state
 from harmoq_ao.runtime.evaluation import EvaluationTable, evaluate
-from harmoq_ao.runtime.upscaler import of_loaded, of_quantized
+from harmoq_ao.runtime.upscaler import Upscaler, of_loaded, of_quantized
 from harmoq_ao.zoo import LoadedModel
 
 Pixels = npt.NDArray[np.uint8]
@@ -111,6 +112,27 @@ class Outcome:
     def get(self, cell: Cell, set_name: str) -> Result | None:
         """Scores of a cell, or None where it failed."""
         return self.results.get((cell, set_name))
+
+
+@dataclass(frozen=True)
+class PatchUpscale:
+    """Upscales patch by patch, adjacent ones sharing half a side, with a network that chooses the bits of each.
+
+    Args:
+        upscaler: What its images must look like.
+        network: Its model.
+        side: Side of a patch in input pixels.
+        device: Where it runs.
+    """
+
+    upscaler: Upscaler
+    network: BitsByPatch
+    side: int
+    device: torch.device
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """`[1, 3, H, W]` in 0..1."""
+        return self.upscaler(image.to(self.device), tile=self.side, overlap=self.side // 2)
 
 
 class Study:
@@ -192,6 +214,8 @@ class Study:
 
     def _measure(self, cell: Cell, model: Upscale, set_name: str) -> Result:
         start = time.perf_counter()
+        if isinstance(model, PatchUpscale):
+            model.network.used.clear()
         table = self._evaluate(cell, model, set_name)
         making = None if cell.is_reference else read_json(self._state_path(cell, "json"))
         return Result(
@@ -200,11 +224,16 @@ class Study:
             images=table.to_dict()["images"],
             seconds_quantize=0.0 if making is None else making["seconds"],
             seconds_evaluate=round(time.perf_counter() - start, 3),
-            measured="" if cell.is_reference else "integer model" if self.settings.converted else "simulation in float",
+            measured=self._measured(cell, model),
             cell=cell.to_dict(),
             surroundings={**self._surroundings(cell), "benchmark": self._benchmark(cell.scale, set_name)},
             environment=environment(self.device),
         )
+
+    def _measured(self, cell: Cell, model: Upscale) -> str:
+        if isinstance(model, PatchUpscale):
+            return f"simulation in float ({cell.name}: {model.network.mean_bits:.2f} bits of activations on average)"
+        return "" if cell.is_reference else "integer model" if self.settings.converted else "simulation in float"
 
     def _evaluate(self, cell: Cell, model: Upscale, set_name: str) -> EvaluationTable:
         pairs = self.pairs(cell.scale, set_name)
@@ -249,6 +278,10 @@ class Study:
         if cell.method == BICUBIC:
             return partial(bicubic_batch, scale=cell.scale)
         upscaler = of_loaded(self.loaded(cell.scale), cell.name)
+        if cell.by_patch:  # calibrated again wherever a set is missing: it takes no longer than to read it
+            network = quantize_by_patch(cell, self.loaded(cell.scale), self.photographs, self.device)
+            of_patches = replace(upscaler, model=network, output=None, keyword=None)
+            return PatchUpscale(of_patches, network, self.settings.tile or cell.settings().crop_size, self.device)
         if cell.method != FLOAT:
             prepared = self.prepared(cell)
             upscaler = replace(upscaler, model=prepared)
@@ -325,7 +358,7 @@ class Study:
         return self._path("cells", cell, f".{set_name}-{images}{self._variant(cell)}.json")
 
     def _variant(self, cell: Cell) -> str:
-        return ".converted" if self.settings.converted and not cell.is_reference else ""
+        return ".converted" if self.settings.converted and not (cell.is_reference or cell.by_patch) else ""
 
     def _say(self, text: str) -> None:
         self.console.print(text, highlight=False, soft_wrap=True)

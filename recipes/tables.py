@@ -22,12 +22,13 @@ import pandas as pd
 from rich.console import Console
 from rich.markdown import Markdown
 
-from harmoq_ao.baselines import BASELINES
+from harmoq_ao.baselines import BASELINES, GranularDQ
+from harmoq_ao.baselines.bits_by_patch import widths_of
 from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.presets import HarmonizeSettings
 from harmoq_ao.recipes import charts, options
-from harmoq_ao.recipes.cells import HARMOQ, Value
+from harmoq_ao.recipes.cells import BY_PATCH, HARMOQ, Value
 from harmoq_ao.recipes.documents import Entry, Plan, numbers, provenance, references, to_markdown
 from harmoq_ao.recipes.store import write_text
 from harmoq_ao.recipes.study import Outcome, Study
@@ -62,7 +63,12 @@ def title_of(method: str) -> str:
 
 
 def rows_of(method: str, settings: HarmonizeSettings) -> dict[str, Options]:
-    """Rows of a method: HarmoQ has one that runs Algorithm 1 alone beside the one of a preset that refines."""
+    """Rows of a method: HarmoQ has one that runs Algorithm 1 alone beside the one of a preset that refines.
+
+    Granular-DQ has one whose bits belong to patches, as its paper has it, which is no model of fixed width.
+    """
+    if method == GranularDQ.name:
+        return {title_of(method): {}, f"{title_of(method)} by patch (simulated)": {BY_PATCH: True}}
     if method != HARMOQ or settings.refine is None:
         return {title_of(method): {}}
     return {"HarmoQ (Algorithm 1)": ALGORITHM, REFINED_ROW: {}}
@@ -89,6 +95,8 @@ def table1(arguments: argparse.Namespace) -> Plan:
     entries = references(arguments.scales)
     for widths, label, scale in itertools.product(arguments.bits, rows, arguments.scales):
         method, departures = rows[label]
+        if BY_PATCH in departures and len(widths_of(widths[1])) == 1:
+            continue  # nothing to trade
         cell = options.template(arguments, method, scale, widths, label).with_options(departures)
         entries.append(Entry(cell.bits, cell.label, cell))
     ours = list(rows)[-1] if HARMOQ in ordered and len(ordered) > 1 else None

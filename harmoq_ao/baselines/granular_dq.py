@@ -28,11 +28,11 @@ class GranularDQ(Baseline):
     by intriguing multi-granularity clues", AAAI 2025, which gives each image patch its bits, the same in all layers: a
     learned controller on features of three granularities, then thresholds on the entropy of patches with many bits.
 
-    Different here, so that the result runs on integers of fixed width: bits belong to sites, not to patches, are chosen
-    once from the entropy of what calibration saw there, and nothing is trained (the paper trains controller and
-    network). The average counts multiply-accumulates. At 2 and 8 bits there is nothing to trade and all sites have
-    ``b``. Bounds of activations are static percentiles in every profile, those of weights the largest magnitude of each
-    row, at their own ``b`` bits.
+    Different here, so that the result runs on integers of fixed width: bits belong to sites, not to patches
+    (:class:`BitsByPatch` has those, simulated), are chosen once from the entropy of what calibration saw there, and
+    nothing is trained (the paper trains controller and network). The average counts multiply-accumulates. At 2 and 8
+    bits there is nothing to trade and all sites have ``b``. Bounds of activations are static percentiles in every
+    profile, those of weights the largest magnitude of each row, at their own ``b`` bits.
     """
 
     name = "granular-dq"
@@ -46,14 +46,19 @@ class GranularDQ(Baseline):
 
     def adjust_qparams(self, prepared: PreparedModel) -> None:
         """Choose bits, and compute the quantization parameters that go with them."""
-        set_activation_bits(prepared, chosen_bits(prepared))
-        compute_qparams(prepared, show_progress=False)
-        minmax_weights(prepared)
+        solve_with_bits(prepared, chosen_bits(prepared))
+
+
+def solve_with_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> None:
+    """Change the bits of activations by site name, and compute all quantization parameters anew."""
+    set_activation_bits(prepared, bits)
+    compute_qparams(prepared, show_progress=False)
+    minmax_weights(prepared)
 
 
 def chosen_bits(prepared: PreparedModel) -> dict[str, int]:
     """Bits of the activations of each site with static bounds, by name, from the entropies calibration saw."""
-    sites = [site for site in prepared.sites() if _quantizes_activations(site)]
+    sites = sites_with_static_activations(prepared)
     entropies = [site_entropy(site) for site in sites]
     bits = [prepared.settings(site.site).act.bits for site in sites]
     changes = allocate(entropies, [site.site.macs for site in sites], bits)
@@ -120,7 +125,7 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
     Raises:
         ConfigError: A width that does not quantize, or a name of no site with quantized activations.
     """
-    sites = {site.site.name: site for site in prepared.sites() if _quantizes_activations(site)}
+    sites = {site.site.name: site for site in sites_with_static_activations(prepared)}
     rules = []
     for name, width in bits.items():
         if name not in sites or width not in QUANTIZED_BITS:
@@ -141,5 +146,6 @@ def set_activation_bits(prepared: PreparedModel, bits: Mapping[str, int]) -> Non
     prepared.config = replace(prepared.config, rules=(*prepared.config.rules, *rules))
 
 
-def _quantizes_activations(site: PreparedSite) -> bool:
-    return site.act_quantizer is not None and not site.act_quantizer.spec.dynamic
+def sites_with_static_activations(prepared: PreparedModel) -> list[PreparedSite]:
+    """Sites whose activations are quantized with bounds from calibration."""
+    return [s for s in prepared.sites() if s.act_quantizer is not None and not s.act_quantizer.spec.dynamic]

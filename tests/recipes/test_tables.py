@@ -109,6 +109,27 @@ def test_a_preset_without_refinement_gives_one_row_of_harmoq() -> None:
     assert [entry.row for entry in plan.entries if entry.group] == ["MinMax", "HarmoQ"]
 
 
+def test_bits_by_patch_have_a_row_of_their_own_wherever_there_is_something_to_trade(tmp_path: Path) -> None:
+    rows, markdown, _ = run("table1", tmp_path, "--bits", "2", "4", "--methods", "granular-dq", "--converted")
+    simulated = "Granular-DQ by patch (simulated)"
+    assert [row["row"] for row in rows] == ["bicubic", "float", "Granular-DQ", "Granular-DQ", simulated]
+    measured = {
+        c["cell"]["options"].get("by_patch", False): c["measured"]
+        for path in (tmp_path / "out" / "cells").iterdir()
+        if "granular" in (c := json.loads(path.read_text()))["cell"]["method"]
+    }
+    assert measured[False] == "integer model"
+    found = re.search(r"simulation in float .*: (\d\.\d\d) bits of activations on average", measured[True])
+    assert found, measured
+    assert 3 <= float(found[1]) <= 5
+    assert found[0] in markdown
+
+
+def test_no_other_method_takes_bits_by_patch() -> None:
+    with pytest.raises(ConfigError, match="by_patch"):
+        Cell("minmax", 4, 4, options=(("by_patch", True),)).settings()
+
+
 @pytest.fixture
 def perturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Instead of quantizing, a cell's model is the float one with noise of its own on the weights."""
