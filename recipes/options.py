@@ -20,6 +20,7 @@ from harmoq_ao.common.errors import CheckpointError, ConfigError, HarmoqError
 from harmoq_ao.harmonization.presets import PRESETS
 from harmoq_ao.quant.quantizer import check_bits
 from harmoq_ao.recipes.cells import HARMOQ, Cell, Value
+from harmoq_ao.recipes.published import describe, help_text
 from harmoq_ao.recipes.study import Study, StudySettings
 from harmoq_ao.zoo import LoadedModel, load_demo_model, load_model
 
@@ -36,12 +37,18 @@ EXIT_INTERRUPTED = 130
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Arguments of every study."""
+    parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, help_text()
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of results; what is there is not computed again")
     add("--benchmark", type=Path, required=True, help="folder of sets, each with HR and LR_bicubic/X2")
     add("--calibration", type=Path, required=True, help="folder of photographs")
     add("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
-    add("--checkpoint", type=Path, nargs="+", help="float models by path, one for each scale (default: DAT-light)")
+    add(
+        "--checkpoint",
+        type=Path,
+        nargs="+",
+        help="float models by path, a scale each (default: DAT-light); below",
+    )
     add("--profile", choices=("paper", "deploy"), default="paper")
     add("--preset", choices=tuple(PRESETS), default="standard", help="how much work HarmoQ and learned baselines do")
     add("--set", dest="options", action="append", default=[], type=option, metavar="NAME=VALUE", help=_OPTION_HELP)
@@ -101,7 +108,11 @@ def loader(checkpoints: Sequence[Path] | None) -> Callable[[int], LoadedModel]:
 
     @cache
     def found() -> dict[int, tuple[Path, LoadedModel]]:
-        return {loaded.scale: (path, loaded) for path in checkpoints for loaded in [load_model(path)]}
+        read = {path: load_model(path) for path in checkpoints}
+        for path, loaded in read.items():
+            text = f"{escape(path.name)}: {describe(loaded)}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        return {loaded.scale: (path, loaded) for path, loaded in read.items()}
 
     def load(scale: int) -> LoadedModel:
         if scale not in found():
