@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
-from harmoq_ao.harmonization.settings import Rates, RefineSettings
+from harmoq_ao.harmonization.settings import RefineSettings
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,11 @@ class HarmonizeSettings:
         return 0 if self.refine is None else self.refine.total_steps
 
 
-SHORT = Rates(bounds=2e-2, scales=2e-2, weights=5e-3)
-"""For about a hundred steps: ranges and joint scales that set out wrong have to get somewhere in that time."""
-
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(
-        None, RefineSettings(steps=150, batch_size=2, checks=1, rates=SHORT), crops=24, held_out=4
-    ),
-    "tables": HarmonizeSettings(None, RefineSettings(steps=100, rates=SHORT)),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=150, batch_size=2, checks=1), crops=24, held_out=4),
+    "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
     "long": HarmonizeSettings(None, RefineSettings(steps=2200, cuts=3, checks=10), crops=128),
     "best": HarmonizeSettings(

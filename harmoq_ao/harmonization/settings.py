@@ -25,8 +25,8 @@ class Rates:
         ConfigError: A rate is negative or not finite.
     """
 
-    bounds: float = 5e-3
-    scales: float = 5e-3
+    bounds: float = 2e-2
+    scales: float = 2e-2
     weights: float = 1e-2
     rest: float = 3e-3
 
@@ -36,14 +36,13 @@ class Rates:
                 raise ConfigError(f"The learning rate of {name} is out of range", found=value, expected="0 or more")
 
     def at(self, bits: int) -> Rates:
-        """Rates for another width: that of weights times ``3 / (2**bits - 1)``, the others times its square root.
+        """Rates for another width: times the root of ``3 / (2**bits - 1)``, that of weights times its cube.
 
         The smaller the step of the quantizers, the less there is to correct, and weights that wander are an error of
         their own (docs/results/refinement-trials-x2.md).
         """
-        step = 3.0 / (2**bits - 1)
-        root = math.sqrt(step)
-        return Rates(self.bounds * root, self.scales * root, self.weights * step, self.rest * root)
+        root = math.sqrt(3.0 / (2**bits - 1))
+        return Rates(self.bounds * root, self.scales * root, self.weights * root**3, self.rest * root)
 
 
 @dataclass(frozen=True)

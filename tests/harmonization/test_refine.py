@@ -267,6 +267,6 @@ def test_parameters_of_like_rates_are_updated_together_at_about_the_rate_asked_f
 def test_rates_shrink_with_the_step() -> None:
     rates = Rates(1e-2, 2e-2, 3e-2, 4e-2)
     assert rates.at(2) == rates
-    assert rates.at(4).weights == pytest.approx(3e-2 / 5)
+    assert rates.at(4).weights == pytest.approx(3e-2 / 5**1.5)
     assert rates.at(4).bounds == pytest.approx(1e-2 / 5**0.5)
     assert rates.at(8).bounds < rates.at(3).bounds
