@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from harmoq_ao.common.errors import ConfigError
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
-from harmoq_ao.harmonization.settings import RefineSettings
+from harmoq_ao.harmonization.settings import Rates, RefineSettings
 
 
 @dataclass(frozen=True)
@@ -33,16 +33,21 @@ class HarmonizeSettings:
         return 0 if self.refine is None else self.refine.total_steps
 
 
+SLOW = Rates(bounds=5e-3, scales=5e-3, weights=1.5e-2)
+"""For thousands of steps, over which ranges need not hurry and weights have time to move."""
+
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
     "fast": HarmonizeSettings(None, RefineSettings(steps=150, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=2200, cuts=3, checks=10), crops=128),
+    "long": HarmonizeSettings(None, RefineSettings(steps=2200, cuts=3, checks=10, rates=SLOW), crops=128),
     "best": HarmonizeSettings(
         None,
-        refine=RefineSettings(steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16"),
+        RefineSettings(
+            steps=6000, batch_size=8, crop_size=64, checks=24, warm_up=100, precision="bfloat16", rates=SLOW
+        ),
         crops=400,
         held_out=16,
     ),
