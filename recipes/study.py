@@ -83,7 +83,7 @@ class Result:
         psnr_y: Mean over the images in dB.
         ssim_y: Mean over the images.
         images: ``psnr_y``, ``ssim_y`` and ``seconds`` by image.
-        seconds_quantize: Time that making the model took; 0 for a reference.
+        seconds_quantize: Time that making the model took; 0 for a reference and for one that is not kept.
         seconds_evaluate: Time that measuring took.
         measured: ``integer model``, ``simulation in float``, or empty for a reference.
         cell: The cell with all its settings.
@@ -231,9 +231,12 @@ class Study:
         )
 
     def _measured(self, cell: Cell, model: Upscale) -> str:
+        if cell.is_reference:
+            return ""
+        kind = "integer model" if self._variant(cell) else "simulation in float"
         if isinstance(model, PatchUpscale):
-            return f"simulation in float ({cell.name}: {model.network.mean_bits:.2f} bits of activations on average)"
-        return "" if cell.is_reference else "integer model" if self.settings.converted else "simulation in float"
+            return f"{kind} ({cell.name}: {model.network.mean_bits:.2f} bits of activations on average)"
+        return kind
 
     def _evaluate(self, cell: Cell, model: Upscale, set_name: str) -> EvaluationTable:
         pairs = self.pairs(cell.scale, set_name)
@@ -278,7 +281,7 @@ class Study:
         if cell.method == BICUBIC:
             return partial(bicubic_batch, scale=cell.scale)
         upscaler = of_loaded(self.loaded(cell.scale), cell.name)
-        if cell.by_patch:  # calibrated again wherever a set is missing: it takes no longer than to read it
+        if cell.by_patch:  # calibrated by every run that has a set to measure: a minute, and no state to keep
             network = quantize_by_patch(cell, self.loaded(cell.scale), self.photographs, self.device)
             of_patches = replace(upscaler, model=network, output=None, keyword=None)
             return PatchUpscale(of_patches, network, self.settings.tile or cell.settings().crop_size, self.device)

@@ -99,4 +99,4 @@ def prepare_by_patch(
         enable_fake_quant(models[width])
     entropies = torch.tensor([patch_entropy(crop) for crop in crops], dtype=torch.float64)
     shares = torch.arange(1, len(models), dtype=torch.float64) / len(models)
-    return BitsByPatch(models, torch.quantile(entropies, shares).tolist() if len(models) > 1 else [])
+    return BitsByPatch(models, torch.quantile(entropies, shares).tolist())
