@@ -78,6 +78,7 @@ class SiteSettings:
         joint_shift: Whether static inputs of linears with a joint scale are centred channel by channel.
         reason: Why the site stays in float, or None if it is quantized.
         relative_maps: Whether an attention map is quantized relative to the largest entry of each row.
+        rms_ranges: Whether operands normalized over the image are quantized relative to their root mean square.
     """
 
     weight: QuantizerSpec
@@ -86,6 +87,7 @@ class SiteSettings:
     joint_shift: bool = True
     reason: str | None = None
     relative_maps: bool = False
+    rms_ranges: bool = False
 
     @property
     def both_quantized(self) -> bool:
@@ -112,6 +114,9 @@ class HarmoqConfig:
         relative_maps: Whether static attention maps are quantized relative to the largest entry of each row, and
             normalised after the product with the values (`quant/relative_maps.py`). Without it, rows that attend to
             one token and rows that attend to all share one step.
+        rms_ranges: Whether static ranges of operands that are normalized to length one over all pixels (queries and
+            keys of attention among channels) are in units of their root mean square. Without it, their codes get
+            coarser as the image gets larger.
         matmul_bits: Bits of both operands of attention products; None is the profile's choice.
         conv_bits: Bits of the weights and inputs of convolutions; 32 leaves them in float.
         storage_dtype: Stored type of parameters that stay in float: ``auto`` is float16, or bfloat16 for a tensor that
@@ -130,6 +135,7 @@ class HarmoqConfig:
     joint_scale: JointScale = "hso"
     joint_shift: bool = True
     relative_maps: bool = True
+    rms_ranges: bool = True
     matmul_bits: int | None = None
     conv_bits: int = 32
     storage_dtype: StorageDtype = "auto"
@@ -145,6 +151,7 @@ class HarmoqConfig:
         _check_choice("joint_scale", self.joint_scale, get_args(JointScale))
         _check_choice("joint_shift", self.joint_shift, (True, False))
         _check_choice("relative_maps", self.relative_maps, (True, False))
+        _check_choice("rms_ranges", self.rms_ranges, (True, False))
         _check_choice("storage_dtype", self.storage_dtype, get_args(StorageDtype))
         if type(self.seed) is not int or not 0 <= self.seed < 1 << 63:
             raise ConfigError("seed must be a whole number", found=shown(self.seed), expected="0 to 2**63 - 1")
@@ -173,7 +180,7 @@ class HarmoqConfig:
         weight, act = self._specs(kind, weight_bits, act_bits, dynamic)
         quantized = weight.enabled or act.enabled
         why_float = None if quantized else reason
-        return SiteSettings(weight, act, joint, self.joint_shift, why_float, self.relative_maps)
+        return SiteSettings(weight, act, joint, self.joint_shift, why_float, self.relative_maps, self.rms_ranges)
 
     def _defaults(self, kind: str) -> tuple[int, int, str]:
         if kind == "conv2d":
@@ -230,7 +237,7 @@ class HarmoqConfig:
         """
         if not isinstance(data, dict):
             raise ConfigError("A configuration is a mapping of settings", found=type(data).__name__)
-        data = {"relative_maps": False} | _current(data)  # written before there were any
+        data = {"relative_maps": False, "rms_ranges": False} | _current(data)  # written before there were any
         known = {f.name for f in fields(cls)}
         unknown = sorted(set(map(str, data)) - known)
         if unknown:

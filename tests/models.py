@@ -63,6 +63,24 @@ class LongContraction(nn.Module):
         return result
 
 
+class NormalizedChannels(nn.Module):
+    """Attention among channels whose queries and keys are normalized over all pixels."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(3, 3 * width)
+        self.proj = nn.Linear(width, 3)
+        self.temperature = nn.Parameter(torch.tensor([[[2.0]], [[3.0]]]))
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens = self.qkv(image.flatten(2).transpose(1, 2))
+        q, k, v = tokens.unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 4, 1)  # [batch, heads, channels, pixels] each
+        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        mixed = ((q @ k.transpose(-2, -1)) * self.temperature).softmax(-1) @ v
+        result: Tensor = self.proj(mixed.flatten(1, 2).transpose(1, 2)).transpose(1, 2).reshape(image.shape)
+        return result
+
+
 class OnlyLinears(nn.Module):
     """Two linears on pixels."""
 
@@ -84,8 +102,13 @@ def images(count: int, size: tuple[int, int] = (16, 16), seed: int = 101, channe
 
 
 def build(name: str) -> nn.Module:
-    """A fresh float model: `forms`, `long`, `linears`, or a name of the table of architectures."""
-    by_hand: dict[str, Any] = {"forms": Forms, "long": LongContraction, "linears": OnlyLinears}
+    """A fresh float model: `forms`, `long`, `channels`, `linears`, or a name of the table of architectures."""
+    by_hand: dict[str, Any] = {
+        "forms": Forms,
+        "long": LongContraction,
+        "channels": NormalizedChannels,
+        "linears": OnlyLinears,
+    }
     if name not in by_hand:
         return entry(name).build()
     with torch.random.fork_rng(devices=[]):

@@ -67,7 +67,7 @@ class Baseline:
     def configure(self, config: HarmoqConfig) -> HarmoqConfig:
         """`config` with this method's observer, without HarmoQ's own joint scales, shifts and relative maps."""
         rules = tuple(replace(rule, joint_scale=None) for rule in config.rules)
-        plain = replace(config, joint_scale="none", joint_shift=False, relative_maps=False)
+        plain = replace(config, joint_scale="none", joint_shift=False, relative_maps=False, rms_ranges=False)
         return replace(plain, observer=self.observer, rules=rules)
 
     def apply(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:

@@ -42,7 +42,7 @@ _MAX_NAME = 400
 _MAX_MACS = 1 << 62
 _MAX_DB = 1e4
 _FIELDS = ("fingerprint", "torch", "sites", "floats", "reasons", "islands", "plans", "mlps", "kept")
-_FACTS = ("shape", "role", "equation", "weight", "location")
+_FACTS = ("shape", "role", "equation", "weight", "location", "unit_length")
 _OPERATIONS = frozenset(CONTRACTION_FUNCTIONS.values())
 _SHAPES = {"linear": 2, "sdpa": 2}
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -187,7 +187,7 @@ def _number_of(value: T, values: list[T]) -> int:
 def _spot(spot: Spot) -> list[Any]:
     facts: dict[str, Any] = {}
     if spot.is_site:
-        values = (list(spot.shape), spot.role, spot.equation, spot.weight, spot.location)
+        values = (list(spot.shape), spot.role, spot.equation, spot.weight, spot.location, spot.unit_length or None)
         facts = {name: value for name, value in zip(_FACTS, values, strict=True) if value is not None}
     key = spot.key
     return [spot.op, spot.index, key.function, key.line, key.occurrence, facts or None]
@@ -233,8 +233,11 @@ def _read_spot(entry: Any) -> Spot:
     if equation is not None and einsum_form(equation) is None:
         raise ValueError(f"an einsum that is no product of matrices: {equation}")
     role = _optional(lambda value: _one_of(get_args(Role), value), facts.get("role"))
-    texts = (_optional(_text, facts.get(name)) for name in ("weight", "location"))
-    return Spot(*place, True, shape, role, equation, *texts)
+    weight, location = (_optional(_text, facts.get(name)) for name in ("weight", "location"))
+    unit_length = _one_of((False, True), facts.get("unit_length", False))
+    if unit_length and shape != (0,):
+        raise ValueError("operands of length one along an axis that does not depend on the image")
+    return Spot(*place, True, shape, role, equation, weight, location, unit_length)
 
 
 def _with_names(value: Any) -> Iterator[list[Any]]:

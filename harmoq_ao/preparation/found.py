@@ -23,6 +23,7 @@ class Spot:
         equation: Of an ``einsum``.
         weight: Of a ``linear``, path of the parameter within the island; None if it is computed from parameters.
         location: ``file:line``.
+        unit_length: Whether both operands of a product have length one along an axis that depends on the image.
     """
 
     key: SourceKey
@@ -34,6 +35,7 @@ class Spot:
     equation: str | None = None
     weight: str | None = None
     location: str | None = None
+    unit_length: bool = False
 
     @property
     def label(self) -> str:

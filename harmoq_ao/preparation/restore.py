@@ -134,14 +134,14 @@ def found_in(model: nn.Module, rows: list[SiteRow], fingerprint: str | None) -> 
     islands = [m for m in model.modules() if is_island(m)]
     sites = [site for site in map(_site_of, model.modules()) if site is not None]
     names = {row.name for row in rows}
-    shapes = {site.name: site.shape for site in sites}
+    by_name = {site.name: site for site in sites}
     known = {site.name for site in sites if site.name in names}
     return Found(
         fingerprint=fingerprint,
         torch=str(torch.__version__) if any(map(_is_in_torch, islands)) else None,
         sites=tuple(FoundSite(row.name, row.macs) for row in rows if row.name in known),
         floats=tuple(_float_site(row) for row in rows if row.name not in known),
-        islands=tuple(_found_island(m, shapes, known) for m in islands),
+        islands=tuple(_found_island(m, by_name, known) for m in islands),
     )
 
 
@@ -154,7 +154,7 @@ def _float_site(row: SiteRow) -> FloatSite:
     return FloatSite(row.name, row.kind, row.reason, row.macs)
 
 
-def _found_island(module: nn.Module, shapes: dict[str, tuple[int, ...]], known: set[str]) -> FoundIsland:
+def _found_island(module: nn.Module, sites: dict[str, Site], known: set[str]) -> FoundIsland:
     state = island_state(module)
     assert isinstance(state.site_factory, SiteFactory)
     spots = []
@@ -164,8 +164,8 @@ def _found_island(module: nn.Module, shapes: dict[str, tuple[int, ...]], known: 
         if not spot.is_site:
             spots.append(spot)
         elif known.issuperset(parts):  # else it was met after preparation, and is met again
-            shape = tuple(length for part in parts for length in shapes[part])
-            spots.append(replace(spot, shape=shape))
+            shape = tuple(length for part in parts for length in sites[part].shape)
+            spots.append(replace(spot, shape=shape, unit_length=sites[parts[0]].unit_length))
     reason = None if state.float_reason is None else without_folders(state.float_reason)
     return FoundIsland(state.qualname, tuple(spots), reason)
 

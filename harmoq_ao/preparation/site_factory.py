@@ -151,7 +151,7 @@ def site_module(root: nn.Module, qualname: str, spot: Spot, computed: Tensor | N
         qk = Site(f"{name}.qk", f"{path}.qk", "matmul", query, "query-key", spot.location)
         av = Site(f"{name}.av", f"{path}.av", "matmul", values, "attention-value", spot.location)
         return PreparedAttention(PreparedMatmul(qk, MatmulForm("matmul")), PreparedMatmul(av, MatmulForm("matmul")))
-    site = Site(name, path, "matmul", spot.shape, spot.role, spot.location)
+    site = Site(name, path, "matmul", spot.shape, spot.role, spot.location, unit_length=spot.unit_length)
     return PreparedMatmul(site, MatmulForm(spot.op, spot.equation))
 
 

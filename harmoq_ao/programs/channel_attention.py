@@ -19,7 +19,7 @@ from harmoq_ao.cpu_kernels.channel_map import MapQuantizers, channel_map, channe
 from harmoq_ao.cpu_kernels.column_means import column_means
 from harmoq_ao.cpu_kernels.rowwise import Broadcast, Columns, Op, RowProgram
 from harmoq_ao.kernels.ops import matmul_contraction
-from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized, resolved
+from harmoq_ao.programs.attention_matching import Match, constant_of, match_normalized, resolved, scaled
 from harmoq_ao.programs.codes import coded
 from harmoq_ao.programs.context import Context
 from harmoq_ao.programs.heads import Heads, find_heads, result_index
@@ -59,9 +59,10 @@ class Channels:
 
 def find_channel_attention(lowering: Context, match: Match) -> Channels | None:
     """An attention among channels; None where it is another."""
+    (query_node, q_gain), (key_node, k_gain) = scaled(lowering.known, match.query), scaled(lowering.known, match.key)
     query, key, value = (
-        normalized(lowering, match.query),
-        normalized(lowering, match.key),
+        normalized(lowering, query_node),
+        normalized(lowering, key_node),
         lowering.known.get(match.value),
     )
     if query is None or key is None or not isinstance(value, Value):
@@ -77,11 +78,11 @@ def find_channel_attention(lowering: Context, match: Match) -> Channels | None:
     if not len(q.rows) == len(k.rows) == len(v.rows) == lowering.images:
         return None
     factor = _factor(lowering, match, q.heads)
-    quantizers: Any = _quantizers(lowering, match)
+    quantizers: Any = _quantizers(lowering, match, (q_gain, k_gain))
     if factor is None or quantizers is False:
         return None
     index = result_index(turned, v, (*turned.shape[:-1], v.width)).moved(*_TURN)
-    return Channels(q_matrix, k_matrix, value, q, k, v, (q_eps, k_eps), factor, quantizers, index)
+    return Channels(q_matrix, k_matrix, value, q, k, v, (q_eps, k_eps), factor * (q_gain * k_gain), quantizers, index)
 
 
 def lower_channel_attention(lowering: Context, match: Match) -> Value | None:
@@ -139,8 +140,11 @@ def _factor(lowering: Context, match: Match, heads: int) -> Tensor | None:
     return factor
 
 
-def _quantizers(lowering: Context, match: Match) -> MapQuantizers | bool | None:
-    """Static quantizers of both operands of both products; None in float, False where the kernels take others."""
+def _quantizers(lowering: Context, match: Match, gains: tuple[float, float]) -> MapQuantizers | bool | None:
+    """Static quantizers of both operands of both products; None in float, False where the kernels take others.
+
+    Those of queries and keys are of the normalized ones, which are multiplied by `gains` before they are quantized.
+    """
     found: list[Affine | None] = []
     for arguments in (match.scores, match.products):
         own = resolved(lowering.known, arguments)
@@ -154,6 +158,9 @@ def _quantizers(lowering: Context, match: Match) -> MapQuantizers | bool | None:
     query, key, of_map, value = found
     if query is None or key is None or of_map is None or value is None:
         return False
+    query, key = (
+        Affine(act.step / gain, act.lower / gain, act.bits) for act, gain in zip((query, key), gains, strict=True)
+    )
     return MapQuantizers(query, key, of_map, value, match.relative)
 
 

@@ -21,7 +21,7 @@ from harmoq_ao.quant.quantizer import Scheme
 from harmoq_ao.quant.relative_maps import map_product, relative_rows
 from harmoq_ao.sites import sqnr
 from harmoq_ao.sites.base import PreparedSite, observer_of, quiet, solve_activation, stacked_qparams
-from harmoq_ao.sites.forms import MatmulForm
+from harmoq_ao.sites.forms import MatmulForm, has_unit_length
 from harmoq_ao.sites.quantized import QuantizedConv2d, QuantizedLinear, QuantizedMatmul
 from harmoq_ao.sites.site import Site
 
@@ -222,14 +222,17 @@ class PreparedMatmul(PreparedSite):
 
     def note_length(self, operands: tuple[Any, ...]) -> None:
         """A contracted length other than the one known so far depends on the image: it becomes 0."""
-        left, _ = self.form.canonical(*operands)
+        left, right = self.form.canonical(*operands)
         if self.site.shape != (left.shape[-1],):
+            candidate = self.site.unit_length or self.site.shape != (0,)
             self.site.shape = (0,)
+            self.site.unit_length = candidate and has_unit_length(left, -1) and has_unit_length(right, -2)
 
     def settle(self, settings: SiteSettings) -> None:
-        """Also whether the left operand is quantized as an attention map."""
+        """Also whether the left operand is quantized as an attention map, and whether ranges are relative to an RMS."""
         super().settle(settings)
         self.relative = self.site.wants_relative_map(settings)
+        self.form = replace(self.form, to_rms=self.site.wants_rms(settings))
 
     def _new_quantizers(self, settings: SiteSettings, config: HarmoqConfig) -> _Quantizers:
         scheme = Scheme.INTEGER_ZERO_POINT if self.relative else settings.act.scheme  # zero is a level

@@ -74,6 +74,8 @@ class Site:
         macs: Multiply-accumulates on the example input.
         reason: Why the site stays in float, or None.
         sqnr_db: Signal to quantization noise of its output on calibration samples, in dB, once calibrated.
+        unit_length: For a product of activations, whether the contracted length depends on the image and both operands
+            are normalized to length one along it, as queries and keys of attention among channels are.
     """
 
     name: str
@@ -85,6 +87,7 @@ class Site:
     macs: int = 0
     reason: FloatReason | None = None
     sqnr_db: float | None = None
+    unit_length: bool = False
 
     @property
     def module_name(self) -> str:
@@ -114,6 +117,10 @@ class Site:
         """Whether the left operand is an attention map to be quantized relative to its rows' largest entries."""
         static = settings.both_quantized and not settings.act.dynamic
         return settings.relative_maps and self.role == "attention-value" and static
+
+    def wants_rms(self, settings: SiteSettings) -> bool:
+        """Whether static ranges are to hold for operands of a root mean square of one, whatever the image's size."""
+        return settings.rms_ranges and self.unit_length and settings.both_quantized and not settings.act.dynamic
 
     def check_length(self, left: Tensor, joint_scale: Tensor | None) -> None:
         """Check the contracted length of a product with a joint scale.

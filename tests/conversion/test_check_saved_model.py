@@ -126,7 +126,10 @@ FORGED_VALUES: dict[str, list[Any]] = {
         *(_fact("shape", shape) for shape in ([], [1, 2, 3], [-1], [10**12], "x", None, [True])),
         *(
             _fact(*fact)
-            for fact in (("role", "none"), ("equation", "ij,jk->ik"), ("weight", 3), ("x", 1), ("location", 5))
+            for fact in (
+                *(("role", "none"), ("equation", "ij,jk->ik"), ("weight", 3), ("x", 1), ("location", 5)),
+                *(("unit_length", True), ("unit_length", 1)),
+            )
         ),
     ],
     "found.mlps": [None, [["", "x", "y", "erf"]], [["layers", "0", "1", "erf"]], [[1, 2, 3, 4]], [["a", "b"]]],

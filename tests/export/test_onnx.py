@@ -85,7 +85,7 @@ def test_weights_are_our_codes_and_sizes_are_free(tmp_path: Path, bits: int, kin
         HarmoqConfig(4, 6, conv_bits=6, matmul_bits=8, rules=(SiteRule("*", dynamic=False),)),
         HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=8),
         HarmoqConfig(4, 32),
-        HarmoqConfig(4, 4, "paper", relative_maps=True),
+        HarmoqConfig(4, 4, "paper"),
     ],
     ids=["per token", "convolutions and products", "products per token", "weights alone", "relative maps"],
 )
@@ -94,6 +94,14 @@ def test_every_kind_of_site(tmp_path: Path, config: HarmoqConfig) -> None:
     _, proto = exported(model, tmp_path / "m.onnx")
     assert any(n.op_type == "DequantizeLinear" for n in proto.graph.node)
     assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, seed=7)[0])
+
+
+def test_ranges_relative_to_a_root_mean_square_fit_every_size(tmp_path: Path) -> None:
+    model = converted("channels", HarmoqConfig(8, 8, "paper"))
+    written, _ = exported(model, tmp_path / "m.onnx", None)
+    assert (written.size, written.note) == (None, None)
+    for size in ((16, 16), (24, 40)):
+        assert_same_in_every_engine(model, tmp_path / "m.onnx", images(1, size, seed=7)[0])
 
 
 def test_a_transformer_at_8_bits(tmp_path: Path) -> None:

@@ -88,6 +88,12 @@ def test_other_sizes_are_compiled_and_the_oldest_forgotten() -> None:
     assert list(lowered._programs) == [(2, 3, 16, 16), (2, 3, 10, 6)]
 
 
+@pytest.mark.parametrize("size", [(16, 16), (24, 40)])
+def test_ranges_relative_to_a_root_mean_square(size: tuple[int, int]) -> None:
+    _, found, expected = both("channels", HarmoqConfig(8, 8, profile="paper"), size)
+    assert_same(found, expected)
+
+
 def test_bfloat16_rest_is_close() -> None:
     _, found, expected = both("forms", HarmoqConfig(8, 8), precision="bf16")
     assert (found - expected).abs().max() <= 0.05 * expected.abs().max()

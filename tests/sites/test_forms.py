@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harmoq_ao.sites.forms import MatmulForm
+from harmoq_ao.sites.forms import MatmulForm, has_unit_length
 
 
 def _through(form: MatmulForm, *operands: Tensor, **options: float) -> Tensor:
@@ -47,3 +48,29 @@ def test_einsums_equal_their_canonical_product(equation: str, left: tuple[int, .
     form = MatmulForm("einsum", equation)
     a, b = torch.randn(left), torch.randn(right)
     torch.testing.assert_close(_through(form, a, b), form.original(a, b))
+
+
+@given(st.integers(1, 4), st.integers(1, 40), st.integers(1, 5))
+def test_unit_vectors_are_brought_to_a_root_mean_square_of_one_and_back(m: int, k: int, n: int) -> None:
+    a, b = F.normalize(torch.randn(2, m, k), dim=-1), F.normalize(torch.randn(2, n, k), dim=-1)
+    for form, right in (
+        (MatmulForm("matmul", to_rms=True), b.mT),
+        (MatmulForm("baddbmm", to_rms=True), b.mT),
+        (MatmulForm("einsum", "bmk,bnk->bnm", to_rms=True), b),
+    ):
+        operands = (torch.ones(2, m, n), a, right)[-3 if form.op == "baddbmm" else -2 :]
+        left, canonical = form.canonical(*operands)
+        torch.testing.assert_close(left.square().mean(-1), torch.ones(2, m))
+        torch.testing.assert_close(canonical.square().mean(-2), torch.ones(2, n))
+        torch.testing.assert_close(_through(form, *operands), form.original(*operands))
+
+
+def test_unit_length_is_asked_of_every_vector() -> None:
+    x = F.normalize(torch.randn(2, 3, 50), dim=-1)
+    assert has_unit_length(x, -1)
+    assert has_unit_length(x.mT, -2)
+    assert not has_unit_length(x, -2)
+    x[1, 2] *= 1.01
+    assert not has_unit_length(x, -1)
+    assert not has_unit_length(x.to("meta"), -1)
+    assert not has_unit_length(x[:0], -1)
