@@ -62,6 +62,7 @@ def trace(quantized: QuantizedModel, size: tuple[int, int] | None) -> Traced:
     check_exportable(quantized)
     twin = float32_copy(quantized)
     rewrite_sites(twin.model)
+    twin.use_reference()  # what is exported are the modules, not the fused kernels that would run in their place
     note = "asked for"
     if size is None:
         try:

@@ -15,8 +15,10 @@ import harmoq_ao as h
 from harmoq_ao.common.errors import ExportError, OutputError
 from harmoq_ao.config import HarmoqConfig, SiteRule
 from harmoq_ao.conversion.model import QuantizedModel
+from harmoq_ao.cpu_kernels import library
 from harmoq_ao.export.check import onnx_engines
 from harmoq_ao.export.onnx import OPSET, Exported, export_onnx
+from harmoq_ao.programs.program import Programs
 from harmoq_ao.sites.quantized import QuantizedLinear
 from tests.models import PER_TOKEN, build, converted, images
 
@@ -138,6 +140,19 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExportError, match=r"harmoq-ao\[onnx\]"):
         export_onnx(model, tmp_path / "m.onnx")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_is_compared_with_the_modules_not_with_fused_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(Programs, "_program", lambda *call: made.append(call))
+    model = converted("linears", HarmoqConfig(8, 8))
+    model(images(1, (64, 64))[0])
+    assert made or not library.status().available
+    made.clear()
+    exported(model, tmp_path / "m.onnx", (64, 64))
+    assert not made
 
 
 @pytest.mark.slow
