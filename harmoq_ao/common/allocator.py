@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), numbered as in <malloc.h>
 _KEPT = 1 << 30
+_LARGE = 1 << 20
+_tuned: list[bool] = []  # not empty once `keep_memory` took effect in this process
 
 
 def keep_memory() -> bool:
@@ -29,7 +32,28 @@ def keep_memory() -> bool:
         Whether the C library supports it: glibc does; others are left unchanged.
     """
     mallopt = _of_glibc("mallopt")
-    return mallopt is not None and all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    tuned = mallopt is not None and all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
+    if tuned:
+        _tuned.append(True)
+    return tuned
+
+
+@contextmanager
+def large_blocks_returned() -> Iterator[None]:
+    """Context manager in which freed blocks of 1 MiB and more are returned to the system, in spite of `keep_memory`.
+
+    For rare work that takes many large blocks for a while, such as the masks of all windows of an image: kept, they
+    would lie scattered between what stays, and every image size would add some.
+    """
+    mallopt = _of_glibc("mallopt") if _tuned else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_MMAP_THRESHOLD, _LARGE)
+    try:
+        yield
+    finally:
+        mallopt(_MMAP_THRESHOLD, _KEPT)
 
 
 def return_freed_memory() -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import Tensor, fx, nn
 
-from harmoq_ao.common.allocator import return_freed_memory
+from harmoq_ao.common.allocator import large_blocks_returned, return_freed_memory
 from harmoq_ao.cpu_kernels import library
 from harmoq_ao.cpu_kernels.replay import NotReplayableError, Replay
 from harmoq_ao.cpu_kernels.replay import record as record_calls
@@ -179,7 +179,8 @@ class Programs(SizedPrograms[Program]):
 
     def _program(self, model: nn.Module, image: Tensor, dtype: torch.dtype) -> Program | None:
         def make() -> Program:
-            made = Program(make_program(model, image, library.status().isa == HALF, dtype))
+            with large_blocks_returned():
+                made = Program(make_program(model, image, library.status().isa == HALF, dtype))
             if _pixels(image) >= HEAVY:
                 gc.collect()  # of graphs whose nodes refer to each other, with an index of every token
             # graphs of islands may have been traced meanwhile, with tensors of their own

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from harmoq_ao.common import allocator
-from harmoq_ao.common.allocator import keep_memory, return_freed_memory
+from harmoq_ao.common.allocator import keep_memory, large_blocks_returned, return_freed_memory
 
 _PROGRAM = """
 import resource, sys
@@ -75,6 +75,43 @@ def test_freed_memory_between_what_is_in_use_goes_back_to_the_system() -> None:
     pages = 4000 * 16
     assert full - scattered < 0.2 * pages  # glibc by itself keeps it
     assert scattered - after > 0.6 * pages
+
+
+_LARGE_BLOCKS = """
+from harmoq_ao.common.allocator import keep_memory, large_blocks_returned
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1])
+
+def blocks():
+    return [(bytearray(b"x" * (8 << 20)), bytes(65536)) for _ in range(10)]
+
+keep_memory()
+with large_blocks_returned():
+    held = blocks()
+    full = resident()
+    held = [small for _, small in held]  # what is left lies between what was freed
+    after = resident()
+held = blocks()
+held = [small for _, small in held]
+print(full, after, resident())
+"""
+
+
+@glibc
+def test_large_blocks_go_back_while_they_are_told_to_and_stay_again_after_it() -> None:
+    run = subprocess.run([sys.executable, "-c", _LARGE_BLOCKS], capture_output=True, text=True, check=True)
+    full, after, kept = map(int, run.stdout.split())
+    pages = 10 * (8 << 20) // 4096
+    assert full - after > 0.9 * pages
+    assert kept - after > 0.9 * pages
+
+
+def test_a_process_that_was_not_tuned_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(allocator, "_tuned", [])
+    monkeypatch.setattr(allocator, "_of_glibc", lambda name: pytest.fail("the allocator was asked"))
+    with large_blocks_returned():
+        pass
 
 
 def test_other_systems_and_c_libraries_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
