@@ -10,11 +10,12 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Event
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), numbered as in <malloc.h>
 _KEPT = 1 << 30
 _LARGE = 1 << 20
-_tuned: list[bool] = []  # not empty once `keep_memory` took effect in this process
+_tuned = Event()  # set once `keep_memory` took effect in this process
 
 
 def keep_memory() -> bool:
@@ -34,7 +35,7 @@ def keep_memory() -> bool:
     mallopt = _of_glibc("mallopt")
     tuned = mallopt is not None and all(mallopt(name, _KEPT) for name in (_MMAP_THRESHOLD, _TRIM_THRESHOLD))
     if tuned:
-        _tuned.append(True)
+        _tuned.set()
     return tuned
 
 
@@ -45,7 +46,7 @@ def large_blocks_returned() -> Iterator[None]:
     For rare work that takes many large blocks for a while, such as the masks of all windows of an image: kept, they
     would lie scattered between what stays, and every image size would add some.
     """
-    mallopt = _of_glibc("mallopt") if _tuned else None
+    mallopt = _of_glibc("mallopt") if _tuned.is_set() else None
     if mallopt is None:
         yield
         return

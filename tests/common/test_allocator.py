@@ -6,6 +6,7 @@ import ctypes
 import os
 import subprocess
 import sys
+from threading import Event
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_large_blocks_go_back_while_they_are_told_to_and_stay_again_after_it() -
 
 
 def test_a_process_that_was_not_tuned_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(allocator, "_tuned", [])
+    monkeypatch.setattr(allocator, "_tuned", Event())
     monkeypatch.setattr(allocator, "_of_glibc", lambda name: pytest.fail("the allocator was asked"))
     with large_blocks_returned():
         pass
