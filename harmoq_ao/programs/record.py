@@ -62,6 +62,17 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     """
     recorder = _Recorder()
     try:
+        recorder.finish(_recorded_output(model, example, dtype, recorder))
+    finally:
+        recorder.release()
+    for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
+        if not node.users and node.op != "output" and node.op != "placeholder":
+            recorder.graph.erase_node(node)
+    return Recorded(recorder.graph, recorder.root)
+
+
+def _recorded_output(model: nn.Module, example: Tensor, dtype: torch.dtype, recorder: _Recorder) -> Tensor:
+    try:
         # in inference mode operators would show themselves before torch takes them apart
         with torch.inference_mode(False), torch.no_grad(), recording(), _attributes_kept(model):
             image = StandIn(torch.empty_like(example, device="meta", dtype=dtype), recorder)
@@ -74,11 +85,7 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
         raise Unrecordable(f"it asks for values: {error}") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
         raise Unrecordable(f"it returns a {type(output).__name__} that is not computed from the image")
-    recorder.finish(output)
-    for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
-        if not node.users and node.op != "output" and node.op != "placeholder":
-            recorder.graph.erase_node(node)
-    return Recorded(recorder.graph, recorder.root)
+    return output
 
 
 def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
@@ -201,6 +208,13 @@ class _Recorder:
         self.graph.output(self._node(output))
         if any(version_of(tensor) != version for tensor, version in self._versions):
             raise Unrecordable("it writes into a tensor that it has read, and that does not depend on the image")
+
+    def release(self) -> None:
+        """Let go of the stand-ins: they refer to the recorder, and a cycle through tensors may never be collected."""
+        for tensor in self._alive:
+            if isinstance(tensor, StandIn):
+                del tensor.recorder
+        self._alive.clear()
 
     def _shapes_of(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What an operator makes of stand-ins' shapes; asked once for what the blocks of a network have in common."""

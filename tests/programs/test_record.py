@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,21 @@ def test_recording_does_not_outlast_itself() -> None:
 def around(context: Callable[[], Any], model: nn.Module, image: Tensor) -> list[str]:
     with context():
         return [str(node.target) for node in record(model, image).graph.nodes]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_of_a_recording_stays_behind(fails: bool) -> None:
+    def body(module: Any, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[-1])
+        parts = (x * mask).chunk(2, dim=-1)
+        return parts[0] + (1 if fails and bool(parts[1].sum() > 0) else 0)
+
+    try:
+        record(Written(body), torch.rand(1, 3, 8, 8))
+    except Unrecordable:
+        assert fails
+    gc.collect()
+    assert not [found for found in gc.get_objects() if type(found) is StandIn]
 
 
 def test_gradient_and_inference_modes_record_the_same() -> None:
