@@ -44,7 +44,7 @@ def large_blocks_returned() -> Iterator[None]:
     """Context manager in which freed blocks of 1 MiB and more are returned to the system, in spite of `keep_memory`.
 
     For rare work that takes many large blocks for a while, such as the masks of all windows of an image: kept, they
-    would lie scattered between what stays, and every image size would add some.
+    would lie scattered between what stays, where the next ones do not fit.
     """
     mallopt = _of_glibc("mallopt") if _tuned.is_set() else None
     if mallopt is None:

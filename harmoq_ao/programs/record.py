@@ -8,6 +8,7 @@ show themselves as one operator each (`common/tracing.py`).
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,17 +63,6 @@ def record(model: nn.Module, example: Tensor, dtype: torch.dtype = torch.float32
     """
     recorder = _Recorder()
     try:
-        recorder.finish(_recorded_output(model, example, dtype, recorder))
-    finally:
-        recorder.release()
-    for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
-        if not node.users and node.op != "output" and node.op != "placeholder":
-            recorder.graph.erase_node(node)
-    return Recorded(recorder.graph, recorder.root)
-
-
-def _recorded_output(model: nn.Module, example: Tensor, dtype: torch.dtype, recorder: _Recorder) -> Tensor:
-    try:
         # in inference mode operators would show themselves before torch takes them apart
         with torch.inference_mode(False), torch.no_grad(), recording(), _attributes_kept(model):
             image = StandIn(torch.empty_like(example, device="meta", dtype=dtype), recorder)
@@ -85,7 +75,11 @@ def _recorded_output(model: nn.Module, example: Tensor, dtype: torch.dtype, reco
         raise Unrecordable(f"it asks for values: {error}") from error
     if not isinstance(output, Tensor) or id(output) not in recorder.nodes:
         raise Unrecordable(f"it returns a {type(output).__name__} that is not computed from the image")
-    return output
+    recorder.finish(output)
+    for node in reversed(recorder.graph.nodes):  # what only answered a question about a shape
+        if not node.users and node.op != "output" and node.op != "placeholder":
+            recorder.graph.erase_node(node)
+    return Recorded(recorder.graph, recorder.root)
 
 
 def _without_dropout(func: Any, args: Any, kwargs: Any) -> bool:
@@ -132,11 +126,12 @@ class StandIn(torch.Tensor):
 
     Args:
         shape: A meta tensor of its shape, strides and type.
-        recorder: What records operators on it.
+        recorder: What records operators on it. It keeps its stand-ins alive, so they refer to it weakly: a cycle
+            through tensors may never be collected.
     """
 
     shape_only: Tensor
-    recorder: _Recorder
+    recorder: weakref.ref[_Recorder]
 
     @staticmethod
     def __new__(cls, shape: Tensor, recorder: _Recorder) -> StandIn:
@@ -148,12 +143,13 @@ class StandIn(torch.Tensor):
             dtype=shape.dtype,
             device=torch.device("cpu"),
         )
-        made.shape_only, made.recorder = shape, recorder
+        made.shape_only, made.recorder = shape, weakref.ref(recorder)
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        recorder = next(leaf.recorder for leaf in _tensors((args, kwargs)) if isinstance(leaf, StandIn))
+        recorder = next(leaf.recorder() for leaf in _tensors((args, kwargs)) if isinstance(leaf, StandIn))
+        assert recorder is not None, "a stand-in outlived its recording"
         return recorder.operator(func, args, kwargs or {})
 
 
@@ -208,13 +204,6 @@ class _Recorder:
         self.graph.output(self._node(output))
         if any(version_of(tensor) != version for tensor, version in self._versions):
             raise Unrecordable("it writes into a tensor that it has read, and that does not depend on the image")
-
-    def release(self) -> None:
-        """Let go of the stand-ins: they refer to the recorder, and a cycle through tensors may never be collected."""
-        for tensor in self._alive:
-            if isinstance(tensor, StandIn):
-                del tensor.recorder
-        self._alive.clear()
 
     def _shapes_of(self, target: Any, args: Any, kwargs: Any) -> Any:
         """What an operator makes of stand-ins' shapes; asked once for what the blocks of a network have in common."""
