@@ -42,7 +42,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     "fast": HarmonizeSettings(None, RefineSettings(steps=150, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=2200, cuts=3, checks=10, rates=SLOW), crops=128),
+    "long": HarmonizeSettings(None, RefineSettings(steps=2200, checks=10, rates=SLOW), crops=128),
     "best": HarmonizeSettings(
         None,
         RefineSettings(

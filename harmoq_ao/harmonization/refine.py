@@ -26,8 +26,9 @@ from harmoq_ao.harmonization.distillation import feature_error, features_of, hel
 from harmoq_ao.harmonization.identity import work_identity
 from harmoq_ao.harmonization.learner import Learner, trainable_rest
 from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
+from harmoq_ao.harmonization.places import Places, added_detail
 from harmoq_ao.harmonization.progress import open_progress
-from harmoq_ao.harmonization.sampling import allowed_side, check_crops, detailed_cut, mirrored, sample_order
+from harmoq_ao.harmonization.sampling import allowed_side, check_crops
 from harmoq_ao.harmonization.settings import Rates, RefineSettings
 from harmoq_ao.harmonization.stages import find_stages
 from harmoq_ao.harmonization.teacher import Teacher
@@ -110,7 +111,8 @@ def refine(
     disable_observers(prepared)
     with frozen(prepared), using(library.kernels() if next(prepared.parameters()).is_cpu else None):
         store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, settings, algorithm))
-        run = _Refinement(prepared, teacher, crops, settings, held_out)
+        places = _places(prepared, teacher, crops, settings, show_progress)
+        run = _Refinement(prepared, teacher, places, settings, held_out)
         run.resume(_same_everywhere(store.load(), prepared))
         every = max(1, settings.steps // settings.checks)
         with open_progress("Refining", settings.total_steps, run.learner.steps_done, show_progress) as report:
@@ -149,14 +151,13 @@ class _Refinement:
         self,
         prepared: PreparedModel,
         teacher: Teacher,
-        crops: Sequence[Tensor],
+        places: Places,
         settings: RefineSettings,
         held_out: Sequence[Tensor],
     ) -> None:
         self.prepared, self.settings = prepared, settings
         self.reference = teacher.quick
-        self.crops, self.held_out = crops, held_out
-        self.side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
+        self.places, self.held_out = places, held_out
         self.like = next(p for p in prepared.parameters() if p.is_floating_point())
         rest = trainable_rest(prepared.model, prepared.sites())
         rates = _rates(prepared, settings)
@@ -254,12 +255,7 @@ class _Refinement:
 
     def _images(self, step: int) -> list[Tensor]:
         """This rank's share of the images of a step."""
-        size, count = self.settings.batch_size, len(self.crops)
-        chosen = [sample_order(count, self.settings.seed, step * size + i) for i in range(size)]
-        images = [mirrored(self.crops[index], turn) for index, turn in chosen]
-        if self.side is not None:
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + 7919 * step)
-            images = [detailed_cut(image, self.side, self.settings.cuts, generator) for image in images]
+        images = self.places.draw(step, self.settings.batch_size)
         return [image for index, image in enumerate(images) if distributed.is_mine(index)]
 
     @cached_property
@@ -281,6 +277,22 @@ class _Refinement:
 
     def _mixed(self, batch: Tensor) -> Any:
         return torch.autocast(batch.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
+
+def _places(
+    prepared: PreparedModel,
+    teacher: Teacher,
+    crops: Sequence[Tensor],
+    settings: RefineSettings,
+    show_progress: bool | None,
+) -> Places:
+    """The places that steps are taken on."""
+    side = None if settings.crop_size is None else allowed_side(prepared, settings.crop_size)
+    if settings.focus:
+        worth = added_detail(teacher.quick, crops, show_progress)
+    else:
+        worth = torch.ones(len(crops), *crops[0].shape[1:])
+    return Places(crops, worth, side, settings.focus, settings.seed)
 
 
 def _rates(prepared: PreparedModel, settings: RefineSettings) -> Rates:

@@ -1,4 +1,4 @@
-"""The images of gradient steps: crops in a seeded order, mirrored, cut where there is detail."""
+"""Images of gradient steps: mirrored, and cut from crops to sides that the network takes."""
 
 from __future__ import annotations
 
@@ -10,17 +10,6 @@ from torch import Tensor
 
 from harmoq_ao.common.errors import CalibrationError
 from harmoq_ao.sites.model import PreparedModel
-
-_DIHEDRAL = 8
-
-
-def sample_order(count: int, seed: int, position: int) -> tuple[int, int]:
-    """Index of the crop, and of its mirroring, at a position of the seeded, endless order."""
-    epoch, place = divmod(position, count)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    order = torch.randperm(count, generator=generator)
-    turns = torch.randint(_DIHEDRAL, (count,), generator=generator)
-    return int(order[place]), int(turns[place])
 
 
 def mirrored(crop: Tensor, turn: int) -> Tensor:
@@ -46,21 +35,6 @@ def random_cut(image: Tensor, side: int, generator: torch.Generator) -> Tensor:
         for length, part in zip(image.shape[1:], (height, width), strict=True)
     )
     return image[:, top : top + height, left : left + width]
-
-
-def detailed_cut(image: Tensor, side: int, cuts: int, generator: torch.Generator) -> Tensor:
-    """The one with most :func:`detail` among `cuts` parts drawn by :func:`random_cut`."""
-    return max((random_cut(image, side, generator) for _ in range(cuts)), key=detail)
-
-
-def detail(image: Tensor) -> float:
-    """Mean squared difference of neighbouring pixels of the channel mean of `[C, H, W]`, vertical plus horizontal.
-
-    A side of one pixel has no neighbours and adds nothing.
-    """
-    grey = image.mean(0)
-    steps = (grey.diff(dim=axis).square() for axis in (0, 1))
-    return sum(float(step.mean()) for step in steps if step.numel())
 
 
 def check_crops(crops: Sequence[Tensor]) -> None:

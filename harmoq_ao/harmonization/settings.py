@@ -57,8 +57,8 @@ class RefineSettings:
         batch_size: Images of a step.
         crop_size: Side of the images in low-resolution pixels, cut from the crops at random places; None takes whole
             crops. Several small images are worth more than one large one at the same cost.
-        cuts: How many such places are drawn for an image; the one with most detail is taken. A quantized network
-            loses most on detail, and most places have little.
+        focus: How much such places are preferred where the float network adds most to interpolation
+            (:class:`harmoq_ao.harmonization.places.Places`); 0 draws all alike.
         rates: Learning rates.
         by_bits: Whether the rates are meant for 2 bits and shrink with the step of the quantizers
             (:meth:`Rates.at`), or are taken as they are.
@@ -66,7 +66,7 @@ class RefineSettings:
         warm_up: Steps over which the rates rise from zero.
         checks: How often the held-out crops are measured in a cycle, evenly over its steps; the best state is kept.
         precision: ``bfloat16`` runs the parts outside of the quantizers in mixed precision.
-        seed: Of the order of the crops and their mirroring.
+        seed: Of places and their mirroring.
 
     Raises:
         ConfigError: A value is out of range.
@@ -76,7 +76,7 @@ class RefineSettings:
     cycles: int = 1
     batch_size: int = 4
     crop_size: int | None = 32
-    cuts: int = 1
+    focus: float = 1.0
     rates: Rates = field(default_factory=Rates)
     by_bits: bool = True
     feature_weight: float = 0.05
@@ -86,7 +86,7 @@ class RefineSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "cycles", "batch_size", "crop_size", "cuts", "warm_up", "checks", "seed"):
+        for name in ("steps", "cycles", "batch_size", "crop_size", "warm_up", "checks", "seed"):
             value = getattr(self, name)
             minimum = 0 if name in ("warm_up", "seed") else 1
             if name == "crop_size" and value is None:
@@ -95,8 +95,9 @@ class RefineSettings:
                 raise ConfigError(f"{name} of refinement is out of range", found=value, expected=f"{minimum} or more")
         if self.precision not in get_args(Precision):
             raise ConfigError("Unknown precision", found=self.precision, expected=get_args(Precision))
-        if not 0 <= self.feature_weight < math.inf:
-            raise ConfigError("feature_weight is out of range", found=self.feature_weight, expected="0 or more")
+        for name in ("feature_weight", "focus"):
+            if not 0 <= (value := getattr(self, name)) < math.inf:
+                raise ConfigError(f"{name} is out of range", found=value, expected="0 or more")
 
     @property
     def total_steps(self) -> int:

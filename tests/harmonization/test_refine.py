@@ -238,8 +238,8 @@ def test_unusable_input_is_refused() -> None:
         refine(prepared, [torch.rand(3, 16, 16), torch.rand(3, 24, 24)])
     with pytest.raises(CalibrationError, match="not finite"):
         refine(prepared, crops(1), replace(QUICK, rates=Rates(0, 0, 1e30), warm_up=0))
-    counts = [{name: 0} for name in ("steps", "cycles", "batch_size", "cuts")]
-    for wrong in (*counts, {"precision": "float8"}, {"feature_weight": -1.0}):
+    counts = [{name: 0} for name in ("steps", "cycles", "batch_size")]
+    for wrong in (*counts, {"precision": "float8"}, {"feature_weight": -1.0}, {"focus": -1.0}):
         with pytest.raises(ConfigError):
             replace(QUICK, **wrong)
     with pytest.raises(ConfigError):
