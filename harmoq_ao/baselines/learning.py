@@ -62,7 +62,6 @@ def distil_bounds(
         crop_size=budget.crop_size,
         rates=Rates(bounds=rate, scales=0.0, weights=0.0, rest=0.0),
         by_bits=False,
-        focus=0.0,
         seed=budget.seed,
     )
     fixed = ([] if activations else inputs) + ([] if weights else rows)

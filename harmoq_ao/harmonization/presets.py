@@ -33,7 +33,7 @@ class HarmonizeSettings:
         return 0 if self.refine is None else self.refine.total_steps
 
 
-SLOW = Rates(bounds=5e-3, scales=5e-3, weights=1.5e-2)
+SLOW = Rates(bounds=5e-3, scales=5e-3, weights=2.24e-2)
 """For thousands of steps, over which ranges need not hurry and weights have time to move."""
 
 PRESETS: dict[str, HarmonizeSettings] = {
@@ -42,7 +42,7 @@ PRESETS: dict[str, HarmonizeSettings] = {
     "fast": HarmonizeSettings(None, RefineSettings(steps=150, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
-    "long": HarmonizeSettings(None, RefineSettings(steps=2200, checks=10, rates=SLOW), crops=128),
+    "long": HarmonizeSettings(None, RefineSettings(steps=2200, focus=0.5, checks=10, rates=SLOW), crops=256),
     "best": HarmonizeSettings(
         None,
         RefineSettings(

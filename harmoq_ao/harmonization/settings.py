@@ -76,7 +76,7 @@ class RefineSettings:
     cycles: int = 1
     batch_size: int = 4
     crop_size: int | None = 32
-    focus: float = 1.0
+    focus: float = 0.0
     rates: Rates = field(default_factory=Rates)
     by_bits: bool = True
     feature_weight: float = 0.05
