@@ -39,7 +39,7 @@ SLOW = Rates(bounds=5e-3, scales=5e-3, weights=2.24e-2)
 PRESETS: dict[str, HarmonizeSettings] = {
     "none": HarmonizeSettings(None, None),
     "algorithm": HarmonizeSettings(AlgorithmSettings(images=4), None),
-    "fast": HarmonizeSettings(None, RefineSettings(steps=150, batch_size=2, checks=1), crops=24, held_out=4),
+    "fast": HarmonizeSettings(None, RefineSettings(steps=280, batch_size=2, checks=1), crops=24, held_out=4),
     "tables": HarmonizeSettings(None, RefineSettings(steps=100)),
     "standard": HarmonizeSettings(None, RefineSettings(steps=600, checks=8), crops=64),
     "long": HarmonizeSettings(None, RefineSettings(steps=2200, focus=0.5, checks=10, rates=SLOW), crops=256),
