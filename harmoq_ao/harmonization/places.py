@@ -44,14 +44,14 @@ class Places:
         weights = means.flatten() ** focus
         if not float(weights.sum()) > 0:  # nothing is worth more than anything else
             weights = torch.ones_like(weights)
-        self.cumulative = (weights / weights.sum()).cumsum(0)
+        cumulative = weights.cumsum(0)
+        self.cumulative = cumulative / cumulative[-1]  # ends with exactly 1, which no draw reaches
 
     def draw(self, step: int, count: int) -> list[Tensor]:
         """The `count` images of a step."""
         generator = torch.Generator().manual_seed(self.seed * _STRIDE + 7919 * step)
         strata = (torch.arange(count) + torch.rand(count, generator=generator, dtype=torch.float64)) / count
-        last = int((self.cumulative < self.cumulative[-1]).sum())  # places of no weight behind it are never drawn
-        chosen = torch.searchsorted(self.cumulative, strata, right=True).clamp_max(last).tolist()
+        chosen = torch.searchsorted(self.cumulative, strata, right=True).tolist()
         turns = torch.randint(_MIRRORINGS, (count,), generator=generator).tolist()
         return [mirrored(self.at(place), turn) for place, turn in zip(chosen, turns, strict=True)]
 
@@ -97,9 +97,9 @@ def _added(network: FloatNetwork, image: Tensor) -> Tensor:
 
 
 def _accepted(network: FloatNetwork, crop: Tensor) -> Tensor:
-    """The upper left part of `[C, H, W]` whose sides the network takes."""
+    """The upper left part of `[C, H, W]` whose sides the network takes; a side shorter than any of those stays."""
     multiple = network.traits.size_multiple
-    height, width = (side // multiple * multiple for side in crop.shape[1:])
+    height, width = (max(side // multiple, 1) * multiple for side in crop.shape[1:])
     if network.traits.square:
         height = width = min(height, width)
     return crop[:, :height, :width]

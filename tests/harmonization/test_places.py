@@ -108,6 +108,13 @@ def test_what_the_network_does_not_take_is_worth_nothing() -> None:
     assert found.sum() == found[:, :16, :16].sum()
 
 
+def test_crops_shorter_than_the_network_asks_for_are_weighed_whole() -> None:
+    prepared, images = calibrated("SwinIR/light", W3A3), [torch.rand(3, 16, 24)]
+    whole = added_detail(Teacher(prepared).quick, images)
+    prepared.traits = replace(prepared.traits, size_multiple=32)
+    assert torch.equal(added_detail(Teacher(prepared).quick, images), whole)
+
+
 @pytest.mark.parametrize(("focus", "side"), [(1.0, 8), (0.0, 8), (1.0, None)])
 def test_refinement_learns_from_such_places(focus: float, side: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Places] = []
