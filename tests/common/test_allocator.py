@@ -25,7 +25,7 @@ if sys.argv[1] == "keep":
 def layers():
     return sum(float(x[0]) for x in [torch.ones(4_000_000) for _ in range(4)] + [torch.ones(30_000_000)])
 
-for _ in range(3):  # until every block has found its place
+for _ in range(16):  # it takes up to six rounds, by chance, until every block has found its place
     layers()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(4):
@@ -38,7 +38,7 @@ glibc = pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"
 
 
 def _faults(how: str) -> int:
-    """Pages that a process of its own had cleared for it in four rounds after the first ones."""
+    """Pages that a process of its own had cleared for it in four rounds after the first 16."""
     command, without = [sys.executable, "-c", _PROGRAM, how], {k: v for k, v in os.environ.items() if "MALLOC" not in k}
     run = subprocess.run(command, env=without, capture_output=True, text=True, check=True)
     return int(run.stdout)
