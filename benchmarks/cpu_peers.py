@@ -48,6 +48,7 @@ from harmoq_ao.images import skimage_photographs
 from harmoq_ao.recipes.charts import new_figure, save_figure, styled
 from harmoq_ao.recipes.documents import markdown_table
 from harmoq_ao.recipes.store import write_text
+from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
 from harmoq_ao.runtime.tiling import pad_to_multiple, upscale
 
 SCALE = 2
@@ -166,12 +167,8 @@ def _openvino_model(job: Job) -> Any:
     return ov.convert_model(job.build(), example_input=image, input=[ov.PartialShape(list(image.shape))])
 
 
-def _openvino_run(model: Any, precision: str) -> Run:
-    import openvino as ov
-
-    threads = torch.get_num_threads()
-    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1}
-    compiled = ov.Core().compile_model(model, "CPU", options)
+def _openvino_run(model: Any, **options: str) -> Run:
+    compiled = compile_on_cpu(model, INFERENCE_NUM_THREADS=torch.get_num_threads(), NUM_STREAMS=1, **options)
     return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
 
 
@@ -186,7 +183,7 @@ def _nncf(job: Job, precision: str) -> Run:
         subset_size=CROPS,
         fast_bias_correction=True,
     )
-    return _openvino_run(model, precision)
+    return _openvino_run(model, INFERENCE_PRECISION_HINT=precision)
 
 
 def quantized_model(job: Job, bits: int, per_token: bool = False, profile: Profile = "deploy") -> h.QuantizedModel:
@@ -212,14 +209,10 @@ def _lowered(job: Job, bits: int, per_token: bool = False) -> Run:
 
 def _exported(job: Job, bits: int) -> Run:
     """The file of ``harmoq export model.xml``, by OpenVINO alone."""
-    import openvino as ov
-
     path = job.work / f"{job.model}-{job.size}-w{bits}a{bits}.xml"
     if not path.exists():
         h.export_openvino(quantized_model(job, bits), path, (job.size, job.size))
-    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "NUM_STREAMS": 1}
-    compiled = ov.Core().compile_model(str(path), "CPU", options)
-    return lambda x: torch.from_numpy(compiled(x.numpy(), share_inputs=True)[0])
+    return _openvino_run(path)
 
 
 CONTENDERS: dict[str, Callable[[Job], Run]] = {
@@ -230,8 +223,8 @@ CONTENDERS: dict[str, Callable[[Job], Run]] = {
     "torchao int8 dynamic": lambda job: torchao_int8(job.fixed()),
     "ONNX Runtime float32": lambda job: _onnx_session(_onnx_file(job)),
     "ONNX Runtime int8": _onnx_int8,
-    "OpenVINO float32": lambda job: _openvino_run(_openvino_model(job), "f32"),
-    "OpenVINO bf16": lambda job: _openvino_run(_openvino_model(job), "bf16"),
+    "OpenVINO float32": lambda job: _openvino_run(_openvino_model(job), INFERENCE_PRECISION_HINT="f32"),
+    "OpenVINO bf16": lambda job: _openvino_run(_openvino_model(job), INFERENCE_PRECISION_HINT="bf16"),
     "NNCF int8": partial(_nncf, precision="f32"),
     "NNCF int8, bf16 rest": partial(_nncf, precision="bf16"),
     **{f"harmoq W{b}A{b}": partial(quantized_model, bits=b) for b in (8, 4, 2)},

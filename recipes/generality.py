@@ -265,7 +265,11 @@ def psnr(found: Tensor, expected: Tensor) -> float:
 def check(
     nightly: Nightly, entries: Sequence[Architecture], bits: Sequence[int], presets: Sequence[str]
 ) -> tuple[str, list[str]]:
-    """Measure everything; the table as Markdown, and one sentence for each expectation that was not met."""
+    """Measure everything; the table as Markdown, and one sentence for each expectation that was not met.
+
+    Each line of the table is printed as soon as it is known.
+    """
+    console = Console(stderr=True)
     titles = ["architecture", "bicubic", "float", "bits", "DOBI", *presets]
     lines, failures = [f"| {' | '.join(titles)} |", "|---" + "|--:" * (len(titles) - 1) + "|"], []
     for entry in entries:
@@ -282,6 +286,7 @@ def check(
             numbers = [f"{value:.2f}" for value in (scores["bicubic"], scores["float"])]
             row = [entry.name, *numbers, f"W{width}A{width}", *(f"{value:.2f}" for value in (least, *reached))]
             lines.append(f"| {' | '.join(row)} |")
+            console.print(lines[-1], highlight=False, markup=False, soft_wrap=True)
     return "\n".join(lines) + "\n", failures
 
 

@@ -34,7 +34,7 @@ def nightly(folder: Path, photographs: Path) -> Nightly:
 
 
 def test_a_preset_below_dobi_or_a_float_network_below_bicubic_is_a_failure(
-    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, photographs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     night = nightly(tmp_path, photographs)
     reached = {"dobi": 40.0, "fast": 39.9, "long": 40.1}
@@ -44,6 +44,7 @@ def test_a_preset_below_dobi_or_a_float_network_below_bicubic_is_a_failure(
     table, failures = check(night, [ENTRY], [4], ["fast", "long"])
     assert [("bicubic" in failure, "fast" in failure) for failure in failures] == [(True, False), (False, True)]
     assert table.splitlines()[-1] == "| SwinIR/light | 30.50 | 30.00 | W4A4 | 40.00 | 39.90 | 40.10 |"
+    assert capsys.readouterr().err.splitlines() == table.splitlines()[-1:]  # as soon as it is known
 
 
 def test_what_is_there_is_not_computed_again(

@@ -21,10 +21,11 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of Linu
 
 
 @pytest.mark.skipif(find_spec("openvino") is None, reason="needs OpenVINO: pip install harmoq-ao[openvino]")
-def test_a_signal_after_two_models_that_went_in_the_order_they_came() -> None:
-    """The process died of SIGSEGV when its handler ran."""
+def test_a_signal_after_two_models_that_went_in_the_order_they_came(tmp_path: Path) -> None:
+    """The process died of SIGSEGV when its handler ran. The second model comes from a file."""
     program = dedent("""
-        import gc, os, signal
+        import gc, os, signal, sys
+        from pathlib import Path
         import numpy as np
         import openvino as ov
         from openvino import opset13 as ops
@@ -35,7 +36,8 @@ def test_a_signal_after_two_models_that_went_in_the_order_they_came() -> None:
             return ov.Model([ops.relu(image)], [image])
 
         first = compile_on_cpu(model())
-        second = compile_on_cpu(model())
+        ov.save_model(model(), sys.argv[1])
+        second = compile_on_cpu(Path(sys.argv[1]))
         for compiled in (first, second):
             compiled(np.zeros((1, 8), np.float32))
         del compiled, first
@@ -46,7 +48,8 @@ def test_a_signal_after_two_models_that_went_in_the_order_they_came() -> None:
         os.kill(os.getpid(), signal.SIGINT)
     """)
     root = Path(harmoq_ao.__file__).parents[1]
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-c", program, str(tmp_path / "model.xml")]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
 
 

@@ -12,6 +12,7 @@ import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ class SignalStack(ctypes.Structure):
     _fields_ = (("start", ctypes.c_void_p), ("flags", ctypes.c_int), ("size", ctypes.c_size_t))
 
 
-def compile_on_cpu(model: openvino.Model, **options: Any) -> openvino.CompiledModel:
+def compile_on_cpu(model: openvino.Model | Path, **options: Any) -> openvino.CompiledModel:
     """Compile an OpenVINO model for the CPU.
 
     Args:
-        model: Of one image size or of free sizes.
+        model: Of one image size or of free sizes, or its file.
         options: Properties of the CPU plugin, such as ``INFERENCE_NUM_THREADS=2``.
 
     Raises:
