@@ -12,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import textwrap
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ import torch
 from harmoq_ao.common.errors import ConfigError, OutputError
 from harmoq_ao.cpu_kernels import build_cache, compiler, instruction_sets, library
 from harmoq_ao.cpu_kernels.build_cache import BuildCache, CacheUnusableError
+from tests.waiting import is_running, until
 
 needs_gcc = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -242,20 +242,6 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_started(place: Path, monkeyp
     sleepers = [int(line) for line in (place / "sleepers").read_text().split()]
     assert sleepers
     assert until(lambda: not any(is_running(number) for number in sleepers))
-
-
-def until(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 10
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def is_running(number: int) -> bool:
-    try:
-        return Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_compiler_that_writes_garbage(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from benchmarks.gpu import processes
 from benchmarks.gpu.plan import Step
 from benchmarks.gpu.processes import Runner
 from tests.benchmarks.steps import act
+from tests.waiting import is_running, until
 
 
 @pytest.fixture
@@ -41,21 +41,9 @@ def test_a_step_that_hangs_is_ended_with_what_it_started(runner: Runner, tmp_pat
     assert found["return 1"]["ok"]
     assert found["hang"]["error"] == "stopped after 15 s"
     child = int((tmp_path / "check_hang.log").read_text())
-    for _ in range(100):
-        if not _runs(child):
-            break
-        time.sleep(0.1)
-    assert not _runs(child)
+    assert until(lambda: not is_running(child))
 
 
 def test_the_deadline_leaves_steps_for_the_next_run(runner: Runner) -> None:
     steps = [Step("check/hang", seconds=1), Step("check/return 1", seconds=1000), Step("check/return 2", seconds=0)]
     assert [step.subject for step, _ in runner.run(steps, 2, time.monotonic() + 8)] == ["return 2"]
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
