@@ -13,9 +13,10 @@ from harmoq_ao.config import HarmoqConfig
 from harmoq_ao.export import export_openvino
 from harmoq_ao.export.check import engines
 from harmoq_ao.runtime.openvino import lower_openvino
+from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
 from tests.models import converted, images
 
-ov = pytest.importorskip("openvino", reason="needs OpenVINO: pip install harmoq-ao[openvino]")
+pytest.importorskip("openvino", reason="needs OpenVINO: pip install harmoq-ao[openvino]")
 pytest.importorskip("onnxscript", reason="needs ONNX: pip install harmoq-ao[onnx]")
 
 
@@ -40,7 +41,7 @@ def test_runs_as_the_lowered_model(tmp_path: Path, name: str, size: tuple[int, i
 def test_runs_in_integers(tmp_path: Path) -> None:
     model = converted("linears", HarmoqConfig(8, 8))
     export_openvino(model, tmp_path / "m.xml", (16, 16))
-    compiled = ov.Core().compile_model(str(tmp_path / "m.xml"), "CPU")
+    compiled = compile_on_cpu(tmp_path / "m.xml")
     ops = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     products = [op["runtimePrecision"].astype(str) for op in ops if op["layerType"].astype(str) == "FullyConnected"]
     assert products == ["u8"] * len(model.sites())

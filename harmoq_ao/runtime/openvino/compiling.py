@@ -35,7 +35,7 @@ def compile_on_cpu(model: openvino.Model | Path, **options: Any) -> openvino.Com
         options: Properties of the CPU plugin, such as ``INFERENCE_NUM_THREADS=2``.
 
     Raises:
-        RuntimeError: The plugin does not take the model.
+        RuntimeError: The plugin does not take the model, or the file cannot be read.
     """
     import openvino as ov
 
