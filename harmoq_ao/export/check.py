@@ -48,6 +48,8 @@ def _onnxruntime(path: Path) -> Run:
     options.intra_op_num_threads = torch.get_num_threads()
     # Its own choice for int4 weights rounds float activations to 8 bits, block by block.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    # Without it, pairs of 8-bit products saturate at 16 bits on CPUs without VNNI.
+    options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda image: torch.from_numpy(session.run(None, {name: image.contiguous().numpy()})[0])
@@ -57,7 +59,10 @@ def _openvino(path: Path) -> Run:
     import openvino as ov
 
     from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
+    from harmoq_ao.runtime.openvino.ops import pairs_saturate
 
+    if pairs_saturate():
+        logger.warning("OpenVINO's sums of 7 and 8-bit products saturate on this CPU: see docs/runtimes.md")
     model = ov.Core().read_model(str(path))
     # One image: with a free number, the plugin's passes fail on some transposes of windows.
     model.reshape(ov.PartialShape([1, *model.input(0).partial_shape[1:]]))

@@ -15,8 +15,8 @@ canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on
 ``z * row_sum`` is added as an outer product.
 
 CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once. Where it
-fails, or torch was built without oneDNN, the same codes go through float32 kernels instead. Sums over more than 65,793
-channels, which int32 may not hold, go through float64.
+fails, or torch was built without oneDNN, the same codes go through float32 kernels instead, in sums of as many products
+as float32 holds exactly. Sums over more than 65,793 channels, which int32 may not hold, go through float64.
 """
 
 from __future__ import annotations
@@ -170,13 +170,20 @@ def _contraction(
 
         return integer
     # Sums that overflow int32 lose too many bits in float32.
-    kind = torch.float32 if columns <= integer_reference.INT32_LINEAR_LENGTH else torch.float64
-    # Without integer kernels the scale goes into the weight, which saves the pass over the output.
-    weight, bias = codes.to(kind) * scale[:, None], None if bias is None else bias.to(kind)
+    kind, length = torch.float64, columns
+    if columns <= integer_reference.INT32_LINEAR_LENGTH:
+        kind, length = torch.float32, integer_reference.FLOAT32_LINEAR_LENGTH
+    weights = codes.to(kind).split(length, 1)
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
         with integer_reference.exact_floats(qx):
-            return F.linear(qx.to(kind), weight, bias).to(dtype)
+            first, *others = (F.linear(part, w) for part, w in zip(qx.to(kind).split(length, 1), weights, strict=True))
+        for part in others:
+            first += part
+        first *= scale
+        if bias is not None:
+            first += bias
+        return first.to(dtype)
 
     return floating
 

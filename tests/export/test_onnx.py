@@ -44,9 +44,18 @@ def assert_same_in_every_engine(model: QuantizedModel, path: Path, image: Tensor
     for name, run in engines.items():
         found = run(image)
         assert found.shape == expected.shape, name
+        if name == "OpenVINO" and saturates(model):
+            continue
         levels = (found - expected).abs() / LEVEL
         assert (levels > 1).double().mean() <= 0.002, name
         assert levels.median() < 0.05, name
+
+
+def saturates(model: QuantizedModel) -> bool:
+    """Whether OpenVINO's sums are wrong on this CPU, as docs/runtimes.md says."""
+    from harmoq_ao.runtime.openvino.ops import pairs_saturate
+
+    return max(site.settings.weight.bits for site in model.sites().values()) > 6 and pairs_saturate()
 
 
 def initializers(proto: Any, kinds: tuple[int, ...]) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ pytest.importorskip("onnxscript", reason="needs ONNX: pip install harmoq-ao[onnx
     ("name", "size"), [("linears", None), pytest.param("SwinIR/light", (16, 16), marks=pytest.mark.slow)]
 )
 def test_runs_as_the_lowered_model(tmp_path: Path, name: str, size: tuple[int, int] | None) -> None:
-    model = converted(name, HarmoqConfig(8, 8))
+    model = converted(name, HarmoqConfig(6, 8))  # the products of more bits saturate on CPUs without VNNI
     written = export_openvino(model, tmp_path / "m.xml", size)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m.bin", "m.xml"]
     assert (written.size, written.batch) == (size, 1)

@@ -50,9 +50,9 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_static_linears_run_in_integers_at_every_width(bits: int) -> None:
     lowered, found, expected = both("linears", HarmoqConfig(bits, bits, rules=STATIC))
     assert_same(found, expected)
-    kernels = lowered.kernels(SIZE)
-    assert set(kernels) == {"one", "two"}
-    if _has_vnni():
+    if bits < 8 or not ops.pairs_saturate():
+        kernels = lowered.kernels(SIZE)
+        assert set(kernels) == {"one", "two"}
         assert {k.precision for k in kernels.values()} == {"u8"}
         assert all("I8" in k.kernel for k in kernels.values())
 
@@ -72,11 +72,21 @@ def test_static_linears_run_in_integers_at_every_width(bits: int) -> None:
 def test_every_kind_of_site_equals_the_native_path(config: HarmoqConfig) -> None:
     lowered, found, expected = both("forms", config)
     assert_same(found, expected)
-    if _has_vnni() and config.act_bits != 32:
+    if not ops.pairs_saturate() and config.act_bits != 32:
         assert {k.precision for k in lowered.kernels(SIZE).values()} == {"u8"}
         sites = models.converted("forms", config).sites()
         missing = set(sites) - set(lowered.kernels(SIZE))
         assert len(missing) <= 1  # a scale after a product can take its name
+
+
+def test_where_pairs_of_products_saturate_large_codes_are_floats(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "pairs_saturate", lambda: True)
+    lowered, found, expected = both("forms", HarmoqConfig(8, 8, conv_bits=8, profile="paper"))
+    assert_same(found, expected)
+    layers = lowered.layers(SIZE)
+    assert {x.precision for x in layers if x.kind in ("FullyConnected", "MatMul", "Convolution")} == {"f32"}
+    assert ops._in_integers(64)
+    assert not ops._in_integers(65)
 
 
 def test_other_sizes_are_compiled_and_the_oldest_forgotten() -> None:
@@ -203,7 +213,3 @@ def openvino_parameter(x: torch.Tensor) -> Any:
 def run(node: Any, parameter: Any, x: torch.Tensor) -> torch.Tensor:
     compiled = ov.compile_model(ov.Model([node], [parameter]), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return torch.from_numpy(compiled(x.numpy())[0])
-
-
-def _has_vnni() -> bool:
-    return torch.cpu._is_vnni_supported()

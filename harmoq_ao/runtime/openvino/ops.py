@@ -11,13 +11,18 @@ The multiplication and the addition are those of `reference.quantize_codes`, so 
 for ties, which the plugin may move when it fuses neighbouring constants (with a LayerNorm before, say). Below 8 bits
 the clamp in front replaces fewer levels, since rounding and a clamp at whole numbers commute. So every width runs the
 8-bit kernel. Ranges per token do too: they are part of the multiplication and the addition, not of the FakeQuantize.
+
+On CPUs without VNNI the plugin adds products in pairs at 16 bits, which saturate at 32,767. Where weights (or codes of
+the right operand) are large enough for that, they are given as floats there: the same codes, in float32 products.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import numpy as np
+import openvino
 import torch
 from openvino import opset13 as ops
 from torch import Tensor
@@ -26,12 +31,14 @@ from harmoq_ao.kernels import onednn
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands, MatmulOperand
 from harmoq_ao.quant.quantizer import MIN_STEP
+from harmoq_ao.runtime.openvino.compiling import compile_on_cpu
 from harmoq_ao.sites.quantized import QuantizedConv2d
 
 Node = Any
 """An OpenVINO node, or one of its outputs."""
 
 _CENTRE = 128  # of codes that have to be signed
+_HALF_PAIR = (2**15 - 1) // (2 * 255)  # largest right-hand code of which two fit 16 bits beside any two left-hand ones
 
 
 def linear(x: Node, operands: LinearOperands, name: str) -> Node:
@@ -127,10 +134,8 @@ def _operand_codes(x: Node, operand: MatmulOperand, axis: int, centre: int) -> t
         return _codes_per_slice(scaled, operand.bits, axis, centre)
     factor, offset = integer_reference.static_qparams(operand.act, operand.joint_scale)
     position = ops.add(ops.multiply(x, _constant(factor)), _constant(offset))
-    ends = _ends(axis, centre)
-    return _round(position, operand.bits, ends, _shifted(ends, centre)), *map(
-        _constant, (operand.act.lower, operand.act.step)
-    )
+    codes = _round_operand(position, operand.bits, axis, centre)
+    return codes, _constant(operand.act.lower), _constant(operand.act.step)
 
 
 def _codes_per_slice(x: Node, bits: int, axis: int, centre: int) -> tuple[Node, Node, Node]:
@@ -139,8 +144,33 @@ def _codes_per_slice(x: Node, bits: int, axis: int, centre: int) -> tuple[Node, 
     upper = ops.reduce_max(x, ops.constant([axis]), True)
     step = ops.maximum(ops.divide(ops.subtract(upper, lower), _constant(float(2**bits - 1))), _constant(MIN_STEP))
     position = ops.divide(ops.subtract(x, lower), step)
+    return _round_operand(position, bits, axis, centre), lower, step
+
+
+def _round_operand(position: Node, bits: int, axis: int, centre: int) -> Node:
+    """Codes minus ``centre``; those on the right as floats where integer products would not be exact."""
+    largest = 2**bits - 1
+    if axis == -2 and not _in_integers(centre or largest):
+        codes = ops.round(ops.clamp(position, 0.0, float(largest)), "half_to_even")
+        return ops.subtract(codes, _constant(float(centre)))
     ends = _ends(axis, centre)
-    return _round(position, bits, ends, _shifted(ends, centre)), lower, step
+    return _round(position, bits, ends, _shifted(ends, centre))
+
+
+def _in_integers(largest: int) -> bool:
+    """Whether integer products are exact with right-hand codes up to ``largest`` in size."""
+    return largest <= _HALF_PAIR or not pairs_saturate()
+
+
+@cache
+def pairs_saturate() -> bool:
+    """Whether pairs of u8 x s8 products saturate at 16 bits on this CPU. Tried once per process."""
+    codes = ops.parameter([1, 64, 64], np.float32)
+    weight = _integers(torch.full((16, 64), 127, dtype=torch.int8), torch.ones(16, 1))  # floats without a scale
+    y = ops.matmul(_round(codes, 8, (0.0, 255.0), (0.0, 255.0)), weight, False, True)
+    compiled = compile_on_cpu(openvino.Model([y], [codes]), INFERENCE_PRECISION_HINT="f32")
+    found = compiled(np.full((1, 64, 64), 255, np.float32))[0]
+    return bool((found != 64 * 255 * 127).any())
 
 
 def _ends(axis: int, centre: int) -> tuple[float, float]:
@@ -171,8 +201,12 @@ def _weight(operands: LinearOperands, scale: Tensor) -> Node:
 
 
 def _scaled(codes: Tensor, scale: Tensor) -> Node:
-    if codes.dtype != torch.int8:
+    if codes.dtype != torch.int8 or not _in_integers(int(codes.int().abs().max())):
         return _constant(codes * scale)
+    return _integers(codes, scale)
+
+
+def _integers(codes: Tensor, scale: Tensor) -> Node:
     return ops.multiply(ops.convert(ops.constant(codes.contiguous().numpy()), np.float32), _constant(scale))
 
 
