@@ -16,7 +16,7 @@ SINGLE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 help:
 	@echo 'make demo     quantize a pretrained model to 8 and 4 bits, compare, write pictures to demo_output/'
 	@echo 'make test     run the tests                   (ARGS="-k packing" is passed on to pytest)'
-	@echo 'make test-all run the slow ones as well       (half as long again)'
+	@echo 'make test-all run the slow ones as well'
 	@echo 'make check    ruff, mypy, and the order of the rooms'
 	@echo 'make format   let ruff format and fix the sources'
 	@echo 'make bench    run the CPU benchmarks of linears and of the model'

@@ -80,7 +80,7 @@ def test_help_waits_for_no_library(arguments: tuple[str, ...]) -> None:
     assert not modules_after(code) & HEAVY
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_modules_import_in_any_order_and_silently(seed: int) -> None:
     for extra in ("openvino", "onnxscript"):  # two modules of an extra import it
         pytest.importorskip(extra)

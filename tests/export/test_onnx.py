@@ -94,7 +94,7 @@ def test_weights_are_our_codes_and_sizes_are_free(tmp_path: Path, bits: int, kin
     [
         HarmoqConfig(4, 4, rules=PER_TOKEN),
         HarmoqConfig(4, 6, conv_bits=6, matmul_bits=8, rules=(SiteRule("*", dynamic=False),)),
-        HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=8),
+        pytest.param(HarmoqConfig(4, 4, rules=PER_TOKEN, matmul_bits=8), marks=pytest.mark.slow),
         HarmoqConfig(4, 32),
         HarmoqConfig(4, 4, "paper"),
     ],

@@ -52,7 +52,7 @@ def test_the_same_numbers_at_every_size(name: str, bits: int, without_code: None
     [
         HarmoqConfig(4, 32),
         pytest.param(HarmoqConfig(32, 4), marks=pytest.mark.slow),
-        HarmoqConfig(4, 4, conv_bits=8),
+        pytest.param(HarmoqConfig(4, 4, conv_bits=8), marks=pytest.mark.slow),
         HarmoqConfig(4, 4, "paper", relative_maps=True),
         pytest.param(HarmoqConfig(4, 4, "paper"), marks=pytest.mark.slow),
     ],
@@ -62,6 +62,7 @@ def test_whatever_is_quantized(config: HarmoqConfig, without_code: None) -> None
     assert torch.equal(compile_model(model)(image), model(image))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_near(without_code: None) -> None:
     model, image = converted("DAT/light", HarmoqConfig(8, 8), torch.bfloat16), images(1)[0]
     expected = model(image)
@@ -100,7 +101,7 @@ def test_torch_compile_itself_is_shown_the_same() -> None:
 
 def test_bounds_per_token_stay_one_operator(without_code: None) -> None:
     config = HarmoqConfig(4, 4, rules=[SiteRule("*", dynamic=True)])
-    model, image = converted("SwinIR/light", config), images(1)[0]
+    model, image = converted("linears", config), images(1)[0]
     expected = model(image)
     with for_compiler():
         shown = _calls(fixed_size(model, image).graph)
