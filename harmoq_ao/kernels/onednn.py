@@ -177,13 +177,13 @@ def _contraction(
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
         with integer_reference.exact_floats(qx):
-            first, *others = (F.linear(part, w) for part, w in zip(qx.to(kind).split(length, 1), weights, strict=True))
+            total, *others = (F.linear(part, w) for part, w in zip(qx.to(kind).split(length, 1), weights, strict=True))
         for part in others:
-            first += part
-        first *= scale
+            total += part
+        total *= scale
         if bias is not None:
-            first += bias
-        return first.to(dtype)
+            total += bias
+        return total.to(dtype)
 
     return floating
 

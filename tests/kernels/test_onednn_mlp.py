@@ -26,18 +26,21 @@ from tests.models import converted, images
     bits=st.integers(2, 8),
     gelu=st.sampled_from(["none", "tanh"]),
     block=st.sampled_from([1, 7, 1000]),
+    integers=st.booleans(),
 )
 def test_equals_the_two_linears(
-    seed: int, rows: int, channels: int, hidden: int, bits: int, gelu: str, block: int
+    seed: int, rows: int, channels: int, hidden: int, bits: int, gelu: str, block: int, integers: bool
 ) -> None:
-    first, second = (
-        onednn.pack_linear(
-            make_operands(seed, *shape, bits=bits, act_bits=bits, shift=0.5 if bits < 8 else 0.0, joint=True)
-        )
-        for shape in ((channels, hidden), (hidden, channels))
-    )
-    x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed)).t().contiguous().t()
     with pytest.MonkeyPatch.context() as patch:
+        if not integers:
+            patch.setattr(onednn, "is_available", lambda: False)
+        first, second = (
+            onednn.pack_linear(
+                make_operands(seed, *shape, bits=bits, act_bits=bits, shift=0.5 if bits < 8 else 0.0, joint=True)
+            )
+            for shape in ((channels, hidden), (hidden, channels))
+        )
+        x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed)).t().contiguous().t()
         patch.setattr(onednn_mlp, "block_rows", lambda *_: block)
         found = onednn_mlp.mlp(x, first, second, gelu)
     assert onednn_mlp.takes(first, second)
