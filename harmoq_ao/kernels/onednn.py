@@ -15,8 +15,8 @@ canonical accumulator. Otherwise (8-bit mid-rise, float lower bounds) it runs on
 ``z * row_sum`` is added as an outer product.
 
 CPUs without VNNI saturate pairs of u8 x s8 products at 16 bits. `is_available` tries the worst case once. Where it
-fails, or torch was built without oneDNN, the same codes go through float32 kernels instead, in sums of as many products
-as float32 holds exactly. Sums over more than 65,793 channels, which int32 may not hold, go through float64.
+fails, torch was built without oneDNN, or int32 may not hold the sums (over more than 65,793 channels), the same codes
+go through float32 kernels instead, or through float64 ones where float32 is not exact.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harmoq_ao.common.errors import KernelError
+from harmoq_ao.kernels.float_matmul import exact_dtype
 from harmoq_ao.quant import integer_reference
 from harmoq_ao.quant.integer_reference import LinearOperands
 from harmoq_ao.quant.quantizer import step_size
@@ -141,7 +142,7 @@ def pack_linear(operands: LinearOperands) -> PackedLinear:
     outer = None if factor else scale * operands.weight_shift  # times the sum of a token's codes, known only then
     if operands.act is None:
         codes = F.pad(codes, (0, _padded(codes.shape[1]) - codes.shape[1]))
-    contract = _contraction(codes, scale / max(factor, 1), bias, operands.weight.shape[1])
+    contract = _contraction(codes, scale / max(factor, 1), bias, operands.weight.shape[1], operands.act_bits)
     return PackedLinear(operands, contract, outer, total, reciprocal, offset)
 
 
@@ -160,7 +161,7 @@ def effective_codes(qw: Tensor, shift: Tensor) -> tuple[Tensor, int]:
 
 
 def _contraction(
-    codes: Tensor, scale: Tensor, bias: Tensor | None, columns: int
+    codes: Tensor, scale: Tensor, bias: Tensor | None, columns: int, act_bits: int
 ) -> Callable[[Tensor, torch.dtype], Tensor]:
     if is_exact(columns) and codes.numel():
         packed, zeros = prepack(codes), torch.zeros(len(codes), dtype=torch.int32)
@@ -169,17 +170,12 @@ def _contraction(
             return _qlinear(qx, packed, scale, bias, dtype, zeros)
 
         return integer
-    # Sums that overflow int32 lose too many bits in float32.
-    kind, length = torch.float64, columns
-    if columns <= integer_reference.INT32_LINEAR_LENGTH:
-        kind, length = torch.float32, integer_reference.FLOAT32_LINEAR_LENGTH
-    weights = codes.to(kind).split(length, 1)
+    kind = exact_dtype(columns, act_bits, 8)
+    weight = codes.to(kind)
 
     def floating(qx: Tensor, dtype: torch.dtype) -> Tensor:
         with integer_reference.exact_floats(qx):
-            total, *others = (F.linear(part, w) for part, w in zip(qx.to(kind).split(length, 1), weights, strict=True))
-        for part in others:
-            total += part
+            total = F.linear(qx.to(kind), weight).float()
         total *= scale
         if bias is not None:
             total += bias

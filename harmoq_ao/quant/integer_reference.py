@@ -27,8 +27,7 @@ from harmoq_ao.quant.quantizer import step_size
 
 INT32_LINEAR_LENGTH = (2**31 - 1) // (255 * 128)  # longest contraction of u8 and s8 codes that int32 always holds
 INT32_MATMUL_LENGTH = (2**31 - 1) // (255 * 255)  # the same for two u8 operands
-FLOAT32_LINEAR_LENGTH = 2**24 // (255 * 128)  # the longest whose sums float32 holds exactly
-_FLOAT32_LENGTH = 2**24 // (255 * 255)  # the same for two u8 operands
+_FLOAT32_LENGTH = 2**24 // (255 * 255)  # products whose sum is exact in float32
 _LONG_AXIS = 2048  # reductions along a strided axis fold from here on
 _FOLD = 64
 

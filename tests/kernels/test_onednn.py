@@ -129,10 +129,7 @@ def test_worst_case_sums_are_exact(
     run = select_kernel(LinearContraction(operands, torch.empty(0), 8), torch.device("cpu"), "auto").run
     expected = integer_reference.linear_accumulate(qx, qw).float()
     assert (expected == torch.tensor(255 * weight * (k - dynamic)).float()).all()
-    # float32 kernels round sums of parts from 2**24 on; int32 and float64 ones never do.
-    rounded = not onednn.is_available() and 514 < k <= integer_reference.INT32_LINEAR_LENGTH
-    parts = k // integer_reference.FLOAT32_LINEAR_LENGTH + 1
-    assert torch.allclose(run(qx.float()), expected, rtol=parts * 2.0**-24 if rounded else 0.0, atol=0.0)
+    assert torch.equal(run(qx.float()), expected)
 
 
 # --- codes ------------------------------------------------------------------------------------------------------------

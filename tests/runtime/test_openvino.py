@@ -50,9 +50,11 @@ def assert_same(found: torch.Tensor, expected: torch.Tensor) -> None:
 def test_static_linears_run_in_integers_at_every_width(bits: int) -> None:
     lowered, found, expected = both("linears", HarmoqConfig(bits, bits, rules=STATIC))
     assert_same(found, expected)
-    if _has_vnni() or (bits < 8 and ops.pairs_saturate()):
-        kernels = lowered.kernels(SIZE)
-        assert set(kernels) == {"one", "two"}
+    if bits == 8 and ops.pairs_saturate():
+        return  # floats, which may lose their names
+    kernels = lowered.kernels(SIZE)
+    assert set(kernels) == {"one", "two"}
+    if _has_vnni() or ops.pairs_saturate():
         assert {k.precision for k in kernels.values()} == {"u8"}
         assert all("I8" in k.kernel for k in kernels.values())
 
