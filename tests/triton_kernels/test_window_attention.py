@@ -66,16 +66,22 @@ def test_windows_of_any_shape(
     assert wrong.max() <= 0.05 or min(margins) <= 1e-4
 
 
-@pytest.mark.parametrize("mode", ["deploy", "paper"])
+CASES = [
+    (mode, size, channels, shift)
+    for mode in ("deploy", "paper")
+    for size, channels in [(8, 60), (16, 20), (8, 180), (8, 80), (8, 144)]
+    for shift in (0, 4)
+]
+FAST = {
+    *[("paper", 8, 60, 0), ("paper", 8, 60, 4), ("paper", 16, 20, 4), ("paper", 8, 180, 4)],
+    *[("deploy", 8, 60, 4), ("deploy", 8, 80, 0)],
+}
+"""Run with the fast tests; the others take seconds each in the interpreter as well."""
+
+
 @pytest.mark.parametrize(
-    ("size", "channels", "shift"),
-    [
-        *[(8, 60, 0), (8, 60, 4), (16, 20, 4), (8, 180, 4), (8, 80, 0)],
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in [(8, 144, 0), (8, 144, 4), (16, 20, 0), (8, 180, 0), (8, 80, 4)]
-        ),
-    ],
+    ("mode", "size", "channels", "shift"),
+    [pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow) for case in CASES],
 )
 def test_bfloat16_images_by_index(mode: str, size: int, channels: int, shift: int) -> None:
     """Partition, shift, LayerNorm, regions, their reverses and the residual, as a block of Swin does them."""

@@ -1,7 +1,7 @@
 // Channel attention's products, which contract over the pixels of an image: gram[i, j] = sum_t q[t, i] k[t, j], in
 // float32 or exactly over codes. Blocks of tokens are unpacked to float32 and multiplied in registers, head by head.
 
-#include <ATen/ATen.h>
+#include <ATen/ops/zeros.h>
 #include <cmath>
 #include <vector>
 

@@ -1,6 +1,6 @@
 // Attention maps of channels from sums over pixels, as matrices that tokens are multiplied with.
 
-#include <ATen/ATen.h>
+#include <ATen/ops/zeros.h>
 #include <cmath>
 
 #include "common.h"
