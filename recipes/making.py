@@ -73,7 +73,7 @@ def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: 
         loaded: The float model, on `device`.
         photographs: Source of the crops.
         device: Where the crops go.
-        checkpoint: Where a long refinement keeps its progress.
+        checkpoint: Where a method that learns keeps its progress.
 
     Raises:
         ConfigError: See :meth:`Cell.settings`.
@@ -82,7 +82,11 @@ def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: 
     crops = [c.to(device) for c in photographs.crops(loaded, settings.crops, settings.crop_size)]
     others = [c.to(device) for c in photographs.crops(loaded, settings.held_out, settings.crop_size, held_out=True)]
     if cell.method != HARMOQ:
-        return Made(h.prepare_with(cell.method, loaded, crops, config, preset=cell.preset, held_out=others))
+        return Made(
+            h.prepare_with(
+                cell.method, loaded, crops, config, preset=cell.preset, held_out=others, checkpoint=checkpoint
+            )
+        )
     prepared = h.calibrate(h.prepare_harmoq(loaded, config), crops)
     trace = h.harmonize(prepared, crops, settings, held_out=others, checkpoint=checkpoint)
     return Made(prepared, trace.to_dict())

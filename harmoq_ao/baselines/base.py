@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -26,6 +27,7 @@ class Budget:
         crop_size: Side of these images, cut from the crops at random places; None takes whole crops.
         seed: Of the order of the crops and of what is cut from them.
         show_progress: Show progress bars; by default where standard error is a terminal.
+        checkpoint: File that a method that learns saves its progress to and resumes from.
 
     Raises:
         ConfigError: A number is out of range.
@@ -36,6 +38,7 @@ class Budget:
     crop_size: int | None = None
     seed: int = 0
     show_progress: bool | None = None
+    checkpoint: Path | None = None
 
     def __post_init__(self) -> None:
         side = 1 if self.crop_size is None else self.crop_size

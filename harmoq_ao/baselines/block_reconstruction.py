@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,29 @@ def relative_error(stage: Stage, call: StageCall) -> Tensor:
     """Mean squared error of the block's output relative to the target's mean square; differentiable."""
     output = first_tensor(stage.module(*copy.deepcopy(call.args), **copy.deepcopy(call.kwargs)))  # it may write to them
     return F.mse_loss(output.float(), call.output.float()) / call.output.float().square().mean().clamp_min(1e-12)
+
+
+def snapshot(stage: Stage) -> dict[str, Tensor]:
+    """Copies of a block's weights and ranges, by name."""
+    return {name: tensor.detach().clone() for name, tensor in _learned(stage).items()}
+
+
+@torch.no_grad()
+def restore(stage: Stage, kept: Mapping[str, Tensor]) -> None:
+    """Return to a snapshot."""
+    for name, tensor in _learned(stage).items():
+        tensor.copy_(kept[name])
+
+
+def _learned(stage: Stage) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for site in stage.sites:
+        path = site.site.path
+        for index, quantizer in enumerate(site.quantizers()):
+            found |= {f"{path}.{index}.lower": quantizer.lower, f"{path}.{index}.upper": quantizer.upper}
+        if site.own_weight is not None:
+            found[f"{path}.weight"] = site.own_weight
+    return found
 
 
 @torch.no_grad()

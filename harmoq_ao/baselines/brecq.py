@@ -10,9 +10,19 @@ import torch
 from torch import Tensor
 
 from harmoq_ao.baselines.base import Baseline, Budget
-from harmoq_ao.baselines.block_reconstruction import StageCall, block_error, relative_error, stage_calls
+from harmoq_ao.baselines.block_reconstruction import (
+    StageCall,
+    block_error,
+    relative_error,
+    restore,
+    snapshot,
+    stage_calls,
+)
 from harmoq_ao.baselines.learned_rounding import LearnedRounding
+from harmoq_ao.common.distributed import is_first
 from harmoq_ao.common.progress import track
+from harmoq_ao.harmonization.checkpoint import Checkpoint
+from harmoq_ao.harmonization.identity import work_identity
 from harmoq_ao.harmonization.learner import Learner
 from harmoq_ao.harmonization.sampling import image_batches
 from harmoq_ao.harmonization.settings import Rates
@@ -72,12 +82,17 @@ class BRECQ(Baseline):
         """Reconstruct every block in as many steps as the budget has: together the work of that many of the network."""
         count = min(MAX_IMAGES, budget.steps * budget.batch_size)
         batches = image_batches(prepared, crops, count, budget.batch_size, budget.crop_size, budget.seed)
-        rounded: set[int] = set()
         teacher = Teacher(prepared)
+        stages = blocks(prepared)
+        work = {"method": self.name, "budget": [budget.steps, budget.batch_size, budget.crop_size, budget.seed]}
+        store = Checkpoint(budget.checkpoint, work_identity(prepared, teacher, crops, (), work))
         with frozen(prepared):
-            for stage in track(blocks(prepared), "Reconstructing blocks", show=budget.show_progress):
-                calls = stage_calls(prepared, teacher, stage, batches)
-                reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
+            done, rounded = _resume(store, stages)
+            for index, stage in enumerate(track(stages, "Reconstructing blocks", show=budget.show_progress), start=1):
+                if index > done:
+                    calls = stage_calls(prepared, teacher, stage, batches)
+                    reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
+                    _save(store, stages[:index], rounded)
 
 
 def blocks(prepared: PreparedModel) -> list[Stage]:
@@ -110,7 +125,7 @@ def reconstruct(
     settings = settings or ReconstructionSettings()
     rounded = set() if rounded is None else rounded
     before = block_error(stage, calls)
-    kept = _Snapshot(stage)
+    kept = snapshot(stage)
     roundings = _Roundings(stage, steps, settings, rounded)
     rates = Rates(bounds=settings.bounds_rate, scales=0.0, weights=0.0, rest=0.0)
     learner = Learner(stage.sites, rates, math.ceil(steps / (1.0 - settings.decided)))
@@ -124,8 +139,30 @@ def reconstruct(
     if after < before:
         rounded.update(roundings.weights)
         return before, after
-    kept.restore()
+    restore(stage, kept)
     return before, before
+
+
+def _save(store: Checkpoint, done: Sequence[Stage], rounded: set[int]) -> None:
+    """Keep the blocks that are done, and which of their weights are rounded."""
+    if not is_first():
+        return
+    tensors = {name: tensor for stage in done for name, tensor in snapshot(stage).items()}
+    paths = [site.site.path for stage in done for site in stage.sites if id(site.own_weight) in rounded]
+    store.save(tensors, {"blocks": len(done), "rounded": paths})
+
+
+def _resume(store: Checkpoint, stages: Sequence[Stage]) -> tuple[int, set[int]]:
+    """Put kept blocks into the model; their number, and the identities of their rounded weights."""
+    found = store.load()
+    if found is None:
+        return 0, set()
+    kept, data = found
+    done = stages[: int(data["blocks"])]
+    for stage in done:
+        restore(stage, kept)
+    sites = [site for stage in done for site in stage.sites]
+    return len(done), {id(site.own_weight) for site in sites if site.site.path in set(data["rounded"])}
 
 
 class RoundingQuantize(HarmoqFakeQuantize):
@@ -205,19 +242,3 @@ class _Roundings:
                 set_weight(site, (weight if scale is None else weight / scale).to(site.weight.dtype))
             else:
                 site.weight.copy_(weight)
-
-
-class _Snapshot:
-    """Weights and ranges of a block, to go back to."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._kept: list[tuple[Tensor, Tensor]] = []
-        for site in stage.sites:
-            tensors: list[Tensor] = [bound for q in site.quantizers() for bound in (q.lower, q.upper)]
-            tensors += [] if site.own_weight is None else [site.own_weight]
-            self._kept += [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        for tensor, value in self._kept:
-            tensor.copy_(value)

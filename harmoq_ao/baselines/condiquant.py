@@ -58,7 +58,7 @@ class CondiQuant(Baseline):
         if budget.steps > 0 and len(crops):
             condition_weights(prepared, crops, show_progress=budget.show_progress)
         calibrate(prepared, crops, show_progress=budget.show_progress)
-        distil_bounds(prepared, crops, budget, rate=RATE, teacher=teacher)
+        distil_bounds(prepared, crops, budget, method=self.name, rate=RATE, teacher=teacher)
 
 
 def condition_weights(prepared: PreparedModel, crops: Sequence[Tensor], *, show_progress: bool | None = None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -44,13 +45,17 @@ class DBDCPac(Baseline):
         minmax_weights(prepared)
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
-        """Distil the ranges of activations, then those of weights, half of the steps each if there are both."""
+        """Distil the ranges of activations, then those of weights, half of the steps each if there are both.
+
+        Progress is kept of the second half; the first is repeated on resuming.
+        """
         first = budget.steps // 2 if rows_to_learn(prepared) else budget.steps
         first = first if activation_quantizers(prepared) else 0
         second = replace(budget, steps=budget.steps - first, seed=budget.seed + 1)
         teacher = Teacher(prepared)
-        distil_bounds(prepared, crops, replace(budget, steps=first), rate=RATE, teacher=teacher, weights=False)
-        distil_bounds(prepared, crops, second, rate=RATE, teacher=teacher, activations=False)
+        learn = partial(distil_bounds, prepared, crops, method=self.name, rate=RATE, teacher=teacher)
+        learn(replace(budget, steps=first, checkpoint=None), weights=False)
+        learn(second, activations=False)
 
 
 def clipped_share(bits: int) -> float:

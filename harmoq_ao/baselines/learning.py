@@ -33,6 +33,7 @@ def distil_bounds(
     crops: Sequence[Tensor],
     budget: Budget,
     *,
+    method: str,
     rate: float,
     teacher: Teacher | None = None,
     activations: bool = True,
@@ -46,7 +47,8 @@ def distil_bounds(
     Args:
         prepared: Calibrated; changed in place.
         crops: Images `[C, S, S]`.
-        budget: Steps, and what a step sees.
+        budget: Steps, what a step sees, and where progress is kept.
+        method: Name of the baseline: a checkpoint is of one.
         rate: Learning rate of Adam, as a share of the range.
         teacher: The float network; by default it is made from `prepared` as it is.
         activations: Learn ranges of activations.
@@ -66,7 +68,15 @@ def distil_bounds(
     )
     fixed = ([] if activations else inputs) + ([] if weights else rows)
     with fixed_ranges(fixed):
-        refine(prepared, crops, settings, teacher=teacher, show_progress=budget.show_progress)
+        refine(
+            prepared,
+            crops,
+            settings,
+            teacher=teacher,
+            method=method,
+            checkpoint=budget.checkpoint,
+            show_progress=budget.show_progress,
+        )
 
 
 def rows_to_learn(prepared: PreparedModel) -> list[HarmoqFakeQuantize]:

@@ -52,7 +52,7 @@ def prepare_with(
         preset: How much work: a name of :data:`PRESETS`. Baselines that learn take as many
             gradient steps, of as many images, as HarmoQ's refinement.
         held_out: Images that are not learned from (HarmoQ keeps the state that is best on them).
-        checkpoint: File that HarmoQ's refinement resumes from.
+        checkpoint: File that a method that learns saves its progress to and resumes from.
         show_progress: Show progress bars; by default where standard error is a terminal.
 
     Returns:
@@ -61,6 +61,7 @@ def prepare_with(
     Raises:
         ConfigError: Unknown method or preset.
         CalibrationError: No crops, crops of different sizes, or a site that none of them reaches.
+        CheckpointError: The checkpoint belongs to other work.
     """
     check_method(method)
     settings = preset_of(preset)
@@ -73,7 +74,7 @@ def prepare_with(
     baseline = BASELINES[method]
     prepared = prepare_harmoq(model, baseline.configure(config))
     refine = settings.refine or RefineSettings()
-    budget = Budget(settings.steps, refine.batch_size, refine.crop_size, config.seed, show_progress)
+    budget = Budget(settings.steps, refine.batch_size, refine.crop_size, config.seed, show_progress, checkpoint)
     baseline.apply(prepared, crops, budget)
     enable_fake_quant(prepared)
     prepared.history = History(method, preset)

@@ -48,7 +48,7 @@ class PAMS(Baseline):
         """Distil the alphas."""
         operands = activation_quantizers(prepared)
         with one_scale(operands):
-            distil_bounds(prepared, crops, budget, rate=RATE, weights=False)
+            distil_bounds(prepared, crops, budget, method=self.name, rate=RATE, weights=False)
         for quantizer in operands:
             _set_upper(quantizer, quantizer.upper, lower_share(quantizer))
 

@@ -34,4 +34,4 @@ class TwoDQuant(Baseline):
 
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Distil all ranges."""
-        distil_bounds(prepared, crops, budget, rate=RATE)
+        distil_bounds(prepared, crops, budget, method=self.name, rate=RATE)

@@ -1,17 +1,14 @@
-"""What a run of refinement is of: a progress file of anything else must not be resumed."""
+"""What a run of learning is of: a progress file of anything else must not be resumed."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harmoq_ao.harmonization.paper.settings import AlgorithmSettings
-from harmoq_ao.harmonization.settings import RefineSettings
 from harmoq_ao.harmonization.teacher import Teacher
 from harmoq_ao.sites.model import PreparedModel
 
@@ -23,10 +20,9 @@ def work_identity(
     teacher: Teacher,
     crops: Sequence[Tensor],
     held_out: Sequence[Tensor],
-    settings: RefineSettings,
-    algorithm: AlgorithmSettings | None = None,
+    work: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Everything that decides what refinement computes, as a JSON-able table in a user's words.
+    """Everything that decides what learning computes, as a JSON-able table in a user's words.
 
     Tensors are there by check sums of their values. What calibration computed from them is not: its last digits depend
     on the number of threads, and a run may go on with another one.
@@ -36,8 +32,7 @@ def work_identity(
         teacher: The float network.
         crops: Images `[C, S, S]` that are learned from.
         held_out: Images that choose the state to keep.
-        settings: Of the refinement.
-        algorithm: Settings of Algorithm 1, if it ran before.
+        work: What is done, JSON-able: method and settings by name.
     """
     return {
         "float model": prepared.fingerprint,
@@ -45,8 +40,7 @@ def work_identity(
         "quantization": prepared.config.to_dict(),
         "calibration images": _digest_of_images(crops),
         "held-out images": _digest_of_images(held_out),
-        "algorithm": None if algorithm is None else asdict(algorithm),
-        "refinement": asdict(settings),
+        **work,
     }
 
 

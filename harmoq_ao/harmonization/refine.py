@@ -69,6 +69,7 @@ def refine(
     *,
     teacher: Teacher | None = None,
     held_out: Sequence[Tensor] = (),
+    method: str = "harmoq",
     algorithm: AlgorithmSettings | None = None,
     checkpoint: Path | None = None,
     show_progress: bool | None = None,
@@ -90,6 +91,7 @@ def refine(
             made from `prepared` as it is.
         held_out: Images like `crops` that are not learned from: the state that is best on them is kept, the one before
             the first step included. Without any, the last state is kept.
+        method: What the refinement is a part of: a checkpoint is of one method.
         algorithm: Settings of Algorithm 1, if it ran before: a checkpoint is of both.
         checkpoint: File to resume from, if it exists, and to save the progress in. It belongs to these weights, images,
             bits and settings (:func:`work_identity`).
@@ -110,7 +112,8 @@ def refine(
     enable_fake_quant(prepared)
     disable_observers(prepared)
     with frozen(prepared), using(library.kernels() if next(prepared.parameters()).is_cpu else None):
-        store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, settings, algorithm))
+        work = {"method": method, "algorithm": algorithm and asdict(algorithm), "refinement": asdict(settings)}
+        store = Checkpoint(checkpoint, work_identity(prepared, teacher, crops, held_out, work))
         places = _places(prepared, teacher, crops, settings, show_progress)
         run = _Refinement(prepared, teacher, places, settings, held_out)
         run.resume(_same_everywhere(store.load(), prepared))

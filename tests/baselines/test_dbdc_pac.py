@@ -77,6 +77,7 @@ def test_activations_are_learned_before_weights_on_one_budget(
     def record(prepared: Any, crops: Any, budget: Budget, **kinds: Any) -> None:
         assert kinds.pop("rate") > 0
         assert isinstance(kinds.pop("teacher"), Teacher)
+        assert kinds.pop("method") == "dbdc-pac"
         assert list(kinds.values()) == [False]
         seen.append(("activations" if "weights" in kinds else "weights", budget.steps))
 

@@ -19,7 +19,7 @@ def test_the_other_kind_of_bounds_stays(activations: bool) -> None:
     prepared = calibrated("forms", HarmoqConfig(3, 3, "paper", joint_scale="none"))
     inputs, rows = activation_quantizers(prepared), weight_quantizers(prepared)
     before = [[q.upper.detach().clone() for q in kind] for kind in (inputs, rows)]
-    distil_bounds(prepared, crops(), Budget(2), rate=0.01, activations=activations, weights=not activations)
+    distil_bounds(prepared, crops(), Budget(2), method="", rate=0.01, activations=activations, weights=not activations)
     same = [
         all(torch.equal(old, q.upper) for old, q in zip(kept, kind, strict=True))
         for kept, kind in zip(before, (inputs, rows), strict=True)

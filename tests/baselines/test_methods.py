@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import harmoq_ao as h
+from harmoq_ao.baselines import BASELINES
 from harmoq_ao.baselines.methods import prepare_with
 from harmoq_ao.common.choices import METHODS
 from harmoq_ao.common.errors import ConfigError
@@ -25,10 +26,12 @@ SHORT = HarmonizeSettings(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_ends_in_an_integer_model(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_method_ends_in_an_integer_model(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "fast", SHORT)
     config = h.HarmoqConfig(3, 3, profile="paper", storage_dtype="float32")
-    prepared = prepare_with(method, build("SwinIR/light"), crops(3), config, held_out=crops(1, 9))
+    file = tmp_path / "progress.safetensors"
+    prepared = prepare_with(method, build("SwinIR/light"), crops(3), config, held_out=crops(1, 9), checkpoint=file)
+    assert file.exists() == (method == "harmoq" or BASELINES[method].learns)
     image = images(1, (24, 16))[0]
     with torch.no_grad():
         simulated, integer = prepared(image), h.convert_harmoq(prepared)(image)
