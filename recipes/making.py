@@ -82,11 +82,10 @@ def quantize(cell: Cell, loaded: LoadedModel, photographs: Photographs, device: 
     crops = [c.to(device) for c in photographs.crops(loaded, settings.crops, settings.crop_size)]
     others = [c.to(device) for c in photographs.crops(loaded, settings.held_out, settings.crop_size, held_out=True)]
     if cell.method != HARMOQ:
-        return Made(
-            h.prepare_with(
-                cell.method, loaded, crops, config, preset=cell.preset, held_out=others, checkpoint=checkpoint
-            )
+        prepared = h.prepare_with(
+            cell.method, loaded, crops, config, preset=cell.preset, held_out=others, checkpoint=checkpoint
         )
+        return Made(prepared)
     prepared = h.calibrate(h.prepare_harmoq(loaded, config), crops)
     trace = h.harmonize(prepared, crops, settings, held_out=others, checkpoint=checkpoint)
     return Made(prepared, trace.to_dict())

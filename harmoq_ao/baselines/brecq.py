@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
@@ -84,7 +84,8 @@ class BRECQ(Baseline):
         batches = image_batches(prepared, crops, count, budget.batch_size, budget.crop_size, budget.seed)
         teacher = Teacher(prepared)
         stages = blocks(prepared)
-        work = {"method": self.name, "budget": [budget.steps, budget.batch_size, budget.crop_size, budget.seed]}
+        numbers = {name: getattr(budget, name) for name in ("steps", "batch_size", "crop_size", "seed")}
+        work = {"method": self.name, "budget": numbers, "reconstruction": asdict(ReconstructionSettings())}
         store = Checkpoint(budget.checkpoint, work_identity(prepared, teacher, crops, (), work))
         with frozen(prepared):
             done, rounded = _resume(store, stages)
@@ -145,7 +146,7 @@ def reconstruct(
 
 def _save(store: Checkpoint, done: Sequence[Stage], rounded: set[int]) -> None:
     """Keep the blocks that are done, and which of their weights are rounded."""
-    if not is_first():
+    if store.path is None or not is_first():
         return
     tensors = {name: tensor for stage in done for name, tensor in snapshot(stage).items()}
     paths = [site.site.path for stage in done for site in stage.sites if id(site.own_weight) in rounded]

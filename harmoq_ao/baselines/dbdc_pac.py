@@ -47,14 +47,14 @@ class DBDCPac(Baseline):
     def learn(self, prepared: PreparedModel, crops: Sequence[Tensor], budget: Budget) -> None:
         """Distil the ranges of activations, then those of weights, half of the steps each if there are both.
 
-        Progress is kept of the second half; the first is repeated on resuming.
+        Progress is kept of the last part; one before it is repeated on resuming.
         """
         first = budget.steps // 2 if rows_to_learn(prepared) else budget.steps
         first = first if activation_quantizers(prepared) else 0
         second = replace(budget, steps=budget.steps - first, seed=budget.seed + 1)
         teacher = Teacher(prepared)
         learn = partial(distil_bounds, prepared, crops, method=self.name, rate=RATE, teacher=teacher)
-        learn(replace(budget, steps=first, checkpoint=None), weights=False)
+        learn(replace(budget, steps=first, checkpoint=None if second.steps else budget.checkpoint), weights=False)
         learn(second, activations=False)
 
 

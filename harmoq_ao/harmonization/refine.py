@@ -93,8 +93,8 @@ def refine(
             the first step included. Without any, the last state is kept.
         method: What the refinement is a part of: a checkpoint is of one method.
         algorithm: Settings of Algorithm 1, if it ran before: a checkpoint is of both.
-        checkpoint: File to resume from, if it exists, and to save the progress in. It belongs to these weights, images,
-            bits and settings (:func:`work_identity`).
+        checkpoint: File to resume from, if it exists, and to save the progress in. It belongs to this method and these
+            weights, images, bits and settings (:func:`work_identity`).
         show_progress: Show a progress bar; by default where standard error is a terminal.
 
     Returns:
@@ -102,7 +102,8 @@ def refine(
 
     Raises:
         CalibrationError: No crops, crops of different sizes, no bounds yet, or a loss that is not finite.
-        CheckpointError: The checkpoint is of other weights, images, bits or settings, or not every rank can read it.
+        CheckpointError: The checkpoint is of another method, other weights, images, bits or settings, or not every rank
+            can read it.
         RankLostError: Another rank failed.
     """
     settings = settings or RefineSettings()

@@ -19,8 +19,8 @@ CONFIG = HarmoqConfig(3, 3, "paper")
 STEPS = 16
 
 
-def learned(method: str, checkpoint: Path | None = None) -> h.PreparedModel:
-    return applied(method, "SwinIR/light", CONFIG, steps=STEPS, count=2, checkpoint=checkpoint)
+def learned(method: str, checkpoint: Path | None = None, config: HarmoqConfig = CONFIG) -> h.PreparedModel:
+    return applied(method, "SwinIR/light", config, steps=STEPS, count=2, checkpoint=checkpoint)
 
 
 @pytest.mark.parametrize(
@@ -44,10 +44,22 @@ def test_kill_and_resume_equals_an_uninterrupted_run(
     assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.state_dict().items())
 
 
+def test_where_nothing_comes_after_activations_their_progress_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DBDC+Pac learns no ranges of 8-bit weights."""
+    config = HarmoqConfig(8, 3, "paper")
+    killed = DyingLearner(monkeypatch, at=12)
+    with pytest.raises(KilledError):
+        learned("dbdc-pac", file := tmp_path / "progress.safetensors", config)
+    learned("dbdc-pac", file, config)
+    assert killed.count == 12 + 6
+
+
 @pytest.mark.parametrize("other", ["condiquant", "brecq"])
 def test_progress_of_another_method_is_refused(other: str, tmp_path: Path) -> None:
     learned("2dquant", file := tmp_path / "progress.safetensors")
-    assert BASELINES[other].observer == BASELINES["2dquant"].observer, "nothing else tells them apart"
+    assert BASELINES[other].observer == BASELINES["2dquant"].observer, "else the configuration tells them apart"
     with pytest.raises(CheckpointError, match="other work") as caught:
         learned(other, file)
     assert f"method: '2dquant' in the file, '{other}' now" in str(caught.value.found)
