@@ -71,7 +71,7 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path} holds the progress of other work",
                 found="; ".join(_differences(identity, self.identity))[:400],
-                expected="the same model, images, bits and settings",
+                expected="the same method, model, images, bits and settings",
                 remedy="delete it to start over, or repeat what it was made with",
             )
         return tensors, data
