@@ -40,9 +40,14 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class, parser.epilog = argparse.RawDescriptionHelpFormatter, help_text()
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder of results; what is there is not computed again")
-    add("--benchmark", type=Path, required=True, help="folder of sets, each with HR and LR_bicubic/X2")
+    add(
+        "--benchmark",
+        type=Path,
+        required=True,
+        help="folder of sets, each with HR and LR_bicubic/X2, or another usual layout",
+    )
     add("--calibration", type=Path, required=True, help="folder of photographs")
-    add("--sets", nargs="+", default=["Set5"], help="folders below --benchmark")
+    add("--sets", nargs="+", default=["Set5"], help="folders below --benchmark: Set14, Urban100, Manga109, ...")
     add(
         "--checkpoint",
         type=Path,
