@@ -19,7 +19,6 @@ from harmoq_ao.baselines.block_reconstruction import (
     stage_calls,
 )
 from harmoq_ao.baselines.learned_rounding import LearnedRounding
-from harmoq_ao.common.distributed import is_first
 from harmoq_ao.common.progress import track
 from harmoq_ao.harmonization.checkpoint import Checkpoint
 from harmoq_ao.harmonization.identity import work_identity
@@ -85,14 +84,15 @@ class BRECQ(Baseline):
         teacher = Teacher(prepared)
         stages = blocks(prepared)
         numbers = {name: getattr(budget, name) for name in ("steps", "batch_size", "crop_size", "seed")}
-        work = {"method": self.name, "budget": numbers, "reconstruction": asdict(ReconstructionSettings())}
+        settings = ReconstructionSettings()
+        work = {"method": self.name, "budget": numbers, "reconstruction": asdict(settings)}
         store = Checkpoint(budget.checkpoint, work_identity(prepared, teacher, crops, (), work))
         with frozen(prepared):
             done, rounded = _resume(store, stages)
             for index, stage in enumerate(track(stages, "Reconstructing blocks", show=budget.show_progress), start=1):
                 if index > done:
                     calls = stage_calls(prepared, teacher, stage, batches)
-                    reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded)
+                    reconstruct(stage, calls, budget.steps, seed=budget.seed, rounded=rounded, settings=settings)
                     _save(store, stages[:index], rounded)
 
 
@@ -146,8 +146,6 @@ def reconstruct(
 
 def _save(store: Checkpoint, done: Sequence[Stage], rounded: set[int]) -> None:
     """Keep the blocks that are done, and which of their weights are rounded."""
-    if store.path is None or not is_first():
-        return
     tensors = {name: tensor for stage in done for name, tensor in snapshot(stage).items()}
     paths = [site.site.path for stage in done for site in stage.sites if id(site.own_weight) in rounded]
     store.save(tensors, {"blocks": len(done), "rounded": paths})

@@ -11,6 +11,7 @@ import safetensors.torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from harmoq_ao.common.distributed import is_first
 from harmoq_ao.common.errors import CheckpointError, shown
 from harmoq_ao.common.files import NOTHING, check_file, found_at
 from harmoq_ao.common.output import atomic_write
@@ -34,12 +35,12 @@ class Checkpoint:
         self.identity: dict[str, Any] = json.loads(json.dumps(identity))
 
     def save(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
-        """Write the file; an interrupted write leaves the previous one.
+        """Write the file, by the first rank only; an interrupted write leaves the previous one.
 
         Raises:
             OutputError: The file cannot be written.
         """
-        if self.path is None:
+        if self.path is None or not is_first():
             return
         text = json.dumps({"identity": self.identity, "data": data})
         content = safetensors.torch.save({k: t.cpu().contiguous() for k, t in tensors.items()}, {_KEY: text})

@@ -252,8 +252,6 @@ class _Refinement:
 
     def save(self, store: Checkpoint) -> None:
         """Write what :meth:`resume` needs."""
-        if not distributed.is_first():
-            return
         tensors = self.learner.state() | {f"best/{name}": tensor for name, tensor in self.best[1].items()}
         store.save(tensors, {"trace": self.trace.to_dict(), "best": self.best[0], "step": self.learner.steps_done})
 
