@@ -56,8 +56,8 @@ PRESETS: dict[str, HarmonizeSettings] = {
 `tables`: what every method that learns was given for the tables of `docs/results`, 100 steps of 4 images. `standard`:
 about 20 minutes. `long`: about an hour. `best`: for a GPU.
 
-Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1, after which it starts higher and ends no
-higher (docs/results/additions-x2.md).
+Refinement starts from the calibrated joint scales and shifts, not from Algorithm 1, after which it starts higher and
+ends no higher (docs/results/additions-x2.md).
 
 `fast` takes steps of 2 images: they are hardly worse than steps of 4, and more of them fit in a minute."""
 
